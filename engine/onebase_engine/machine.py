@@ -1,5 +1,6 @@
 """Memory of the machine: total, free and peak bytes, and the errors that report a lack of it; the
-interpreter's memory for frames; and the priority of processes.
+interpreter's memory for frames, and what its garbage collector goes through; the priority of processes;
+the processor time of threads, and their turns.
 
 torch is imported where it is needed: the api asks for memory too, and loads no torch.
 """
@@ -9,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import re
 import resource
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 _Result = TypeVar("_Result")
+_counted = threading.local()
+"""Has `seconds`: see count_seconds."""
 
 NO_LIMIT = 1 << 62
 """Number of bytes that stands for no known limit."""
@@ -35,6 +41,35 @@ BESIDE_SERVING = 10
 well."""
 BEHIND_SERVING = 19
 """Niceness of a process for whose result nobody waits: a seventieth of such a core."""
+
+
+SWITCH_SECONDS = 0.0002
+"""Time, in seconds, for which a thread that computes in Python keeps others waiting for their turn."""
+
+
+def freeze_loaded() -> None:
+    """Leave all that is loaded by now out of later garbage collections. Each full one would go through it,
+    for a tenth of a second in which nothing else runs, whenever requests have made enough objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def switch_threads_soon() -> None:
+    """Let threads take turns often, for the sake of one that others wait for. It waits for its turn whenever
+    it has called what does not need the interpreter: an event loop each time that it has looked for what has
+    arrived, an engine after each of a step's calls of the kernels."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+
+
+def count_seconds(seconds: float) -> None:
+    """Add processor time of another process, which computes for this thread, to `thread_seconds`."""
+    _counted.seconds = getattr(_counted, "seconds", 0.0) + seconds
+
+
+def thread_seconds() -> float:
+    """Return the processor time that this thread has taken, and other processes for it, in seconds."""
+    counted: float = getattr(_counted, "seconds", 0.0)
+    return time.thread_time() + counted
 
 
 def step_aside(pid: int, niceness: int) -> None:

@@ -13,8 +13,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
+
+from onebase_engine.machine import thread_seconds
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,26 +87,21 @@ class TurnBudget:
         self._left = self._most
 
 
+PAYER: ContextVar[Callable[[float], None]] = ContextVar("onebase_payer", default=lambda seconds: None)
+"""Called in the event loop with the processor time, in seconds, of each call of `Threads` in this context."""
+
+
 class Threads:
     """Daemon threads for at most `most` calls at once. They are started when they are first needed, and kept:
     the event loop stands still until the system has begun to run a new thread, which on busy cores takes
     longer than most calls do.
 
     Tenants take turns, however many calls each of them has waiting, and one tenant has at most `each` calls
-    running (by default all of them). Made and used in one event loop.
-
-    on_cost: called in the event loop with the tenant and the processor time of each call, in seconds.
+    running (by default all of them). PAYER gets the processor time. Made and used in one event loop.
     """
 
-    def __init__(
-        self,
-        name: str,
-        most: int,
-        each: int | None = None,
-        on_cost: Callable[[str, float], None] = lambda tenant, seconds: None,
-    ) -> None:
+    def __init__(self, name: str, most: int, each: int | None = None) -> None:
         self._name = name
-        self._on_cost = on_cost
         self._most = most
         self._free = most
         self._started = 0
@@ -125,9 +123,10 @@ class Threads:
         await self._acquire(tenant)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
+        pay = PAYER.get()
 
         def finish(result: Any, error: BaseException | None, seconds: float) -> None:
-            self._on_cost(tenant, seconds)
+            pay(seconds)
             self._release(tenant)
             if answer.done():
                 return
@@ -138,13 +137,13 @@ class Threads:
 
         def work() -> None:
             result, error = None, None
-            began = time.thread_time()
+            began = thread_seconds()
             try:
                 result = call(*args, **kwargs)
             except BaseException as caught:
                 error = RuntimeError(str(caught)) if isinstance(caught, StopIteration) else caught
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who asked
-                loop.call_soon_threadsafe(finish, result, error, time.thread_time() - began)
+                loop.call_soon_threadsafe(finish, result, error, thread_seconds() - began)
 
         try:
             self._start_thread()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -46,6 +48,8 @@ _EXPOSED = (
 )
 NO_ROUTE = "none"
 """Name under which answers that no route gave are counted."""
+_WAITS = "onebase.refusal_waits"
+"""Key of a request's scope, if it is to be refused in its turn."""
 _SHOWN = 200
 """Largest number of characters of a header that an error repeats."""
 
@@ -54,11 +58,18 @@ class _Authenticator(Protocol):
     def admit_at_once(self, scope: Scope) -> None: ...
 
 
+class _Pacer(Protocol):
+    def refuse(self) -> bool: ...
+
+    async def serve(self, tenant: None, answer: Callable[[], Awaitable[None]]) -> None: ...
+
+
 class CrossSiteMiddleware:
     """The outermost part of the app: refuses foreign hosts and pages, and adds the headers of every answer.
 
     authenticator: decides within the app which requests are admitted. answers: counts them by route and
-    status. secret: by which headers of `onebase route` are believed; "" if there is none."""
+    status. secret: by which headers of `onebase route` are believed; "" if there is none. pacer: decides when
+    a request is refused."""
 
     def __init__(
         self,
@@ -67,9 +78,11 @@ class CrossSiteMiddleware:
         authenticator: _Authenticator | None = None,
         answers: Counter[tuple[str, int]] | None = None,
         secret: str = "",
+        pacer: _Pacer | None = None,
     ) -> None:
         self._forwarded = ForwardedHeaders(settings.trusted_proxy, secret)
         self._authenticator = authenticator
+        self._pacer = pacer
         self._answers = Counter() if answers is None else answers
         names = (*settings.allowed_host, settings.host)
         self._hosts = {name if ip_address(name) else host_name(name) for name in names}
@@ -87,7 +100,8 @@ class CrossSiteMiddleware:
         self._app = app
 
     def turned_away(self, scope: Scope) -> ApiError | None:
-        """Return the app's error for a request, if that is plain before any of the app runs; else None."""
+        """Return the app's error for a request, if that is plain before any of the app runs; else None, also
+        if it has to wait for its turn."""
         try:
             asked_by_page = self._check(scope)
             if self._authenticator is not None and not (
@@ -95,11 +109,20 @@ class CrossSiteMiddleware:
             ):  # CORS may add to the answer
                 self._authenticator.admit_at_once(scope)
         except ApiError as error:
+            if self._pacer is not None and not self._pacer.refuse():
+                scope[_WAITS] = True
+                return None
             self._answers[NO_ROUTE, status_of(error)[0]] += 1
             return error
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._pacer is not None and scope.pop(_WAITS, False):
+            await self._pacer.serve(None, partial(self._serve, scope, receive, send))
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         REQUEST.set({"request_id": request_id(scope)})  # of the request's own task
 
         async def with_headers(message: Message) -> None:

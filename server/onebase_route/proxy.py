@@ -45,6 +45,7 @@ from onebase_edge.refusals import error_json, is_anthropic, refusal
 from onebase_edge.request_id import request_id
 from onebase_edge.settings import Settings, is_loopback
 from onebase_edge.sse import DONE, connection_abort
+from onebase_engine.machine import freeze_loaded
 from onebase_protocol.errors import AnthropicError, Error
 from onebase_route.placement import NoReplicaError, Placement, ReplicaReport
 from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
@@ -1214,6 +1215,7 @@ async def serve(
         raise OpenServersError(settings.host, without)
     following = loop.create_task(keep_running("following the servers", route.follow))
     try:
+        freeze_loaded()
         on_ready()
         await server.serve(sockets=[listener])
     finally:

@@ -371,6 +371,14 @@ def test_a_config_of_which_no_model_can_be_made_is_refused_by_its_type(tmp_path:
         load_base(BaseSettings(tmp_path))
 
 
+@pytest.mark.parametrize("field", ["num_hidden_layers", "max_position_embeddings", "hidden_size", "head_dim"])
+def test_a_size_below_zero_is_refused_by_the_name_of_its_field(field: str) -> None:
+    config = tf.LlamaConfig(**SMALL)
+    setattr(config, field, -1)
+    with pytest.raises(UnsupportedBaseError, match=rf"LlamaConfig.{field} is -1, and no size"):
+        check_servable(config)
+
+
 def test_files_that_hold_other_tensors_than_the_config_says_are_refused_by_its_type(tmp_path: Path) -> None:
     tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     tf.LlamaConfig(**{**SMALL, "hidden_size": 128}).save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine import recurrent_layers
-from tests.engine.harness import Lab, requests, run
+from tests.engine.harness import Lab, Request, requests, run
 from tests.engine.layers import (
     IN,
     OUT,
@@ -637,6 +638,30 @@ def test_fused_calls_give_each_row_the_bits_of_single_ones(
         assert any(program is not None for program in fused.model._recorded[1]._programs.values())
 
 
+def test_no_step_records_a_layer_whatever_its_number_of_rows(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a step waits for a recording")
+
+    engine = lab.engine(draft_tokens=8)
+    layers = len(engine.model._recorded)
+    if not layers or not isinstance(parts(engine)[1].q_proj.kernel, NativeLinear):
+        pytest.skip("the kernels in C do not compute here")
+    monkeypatch.setattr(fusion, "Recording", refuse)
+    used: list[int] = []
+    run_calls = Program.run_calls
+    monkeypatch.setattr(
+        Program, "run_calls", lambda *args: used.append(args[1][0].shape[1]) or run_calls(*args)
+    )
+    asked = [Request(tuple(range(3 + n, 3 + 2 * n)), None, 1, 0) for n in range(1, fusion.MOST_ROWS + 2)]
+    texts = [run(engine, [one]) for one in asked]
+    assert Counter(used) == dict.fromkeys(range(1, fusion.MOST_ROWS + 1), layers)
+    monkeypatch.setitem(sys.modules, "onebase_engine.engine.fusion", None)
+    plain = lab.engine(draft_tokens=8)
+    assert texts == [run(plain, [one]) for one in asked]
+
+
 @pytest.mark.parametrize("fault", ["other bits", "an error"])
 def test_calls_that_give_other_bits_or_fail_are_not_fused_and_others_are(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
@@ -693,6 +718,10 @@ def test_recorded_calls_compute_for_other_rows_and_adapters_what_the_module_does
             x = random(1, count, IN, seed=seed + number).to(torch.bfloat16)
             expected = block(x, row_map(mixes))
             assert torch.equal(program.run_calls([x], row_map(mixes), STEP), expected)
+            for fewer in range(1, count):
+                own, some = row_map(mixes[:fewer]), x[:, :fewer].clone()
+                result = program.first_rows(fewer).run_calls([some], own, STEP)
+                assert torch.equal(result, block(some, own))
 
 
 def test_what_the_kernels_do_not_compute_is_not_recorded(kernels: CpuKernels) -> None:
@@ -718,6 +747,8 @@ def test_what_the_kernels_do_not_compute_is_not_recorded(kernels: CpuKernels) ->
         record(lambda x: x + block(x, NOBODY)[..., :1])
     with pytest.raises(UnrecordableError):
         record(other_result)
+    with pytest.raises(UnrecordableError, match="by rows"):
+        record(lambda x: block(x, NOBODY).view(3, 1, IN))
     assert kernels.recorder is None, "what fails records nothing more"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from onebase_adapters.format.added_tokens import (
     with_tokens,
 )
 from onebase_adapters.format.config import AdapterFormatError, check_config
+from onebase_engine.machine import thread_seconds
 from onebase_protocol.adapters import TokenizerAdditions
 from onebase_server.inference import tokenization
 from onebase_server.inference.tokenization import BaseTokenizer, TokenizerError, Tokenizers
@@ -144,7 +146,9 @@ def test_a_model_is_read_only_where_its_text_is_not_the_bases(
     def read(name: str) -> bytes | None:
         return json.dumps(tokenizer).encode() if name == "tokenizer.json" else read_folder(case.folder)(name)
 
+    before = thread_seconds() - time.thread_time()
     assert case.config(read) == expected
+    assert thread_seconds() - time.thread_time() > before + 0.001, "the process that reads it counts"
 
 
 def changed(case: Case, change: Any) -> str:

@@ -181,7 +181,7 @@ def test_a_thread_that_computes_hands_the_interpreter_to_the_event_loop_sooner_t
     finally:
         sys.setswitchinterval(before)
 
-    assert seen == [pytest.approx(0.001)]
+    assert seen == [pytest.approx(0.0002)]
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import select
@@ -379,6 +380,28 @@ def test_the_engine_ends_when_the_api_is_killed(serve_scripted: Starter) -> None
         assert not alive(engine)
 
 
+async def run_parts(
+    follow: Callable[..., Awaitable[None]],
+    stop: Callable[[str], Callable[[], Awaitable[None]]],
+    ready: asyncio.Event,
+    on_ready: Callable[[], None],
+) -> None:
+    """Run a server whose parts do nothing but `follow` until they are stopped."""
+    services: Any = SimpleNamespace(
+        settings=Settings(),
+        answers=Counter(),
+        route_secret="",
+        pacer=None,
+        draining=False,
+        supervisor=SimpleNamespace(run_engine=follow, stop=stop("engine"), ready=ready),
+        training=SimpleNamespace(scheduler=SimpleNamespace(follow=follow, stop=stop("jobs"))),
+        batches=SimpleNamespace(runner=SimpleNamespace(follow=follow, stop=stop("batches"))),
+    )
+    app: Any = SimpleNamespace(state=SimpleNamespace(authenticator=None))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await run_server(services, app, listener, on_ready)
+
+
 @pytest.mark.parametrize("broken", ["http", "batches", "jobs", "engine"])
 def test_each_step_of_the_end_is_taken_whatever_another_raises(
     monkeypatch: pytest.MonkeyPatch, broken: str
@@ -404,23 +427,39 @@ def test_each_step_of_the_end_is_taken_whatever_another_raises(
             raise RuntimeError("http does not stop")
 
     async def serve() -> None:
-        scheduler = SimpleNamespace(follow=forever, stop=stop("jobs"))
-        runner = SimpleNamespace(follow=forever, stop=stop("batches"))
-        supervisor = SimpleNamespace(run_engine=forever, stop=stop("engine"), ready=asyncio.Event())
-        services: Any = SimpleNamespace(
-            settings=Settings(),
-            answers=Counter(),
-            route_secret="",
-            draining=False,
-            supervisor=supervisor,
-            training=SimpleNamespace(scheduler=scheduler),
-            batches=SimpleNamespace(runner=runner),
-        )
-        app: Any = SimpleNamespace(state=SimpleNamespace(authenticator=None))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            await run_server(services, app, listener, lambda: None)
+        await run_parts(forever, stop, asyncio.Event(), lambda: None)
 
     monkeypatch.setattr(QuietServer, "serve", ends)
     with pytest.raises(RuntimeError, match=f"{broken} does not stop"):
         asyncio.run(serve())
     assert taken == ["batches", "jobs", "engine", "a task", "a task", "a task"]
+
+
+def test_garbage_collections_of_a_server_that_is_ready_leave_out_what_was_loaded_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def idle(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def stopping() -> None:
+        pass
+
+    async def serve() -> float:
+        ready, frozen = asyncio.Event(), asyncio.get_running_loop().create_future()
+        ready.set()
+
+        async def until_ready(*_: Any, **__: Any) -> None:
+            await frozen
+
+        monkeypatch.setattr(QuietServer, "serve", until_ready)
+        loaded = len(gc.get_objects())
+        await run_parts(
+            idle, lambda name: stopping, ready, lambda: frozen.set_result(gc.get_freeze_count() / loaded)
+        )
+        return await frozen
+
+    gc.unfreeze()
+    try:
+        assert asyncio.run(serve()) > 0.9
+    finally:
+        gc.unfreeze()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tests.tiny import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onebase_edge.errors import UnavailableError
+from onebase_engine.machine import thread_seconds
 from onebase_protocol.adapters import AddedToken, TokenizerAdditions
 from onebase_server.inference import own_templates
 from onebase_server.inference.own_templates import Budget, OwnTemplateError, OwnTemplates
@@ -305,6 +307,15 @@ def test_a_template_that_is_slow_to_read_is_refused_however_many_renderings_it_t
     with pytest.raises(OwnTemplateError, match="takes more than"):
         templates.render(busy, [], None, {})
     assert templates.render("a", [], None, {}) == "a"
+
+
+def test_what_a_template_computes_counts_as_time_of_the_thread_that_renders_it(
+    templates: OwnTemplates,
+) -> None:
+    busy = "{% for a in range(1000) %}{% for b in range(5000) %}{% endfor %}{% endfor %}b"
+    before = thread_seconds() - time.thread_time()
+    assert templates.render(busy, [], None, {}) == "b"
+    assert thread_seconds() - time.thread_time() > before + 0.001
 
 
 def test_a_process_that_is_killed_while_it_renders_is_replaced(templates: OwnTemplates) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,10 +14,13 @@ from typing import Any
 import pytest
 
 from onebase_edge.background import Threads
+from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.settings import Settings
+from onebase_engine.machine import count_seconds
 from onebase_server.http.authorization import AuthenticationMiddleware
 from onebase_server.http.deps import CALLER
 from onebase_server.tenancy.access import Caller
-from onebase_server.tenancy.pacing import ALLOWANCE_SECONDS, RequestPacer
+from onebase_server.tenancy.pacing import ALLOWANCE_SECONDS, REFUSAL_SECONDS, RequestPacer
 
 NEVER = 1e-9
 """Share of a tenant that does not pay what it owes while a test runs."""
@@ -148,10 +152,48 @@ def test_a_request_costs_nothing_any_more_once_it_runs() -> None:
 
 def test_threads_are_charged_to_the_tenant_they_compute_for() -> None:
     async def script(requests: Requests) -> None:
-        threads = Threads("read", 1, on_cost=requests.pacer.charge)
+        threads = Threads("read", 1)
 
         async def answer() -> None:
             await threads.run_for("evil", compute, MUCH)
+
+        async with requests.stream("good"):
+            await requests.pacer.serve("evil", answer)
+            late = requests.start("evil 1")
+            await settle()
+            assert requests.begun == []
+        await late
+
+    play(script)
+
+
+def test_threads_that_nobody_has_named_a_tenant_to_are_charged_to_the_request_also_after_its_end() -> None:
+    async def script(requests: Requests) -> None:
+        threads = Threads("disk", 1)
+        works: list[asyncio.Task[None]] = []
+
+        async def answer() -> None:
+            works.append(asyncio.create_task(threads.run_blocking(compute, MUCH)))
+
+        async with requests.stream("good"):
+            await requests.pacer.serve("evil", answer)
+            await threads.run_blocking(compute, MUCH)  # on nobody's behalf
+            await asyncio.gather(*works)
+            late = requests.start("evil 1")
+            await requests.run("good 1")
+            await settle()
+            assert requests.begun == ["good 1"]
+        await late
+
+    play(script)
+
+
+def test_what_another_process_computes_for_a_request_is_charged_too() -> None:
+    async def script(requests: Requests) -> None:
+        threads = Threads("disk", 1)
+
+        async def answer() -> None:
+            await threads.run_blocking(count_seconds, MUCH)
 
         async with requests.stream("good"):
             await requests.pacer.serve("evil", answer)
@@ -168,7 +210,7 @@ def test_requests_that_cost_much_are_let_in_one_by_one_once_that_is_known() -> N
     costly = ALLOWANCE_SECONDS / 4
 
     async def script(requests: Requests) -> None:
-        threads = Threads("read", 1, on_cost=requests.pacer.charge)
+        threads = Threads("read", 1)
         begun: list[int] = []
 
         async def answer(number: int) -> None:
@@ -273,6 +315,58 @@ def test_of_requests_that_arrive_while_one_was_just_let_in_each_pays_before_the_
         await asyncio.gather(*waiting)
 
     play(script)
+
+
+def test_refusals_of_all_clients_together_wait_for_their_turn_beside_requests_of_tenants() -> None:
+    """Whether they have a key, or which address they come from, makes no difference."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("what is refused does not reach the app")
+
+    async def script(requests: Requests) -> None:
+        answers: Counter[tuple[str, int]] = Counter()
+        door = CrossSiteMiddleware(app, Settings(), answers=answers, pacer=requests.pacer)
+        most = int(ALLOWANCE_SECONDS / REFUSAL_SECONDS) + 2
+
+        def request(number: int) -> dict[str, Any]:
+            headers = [(b"host", b"evil.example")]
+            return {
+                "type": "http", "method": "GET", "path": "/", "headers": headers,
+                "client": (f"203.0.113.{number % 250}", 1), "http_version": "1.1",
+            }  # fmt: skip
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                sent.append(message["status"])
+
+        sent: list[int] = []
+        assert all(door.turned_away(request(number)) for number in range(2 * most)), "nobody else is there"
+        requests.pacer._refused.debt = 0.0
+        async with requests.stream("good"):
+            asked = [request(number) for number in range(2 * most)]
+            late = [one for one in asked if door.turned_away(one) is None]
+            assert most <= len(late) < 2 * most
+            tasks = [asyncio.create_task(door(one, None, send)) for one in late]  # type: ignore[arg-type]
+            await settle()
+            assert sent == []
+            await requests.run("good 1")
+        await asyncio.gather(*tasks)
+        assert sent == [403] * len(late)
+        assert answers["none", 403] == 4 * most
+
+    assert play(script) == ["good 1"]
+
+
+def test_refusals_that_wait_are_no_requests_for_which_a_tenant_has_to_wait() -> None:
+    async def script(requests: Requests) -> None:
+        end = asyncio.Event()
+        refused = asyncio.create_task(requests.pacer.serve(None, lambda: end.wait()))  # type: ignore[arg-type, return-value]
+        await requests.run("only 1", MUCH)
+        await requests.run("only 2", MUCH)
+        end.set()
+        await refused
+
+    assert play(script) == ["only 1", "only 2"]
 
 
 def test_requests_that_leave_while_they_wait_do_not_make_later_ones_look_cheap() -> None:

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from onebase_adapters.format.config import AdapterFormatError, parse_config
 from onebase_adapters.format.conversion import tensor_names
 from onebase_adapters.format.strict_json import shown
 from onebase_engine.environment import computing_environment
-from onebase_engine.machine import BESIDE_SERVING, step_aside
+from onebase_engine.machine import BESIDE_SERVING, count_seconds, step_aside
 from onebase_protocol.adapters import AddedToken, TokenizerAdditions
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -109,8 +110,9 @@ def _digests(model: msgspec.Raw) -> Iterator[str]:
 def _digest_apart(model: msgspec.Raw) -> str:
     """Return the digest of a model, computed by another process: to decode one holds up every thread.
 
-    Raises _ProblemError, and OSError if the process fails.
+    Its processor time counts as this thread's. Raises _ProblemError, and OSError if the process fails.
     """
+    began = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "onebase_adapters.format.added_tokens"],
         stdin=subprocess.PIPE,
@@ -124,8 +126,11 @@ def _digest_apart(model: msgspec.Raw) -> str:
             said, _ = child.communicate(bytes(model), timeout=_DIGEST_SECONDS)
         except subprocess.TimeoutExpired:
             child.kill()
+            count_seconds(_DIGEST_SECONDS)
             raise OSError(f"a tokenizer was not read within {_DIGEST_SECONDS:g} s") from None
-    found, _, problem = said.decode().partition("\n")
+    used, _, answer = said.decode().partition("\n")
+    count_seconds(float(used or time.monotonic() - began))
+    found, _, problem = answer.partition("\n")
     if problem:
         raise _ProblemError(problem)
     if not found:
@@ -313,11 +318,13 @@ def _template(read: Read, settings: Mapping[str, Any]) -> str | None:
 
 
 def main() -> None:
-    """Write the digest of the model on stdin, or an empty line and what is wrong with it."""
+    """Write the processor time that this has taken, in seconds, and the digest of the model on stdin, or an
+    empty line and what is wrong with it."""
     try:
-        print(_digest(msgspec.json.decode(sys.stdin.buffer.read(), type=_Model)))
+        answer = _digest(msgspec.json.decode(sys.stdin.buffer.read(), type=_Model))
     except (msgspec.DecodeError, RecursionError) as error:
-        print(f"\n{error}", end="")
+        answer = f"\n{error}"
+    print(time.process_time(), answer, sep="\n", end="")
 
 
 if __name__ == "__main__":

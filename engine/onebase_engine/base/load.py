@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ view decides whether the kernels know it."""
 STATELESS_LAYERS = frozenset({"mlp", "moe"})
 """The same of layers that compute each token by itself."""
 
+_SIZES = re.compile(r"(num|n)_.*|.*_(size|dim|rank)|max_position_embeddings")
+"""Pattern of the fields of a config that are sizes."""
 MOST_PLAIN = 0.05
 """Largest part of a base's weights that may lie outside its linear layers, embeddings and head: room for
 routers, and for the convolutions of a part that sees or hears."""
@@ -157,6 +160,7 @@ def _check_architecture(config: Any) -> None:
         )
     # Of a model that also sees or hears, the layers are those of its text part.
     text = config.get_text_config()
+    _check_sizes(name, text)
     layer_types = set(getattr(text, "layer_types", None) or ())
     foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS - RECURRENT_LAYERS - STATELESS_LAYERS)
     if foreign:
@@ -168,6 +172,16 @@ def _check_architecture(config: Any) -> None:
         raise UnsupportedBaseError(
             f"{name} drafts for another model, whose keys and values all its layers read. Choose that one."
         )
+
+
+def _check_sizes(name: str, text: Any) -> None:
+    """Raise UnsupportedBaseError for a size below zero, of which transformers may make a smaller model."""
+    for size, value in text.to_dict().items():
+        if type(value) is int and value < 0 and _SIZES.fullmatch(size):
+            raise UnsupportedBaseError(
+                f"{name}.{size} is {value}, and no size is below zero. Choose a base whose config.json is "
+                "complete, or another one."
+            )
 
 
 def _check_modules(model: Any) -> None:

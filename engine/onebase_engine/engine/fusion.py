@@ -2,9 +2,9 @@
 
 The modelling code stays as it is. Layers that are called with the same rows are multiplied at the first call.
 A gated MLP is one call and `down_proj`. Queries and keys are rotated where attention reads them, and residual
-sums are computed with the product that they add. A decoder layer that consists of nothing else is recorded,
-for each small number of rows, and then runs as one call. Each fusion is used only if a pass of the whole
-model gives the same bits with it and without.
+sums are computed with the product that they add. A decoder layer that consists of nothing else is recorded
+once, before the first request, and then runs as one call for any small number of rows. Each fusion is used
+only if a pass of the whole model gives the same bits with it and without.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from onebase_engine.base.view import ROTARY, called_by, forward_with
 from onebase_engine.engine.attention import PagedAttention
 from onebase_engine.kernels.cpu import CpuKernels
-from onebase_engine.kernels.interface import Contexts, JoinedLayers, Kernels
+from onebase_engine.kernels.interface import TILE, Contexts, JoinedLayers, Kernels
 from onebase_engine.kernels.recorded_calls import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.lora.linear import SharedRows
 from onebase_engine.lora.module import StepRows
@@ -39,7 +39,10 @@ _SHARED_ROWS = (
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 """Children of a decoder layer that consists of nothing but them and two sums."""
 MOST_ROWS = 64
-"""Largest number of rows for which a decoder layer is recorded; with more, call overhead does not matter."""
+"""Number of rows for which a decoder layer is recorded, and the largest for which the recording is used; with
+more, call overhead does not matter."""
+FEW_ROWS = 3
+"""Number of rows of a trial, small like that of most steps."""
 
 
 def fuse(
@@ -47,14 +50,14 @@ def fuse(
     attention: PagedAttention,
     kernels: Kernels,
     rows: StepRows,
-    run: Callable[[int], torch.Tensor],
+    run: Callable[[int, int], torch.Tensor],
 ) -> list[RecordedLayer]:
     """Fuse what can be fused in a served view and return the recorded layers.
 
     The caller has to `refresh` these when adapters are loaded or evicted.
 
     Args:
-        run: a pass of the whole model over rows that depend on a number, all of one count, for its logits.
+        run: a pass of the whole model over so many rows, which depend on a number, for logits of them.
     """
     recorded: list[RecordedLayer] = []
     if isinstance(kernels, CpuKernels) and kernels.adds:
@@ -67,16 +70,15 @@ def fuse(
     }
     whole = [layer.switch for layer in recorded]
     every = [switch for switches in parts.values() for switch in switches]
-    if not every and not whole:
-        return []
-    trial = _Trial(run, [run(0), run(1)])
+    trial = _Trial(run)
     # A pass over a large base takes seconds: parts are tried together, and one by one only if that fails.
-    if not trial.passes(every, (0, 1)):
+    if not trial.passes(every, _PASSES):
         for title, switches in parts.items():
-            if not trial.passes(switches, (0, 1)):
+            if not trial.passes(switches, _PASSES):
                 logger.info("kernels: %s are not fused, which would change bits", title)
-    # Once more the first: what was recorded with it is run again.
-    if not trial.passes(whole, (0, 1, 0)):
+    # Once more the first: what others have left in the memory of a recording changes nothing.
+    passes = (*_PASSES, (0, FEW_ROWS), _PASSES[0])
+    if not trial.passes(whole, passes, begin=lambda: run(0, MOST_ROWS)):
         logger.info("kernels: decoder layers are not recorded, which would change bits")
         return []
     return recorded
@@ -86,22 +88,38 @@ _Switch = tuple[Callable[[], None], Callable[[], None]]
 """Functions that switch a fusion on, and off again."""
 
 
-@dataclass(frozen=True)
+_PASSES = ((0, TILE), (1, TILE))
+"""Numbers and rows of the passes with which fusions are tried."""
+
+
+@dataclass
 class _Trial:
-    """Passes of the whole model, against its logits with nothing fused."""
+    """Passes of the whole model, by number and rows, against its logits before."""
 
-    run: Callable[[int], torch.Tensor]
-    expected: list[torch.Tensor]
-    """Logits of passes 0 and 1 with nothing fused."""
+    run: Callable[[int, int], torch.Tensor]
+    _expected: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
-    def passes(self, switches: list[_Switch], numbers: Sequence[int]) -> bool:
-        """Switch fusions on, and off again unless these passes still give the same bits."""
+    def passes(
+        self,
+        switches: list[_Switch],
+        passes: Sequence[tuple[int, int]],
+        begin: Callable[[], object] = lambda: None,
+    ) -> bool:
+        """Switch fusions on, and off again unless these passes still give the same bits.
+
+        Args:
+            begin: called first when they are on.
+        """
         if not switches:
             return True
+        for one in passes:
+            if one not in self._expected:
+                self._expected[one] = self.run(*one)
         for on, _ in switches:
             on()
         try:
-            same = all(torch.equal(self.run(number), self.expected[number]) for number in numbers)
+            begin()
+            same = all(torch.equal(self.run(*one), self._expected[one]) for one in passes)
         except Exception:
             logger.exception("kernels: calls cannot be fused")
             same = False
@@ -235,7 +253,7 @@ class _Memory:
 
 class RecordedLayer:
     """A decoder layer that is one call for up to MOST_ROWS rows, unless an adapter replaces a part of it or a
-    part has a forward hook."""
+    part has a forward hook. It is recorded in its first pass over MOST_ROWS rows, which `fuse` makes."""
 
     def __init__(
         self,
@@ -256,7 +274,10 @@ class RecordedLayer:
         inside = [one for one in module.modules() if one is not module]
         self._wrapped = [one for one in inside if isinstance(one, SlotModule)]
         self._hooks = [hooks for one in inside for hooks in (one._forward_pre_hooks, one._forward_hooks)]
-        self._programs: dict[int, Program | None] = {}
+        self._tried = False
+        """Whether the layer was to be recorded."""
+        self._programs: dict[int, Program] = {}
+        """The recording by number of rows; empty if there is none."""
         self._plain = True
 
     @property
@@ -277,14 +298,21 @@ class RecordedLayer:
         count = given[0].shape[1]
         if count > MOST_ROWS or given[0].dtype != torch.bfloat16:
             return self._whole(*args, **named)
-        if count not in self._programs:
-            return self._record(count, args, named, step)
-        program = self._programs[count]
+        if count == MOST_ROWS and not self._tried:
+            self._tried = True
+            return self._record(args, named, step)
+        program = self._programs.get(count) or self._shorter(count)
         if program is None:
             return self._whole(*args, **named)
         return program.run_calls(given, self._rows.tokens, step)
 
-    def _record(self, count: int, args: Any, named: Any, step: Contexts) -> Any:
+    def _shorter(self, count: int) -> Program | None:
+        """Return the recording for fewer rows than it was made with; None if there is none."""
+        if MOST_ROWS not in self._programs:
+            return None
+        return self._programs.setdefault(count, self._programs[MOST_ROWS].first_rows(count))
+
+    def _record(self, args: Any, named: Any, step: Contexts) -> Any:
         fixed = [self._fix(number, tensor, step) for number, tensor in enumerate(_tensors(args, named))]
         places = iter(one.tensor for one in fixed)
         own_args, own_named = (
@@ -296,9 +324,8 @@ class RecordedLayer:
                 result = self._whole(*own_args, **own_named)
             if not isinstance(result, torch.Tensor):
                 raise UnrecordableError("a layer gives more than its rows")
-            self._programs[count] = recording.program(result)
+            self._programs[MOST_ROWS] = recording.program(result)
         except UnrecordableError as error:
-            self._programs[count] = None
             if str(error) not in self._memory.said:
                 self._memory.said.add(str(error))
                 logger.info("kernels: %s are not recorded: %s", type(self._module).__name__, error)

@@ -243,7 +243,7 @@ class ServedModel:
             self._fused = True
             numbers = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + tried, dtype=np.int32)
             tables = numbers.reshape(-1, 2, parts) * np.array(strides, dtype=np.int32)[:, None, None]
-            self._recorded = self._fuse(lambda number: self._try_pass(number, tables, block_size))
+            self._recorded = self._fuse(lambda number, rows: self._try_pass(number, rows, tables, block_size))
         if self._captures:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
@@ -252,7 +252,7 @@ class ServedModel:
                 self._run_fixed, self.kernels, self._slot_count, block_size, padding, self.device
             )
 
-    def _fuse(self, try_pass: Callable[[int], torch.Tensor]) -> list[RecordedLayer]:
+    def _fuse(self, try_pass: Callable[[int, int], torch.Tensor]) -> list[RecordedLayer]:
         """Fuse the decoder's layers, unless this PyTorch lacks the private parts that recording needs."""
         try:
             from onebase_engine.engine.fusion import fuse
@@ -273,21 +273,28 @@ class ServedModel:
         self._recurrence.release()
         self.host = self._graphs = None
 
-    def _try_pass(self, number: int, tables: np.ndarray, block_size: int) -> torch.Tensor:
-        """Return the logits of TILE rows of two contexts in the blocks of `tables`, still unused."""
+    def _try_pass(self, number: int, rows: int, tables: np.ndarray, block_size: int) -> torch.Tensor:
+        """Return the logits of `rows` rows of two contexts in the blocks of `tables`, still unused.
+
+        Rows beyond TILE are padding, which gives no logits.
+        """
         words = self._view.config.get_text_config().vocab_size
-        first = TILE - 5 - 3 * number
-        row = (np.arange(TILE) >= first).astype(np.int32)
-        position = np.arange(TILE, dtype=np.int32) - row * first
-        write = np.ascontiguousarray(tables[:, row, position // block_size]) * block_size
-        write += position % block_size
-        starts, none = np.array([0, first, TILE], dtype=np.int32), np.zeros(2, dtype=np.int32)
+        used = min(rows, TILE)
+        first = max(1, used - 5 - 3 * number)
+        row = (np.arange(rows) >= first).astype(np.int32)
+        position = np.arange(rows, dtype=np.int32) - row * first
+        row[used:], position[used:] = 0, -1
+        places = np.maximum(position, 0)
+        write = np.ascontiguousarray(tables[:, row, places // block_size]) * block_size
+        write += places % block_size
+        write[:, used:] = np.array([[group.stride] for group in self.groups]) * DUMP_BLOCK * block_size
+        starts, none = np.array([0, first, used], dtype=np.int32), np.zeros(2, dtype=np.int32)
         step = Contexts(position, row, write, tables, runs=StateRuns(starts, none, none - 1))
         self._attention.step = step
-        every = torch.arange(TILE, device=self.device)
-        places = torch.from_numpy(position).long().to(self.device)
+        every = torch.arange(rows, device=self.device)
+        positions = torch.from_numpy(places).long().to(self.device)
         try:
-            return self._forward((every[None] * 7 + number) % words, places[None], every, step.runs)
+            return self._forward((every[None] * 7 + number) % words, positions[None], every[:used], step.runs)
         finally:
             self._attention.step = None
 

@@ -2,8 +2,9 @@
 
 A pass of a decoder layer is a few calls of the library between many of Python. A `Recording` runs it once for
 a number of rows and stores the calls, with the memory that they read and write; a `Program` repeats them for
-other rows. As with CUDA graphs, a program's inputs need fixed addresses: adapters are in slots, inputs from
-outside are copied to a fixed place, and the mapping of slots to rows belongs to the step, not the program.
+other rows, as many or fewer. As with CUDA graphs, a program's inputs need fixed addresses: adapters are in
+slots, inputs from outside are copied to a fixed place, and the mapping of slots to rows belongs to the step,
+not the program.
 """
 
 from __future__ import annotations
@@ -61,6 +62,13 @@ class Fixed:
         self.tensor = tensor
         self._pointer = tensor.data_ptr()
         self._from: tuple[torch.Tensor, Contexts] | None = None
+        self._first: dict[int, Fixed] = {}
+
+    def first_rows(self, count: int) -> Fixed:
+        """Return the place of the first `count` rows of a tensor [1, rows, ...], the same one each time."""
+        if count not in self._first:
+            self._first[count] = Fixed(self.tensor[:, :count])
+        return self._first[count]
 
     def load_tensor(self, tensor: torch.Tensor, step: Contexts) -> None:
         """Copy the step's tensor to the fixed place, unless it is there already."""
@@ -72,7 +80,10 @@ class Fixed:
 
 
 class Program:
-    """Recorded calls. `inputs`: numbers of the given tensors that are read, and their places."""
+    """Recorded calls. `inputs`: numbers of the given tensors that are read, and their places.
+
+    These and the result are [1, rows, ...].
+    """
 
     def __init__(
         self,
@@ -85,6 +96,15 @@ class Program:
         self._calls = (KernelCall * len(calls))(*calls)
         self._inputs = tuple(inputs)
         self._result = result
+
+    def first_rows(self, count: int) -> Program:
+        """Return the same calls for the first `count` rows alone. Nothing is computed."""
+        rows = self._result.shape[1]
+        calls = [KernelCall.from_buffer_copy(call) for call in self._calls]
+        for call in calls:  # A norm of heads has several of its own to a row.
+            call.rows = call.rows // rows * count
+        inputs = [(number, fixed.first_rows(count)) for number, fixed in self._inputs]
+        return Program(self._kernels, calls, inputs, self._result[:, :count])
 
     def run_calls(self, given: Sequence[torch.Tensor], rows: RowMap, step: Contexts) -> torch.Tensor:
         """Return the result for other tensors of the same shapes; the next run overwrites it.
@@ -105,7 +125,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Raises:
         UnrecordableError: another operator runs, or a call reads what is none of the tensors given and no
-            result of a call.
+            result of a call, or is for another number of rows than these have.
     """
 
     def __init__(self, kernels: CpuKernels, arena: Arena, given: Sequence[Fixed]) -> None:
@@ -156,6 +176,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._arena.holds(result):
             raise UnrecordableError("the result is none of a call")
         inputs = [(number, self._fixed[number]) for number in sorted(self.reads)]
+        rows = result.shape[1]
+        tensors = [result, *(fixed.tensor for _, fixed in inputs)]
+        if any(one.shape[:2] != (1, rows) or not one.is_contiguous() for one in tensors):
+            raise UnrecordableError("a layer reads or gives what is not by rows")
+        if any(call.rows % rows for call in self.calls):
+            raise UnrecordableError("a call is for other rows than the layer's")
         return Program(self._kernels, self.calls, inputs, result)
 
 

@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +25,7 @@ from onebase_edge.errors import UnavailableError
 from onebase_edge.listener import LEAST_FILES, bind, url_of
 from onebase_edge.options import address_error
 from onebase_edge.settings import Settings, is_loopback
+from onebase_engine.machine import switch_threads_soon
 from onebase_server.adapters.sources import FolderError, find_adapters
 from onebase_server.app.console import LoadingDisplay, print_summary
 from onebase_server.app.wiring import Commands, assemble
@@ -44,11 +44,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-SWITCH_SECONDS = 0.001
-"""Time, in seconds, for which a thread that computes in Python keeps the event loop waiting for its turn: a
-fifth of Python's own default. The loop waits so long each time that it has looked for what has arrived."""
-
-
 class StartupError(RuntimeError):
     """The server cannot serve; the message says why and what to do."""
 
@@ -56,7 +51,7 @@ class StartupError(RuntimeError):
 def serve_until_stopped(settings: Settings, console: Console, commands: Commands | None = None) -> None:
     """Serve until a signal. Raises StartupError when the server cannot start or continue."""
     _check_open_files()
-    sys.setswitchinterval(SWITCH_SECONDS)
+    switch_threads_soon()
     try:
         listener = bind(settings)
     except OSError as error:

@@ -159,10 +159,7 @@ def assemble(
         )
     )
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
-    pacer = RequestPacer()
-    planner = Planner(
-        supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits, on_cost=pacer.charge
-    )
+    planner = Planner(supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits)
     keys = KeyRing(
         storage.registry.keys,
         storage.registry.tenants,
@@ -209,8 +206,8 @@ def assemble(
         tracing=tracing,
         metrics=metrics,
         answers=answers,
-        pacer=pacer,
-        reading=Threads("read", READ_THREADS, on_cost=pacer.charge),
+        pacer=RequestPacer(),
+        reading=Threads("read", READ_THREADS),
     )
 
 

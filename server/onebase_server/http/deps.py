@@ -58,9 +58,9 @@ from onebase_server.tenancy.usage import TenantUsageRecorder
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LONG_BODY = 64 * 1024
+LONG_BODY = 16 * 1024
 """Bytes of bodies that one turn of the event loop reads and validates, for all requests together (about
-20 ms). The rest goes to threads: a long conversation takes a third of a second, in which no stream would go
+5 ms). The rest goes to threads: a long conversation takes a third of a second, in which no stream would go
 on."""
 READ_THREADS = 2
 COUNT_SECONDS = 5.0

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from onebase_edge.cross_site import CrossSiteMiddleware
 from onebase_edge.listener import QuietServer, uvicorn_config
+from onebase_engine.machine import freeze_loaded
 from onebase_server.http.app import InnerRequests
 from onebase_server.http.deps import Services, server_stopping
 from onebase_server.processes.link import kill_children
@@ -32,7 +33,7 @@ async def run_server(
     """
     settings = services.settings
     middleware = CrossSiteMiddleware(
-        app, settings, app.state.authenticator, services.answers, services.route_secret
+        app, settings, app.state.authenticator, services.answers, services.route_secret, services.pacer
     )
     server = QuietServer(uvicorn_config(middleware, settings))
     stop = asyncio.Event()
@@ -75,6 +76,7 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
     await services.supervisor.ready.wait()
+    freeze_loaded()
     on_ready()
 
 

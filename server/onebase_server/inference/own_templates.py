@@ -25,7 +25,7 @@ from typing import Any
 from onebase_adapters.hub.confinement import confine
 from onebase_edge.errors import UnavailableError
 from onebase_engine.environment import computing_environment
-from onebase_engine.machine import BESIDE_SERVING, step_aside
+from onebase_engine.machine import BESIDE_SERVING, count_seconds, step_aside
 
 CALL_SECONDS = 2.0
 """Processor time, in seconds, that one rendering may take."""
@@ -122,7 +122,11 @@ class OwnTemplates:
         process = self._started()
         before = _cpu_seconds(process.pid)
         try:
-            answer = _asked(process, line, STUCK_SECONDS, most)
+            try:
+                answer = _asked(process, line, STUCK_SECONDS, most)
+            finally:
+                used = _cpu_seconds(process.pid) - before
+                count_seconds(used)
         except _TookMoreError:
             self._kill()
             self._refuse(template)
@@ -139,7 +143,7 @@ class OwnTemplates:
             self._kill()
             raise OwnTemplateError(f"the adapter's chat template cannot be used: {error}") from None
         if budget is not None:
-            budget.seconds -= _cpu_seconds(process.pid) - before
+            budget.seconds -= used
             if budget.seconds <= 0:
                 self._refuse(template)
         return answer

@@ -5,7 +5,6 @@ The api runs it as `python -m onebase_server.processes engine --fd N [--base-fd 
 
 from __future__ import annotations
 
-import gc
 import logging
 import socket
 import time
@@ -57,7 +56,7 @@ from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.environment import mps_runs
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.machine import free_memory, is_out_of_memory
+from onebase_engine.machine import free_memory, freeze_loaded, is_out_of_memory, switch_threads_soon
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 
 logger = logging.getLogger(__name__)
@@ -85,6 +84,7 @@ def run_engine(sock: socket.socket, base_fd: int | None = None) -> int:
 
     `base_fd` is a memfd into which the base is published, for verifiers to attach.
     """
+    switch_threads_soon()
     channel = EngineChannel(sock, protocol.to_engine_decoder().decode, leave_within=GOODBYE_SECONDS)
     try:
         start = channel.receive()
@@ -277,9 +277,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     channel.send(protocol.Loading(stage="proving the base", fraction=0.95))
     prove_once(engine, base, settings, config.cpu_weights)
     engine.counters = Counters()
-    # What is loaded stays. Else every full collection would go through it, between two steps.
-    gc.collect()
-    gc.freeze()
+    freeze_loaded()
     kv_bytes = blocks * model.kv_bytes_per_block(config.block_size)
     info = _base_info(config, base, engine, kv_bytes, time.monotonic() - started)
     channel.send(protocol.Ready(base=info, manifest=manifest))

@@ -28,7 +28,7 @@ from onebase_adapters.proof.verifier import OnProgress, Verifier
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError, BaseSettings
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
-from onebase_engine.machine import is_out_of_memory
+from onebase_engine.machine import freeze_loaded, is_out_of_memory
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.verifier_protocol import (
@@ -111,9 +111,7 @@ def _attach(message: Attach, base_fd: int | None, channel: VerifierChannel) -> V
     base = attach(settings, message.manifest, base_fd)
     importlib.import_module("peft")  # so that the first version does not wait for it
     verifier = Verifier(base, max_rank=config.max_rank, base_id=message.base_id)
-    # What is loaded stays. Else a full collection, a quarter of a second, would fall into every other proof.
-    gc.collect()
-    gc.freeze()
+    freeze_loaded()
     on_cpu = verifier.device.type == "cpu"
     channel.send(Attached(seconds=time.monotonic() - started, threads=threads if on_cpu else 0))
     return verifier

@@ -150,9 +150,7 @@ class Planner:
         hub: AdapterFetcher,
         checkpoints: AdapterFetcher,
         limits: RequestLimits,
-        on_cost: Callable[[str, float], None] = lambda tenant, seconds: None,
     ) -> None:
-        """on_cost: called with a tenant and the processor time, in seconds, in which its text was read."""
         self._supervisor = supervisor
         self._tokenizers = tokenizers
         self._tokenizer = tokenizers.base
@@ -160,9 +158,9 @@ class Planner:
         self._hub = hub
         self._checkpoints = checkpoints
         self._limits = limits
-        self._threads = Threads("tokenize", _THREADS, on_cost=on_cost)
-        self._one_thread = Threads("tokenize-long", 1, on_cost=on_cost)
-        self._template_thread = Threads("templates", 1, on_cost=on_cost)
+        self._threads = Threads("tokenize", _THREADS)
+        self._one_thread = Threads("tokenize-long", 1)
+        self._template_thread = Threads("templates", 1)
         """Thread that waits for the templates' process, apart from those that tokenize."""
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 

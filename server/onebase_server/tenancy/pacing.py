@@ -3,8 +3,8 @@
 Reading, checking and refusing requests takes the cores that the engine's steps on a CPU need, and the event
 loop through which every stream goes. A tenant is charged the processor time of its requests, each up to the
 moment when the engine has it. What it owes it pays with time: its next requests wait, in the order in which
-they came, and running ones are never delayed. This is a leaky bucket (GCRA, ITU-T I.371), in seconds of a
-processor.
+they came, and running ones are never delayed. Requests that are refused by their address and headers pay
+together, whoever sends them. This is a leaky bucket (GCRA, ITU-T I.371), in seconds of a processor.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from functools import partial
 from types import coroutine
 from typing import Any
 
+from onebase_edge.background import PAYER
+
 SHARE_OF_CORES = 0.1
 """Part of all cores that one tenant's requests may take while others' requests run."""
 MOST_SHARE = 0.5
@@ -29,6 +31,8 @@ MOST_DEBT_SECONDS = 0.5
 was there, does not shut it out."""
 USUAL_SECONDS = 0.002
 """Processor time of a request of which nothing is known yet."""
+REFUSAL_SECONDS = 0.0003
+"""Processor time in which a request is read and refused by its address and headers."""
 _NEWEST = 0.1
 """Weight of the newest request in the mean of a tenant's."""
 _LEAST_KEPT = 64
@@ -64,19 +68,29 @@ class RequestPacer:
         self._share = min(MOST_SHARE, SHARE_OF_CORES * cores) if share is None else share
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
+        self._refused = _Account(self._clock())
+        """Account of all requests that are refused by their address and headers."""
         self._look_at = _LEAST_KEPT
         """Number of accounts from which on unused ones are looked for."""
 
+    def refuse(self) -> bool:
+        """Charge a refusal, and return True, if a request may be refused now. Else it takes its turn with
+        `serve`, as nobody's."""
+        if self._refused.waiting or self._must_wait(self._refused):
+            return False
+        self._owe(self._refused, REFUSAL_SECONDS)
+        return True
+
     async def serve(
         self,
-        tenant: str,
+        tenant: str | None,
         answer: Callable[[], Awaitable[None]],
         *,
         runs: Callable[[], bool] = lambda: False,
         at_once: bool = False,
     ) -> None:
         """Await `answer()` once it is the tenant's turn, or `at_once`, and charge what it takes in this
-        thread until `runs`."""
+        thread until `runs`, and in others. `tenant`: None for a request that is refused."""
         account = self._account(tenant)
         account.requests += 1
         began = False
@@ -86,7 +100,11 @@ class RequestPacer:
             began = True
             account.prepaid += account.mean
             self._owe(account, account.mean)  # before the next one looks whether it must wait
-            await _timed(answer(), runs, partial(self._charge, account))
+            before = PAYER.set(partial(self.charge, tenant))
+            try:
+                await _timed(answer(), runs, partial(self._charge, account))
+            finally:
+                PAYER.reset(before)
         finally:
             account.requests -= 1
             if began:
@@ -96,11 +114,9 @@ class RequestPacer:
                 account.prepaid = 0.0
                 self._release()
 
-    def charge(self, tenant: str, seconds: float) -> None:
-        """Charge what a thread has computed for a tenant's request."""
-        account = self._accounts.get(tenant)
-        if account is not None:
-            self._charge(account, seconds)
+    def charge(self, tenant: str | None, seconds: float) -> None:
+        """Charge what a thread has computed for a tenant's request, perhaps after that has ended."""
+        self._charge(self._account(tenant), seconds)
 
     def _charge(self, account: _Account, seconds: float) -> None:
         account.cost += seconds
@@ -109,7 +125,9 @@ class RequestPacer:
         if seconds > paid:
             self._owe(account, seconds - paid)
 
-    def _account(self, tenant: str) -> _Account:
+    def _account(self, tenant: str | None) -> _Account:
+        if tenant is None:
+            return self._refused
         account = self._accounts.get(tenant)
         if account is None:
             if len(self._accounts) >= self._look_at:
@@ -149,7 +167,7 @@ class RequestPacer:
 
     def _release(self) -> None:
         """Look whether a tenant's requests need not wait any more, since others have ended."""
-        for account in self._accounts.values():
+        for account in (*self._accounts.values(), self._refused):
             if account.waiting and not self._must_wait(account):
                 self._wake(account)
 
