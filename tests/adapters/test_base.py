@@ -339,7 +339,7 @@ def test_files_in_nf4_are_served_in_nf4_and_computed_as_the_settings_say(tmp_pat
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"bits": 2}, "a format without a name"),

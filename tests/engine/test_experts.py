@@ -391,6 +391,103 @@ def test_experts_in_mxfp4_are_unpacked_and_quantized_again(tmp_path: Path) -> No
     assert type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"
 
 
+def save_fp8(kind: str, folder: Path, block: tuple[int, int] | None) -> Path:
+    """A mixture whose files hold linear layers and experts as DeepSeek's and Qwen's: fp8, scaled by blocks.
+
+    block: rows and columns of one; None: one scale for a matrix.
+    """
+    from safetensors.torch import load_file, save_file
+
+    save_base(kind, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in list(tensors.items()):
+        plain = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "router")
+        if weight.dim() != 2 or any(part in name for part in plain):
+            continue
+        rows, columns = block or weight.shape
+        grid = [
+            [weight[top : top + rows, left : left + columns].abs().max() / 448 for left in
+             range(0, weight.shape[1], columns)]
+            for top in range(0, weight.shape[0], rows)
+        ]  # fmt: skip
+        scales = torch.tensor(grid)
+        spread = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        tensors[name] = (weight / spread[: weight.shape[0], : weight.shape[1]]).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales if block else scales.reshape(())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = tf.AutoConfig.from_pretrained(folder)
+    config.quantization_config = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": block,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "block"),
+    [("qwen3_moe", (64, 32)), ("deepseek_v3", (32, 32)), ("mixtral", (32, 64)), ("qwen3_moe", None)],
+    ids=str,
+)
+def test_weights_in_fp8_are_those_that_transformers_makes_of_them_and_are_quantized_again(
+    kind: str, block: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    folder = save_fp8(kind, tmp_path, block)
+    found = check_base(tf.AutoConfig.from_pretrained(folder))
+    assert any("fp8" in note for note in found.notes)
+    oracle = tf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=tf.FineGrainedFP8Config(dequantize=True)
+    )
+    expected = oracle.state_dict()
+    plain, base = (load_base(BaseSettings(folder, quantization=one)) for one in ("none", "nf4"))
+    assert plain.state_dict().keys() == expected.keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.dtype == expected[name].dtype
+    for place in expert_matrices(plain):
+        stack: Any = base.get_submodule(place.path)
+        for number, matrix in enumerate(expected[place.path]):
+            rounded = bnb.quantize_4bit(matrix.contiguous(), compress_statistics=True, quant_type="nf4")
+            assert torch.equal(stack[number], bnb.dequantize_4bit(*rounded))
+    weight: Any = base.get_submodule("model.layers.0.self_attn.o_proj").weight
+    rounded = bnb.quantize_4bit(
+        expected["model.layers.0.self_attn.o_proj.weight"], compress_statistics=True, quant_type="nf4"
+    )
+    assert torch.equal(bnb.dequantize_4bit(weight, weight.quant_state), bnb.dequantize_4bit(*rounded))
+    others = {name: tensor for name, tensor in base.state_dict().items() if tensor.dtype != torch.uint8}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in others.items() if name in expected)
+
+
+def test_blocks_of_fp8_that_are_cut_at_the_end_have_their_own_scale(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = save_fp8("deepseek_v3", tmp_path, (64, 48))
+    tensors = load_file(folder / "model.safetensors")
+    plain = load_base(BaseSettings(folder, quantization="none")).state_dict()
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    weight, scales = tensors[name], tensors[f"{name}_scale_inv"]
+    assert weight.shape[0] % 64
+    for row in (0, 63, 64, 95):
+        for column in (0, 47, 48, 127):
+            wanted = weight[row, column].float() * scales[row // 64, column // 48]
+            assert plain[name][row, column] == wanted.bfloat16()
+
+
+def test_fp8_that_cannot_be_read_whole_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_fp8("qwen3_moe", tmp_path, (64, 32))
+    with pytest.raises(UnsupportedBaseError, match=r"start with --quantization nf4, or none"):
+        load_base(BaseSettings(folder, quantization="int8"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.gate_up_proj_scale_inv"] = torch.ones(8, 2, 4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedBaseError, match=r"place of the scales, such as .*gate_up_proj_scale_inv"):
+        load_base(BaseSettings(folder))
+
+
 def test_a_text_that_another_choice_of_tied_experts_gives_is_told_from_a_wrong_one(
     folders: Callable[[str], Path],
 ) -> None:

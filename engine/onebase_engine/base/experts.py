@@ -9,7 +9,7 @@ number. So a mixture's own code computes with the quantized experts, in its own 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import nn
 
 NAME = "onebase_eager"
 """Name, in transformers' interface of experts, of the model's own code with dequantized matrices."""
-_QUANTIZER = "onebase_nf4"
+_QUANTIZER, _READER = "onebase_nf4", "onebase_fp8"
 _NESTED_BLOCKSIZE = 256
 _OWNER = "onebase_owner"
 """Attribute of a dequantized matrix: the stack and the number that it is dequantized from again."""
@@ -311,13 +311,28 @@ def _matrix_again(source: tuple[Any, ...]) -> torch.Tensor:
     return matrix.as_strided(size, stride)
 
 
+def unscaled(
+    quantized: torch.Tensor, scales: torch.Tensor, block: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weights that blocks of fp8 stand for: quantized [rows, columns], scales [blocks, blocks].
+
+    The last blocks of both may be smaller than `block`.
+    """
+    for axis, size in zip((-2, -1), block, strict=True):
+        scales = scales.float().repeat_interleave(size, axis).narrow(axis, 0, quantized.shape[axis])
+    return (quantized.float() * scales).to(dtype)
+
+
 @cache
-def _register_quantizer() -> None:
-    """Register bitsandbytes' quantizer for 4 bits with transformers once more, as one that knows experts."""
+def _register_quantizers() -> None:
+    """Register two quantizers with transformers: bitsandbytes' for 4 bits as one that knows experts and reads
+    MXFP4 and fp8, and that for fp8 as one that only reads it."""
     from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
     from transformers.integrations.mxfp4 import dequantize_convertops
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
     class Quantize(ConversionOps):  # type: ignore[misc]
         """Quantizes what a checkpoint has for one parameter."""
@@ -353,12 +368,40 @@ def _register_quantizer() -> None:
             dtype = given["model"].get_parameter(path).dtype
             return {path: dequantize_convertops(*octets, dtype).detach()}
 
+    class Unscale(Fp8Dequantize):  # type: ignore[misc]
+        """Makes plain weights of fp8.
+
+        Where the last block is smaller, as of DeepSeek-V3's 576 rows, transformers' own fails or takes blocks
+        of another size.
+        """
+
+        def _dequantize_one(self, quantized: Any, scales: Any, output_dtype: Any = None) -> torch.Tensor:
+            block = self.hf_quantizer.quantization_config.weight_block_size
+            grid = block and tuple(-(-size // by) for size, by in zip(quantized.shape, block, strict=False))
+            if grid == tuple(scales.shape):
+                return unscaled(quantized, scales, block, output_dtype or torch.bfloat16)
+            plain: torch.Tensor = super()._dequantize_one(quantized, scales, output_dtype)
+            return plain
+
+    @register_quantizer(_READER)
+    class Reader(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
+        """Makes plain weights of fp8 while they are read."""
+
+        def __init__(self, config: Any, **given: Any) -> None:
+            super().__init__(config, **given | {"pre_quantized": True})
+
+        def get_load_operations(self) -> Any:
+            return {"dequantize": Unscale}
+
     @register_quantizer(_QUANTIZER)
     class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Quantizes linear layers and experts while they are loaded, one parameter after the other."""
 
         def _process_model_before_weight_loading(self, model: Any, *args: Any, **named: Any) -> None:
             super()._process_model_before_weight_loading(model, *args, **named)
+            if self.quantization_config.from_fp8 is not None:
+                # Read as they are: a scale has more digits than the base's dtype.
+                model._get_dtype_plan = lambda dtype: {"weight": None, "experts": None}
             self.places = {one.path: one for one in expert_matrices(model)}
             self.stacks: dict[str, ExpertStack] = {}
 
@@ -369,6 +412,12 @@ def _register_quantizer() -> None:
             names = {one.name for one in self.places.values()} if self.quantization_config.from_mxfp4 else ()
             own = (WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [Unpack()]) for name in names)
             return [*super().get_weight_conversions(), *own]
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            if self.quantization_config.from_fp8 is None:
+                return super().update_weight_conversions(weight_conversions, model)
+            reader = Reader(self.quantization_config.from_fp8)
+            return reader.update_weight_conversions(weight_conversions, model)
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self, super().get_quantize_ops())
@@ -381,12 +430,26 @@ def _register_quantizer() -> None:
             return super()._process_model_after_weight_loading(model, **named)
 
 
-def with_experts(config: Any, *, from_mxfp4: bool = False) -> Any:
+def with_experts(config: Any, stored: Mapping[str, Any]) -> Any:
     """Return transformers' settings of bitsandbytes' 4 bits so that experts are quantized as well.
 
-    from_mxfp4: the checkpoint has them in MXFP4.
+    stored: fields by which the files say that they hold MXFP4 or fp8; none where weights are plain.
     """
-    _register_quantizer()
+    _register_quantizers()
     config.quant_method = _QUANTIZER
-    config.from_mxfp4 = from_mxfp4
+    config.from_mxfp4 = stored.get("quant_method") == "mxfp4"
+    config.from_fp8 = plain_from_fp8(stored) if stored.get("quant_method") == "fp8" else None
+    return config
+
+
+def plain_from_fp8(stored: Mapping[str, Any]) -> Any:
+    """Return transformers' settings by which weights in fp8 become plain ones.
+
+    stored: fields by which the files say how they hold them.
+    """
+    from transformers import FineGrainedFP8Config
+
+    _register_quantizers()
+    config = FineGrainedFP8Config(**{**stored, "dequantize": True})
+    config.quant_method = _READER
     return config
