@@ -149,7 +149,7 @@ def test_a_second_start_reads_the_quantized_experts(
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", [kind for kind in MIXTURES if kind != "llama4_text"])
 def test_experts_have_the_bits_of_the_models_own_code(
     kind: str, quantization: Any, folders: Callable[[str], Path], kernels: Kernels
 ) -> None:
@@ -167,6 +167,28 @@ def test_experts_have_the_bits_of_the_models_own_code(
                 with torch.inference_mode():
                     expected = own_code(own)(own, x, chosen, factors)
                     assert torch.equal(served.get_submodule(path)(x, chosen, factors), expected)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_llama_4_computes_only_the_experts_that_rows_have_chosen(experts: int, tmp_path: Path) -> None:
+    config = MIXTURES["llama4_text"]()
+    config.num_experts_per_tok = experts
+    folder = save_model(config, tmp_path)
+    settings = BaseSettings(folder, quantization="none", dtype=torch.float32, compute_dtype=torch.float32)
+    ours: Any = load_base(settings)
+    theirs = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    path = "model.layers.1.feed_forward"
+    products: list[int] = []
+    act = ours.get_submodule(path).experts.act_fn
+    act.register_forward_hook(lambda module, args, result: products.append(len(result)))
+    for rows in (1, 9, 40):
+        x = torch.randn(1, rows, 128)
+        with torch.inference_mode():
+            found, expected = ours.get_submodule(path)(x), theirs.get_submodule(path)(x)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert sum(products) == rows * experts
+        products.clear()
 
 
 @given(data=st.data())
@@ -195,7 +217,9 @@ def _served_layer(folder: Path, kernels: Kernels) -> Callable[[torch.Tensor], to
     if key not in _layers:
         model = ServedModel(load_base(BaseSettings(folder)), 1, kernels=kernels)
         layer = model._view.model.layers[-1]
-        layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+        for module in layer.modules():
+            if type(module).__name__.endswith(("Attention", "MLA")):
+                module.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
 
         def rows(x: torch.Tensor) -> torch.Tensor:
             # As the engine packs them.
@@ -213,6 +237,8 @@ ADAPTED: dict[str, list[str]] = {
     "qwen3_moe": ATTENTION,
     "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj", *MLP],
     "gpt_oss": ATTENTION,
+    "llama4_text": [*ATTENTION, *MLP],
+    "longcat_flash": ["q_b_proj", "kv_b_proj", "o_proj", *MLP],
     "gemma4_moe": [*ATTENTION, *MLP],
 }
 

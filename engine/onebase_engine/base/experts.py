@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,15 @@ from torch import nn
 
 NAME = "onebase_eager"
 """Name, in transformers' interface of experts, of the model's own code with dequantized matrices."""
+_LLAMA4 = "Llama4TextMoe"
+_TRANSPOSED = {
+    "LongcatFlashExperts": False,
+    "MuseSparkExperts": False,
+    "Step3p7Experts": False,
+    "Llama4TextExperts": True,
+}
+"""Classes of experts outside transformers' interface that take their matrices by number as well, and whether
+these are [in, out]."""
 _QUANTIZER, _READER = "onebase_nf4", "onebase_fp8"
 _NESTED_BLOCKSIZE = 256
 _OWNER = "onebase_owner"
@@ -206,7 +215,7 @@ def expert_matrices(model: nn.Module) -> Iterator[Matrices]:
     """Yield the parameters and stacks that hold one matrix for each expert."""
     for path, module in expert_modules(model):
         for name in matrix_names(module):
-            yield Matrices(f"{path}.{name}", module, name, module.is_transposed)
+            yield Matrices(f"{path}.{name}", module, name, is_transposed(module))
 
 
 def experts_per_token(config: Any) -> int:
@@ -220,7 +229,8 @@ def _is_known(module: Any) -> bool:
 
     A norm behind each expert would be applied to rows in another order than the step's.
     """
-    if not hasattr(module, "is_concatenated") or getattr(module, "has_post_expert_norm", True):
+    usual = hasattr(module, "is_concatenated") and not getattr(module, "has_post_expert_norm", True)
+    if not usual and type(module).__name__ not in _TRANSPOSED:
         return False
     held = [getattr(module, name, None) for name in matrix_names(module)]
     return all(
@@ -230,7 +240,13 @@ def _is_known(module: Any) -> bool:
 
 def matrix_names(module: Any) -> tuple[str, str]:
     """Return the names of the two parameters that hold the experts' matrices."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
+
+
+def is_transposed(module: Any) -> bool:
+    """Return True if a module of experts holds matrices as [in, out]."""
+    own = _TRANSPOSED.get(type(module).__name__)
+    return bool(module.is_transposed) if own is None else own
 
 
 def place_stacks(model: nn.Module, stacks: Mapping[str, ExpertStack]) -> None:
@@ -250,7 +266,13 @@ def use_own_code(model: nn.Module) -> None:
 
         ALL_EXPERTS_FUNCTIONS.register(NAME, compute_experts)
     for module in modules:
-        module.config._experts_implementation = NAME
+        if type(module).__name__ in _TRANSPOSED:
+            module.forward = partial(compute_experts, module)
+        else:
+            module.config._experts_implementation = NAME
+    for module in model.modules():
+        if type(module).__name__ == _LLAMA4:
+            module.forward = partial(_compute_llama4, module)
 
 
 def own_code(module: Any) -> Any:
@@ -268,7 +290,33 @@ def is_usual(kind: Any) -> bool:
 
 
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:
-    """Compute experts by the model's own code; for a backward, matrices are dequantized once more.
+    """Compute experts by the model's own code; for a backward, matrices are dequantized once more."""
+    with _without_matrices():
+        result: torch.Tensor = own_code(module)(module, *args, **named)
+        return result
+
+
+def _compute_llama4(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute Llama 4's mixture: hidden_states [..., size] -> [rows, size], and the router's logits.
+
+    Its own code multiplies each row by each expert, of which those that it has not chosen give zeros.
+    """
+    rows, experts = hidden_states.reshape(-1, module.hidden_dim), module.experts
+    scores, logits = module.router(rows)
+    result: torch.Tensor = module.shared_expert(rows)
+    routed = torch.zeros_like(result, dtype=torch.float32)
+    with _without_matrices():
+        for number in scores.any(0).nonzero()[:, 0].tolist():
+            chosen = scores[:, number].nonzero()[:, 0]
+            own = rows[chosen] * scores[chosen, number, None]
+            gate, up = torch.matmul(own, experts.gate_up_proj[number]).chunk(2, dim=-1)
+            made = torch.matmul(up * experts.act_fn(gate), experts.down_proj[number])
+            routed = routed.index_add(0, chosen, made.float())
+    return result + routed.to(result.dtype), logits
+
+
+def _without_matrices() -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context in which autograd keeps no dequantized matrices.
 
     Of nested hooks autograd calls the innermost alone: those of gradient checkpointing, if there are any, get
     from here whatever is no matrix.
@@ -283,9 +331,7 @@ def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor
         source, other = kept
         return outer[1](other) if source is None else _matrix_again(source)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        result: torch.Tensor = own_code(module)(module, *args, **named)
-        return result
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _outer_hooks() -> tuple[Any, Any]:

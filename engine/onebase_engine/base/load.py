@@ -711,7 +711,9 @@ def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
     left = [
         name
         for name, module in model.named_modules()
-        if _is_narrow(module, settings.blocksize) or (isinstance(module, nn.Linear) and not is_linear(module))
+        if _is_narrow(module, settings.blocksize)
+        or (isinstance(module, nn.Linear) and not is_linear(module))
+        or _is_read(name, model)
     ]
     return [*get_keys_to_not_convert(model), *left] if left else None
 
@@ -724,13 +726,20 @@ def _is_narrow(module: Any, blocksize: int) -> bool:
     return type(module) is nn.Linear and module.in_features < min(blocksize, _STORED_BLOCKSIZE)
 
 
+def _is_read(name: str, model: nn.Module) -> bool:
+    """Return True for a linear layer of a router that multiplies by the layer's weight itself (LongCat's)."""
+    owner, _, child = name.rpartition(".")
+    return child == "classifier" and "router" in type(model.get_submodule(owner)).__name__.lower()
+
+
 def _quantize_layers(model: Any, settings: BaseSettings) -> None:
     """Quantize to NF4 with a blocksize other than 64, which transformers' config cannot express."""
     import bitsandbytes as bnb
 
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is output or _is_narrow(module, settings.blocksize):
+        left = module is output or _is_narrow(module, settings.blocksize) or _is_read(name, model)
+        if type(module) is not nn.Linear or left:
             continue
         layer = bnb.nn.Linear4bit(
             module.in_features,

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.experts import ExpertStack, expert_modules, layer_of, matrix_names, own_code
+from onebase_engine.base.experts import (
+    ExpertStack,
+    expert_modules,
+    is_transposed,
+    layer_of,
+    matrix_names,
+    own_code,
+)
 from onebase_engine.base.layers import is_linear
 from onebase_engine.kernels.interface import TILE, Kernels, LinearKernel, RowMap
 
@@ -46,7 +53,7 @@ def attach_experts(view: nn.Module, kernels: Kernels) -> list[bool]:
             exact.append(kernel.exact)
             continue
         matrices = {
-            name: _Matrices(getattr(module, name), kernels, module.is_transposed)
+            name: _Matrices(getattr(module, name), kernels, is_transposed(module))
             for name in matrix_names(module)
         }
         for name, one in matrices.items():
@@ -99,9 +106,9 @@ class _Matrix:
 
 
 def _routes(module: nn.Module) -> bool:
-    """Return True for a router that multiplies its rows by a parameter of its own."""
-    own = dict(module.named_parameters(recurse=False))
-    wide = any(parameter.dim() == 2 for parameter in own.values())
+    """Return True for a router that multiplies its rows by a parameter of its own, or of its classifier."""
+    own = list(module.parameters(recurse=False))
+    wide = any(parameter.dim() == 2 for parameter in own) or hasattr(module, "classifier")
     return wide and "router" in type(module).__name__.lower() and not is_linear(module)
 
 
