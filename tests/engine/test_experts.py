@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, LiveBytes, Request, run
 from tests.oracle import greedy
-from tests.tiny import ATTENTION, MIXTURES, MLP, load_folder, randomize, save_base, save_model
+from tests.tiny import ATTENTION, MIXTURES, MLP, load_folder, randomize, save_adapter, save_base, save_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -276,6 +277,40 @@ def _save_exactly(base: nn.Module, settings: dict[str, Any], folder: Path, seed:
     randomize(model, 0.1)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+_LINEAR = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+GPT_OSS_ADAPTERS: dict[str, dict[str, Any]] = {
+    "Unsloth": {
+        "base_model_name_or_path": "unsloth/gpt-oss-20b-unsloth-bnb-4bit",
+        "auto_mapping": {
+            "base_model_class": "GptOssForCausalLM",
+            "parent_library": "transformers.models.gpt_oss.modeling_gpt_oss",
+            "unsloth_fixed": True,
+        },
+        "target_modules": rf"(?:\bmodel\.layers\.[\d]{{1,}}\.(?:self_attn|attention|mlp)\.(?:(?:{_LINEAR})))",
+    },
+    "Unsloth's list": {"target_modules": _LINEAR.split("|"), "task_type": "CAUSAL_LM"},
+    "TRL": {"base_model_name_or_path": "openai/gpt-oss-20b", "target_modules": "all-linear"},
+}
+"""Fields of an adapter's config as Unsloth and TRL write them for gpt-oss's attention."""
+
+
+@pytest.mark.parametrize("trainer", GPT_OSS_ADAPTERS)
+def test_an_adapter_of_gpt_oss_is_served_as_its_trainer_saves_it(
+    trainer: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = load_base(BaseSettings(folders("gpt_oss")))
+    folder = save_adapter(base, {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION}, tmp_path, 0)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | GPT_OSS_ADAPTERS[trainer]))
+    loaded = load_folder(base, folder)
+    assert len(loaded.weights) == 2 * len(ATTENTION)
+    lab = Lab(base, [folder], [loaded.reference], [loaded.weights])
+    asked = [Request(tuple(range(5, 45 + at)), adapter, 8) for at in range(2) for adapter in (None, 0)]
+    texts = run(lab.engine(step_tokens=60), asked)
+    assert not lab.disagreements(asked, texts)
+    assert texts[0] != texts[1], "it acts"
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
