@@ -118,7 +118,23 @@ def test_a_mixture_takes_the_memory_that_its_config_says(kind: str, folders: Cal
     assert estimate_memory(plain, "none").total == pytest.approx(base_bytes(plain), rel=0.03)
 
 
-def test_loading_holds_no_more_than_a_few_matrices_in_full(tmp_path: Path) -> None:
+MOST_WHILE_LOADING = 1.25
+"""Memory that loading takes beyond what the base takes, in the largest parameter of experts in bf16."""
+
+
+def test_a_mixture_of_30_billion_weights_is_loaded_in_18_gb() -> None:
+    config = tf.Qwen3MoeConfig(  # Qwen3-30B-A3B
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, max_position_embeddings=40_960,
+    )  # fmt: skip
+    found = check_base(config)
+    assert found.parameters is not None
+    assert found.parameters > 30e9
+    assert found.memory["nf4"] + MOST_WHILE_LOADING * 2 * 128 * 2 * 768 * 2048 < 18e9
+
+
+def test_loading_holds_no_more_than_the_largest_parameter_in_full(tmp_path: Path) -> None:
     config = MIXTURES["qwen3_moe"]()
     config.num_hidden_layers, config.num_experts, config.moe_intermediate_size = 12, 16, 256
     settings = BaseSettings(save_model(config, tmp_path / "base"))
@@ -126,7 +142,7 @@ def test_loading_holds_no_more_than_a_few_matrices_in_full(tmp_path: Path) -> No
     most = LiveBytes.measure(lambda: loaded.append(load_base(settings)))
     largest = max(2 * math.prod(place.sizes) for place in expert_matrices(loaded[0]))
     whole = 2 * parameter_count(loaded[0])
-    allowed = base_bytes(loaded[0]) + 4 * largest
+    allowed = base_bytes(loaded[0]) + MOST_WHILE_LOADING * largest
     assert 2 * allowed < whole, "else this shows nothing"
     assert most < allowed
 
