@@ -186,6 +186,36 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "gpt_oss": lambda: tf.GptOssConfig(
         **_SIZES | _ROUTED | {"intermediate_size": 64}, num_local_experts=4, sliding_window=24
     ),
+    # Experts outside transformers' interface, chunks, layers without rotation, scaled queries, a dense layer.
+    "llama4_text": lambda: tf.Llama4TextConfig(
+        **_SIZES
+        | _ROUTED
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 128,
+            "head_dim": 32,
+            "attention_chunk_size": 24,
+            "floor_scale": 16,
+            "attn_scale": 0.5,
+            "no_rope_layers": [1, 0],
+            "moe_layers": [1],
+        }
+    ),
+    # Experts that compute nothing, and a router with a layer of its own; two attentions a layer.
+    "longcat_flash": lambda: tf.LongcatFlashConfig(
+        **_SIZES
+        | _LATENT
+        | {
+            "num_layers": 2,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 64,
+            "ffn_hidden_size": 128,
+        }
+    ),
     # Another gate than silu, next to a dense MLP in the same layer.
     "gemma4_moe": lambda: tf.Gemma4TextConfig(
         **_SIZES,

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 32},
     "glm4v_moe_text": {"rope_parameters": _MROPE | {"mrope_section": [2, 3, 3]}, "head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
+    "step3p5": {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "longcat_flash": {"num_key_value_heads": 4, "zero_expert_num": 2},
+    "muse_spark_vision": {"layer_types": ["window_attention", "full_attention"]},
+    "muse_spark_audio": {
+        "num_hidden_layers": 4,
+        "hidden_sizes": [64] * 4,
+        "patch_sizes": [4] * 4,
+        "depths": [1] * 4,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [64, 64]},
     "hunyuan_v1_moe": {"head_dim": 32, "num_experts": 64},
@@ -428,7 +438,7 @@ def whole_model(folder: Path, quantized: bool, attention: str = "eager") -> Any:
     from transformers import AutoConfig, BitsAndBytesConfig
 
     from onebase_engine.base.layers import base_class, whole_class
-    from onebase_engine.base.load import freeze
+    from onebase_engine.base.load import BaseSettings, _skipped_modules, freeze
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -444,13 +454,20 @@ def whole_model(folder: Path, quantized: bool, attention: str = "eager") -> Any:
         "experts_implementation": "eager",
     }
     config = AutoConfig.from_pretrained(folder)
+    settings.llm_int8_skip_modules = _skipped_modules(BaseSettings(folder), config)
     try:
         model = whole_class(config).from_pretrained(folder, **options)
     except ImportError:
         model = base_class(config).from_pretrained(folder, **options)
     if quantized:
         round_experts(model)
-    return freeze(model)
+    freeze(model)
+    for (
+        module
+    ) in model.modules():  # transformers' own forward, also of experts that OneBase computes otherwise
+        if isinstance(module.__dict__.get("forward"), partial):
+            del module.forward
+    return model
 
 
 def round_experts(model: Any) -> None:

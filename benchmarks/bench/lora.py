@@ -71,9 +71,9 @@ def write_adapter(
 
 
 def write_gguf_adapter(adapter: Path, base_folder: Path, file: Path) -> None:
-    """Write the same adapter as llama.cpp reads it, of a base of the Llama family.
+    """Write the same adapter as llama.cpp reads it.
 
-    There the rows of q and k lie in another order, for its way to turn them by their positions.
+    Of a Llama the rows of q and k lie in another order there, for its way to turn them by their positions.
     """
     from gguf import GGUFWriter
 
@@ -81,7 +81,7 @@ def write_gguf_adapter(adapter: Path, base_folder: Path, file: Path) -> None:
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, config["model_type"])
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
@@ -89,7 +89,7 @@ def write_gguf_adapter(adapter: Path, base_folder: Path, file: Path) -> None:
         for key in sorted(tensors.keys()):
             *_, layer, _, module, kind, _ = key.split(".")
             tensor = tensors.get_tensor(key)
-            if kind == "lora_B" and module in heads:
+            if kind == "lora_B" and module in heads and config["model_type"] == "llama":
                 parts = tensor.reshape(heads[module], 2, -1, tensor.shape[1])
                 tensor = np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(tensor.shape)
             writer.add_tensor(f"blk.{layer}.{names[module]}.weight.{kind.lower()}", tensor)

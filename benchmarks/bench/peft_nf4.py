@@ -15,16 +15,24 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StoppingCriteria
 
 
 def load_base(folder: str, attention: str) -> Any:
-    """Return the base in NF4 with double quantization and bf16 compute, on a GPU if there is one."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+    """Return the base in NF4 with double quantization and bf16 compute, on a GPU if there is one.
+
+    A mixture is in bf16: bitsandbytes leaves its experts alone.
+    """
+    routed = getattr(AutoConfig.from_pretrained(folder), "num_experts_per_tok", None)
+    quantization = (
+        None
+        if routed
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     )
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, LiveBytes, Request, run
 from tests.oracle import greedy
-from tests.tiny import ATTENTION, MIXTURES, MLP, load_folder, randomize, save_base, save_model
+from tests.tiny import ATTENTION, MIXTURES, MLP, load_folder, randomize, save_adapter, save_base, save_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -117,7 +118,23 @@ def test_a_mixture_takes_the_memory_that_its_config_says(kind: str, folders: Cal
     assert estimate_memory(plain, "none").total == pytest.approx(base_bytes(plain), rel=0.03)
 
 
-def test_loading_holds_no_more_than_a_few_matrices_in_full(tmp_path: Path) -> None:
+MOST_WHILE_LOADING = 1.25
+"""Memory that loading takes beyond what the base takes, in the largest parameter of experts in bf16."""
+
+
+def test_a_mixture_of_30_billion_weights_is_loaded_in_18_gb() -> None:
+    config = tf.Qwen3MoeConfig(  # Qwen3-30B-A3B
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, max_position_embeddings=40_960,
+    )  # fmt: skip
+    found = check_base(config)
+    assert found.parameters is not None
+    assert found.parameters > 30e9
+    assert found.memory["nf4"] + MOST_WHILE_LOADING * 2 * 128 * 2 * 768 * 2048 < 18e9
+
+
+def test_loading_holds_no_more_than_the_largest_parameter_in_full(tmp_path: Path) -> None:
     config = MIXTURES["qwen3_moe"]()
     config.num_hidden_layers, config.num_experts, config.moe_intermediate_size = 12, 16, 256
     settings = BaseSettings(save_model(config, tmp_path / "base"))
@@ -125,7 +142,7 @@ def test_loading_holds_no_more_than_a_few_matrices_in_full(tmp_path: Path) -> No
     most = LiveBytes.measure(lambda: loaded.append(load_base(settings)))
     largest = max(2 * math.prod(place.sizes) for place in expert_matrices(loaded[0]))
     whole = 2 * parameter_count(loaded[0])
-    allowed = base_bytes(loaded[0]) + 4 * largest
+    allowed = base_bytes(loaded[0]) + MOST_WHILE_LOADING * largest
     assert 2 * allowed < whole, "else this shows nothing"
     assert most < allowed
 
@@ -149,7 +166,7 @@ def test_a_second_start_reads_the_quantized_experts(
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", [kind for kind in MIXTURES if kind != "llama4_text"])
 def test_experts_have_the_bits_of_the_models_own_code(
     kind: str, quantization: Any, folders: Callable[[str], Path], kernels: Kernels
 ) -> None:
@@ -167,6 +184,28 @@ def test_experts_have_the_bits_of_the_models_own_code(
                 with torch.inference_mode():
                     expected = own_code(own)(own, x, chosen, factors)
                     assert torch.equal(served.get_submodule(path)(x, chosen, factors), expected)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_llama_4_computes_only_the_experts_that_rows_have_chosen(experts: int, tmp_path: Path) -> None:
+    config = MIXTURES["llama4_text"]()
+    config.num_experts_per_tok = experts
+    folder = save_model(config, tmp_path)
+    settings = BaseSettings(folder, quantization="none", dtype=torch.float32, compute_dtype=torch.float32)
+    ours: Any = load_base(settings)
+    theirs = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    path = "model.layers.1.feed_forward"
+    products: list[int] = []
+    act = ours.get_submodule(path).experts.act_fn
+    act.register_forward_hook(lambda module, args, result: products.append(len(result)))
+    for rows in (1, 9, 40):
+        x = torch.randn(1, rows, 128)
+        with torch.inference_mode():
+            found, expected = ours.get_submodule(path)(x), theirs.get_submodule(path)(x)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert sum(products) == rows * experts
+        products.clear()
 
 
 @given(data=st.data())
@@ -195,7 +234,9 @@ def _served_layer(folder: Path, kernels: Kernels) -> Callable[[torch.Tensor], to
     if key not in _layers:
         model = ServedModel(load_base(BaseSettings(folder)), 1, kernels=kernels)
         layer = model._view.model.layers[-1]
-        layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+        for module in layer.modules():
+            if type(module).__name__.endswith(("Attention", "MLA")):
+                module.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
 
         def rows(x: torch.Tensor) -> torch.Tensor:
             # As the engine packs them.
@@ -213,6 +254,8 @@ ADAPTED: dict[str, list[str]] = {
     "qwen3_moe": ATTENTION,
     "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj", *MLP],
     "gpt_oss": ATTENTION,
+    "llama4_text": [*ATTENTION, *MLP],
+    "longcat_flash": ["q_b_proj", "kv_b_proj", "o_proj", *MLP],
     "gemma4_moe": [*ATTENTION, *MLP],
 }
 
@@ -250,6 +293,40 @@ def _save_exactly(base: nn.Module, settings: dict[str, Any], folder: Path, seed:
     randomize(model, 0.1)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+_LINEAR = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+GPT_OSS_ADAPTERS: dict[str, dict[str, Any]] = {
+    "Unsloth": {
+        "base_model_name_or_path": "unsloth/gpt-oss-20b-unsloth-bnb-4bit",
+        "auto_mapping": {
+            "base_model_class": "GptOssForCausalLM",
+            "parent_library": "transformers.models.gpt_oss.modeling_gpt_oss",
+            "unsloth_fixed": True,
+        },
+        "target_modules": rf"(?:\bmodel\.layers\.[\d]{{1,}}\.(?:self_attn|attention|mlp)\.(?:(?:{_LINEAR})))",
+    },
+    "Unsloth's list": {"target_modules": _LINEAR.split("|"), "task_type": "CAUSAL_LM"},
+    "TRL": {"base_model_name_or_path": "openai/gpt-oss-20b", "target_modules": "all-linear"},
+}
+"""Fields of an adapter's config as Unsloth and TRL write them for gpt-oss's attention."""
+
+
+@pytest.mark.parametrize("trainer", GPT_OSS_ADAPTERS)
+def test_an_adapter_of_gpt_oss_is_served_as_its_trainer_saves_it(
+    trainer: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = load_base(BaseSettings(folders("gpt_oss")))
+    folder = save_adapter(base, {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION}, tmp_path, 0)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | GPT_OSS_ADAPTERS[trainer]))
+    loaded = load_folder(base, folder)
+    assert len(loaded.weights) == 2 * len(ATTENTION)
+    lab = Lab(base, [folder], [loaded.reference], [loaded.weights])
+    asked = [Request(tuple(range(5, 45 + at)), adapter, 8) for at in range(2) for adapter in (None, 0)]
+    texts = run(lab.engine(step_tokens=60), asked)
+    assert not lab.disagreements(asked, texts)
+    assert texts[0] != texts[1], "it acts"
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -389,6 +466,103 @@ def test_experts_in_mxfp4_are_unpacked_and_quantized_again(tmp_path: Path) -> No
             assert torch.equal(stack[number].T, bnb.dequantize_4bit(*rounded))
             assert wide.get_submodule(path).blocksize == 32
     assert type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"
+
+
+def save_fp8(kind: str, folder: Path, block: tuple[int, int] | None) -> Path:
+    """A mixture whose files hold linear layers and experts as DeepSeek's and Qwen's: fp8, scaled by blocks.
+
+    block: rows and columns of one; None: one scale for a matrix.
+    """
+    from safetensors.torch import load_file, save_file
+
+    save_base(kind, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in list(tensors.items()):
+        plain = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "router")
+        if weight.dim() != 2 or any(part in name for part in plain):
+            continue
+        rows, columns = block or weight.shape
+        grid = [
+            [weight[top : top + rows, left : left + columns].abs().max() / 448 for left in
+             range(0, weight.shape[1], columns)]
+            for top in range(0, weight.shape[0], rows)
+        ]  # fmt: skip
+        scales = torch.tensor(grid)
+        spread = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        tensors[name] = (weight / spread[: weight.shape[0], : weight.shape[1]]).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales if block else scales.reshape(())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = tf.AutoConfig.from_pretrained(folder)
+    config.quantization_config = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": block,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "block"),
+    [("qwen3_moe", (64, 32)), ("deepseek_v3", (32, 32)), ("mixtral", (32, 64)), ("qwen3_moe", None)],
+    ids=str,
+)
+def test_weights_in_fp8_are_those_that_transformers_makes_of_them_and_are_quantized_again(
+    kind: str, block: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    folder = save_fp8(kind, tmp_path, block)
+    found = check_base(tf.AutoConfig.from_pretrained(folder))
+    assert any("fp8" in note for note in found.notes)
+    oracle = tf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=tf.FineGrainedFP8Config(dequantize=True)
+    )
+    expected = oracle.state_dict()
+    plain, base = (load_base(BaseSettings(folder, quantization=one)) for one in ("none", "nf4"))
+    assert plain.state_dict().keys() == expected.keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.dtype == expected[name].dtype
+    for place in expert_matrices(plain):
+        stack: Any = base.get_submodule(place.path)
+        for number, matrix in enumerate(expected[place.path]):
+            rounded = bnb.quantize_4bit(matrix.contiguous(), compress_statistics=True, quant_type="nf4")
+            assert torch.equal(stack[number], bnb.dequantize_4bit(*rounded))
+    weight: Any = base.get_submodule("model.layers.0.self_attn.o_proj").weight
+    rounded = bnb.quantize_4bit(
+        expected["model.layers.0.self_attn.o_proj.weight"], compress_statistics=True, quant_type="nf4"
+    )
+    assert torch.equal(bnb.dequantize_4bit(weight, weight.quant_state), bnb.dequantize_4bit(*rounded))
+    others = {name: tensor for name, tensor in base.state_dict().items() if tensor.dtype != torch.uint8}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in others.items() if name in expected)
+
+
+def test_blocks_of_fp8_that_are_cut_at_the_end_have_their_own_scale(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = save_fp8("deepseek_v3", tmp_path, (64, 48))
+    tensors = load_file(folder / "model.safetensors")
+    plain = load_base(BaseSettings(folder, quantization="none")).state_dict()
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    weight, scales = tensors[name], tensors[f"{name}_scale_inv"]
+    assert weight.shape[0] % 64
+    for row in (0, 63, 64, 95):
+        for column in (0, 47, 48, 127):
+            wanted = weight[row, column].float() * scales[row // 64, column // 48]
+            assert plain[name][row, column] == wanted.bfloat16()
+
+
+def test_fp8_that_cannot_be_read_whole_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_fp8("qwen3_moe", tmp_path, (64, 32))
+    with pytest.raises(UnsupportedBaseError, match=r"start with --quantization nf4, or none"):
+        load_base(BaseSettings(folder, quantization="int8"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.gate_up_proj_scale_inv"] = torch.ones(8, 2, 4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedBaseError, match=r"place of the scales, such as .*gate_up_proj_scale_inv"):
+        load_base(BaseSettings(folder))
 
 
 def test_a_text_that_another_choice_of_tied_experts_gives_is_told_from_a_wrong_one(

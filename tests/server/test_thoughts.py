@@ -147,8 +147,8 @@ OF_MODELS = [
         for name in ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5")
     ),
 ]
-WITHOUT = ["gptoss", "muse_glimmer", "qwen2_5", "qwen3_instruct_2507", "llama3_2", "gemma3", "phi3_5", "lfm2"]
-"""Templates that write no thoughts, or as messages of their own (gptoss, muse_glimmer)."""
+WITHOUT = ["muse_glimmer", "qwen2_5", "qwen3_instruct_2507", "llama3_2", "gemma3", "phi3_5", "lfm2"]
+"""Templates that write no thoughts, or as messages of their own (muse_glimmer)."""
 
 
 def templates_of_models() -> dict[str, str]:
@@ -213,8 +213,8 @@ def test_a_template_without_thoughts_that_can_be_separated_has_no_format(
 def test_a_thought_that_is_a_message_of_its_own_is_not_read(folder: Path) -> None:
     tokenizer = BaseTokenizer(str(folder))
     tokenizer._tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>"
-        "{{ m.thinking }}<|end|>{% endif %}<|start|>{{ m.role }}<|channel|>final<|message|>{{ m.content }}"
+        "{% for m in messages %}{% if m.thinking %}<|start|>assistant<|channel|>thinking<|message|>"
+        "{{ m.thinking }}<|end|>{% endif %}<|start|>{{ m.role }}<|channel|>answer<|message|>{{ m.content }}"
         "<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
     )
     assert tokenizer.thought_format is None

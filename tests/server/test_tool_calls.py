@@ -732,7 +732,7 @@ READ = [
     "llama3_2", "gemma4", "gemma4_v3", "gemma4_v5", "glm4moe", "nemotron_3_nano", "nemotron_3_ultra",
     "lfm2_v2", "lfm2_2_5", "lfm2_2_5_v2",
 ]  # fmt: skip
-NOT_READ = ["gptoss", "muse_glimmer", "deepseekv3", "gemma3", "lfm2", "llama3", "cohere2"]
+NOT_READ = ["muse_glimmer", "deepseekv3", "gemma3", "lfm2", "llama3", "cohere2"]
 
 
 @pytest.mark.parametrize("name", READ)

@@ -9,8 +9,8 @@ number. So a mixture's own code computes with the quantized experts, in its own 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,16 @@ from torch import nn
 
 NAME = "onebase_eager"
 """Name, in transformers' interface of experts, of the model's own code with dequantized matrices."""
-_QUANTIZER = "onebase_nf4"
+_LLAMA4 = "Llama4TextMoe"
+_TRANSPOSED = {
+    "LongcatFlashExperts": False,
+    "MuseSparkExperts": False,
+    "Step3p7Experts": False,
+    "Llama4TextExperts": True,
+}
+"""Classes of experts outside transformers' interface that take their matrices by number as well, and whether
+these are [in, out]."""
+_QUANTIZER, _READER = "onebase_nf4", "onebase_fp8"
 _NESTED_BLOCKSIZE = 256
 _OWNER = "onebase_owner"
 """Attribute of a dequantized matrix: the stack and the number that it is dequantized from again."""
@@ -234,7 +243,7 @@ def expert_matrices(model: nn.Module) -> Iterator[Matrices]:
     """Yield the parameters and stacks that hold one matrix for each expert."""
     for path, module in expert_modules(model):
         for name in matrix_names(module):
-            yield Matrices(f"{path}.{name}", module, name, module.is_transposed)
+            yield Matrices(f"{path}.{name}", module, name, is_transposed(module))
 
 
 def experts_per_token(config: Any) -> int:
@@ -248,7 +257,8 @@ def _is_known(module: Any) -> bool:
 
     A norm behind each expert would be applied to rows in another order than the step's.
     """
-    if not hasattr(module, "is_concatenated") or getattr(module, "has_post_expert_norm", True):
+    usual = hasattr(module, "is_concatenated") and not getattr(module, "has_post_expert_norm", True)
+    if not usual and type(module).__name__ not in _TRANSPOSED:
         return False
     held = [getattr(module, name, None) for name in matrix_names(module)]
     return all(
@@ -258,7 +268,13 @@ def _is_known(module: Any) -> bool:
 
 def matrix_names(module: Any) -> tuple[str, str]:
     """Return the names of the two parameters that hold the experts' matrices."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
+
+
+def is_transposed(module: Any) -> bool:
+    """Return True if a module of experts holds matrices as [in, out]."""
+    own = _TRANSPOSED.get(type(module).__name__)
+    return bool(module.is_transposed) if own is None else own
 
 
 def place_stacks(model: nn.Module, stacks: Mapping[str, ExpertStack]) -> None:
@@ -278,7 +294,13 @@ def use_own_code(model: nn.Module) -> None:
 
         ALL_EXPERTS_FUNCTIONS.register(NAME, compute_experts)
     for module in modules:
-        module.config._experts_implementation = NAME
+        if type(module).__name__ in _TRANSPOSED:
+            module.forward = partial(compute_experts, module)
+        else:
+            module.config._experts_implementation = NAME
+    for module in model.modules():
+        if type(module).__name__ == _LLAMA4:
+            module.forward = partial(_compute_llama4, module)
 
 
 def own_code(module: Any) -> Any:
@@ -297,7 +319,10 @@ def is_usual(kind: Any) -> bool:
 
 @cache
 def takes_rows_in_order(kind: Any) -> bool:
-    """Return True if a class of experts gives each expert its rows in the order of `rows_of_expert`."""
+    """Return True if a class of experts in transformers' interface gives each expert its rows in the order of
+    `rows_of_expert`."""
+    if kind.__name__ in _TRANSPOSED:
+        return False
     names = inspect.unwrap(kind.forward).__code__.co_names
     return {"one_hot", "permute", "where", "index_add_"} <= set(names)
 
@@ -311,7 +336,33 @@ def rows_of_expert(chosen: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:
-    """Compute experts by the model's own code; for a backward, matrices are dequantized once more.
+    """Compute experts by the model's own code; for a backward, matrices are dequantized once more."""
+    with _without_matrices():
+        result: torch.Tensor = own_code(module)(module, *args, **named)
+        return result
+
+
+def _compute_llama4(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute Llama 4's mixture: hidden_states [..., size] -> [rows, size], and the router's logits.
+
+    Its own code multiplies each row by each expert, of which those that it has not chosen give zeros.
+    """
+    rows, experts = hidden_states.reshape(-1, module.hidden_dim), module.experts
+    scores, logits = module.router(rows)
+    result: torch.Tensor = module.shared_expert(rows)
+    routed = torch.zeros_like(result, dtype=torch.float32)
+    with _without_matrices():
+        for number in scores.any(0).nonzero()[:, 0].tolist():
+            chosen = scores[:, number].nonzero()[:, 0]
+            own = rows[chosen] * scores[chosen, number, None]
+            gate, up = torch.matmul(own, experts.gate_up_proj[number]).chunk(2, dim=-1)
+            made = torch.matmul(up * experts.act_fn(gate), experts.down_proj[number])
+            routed = routed.index_add(0, chosen, made.float())
+    return result + routed.to(result.dtype), logits
+
+
+def _without_matrices() -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context in which autograd keeps no dequantized matrices.
 
     Of nested hooks autograd calls the innermost alone: those of gradient checkpointing, if there are any, get
     from here whatever is no matrix.
@@ -326,9 +377,7 @@ def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor
         source, other = kept
         return outer[1](other) if source is None else _matrix_again(source)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        result: torch.Tensor = own_code(module)(module, *args, **named)
-        return result
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _outer_hooks() -> tuple[Any, Any]:
@@ -354,13 +403,28 @@ def _matrix_again(source: tuple[Any, ...]) -> torch.Tensor:
     return matrix.as_strided(size, stride)
 
 
+def unscaled(
+    quantized: torch.Tensor, scales: torch.Tensor, block: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weights that blocks of fp8 stand for: quantized [rows, columns], scales [blocks, blocks].
+
+    The last blocks of both may be smaller than `block`.
+    """
+    for axis, size in zip((-2, -1), block, strict=True):
+        scales = scales.float().repeat_interleave(size, axis).narrow(axis, 0, quantized.shape[axis])
+    return (quantized.float() * scales).to(dtype)
+
+
 @cache
-def _register_quantizer() -> None:
-    """Register bitsandbytes' quantizer for 4 bits with transformers once more, as one that knows experts."""
+def _register_quantizers() -> None:
+    """Register two quantizers with transformers: bitsandbytes' for 4 bits as one that knows experts and reads
+    MXFP4 and fp8, and that for fp8 as one that only reads it."""
     from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
     from transformers.integrations.mxfp4 import dequantize_convertops
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
     class Quantize(ConversionOps):  # type: ignore[misc]
         """Quantizes what a checkpoint has for one parameter."""
@@ -396,12 +460,40 @@ def _register_quantizer() -> None:
             dtype = given["model"].get_parameter(path).dtype
             return {path: dequantize_convertops(*octets, dtype).detach()}
 
+    class Unscale(Fp8Dequantize):  # type: ignore[misc]
+        """Makes plain weights of fp8.
+
+        Where the last block is smaller, as of DeepSeek-V3's 576 rows, transformers' own fails or takes blocks
+        of another size.
+        """
+
+        def _dequantize_one(self, quantized: Any, scales: Any, output_dtype: Any = None) -> torch.Tensor:
+            block = self.hf_quantizer.quantization_config.weight_block_size
+            grid = block and tuple(-(-size // by) for size, by in zip(quantized.shape, block, strict=False))
+            if grid == tuple(scales.shape):
+                return unscaled(quantized, scales, block, output_dtype or torch.bfloat16)
+            plain: torch.Tensor = super()._dequantize_one(quantized, scales, output_dtype)
+            return plain
+
+    @register_quantizer(_READER)
+    class Reader(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
+        """Makes plain weights of fp8 while they are read."""
+
+        def __init__(self, config: Any, **given: Any) -> None:
+            super().__init__(config, **given | {"pre_quantized": True})
+
+        def get_load_operations(self) -> Any:
+            return {"dequantize": Unscale}
+
     @register_quantizer(_QUANTIZER)
     class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Quantizes linear layers and experts while they are loaded, one parameter after the other."""
 
         def _process_model_before_weight_loading(self, model: Any, *args: Any, **named: Any) -> None:
             super()._process_model_before_weight_loading(model, *args, **named)
+            if self.quantization_config.from_fp8 is not None:
+                # Read as they are: a scale has more digits than the base's dtype.
+                model._get_dtype_plan = lambda dtype: {"weight": None, "experts": None}
             self.places = {one.path: one for one in expert_matrices(model)}
             self.stacks: dict[str, ExpertStack] = {}
 
@@ -412,6 +504,12 @@ def _register_quantizer() -> None:
             names = {one.name for one in self.places.values()} if self.quantization_config.from_mxfp4 else ()
             own = (WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [Unpack()]) for name in names)
             return [*super().get_weight_conversions(), *own]
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            if self.quantization_config.from_fp8 is None:
+                return super().update_weight_conversions(weight_conversions, model)
+            reader = Reader(self.quantization_config.from_fp8)
+            return reader.update_weight_conversions(weight_conversions, model)
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self, super().get_quantize_ops())
@@ -424,12 +522,26 @@ def _register_quantizer() -> None:
             return super()._process_model_after_weight_loading(model, **named)
 
 
-def with_experts(config: Any, *, from_mxfp4: bool = False) -> Any:
+def with_experts(config: Any, stored: Mapping[str, Any]) -> Any:
     """Return transformers' settings of bitsandbytes' 4 bits so that experts are quantized as well.
 
-    from_mxfp4: the checkpoint has them in MXFP4.
+    stored: fields by which the files say that they hold MXFP4 or fp8; none where weights are plain.
     """
-    _register_quantizer()
+    _register_quantizers()
     config.quant_method = _QUANTIZER
-    config.from_mxfp4 = from_mxfp4
+    config.from_mxfp4 = stored.get("quant_method") == "mxfp4"
+    config.from_fp8 = plain_from_fp8(stored) if stored.get("quant_method") == "fp8" else None
+    return config
+
+
+def plain_from_fp8(stored: Mapping[str, Any]) -> Any:
+    """Return transformers' settings by which weights in fp8 become plain ones.
+
+    stored: fields by which the files say how they hold them.
+    """
+    from transformers import FineGrainedFP8Config
+
+    _register_quantizers()
+    config = FineGrainedFP8Config(**{**stored, "dequantize": True})
+    config.quant_method = _READER
     return config

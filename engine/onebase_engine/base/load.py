@@ -29,6 +29,7 @@ from onebase_engine.base.experts import (
     ExpertStack,
     expert_matrices,
     place_stacks,
+    plain_from_fp8,
     quantize_stack,
     use_own_code,
     with_experts,
@@ -211,12 +212,13 @@ def _check_modules(model: Any) -> None:
 def stored_quantization(config: Any) -> Quantization:
     """Return how the weights in a base's files are quantized: "none" where they are plain.
 
-    MXFP4, in which gpt-oss has its experts, counts as plain: it is unpacked while it is read.
+    MXFP4, in which gpt-oss has its experts, and fp8 with scales by block count as plain: they are unpacked
+    while they are read.
 
     Raises:
         UnsupportedBaseError: in a format that OneBase does not read.
     """
-    if not (fields := _stored_format(config)) or has_mxfp4(config):
+    if not (fields := _stored_format(config)) or unpacked_format(config):
         return "none"
     kind = fields.get("quant_method") or "a format without a name"
     if fields.get("load_in_8bit"):
@@ -232,9 +234,14 @@ def stored_quantization(config: Any) -> Quantization:
     )
 
 
-def has_mxfp4(config: Any) -> bool:
-    """Return True if a base's files hold its experts in MXFP4."""
-    return _stored_format(config).get("quant_method") == "mxfp4" and any(expert_matrices(_empty(config)))
+def unpacked_format(config: Any) -> str | None:
+    """Return the format of a base's files that is unpacked while they are read: `mxfp4` or `fp8`."""
+    fields = _stored_format(config)
+    kind = fields.get("quant_method")
+    if kind == "mxfp4" and any(expert_matrices(_empty(config))):
+        return "mxfp4"
+    # DeepSeek-V4's experts are packed otherwise.
+    return "fp8" if kind == "fp8" and fields.get("expert_dtype", "fp8") == "fp8" else None
 
 
 def _stored_format(config: Any) -> dict[str, Any]:
@@ -511,6 +518,11 @@ def config_for(settings: BaseSettings) -> Any:
             f"--quantization int8 does not quantize a mixture's experts, such as {experts.path} of "
             f"{type(config).__name__}: start with --quantization nf4, or none"
         )
+    if unpacked_format(config) == "fp8" and settings.quantization == "int8":
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} hold weights in fp8, which are unpacked for nf4 and for none: "
+            "start with --quantization nf4, or none"
+        )
     if stored == "none":
         return config
     if experts is not None:
@@ -547,14 +559,17 @@ def load_base(settings: BaseSettings) -> nn.Module:
     how = None
     if not by_hand and stored_quantization(config) == "none":
         how = _quantization_config(settings, config)
-    if has_mxfp4(config):
-        if how is None:
-            from transformers import Mxfp4Config
+    unpacked = unpacked_format(config)
+    if unpacked is not None and how is not None:
+        logger.info("weights that the files hold in %s are unpacked, and quantized to NF4", unpacked)
+        _forget_format(config)
+    elif unpacked == "mxfp4":
+        from transformers import Mxfp4Config
 
-            how = Mxfp4Config(dequantize=True)
-        else:
-            logger.info("experts that the files hold in MXFP4 are unpacked, and quantized to NF4")
-            del config.quantization_config
+        how = Mxfp4Config(dequantize=True)
+    elif unpacked == "fp8":
+        how = plain_from_fp8(_stored_format(config))
+        _forget_format(config)
     if settings.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
@@ -582,6 +597,11 @@ def load_base(settings: BaseSettings) -> nn.Module:
             f"the files in {settings.folder} lack {len(missing)} of the tensors of {type(model).__name__}, "
             f"{missing[0]} among them: download the base again, or choose another one"
         )
+    if scales := sorted(name for name in found["unexpected_keys"] if name.endswith("_scale_inv")):
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} hold weights in fp8 of which OneBase does not know the place of "
+            f"the scales, such as {scales[0]}: choose the repository with plain weights (often BF16)"
+        )
     if by_hand:
         _quantize_layers(model, settings)
         model.to(settings.device)
@@ -590,6 +610,13 @@ def load_base(settings: BaseSettings) -> nn.Module:
     if settings.quantization != "none":
         check_quantized(model, settings)
     return freeze(model)
+
+
+def _forget_format(config: Any) -> None:
+    """Take from a config how its files hold their weights, which transformers would follow."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
 
 
 def _is_no_cast_warning(record: logging.LogRecord) -> bool:
@@ -680,7 +707,7 @@ def _quantization_config(settings: BaseSettings, config: Any) -> Any:
             llm_int8_skip_modules=_skipped_modules(settings, config),
         )
         routed = next(expert_matrices(_empty(config)), None) is not None
-        return with_experts(how, from_mxfp4=has_mxfp4(config)) if routed else how
+        return with_experts(how, _stored_format(config)) if routed or unpacked_format(config) else how
     if settings.quantization == "int8":
         return BitsAndBytesConfig(
             load_in_8bit=True,
@@ -698,7 +725,9 @@ def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
     left = [
         name
         for name, module in model.named_modules()
-        if _is_narrow(module, settings.blocksize) or (isinstance(module, nn.Linear) and not is_linear(module))
+        if _is_narrow(module, settings.blocksize)
+        or (isinstance(module, nn.Linear) and not is_linear(module))
+        or _is_read(name, model)
     ]
     return [*get_keys_to_not_convert(model), *left] if left else None
 
@@ -711,13 +740,20 @@ def _is_narrow(module: Any, blocksize: int) -> bool:
     return type(module) is nn.Linear and module.in_features < min(blocksize, _STORED_BLOCKSIZE)
 
 
+def _is_read(name: str, model: nn.Module) -> bool:
+    """Return True for a linear layer of a router that multiplies by the layer's weight itself (LongCat's)."""
+    owner, _, child = name.rpartition(".")
+    return child == "classifier" and "router" in type(model.get_submodule(owner)).__name__.lower()
+
+
 def _quantize_layers(model: Any, settings: BaseSettings) -> None:
     """Quantize to NF4 with a blocksize other than 64, which transformers' config cannot express."""
     import bitsandbytes as bnb
 
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is output or _is_narrow(module, settings.blocksize):
+        left = module is output or _is_narrow(module, settings.blocksize) or _is_read(name, model)
+        if type(module) is not nn.Linear or left:
             continue
         layer = bnb.nn.Linear4bit(
             module.in_features,

@@ -22,10 +22,10 @@ from onebase_engine.base.load import (
     UnsupportedBaseError,
     check_servable,
     estimate_memory,
-    has_mxfp4,
     longest_row,
     parameter_count,
     stored_quantization,
+    unpacked_format,
 )
 from onebase_engine.engine.attention import UnsupportedAttentionError
 from onebase_engine.engine.model import ServedModel
@@ -88,8 +88,9 @@ def check_base(config: Any) -> BaseCheck:
         with torch.device("meta"):
             tree = empty_base(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager").eval()
         known |= _size(tree, known["stored"])
-        if has_mxfp4(config):
-            known["notes"] += ("Its files hold experts in MXFP4, which are quantized again to nf4.",)
+        if unpacked := unpacked_format(config):
+            what = "experts in MXFP4" if unpacked == "mxfp4" else "weights in fp8"
+            known["notes"] += (f"Its files hold {what}, which are quantized again to nf4.",)
     except UnsupportedBaseError as error:
         return BaseCheck(refusal=str(error), **known)
     try:

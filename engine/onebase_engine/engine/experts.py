@@ -19,6 +19,7 @@ from torch.nn import functional
 from onebase_engine.base.experts import (
     ExpertStack,
     expert_modules,
+    is_transposed,
     layer_of,
     matrix_names,
     own_code,
@@ -116,7 +117,7 @@ class _OneByOne:
         self._rows = _NO_ROWS
         self._by_expert: dict[int, RowMap] = {}
         self._matrices = {
-            name: _Matrices(getattr(module, name), kernels, slots, module.is_transposed, self.rows_of)
+            name: _Matrices(getattr(module, name), kernels, slots, is_transposed(module), self.rows_of)
             for name in matrix_names(module)
         }
         for name, one in self._matrices.items():
@@ -207,9 +208,9 @@ class _Matrix:
 
 
 def _routes(module: nn.Module) -> bool:
-    """Return True for a router that multiplies its rows by a parameter of its own."""
-    own = dict(module.named_parameters(recurse=False))
-    wide = any(parameter.dim() == 2 for parameter in own.values())
+    """Return True for a router that multiplies its rows by a parameter of its own, or of its classifier."""
+    own = list(module.parameters(recurse=False))
+    wide = any(parameter.dim() == 2 for parameter in own) or hasattr(module, "classifier")
     return wide and "router" in type(module).__name__.lower() and not is_linear(module)
 
 

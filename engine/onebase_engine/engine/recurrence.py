@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onebase_engine.base.layers import decoder_of
 from onebase_engine.base.view import called_by, forward_with
 from onebase_engine.engine.kv_cache import zeros
 from onebase_engine.kernels.interface import RecurrentKernels, StateRuns
@@ -73,12 +74,19 @@ class Recurrence:
             "mamba2_chunk_scan": self._state_space,
             "mamba_selective_scan": self._selective_scan,
         }
+        owners: set[nn.Module] = set()
         for path, module in model.named_modules():
             called = {name: one for name, one in functions.items() if called_by(module, name) is not None}
             if called:
                 own = {name: partial(one, path) for name, one in called.items()}
                 module.forward = forward_with(module, own)
                 self.layers.add(int(module.layer_idx))
+                owners.add(module)
+        for module in decoder_of(model).modules():
+            if module not in owners and any(isinstance(child, nn.Conv1d) for child in module.children()):
+                raise UnsupportedRecurrenceError(
+                    f"its {type(module).__name__} convolves over tokens, in a way that OneBase does not know"
+                )
 
     def allocate(self, places: int, device: torch.device) -> None:
         """Allocate states for so many places. Place 0 is zeros and never written.

@@ -29,7 +29,7 @@ from onebase_protocol import text
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, TokenInfo, prompt_token_infos
-from onebase_server.inference.thoughts import Thinking, ThoughtReader
+from onebase_server.inference.thoughts import Thinking
 from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.transcript import Ended, Opening, Record, Transcript, line, refused
@@ -550,7 +550,9 @@ def _choice(request: GenerationRequest, index: int, tokenizer: BaseTokenizer) ->
         offset=offset,
         discard_tokens=request.scores_only,
         with_ids=request.token_ids,
-        thought=None if thinking is None else ThoughtReader(thinking),
+        thought=None
+        if thinking is None
+        else thinking.format.reader(thinking, calls=request.calls is not None),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from onebase_engine.engine.messages import FinishReason, ScoredToken, SequenceOutput
 from onebase_server.inference.detokenizer import PieceDecoder, StopStrings
-from onebase_server.inference.thoughts import ThoughtReader
+from onebase_server.inference.thoughts import AnyThoughtReader
 
 
 @dataclass(slots=True)
@@ -27,7 +27,8 @@ class OutputPiece:
     index: int
     text: str
     reasoning: str = ""
-    """Part of the thought before the text, which comes to its end before the text begins."""
+    """Part of the thought before the text, which comes to its end before the text begins, unless the format
+    lets thoughts and text take turns."""
     tokens: list[TokenInfo] = field(default_factory=list)
     """Tokens of the text; those of the thought only if token ids were asked for."""
     ids: list[int] = field(default_factory=list)
@@ -57,7 +58,7 @@ class ChoiceDecoder:
         offset: int = 0,
         discard_tokens: bool = False,
         with_ids: bool = False,
-        thought: ThoughtReader | None = None,
+        thought: AnyThoughtReader | None = None,
     ) -> None:
         self.index = index
         self.completion_tokens = 0
@@ -81,7 +82,8 @@ class ChoiceDecoder:
         thought = self._thought
         if thought is None or not thought.thinks:
             return 0
-        return self.completion_tokens if thought.start is None else self._thought_tokens
+        whole = thought.start is None and not thought.interleaved
+        return self.completion_tokens if whole else self._thought_tokens
 
     @property
     def stopped_here(self) -> bool:
@@ -130,6 +132,8 @@ class ChoiceDecoder:
     def _split(self, piece: str, *, end: bool = False) -> tuple[str, str]:
         """Return what of the thought and of the answer is certain with a piece of the whole text."""
         thought, before = self._thought, self._decoded
+        if thought is not None and thought.interleaved:
+            return self._take_turns(thought, piece, end=end)
         self._decoded += len(piece)
         if thought is None or thought.start is not None:
             return "", piece
@@ -147,6 +151,16 @@ class ChoiceDecoder:
         for info in self._waiting:
             info.offset = max(0, info.offset - first)
         self._decoded -= first
+        return made
+
+    def _take_turns(self, thought: AnyThoughtReader, piece: str, *, end: bool) -> tuple[str, str]:
+        """Return what is certain with a piece, where a token is either of a thought or of the answer."""
+        within = thought.inside
+        made = thought.feed(piece, end=end)
+        self._thought_tokens += within and not end
+        if within and not made[1] and not end and not self._with_ids and self._waiting:
+            del self._waiting[-1]
+        self._decoded += len(made[1])
         return made
 
     def _release_tokens(self) -> list[TokenInfo]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from onebase_engine.engine.messages import Grammar
 
@@ -78,6 +78,24 @@ class ThoughtFormat:
         """Control tokens without which thoughts cannot be read."""
         return frozenset(self.controls.values())
 
+    @property
+    def answer_header(self) -> str:
+        """Text between a prompt and an answer without a thought."""
+        return ""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer, whether or not the base's config has them."""
+        return ()
+
+    def reader(self, thinking: Thinking, *, calls: bool) -> AnyThoughtReader:
+        """Return the reader of one answer. calls: whether it may call tools."""
+        return ThoughtReader(thinking)
+
+    def effort(self, asked: str) -> str:
+        """Return the effort of reasoning that the template knows for one that is asked for."""
+        return asked
+
     def is_on(self, options: Mapping[str, Any]) -> bool:
         """Return True if the base may think with these variables of its chat template."""
         if self.switch is None:
@@ -97,6 +115,10 @@ class ThoughtFormat:
         opens, closes = begun.rfind(self.opening), begun.rfind(self.closing)
         return None if opens == closes == -1 else opens > closes
 
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+        """Return messages as the template expects them. Raises ValueError for those that it leaves out."""
+        return [self.with_thoughts(message) for message in messages]
+
     def with_thoughts(self, message: Mapping[str, Any]) -> Message:
         """Return a message with its thought as the template names it, or without where it writes none."""
         made, thought = without_thought(message), message.get(KEYS[0])
@@ -107,10 +129,12 @@ class ThoughtFormat:
         text = [{"type": "text", "text": made["content"]}] if made["content"] else []
         return made | {"content": [{"type": "thinking", "thinking": thought}, *text]}
 
-    def grammar(self, *, opened: bool) -> str:
+    def grammar(self, *, opened: bool, calls: bool = False) -> str:
         """Return the rules of what stands before an answer: see Grammar.before.
 
-        opened: whether the prompt opens the thought. If not, there may be one.
+        Args:
+            opened: whether the prompt opens the thought. If not, there may be one.
+            calls: whether the answer may call tools.
         """
         token = self.controls.get(self.closing)
         letters = "letters[lazy]: /(?s:.*)/ " + _quoted(self.closing)
@@ -141,11 +165,14 @@ class Thinking:
     on: bool = True
     """Whether the base is to think: if not, a grammar of the answer has no place for a thought."""
 
-    def before(self, grammar: Grammar | None) -> Grammar | None:
-        """Return the grammar of an answer with its thought: it describes what follows that."""
+    def before(self, grammar: Grammar | None, *, calls: bool = False) -> Grammar | None:
+        """Return the grammar of an answer with its thought: it describes what follows that.
+
+        calls: whether the answer may call tools.
+        """
         if grammar is None or not self.on:
             return grammar
-        return Grammar(grammar.kind, grammar.text, self.format.grammar(opened=self.opened))
+        return Grammar(grammar.kind, grammar.text, self.format.grammar(opened=self.opened, calls=calls))
 
 
 def without_thought(message: Mapping[str, Any]) -> Message:
@@ -159,11 +186,27 @@ def _quoted(text: str) -> str:
 # ---- an answer's text --------------------------------------------------------------------------
 
 
+class AnyThoughtReader(Protocol):
+    """Reader that separates the thoughts of one answer from the rest of its text as it comes."""
+
+    thinks: bool
+    start: int | None
+    interleaved: bool
+
+    @property
+    def inside(self) -> bool: ...
+
+    def feed(self, text: str, *, end: bool = False) -> tuple[str, str]: ...
+
+
 class ThoughtReader:
     """Separates one answer's thought from the rest of its text as it comes.
 
     Only a thought at the very beginning is one; the white space around the two is no part of them.
     """
+
+    interleaved = False
+    """Whether thoughts may come behind text of the answer."""
 
     def __init__(self, thinking: Thinking) -> None:
         self._format = thinking.format

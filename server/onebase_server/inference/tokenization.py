@@ -27,8 +27,9 @@ from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_ar
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
 from onebase_protocol.adapters import TokenizerAdditions
-from onebase_server.inference import thoughts
+from onebase_server.inference import harmony, thoughts
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
+from onebase_server.inference.harmony import HarmonyFormat, HarmonyTools
 from onebase_server.inference.own_templates import Budget, OwnTemplateError, OwnTemplates
 from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.inference.tool_format import ToolFormat, UnreadableCallsError, read_format, reason_of
@@ -233,10 +234,17 @@ class BaseTokenizer:
             return "has no place for tools"
         if "tool_calls" not in self.chat_template:
             return "writes no calls"
+        if self._harmony is not None:
+            return self._harmony[1]
         try:
             return self._read(lambda render: read_format(render, self._control_names))
         except UnreadableCallsError as error:
             return str(error)
+
+    @cached_property
+    def _harmony(self) -> tuple[HarmonyFormat, HarmonyTools] | None:
+        """Formats of thoughts and of calls, if the chat template writes Harmony."""
+        return self._read(lambda render: harmony.read_formats(render, self._control_names))
 
     @property
     def _control_names(self) -> dict[str, int]:
@@ -250,6 +258,8 @@ class BaseTokenizer:
         cannot be separated from its answer."""
         if not self.has_chat_template:
             return None
+        if self._harmony is not None:
+            return self._harmony[0]
         names, variables = self._control_names, self.template_options
         return self._read(lambda render: thoughts.read_format(render, self.chat_template, names, variables))
 
@@ -263,6 +273,12 @@ class BaseTokenizer:
         if self.thought_format is None:
             return None
         return self.thought_format.opened_by(self.decode(prompt[-thoughts.TAIL_TOKENS :], special=True))
+
+    def answer_header(self) -> list[int]:
+        """Return the tokens between a conversation's prompt and an answer without a thought."""
+        text = "" if self.thought_format is None else self.thought_format.answer_header
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False) if text else []
+        return ids
 
     @cached_property
     def chat_refusal(self) -> str | None:

@@ -146,7 +146,12 @@ class ToolFormat:
         for index, (name, tool) in enumerate(tools.items()):
             rules.append(f"call_{index}: {_quoted(name)} {self._literal(self.middle)} args_{index}")
             rules += self._arguments(f"args_{index}", tool)
-        text = "\n".join(["%llguidance {}", *self._start(choice, content), *rules])
+        return self._checked([*self._start(choice, content), *rules])
+
+    @staticmethod
+    def _checked(rules: Sequence[str]) -> Grammar:
+        """Return the grammar of these rules. Raises ValueError if it is too large."""
+        text = "\n".join(["%llguidance {}", *rules])
         if len(text) > MOST_CHARACTERS:
             raise ValueError(
                 f"they make a grammar of {len(text)} characters; at most {MOST_CHARACTERS} are taken"
@@ -158,7 +163,7 @@ class ToolFormat:
         if choice == "required":
             return [f"start: {opening} calls"]
         if content is not None:
-            return [f"start: content | {opening} calls", f"content: %json {_compact(content)}"]
+            return [f"start: content | {opening} calls", f"content: %json {compact(content)}"]
         if not self.trigger:
             # What begins otherwise is text. The lexer would go on with text behind a piece of the opening.
             if not any(name in self.opening for name in self.controls):
@@ -183,7 +188,7 @@ class ToolFormat:
     def _arguments(self, rule: str, tool: ToolDefinition) -> list[str]:
         made = self.arguments
         if made is None:
-            return [f"{rule}: %json {_compact(tool.schema, lenient=not tool.strict)}"]
+            return [f"{rule}: %json {compact(tool.schema, lenient=not tool.strict)}"]
         if tool.strict and (over := tool.schema.keys() & (_NOT_BARE | {"anyOf", "oneOf", "$ref"})):
             raise ValueError(_cannot_keep(min(over)))
         if isinstance(made, Bare):
@@ -207,7 +212,7 @@ class ToolFormat:
         closing = self._literal(made.closing)
         as_json = [
             f"{rule}_json: {other} {rule}_value {closing}",
-            f"{rule}_value: %json {_compact(schema, lenient=lenient)}",
+            f"{rule}_value: %json {compact(schema, lenient=lenient)}",
         ]
         if "string" not in kinds(schema):
             return [f"{rule}: {rule}_json", *as_json]
@@ -297,7 +302,7 @@ NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalPropertie
 """The schema of a function that names no parameters."""
 
 
-def _compact(schema: Schema, *, lenient: bool = False) -> str:
+def compact(schema: Schema, *, lenient: bool = False) -> str:
     options = {"whitespace_pattern": WHITESPACE} | ({"lenient": True} if lenient else {})
     return json.dumps({**closed(schema), "x-guidance": options})
 

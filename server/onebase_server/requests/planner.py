@@ -729,9 +729,12 @@ class Planner:
         await self.read_template(tenant, own)
         options = self._options(body, messages, reasoning_effort, own)
         format = own.thought_format
-        with_thoughts = without_thought if format is None else format.with_thoughts
         rendered = [message.rendered() for message in messages]
-        chat = TemplateInput([with_thoughts(message) for message in rendered], tools, options)
+        try:
+            said = list(map(without_thought, rendered)) if format is None else format.conversation(rendered)
+        except ValueError as error:
+            raise InvalidRequestError(f"messages: {error}.", param="messages") from error
+        chat = TemplateInput(said, tools, options)
         size = sum(
             _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
             for message in rendered
@@ -769,7 +772,9 @@ class Planner:
         if reasoning_effort == "none" and switch is not None:
             given.setdefault(switch.name, switch.off)
         elif reasoning_effort is not None and "reasoning_effort" in known:
-            given.setdefault("reasoning_effort", reasoning_effort)
+            format = tokenizer.thought_format
+            effort = reasoning_effort if format is None else format.effort(reasoning_effort)
+            given.setdefault("reasoning_effort", effort)
         if body.continue_final_message:
             if not messages[-1].rendered()["content"].strip():
                 raise InvalidRequestError(
@@ -900,11 +905,12 @@ class Planner:
             raise InvalidRequestError(
                 "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
             )
-        sampling = _sampling(body, base, wanted, tokenizer.end_tokens)
+        ends = () if wanted.thinking is None else wanted.thinking.format.ends
+        sampling = _sampling(body, base, wanted, (*tokenizer.end_tokens, *ends))
         guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
         grammar = None if guide is None else guide.grammar
         if wanted.thinking is not None:
-            grammar = wanted.thinking.before(grammar)
+            grammar = wanted.thinking.before(grammar, calls=wanted.answer is not None)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return GenerationRequest(
             id=new_id(wanted.kind),

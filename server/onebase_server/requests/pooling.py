@@ -209,6 +209,7 @@ class ReadingPlanner:
                 prompt = await self._planner.chat_prompt(
                     caller.tenant, rebuilt(ConversationFields, options), given, tokenizer=own
                 )
+                prompt = Prompt([*prompt.tokens, *own.answer_header()])
                 param = "messages" if param == "prompt" else param
             jobs = []
             for first in range(0, len(choices), AT_ONCE):

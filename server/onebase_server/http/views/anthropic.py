@@ -120,7 +120,7 @@ class _Blocks:
         return chunk + (self._close() if piece.finish_reason else b"")
 
     def _think(self, text: str) -> bytes:
-        begun = b"" if self._open else self._begin(wire.ThinkingBlockAnswer("", ""))
+        begun = b"" if self._thought else self._begin(wire.ThinkingBlockAnswer("", ""))
         self._thought.append(text)
         return begun + (b"" if self._hides_thoughts else self._delta(wire.ThinkingDelta(text)))
 

@@ -65,10 +65,11 @@ class _Output:
 
     def _think(self, text: str) -> list[Json]:
         events = []
-        if self._open is None:
+        if self._open is None or self._open["type"] != "reasoning":
+            events = self._close("completed")
             item = {"id": self._item_id("rs_"), "type": "reasoning", "summary": [], "content": []}
             part = {"type": "reasoning_text", "text": ""}
-            events = [
+            events += [
                 self._begin(item),
                 self._event("response.content_part.added", content_index=0, part=part),
             ]
