@@ -35,8 +35,6 @@ def test_rows_memory_and_speed_are_those_of_the_server(
         server.step_until_rows(step, 2)
         expect(rows).to_contain_text("2")
         expect(page.get_by_role("figure", name="Tokens a second")).to_be_visible()
-        first = page.locator(".tiles div", has_text="First token, p95").locator("dd")
-        expect(first).to_contain_text("s")
         expect(page.get_by_text("running since")).to_contain_text(f"OneBase {onebase_server.__version__}")
         expect(page.get_by_role("img", name="Memory, to one scale")).to_be_visible()
         with server.client() as http:
@@ -53,6 +51,8 @@ def test_rows_memory_and_speed_are_those_of_the_server(
         asking.page.get_by_role("button", name="Stop").click()
         step(64)
         expect(rows).to_contain_text("0")
+        latency = page.locator(".tiles div", has_text="First token, p95").locator("dd")
+        expect(latency).to_contain_text("s")  # known once the requests are over
 
 
 @pytest.mark.parametrize("size", EACH_SIZE)
@@ -130,7 +130,7 @@ def test_a_key_is_made_limited_and_revoked_and_tokens_have_a_price(
             dialog = page.get_by_role("dialog", name="New key")
             dialog.get_by_label("Tenant").fill("made-here")
             dialog.get_by_label("Name, for people").fill("shop")
-            dialog.get_by_role("checkbox", name="adapters").check()
+            dialog.get_by_role("checkbox", name="adapters send").check()
             dialog.get_by_label("Requests a minute").fill("7")
             assert visit.violations() == []
             dialog.get_by_role("button", name="Make the key").click()
