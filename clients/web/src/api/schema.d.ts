@@ -5312,7 +5312,7 @@ export interface components {
         };
         /**
          * LoadPoint
-         * @description Load of a server over some time, which ends `at`. Answers to probes and about the load are not counted.
+         * @description Load of a server over some time, which ends `at`. Answers to probes and of /status do not count.
          */
         LoadPoint: {
             at: number;
