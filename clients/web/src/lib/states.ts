@@ -36,7 +36,8 @@ export function stateLine(job: Known): string {
   const state = stateOf(job)
   if (job.status === 'validating_files') return `${state}: ${(PHASES[phase ?? ''] ?? PHASES.validating_files ?? '').toLowerCase()}${part ? `, ${Math.floor(part * 100)}%` : ''} …`
   if (!['running', 'paused'].includes(job.status) || job.hold) return state
-  const doing = state === 'Training' ? (PHASES[phase ?? ''] ?? state) : state
+  // A trainer that has read its rows may not say so before its first figures.
+  const doing = state === 'Training' && phase !== 'validating_files' ? (PHASES[phase ?? ''] ?? state) : state
   return [
     doing,
     ...(steps ? [`step ${count(step ?? 0)} of ${count(steps)}`] : []),
