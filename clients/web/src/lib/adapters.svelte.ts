@@ -257,7 +257,10 @@ class Adapters {
     const params = { query: { group_by: 'adapter' } }
     // JSON, since nothing else was asked for.
     const answer = (await data<unknown>(api.GET('/v1/usage', { params })).catch(() => null)) as Schemas['UsageAnswer'] | null
-    if (answer && name === this.name) this.usage = answer.data.find((row) => row.adapter === name) ?? none
+    if (!answer || name !== this.name) return
+    // A sum of adapters counts for each, as in the weeks.
+    const rows = answer.data.filter((row) => (row.adapter ?? '').split('+').includes(name))
+    this.usage = rows.reduce((sum, row) => ({ ...sum, requests: sum.requests + row.requests, prompt_tokens: sum.prompt_tokens + row.prompt_tokens, completion_tokens: sum.completion_tokens + row.completion_tokens }), none)
   }
 
   #noted(error: unknown): ApiError {
