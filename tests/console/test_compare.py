@@ -357,3 +357,27 @@ def test_it_fits_360_pixels_and_twice_the_size(words: Server, look: Look, how: d
             expect(visit.page.get_by_label(part)).to_be_in_viewport()
             visit.page.keyboard.press("Escape")
         assert visit.violations() == []
+
+
+def test_the_view_opens_with_what_was_used_last_and_stop_texts_and_top_p_go_with_the_message(
+    words: Server, look: Look
+) -> None:
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/compare")
+        page.get_by_role("button", name="Choose an adapter").click()
+        page.get_by_role("option", name="pirate").click()
+        page.wait_for_url("**c=a%3Apirate**")
+        visit.page.goto("about:blank")
+        visit.open("#/compare")
+        expect(page.locator(".who").last).to_have_text("pirate · active")
+        page.get_by_role("group", name="Examples").get_by_role("button").first.click()
+        expect(page.get_by_label("Message to all columns")).not_to_have_value("")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Top-p").fill("0.5")
+        page.get_by_label("Stop at these texts").fill("END\nand then")
+        assert visit.violations() == []
+        visit.ask("hello")
+    sent = [one.post_data_json for one in visit.requests if one.url.endswith("/generate")]
+    assert len(sent) == 2
+    assert all((body["top_p"], body["stop"]) == (0.5, ["END", "and then"]) for body in sent)
