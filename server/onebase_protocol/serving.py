@@ -48,6 +48,41 @@ class VerifierStatus(msgspec.Struct, frozen=True):
     pid: int | None
 
 
+class LoadPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Load of a server over some time, which ends `at`. Answers to probes and of /status do not count."""
+
+    at: float
+    """Unix time in seconds."""
+    seconds: float
+    answers: int
+    errors: int
+    """Answers with a status of 500 or more, and choices that ended with an error."""
+    requests: int
+    """Requests that had their first token, without those of batches."""
+    first_token_p50: float | None
+    """Median time to the first token in seconds, within the bucket of a histogram. None if no request had
+    one."""
+    first_token_p95: float | None
+    generated_tokens: int
+    prompt_tokens: int
+    running: int
+    """Sequences running at its end."""
+    waiting: int
+
+
+class LoadHistory(msgspec.Struct, frozen=True, kw_only=True):
+    """Load of one server in the last hours, as long as it has run."""
+
+    object: Literal["list"] = "list"
+    version: str
+    """Version of OneBase that the server runs."""
+    started_at: float
+    """Unix time in seconds."""
+    last_hour: LoadPoint
+    data: tuple[LoadPoint, ...]
+    """One point a minute, the oldest first."""
+
+
 class RouteSecretAnswer(msgspec.Struct, frozen=True):
     """Answer of GET /route_secret: another one after each start of the server."""
 

@@ -279,6 +279,8 @@ class TrainingJobInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it waits for `resume` once its files are checked. False from then on."""
     stopped: TrainingStop | None = None
     """Record of who ended it early, by `stop`. None if nobody did."""
+    created_by: str = ""
+    """The id of the API key that made it; "" if the server needs none."""
 
     @property
     def method(self) -> str:

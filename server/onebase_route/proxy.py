@@ -119,6 +119,7 @@ _OF_ONE_SERVER = (
     "/resume",
     "/is_paused",
     "/status",
+    "/status/history",
     "/server_info",
     "/get_world_size",
 )

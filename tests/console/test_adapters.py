@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Locator, Page, Route, expect
 from tests.hub_standin import HubStandIn
 from tests.server.access import Keys, client_with
 from tests.server.support import CONFIG, Server, Starter, make_folder, pace, upload, upload_folder
@@ -92,6 +93,16 @@ def confirm(page: Page, verb: str, *means: str) -> None:
     for sentence in means:
         expect(dialog).to_contain_text(sentence)
     dialog.get_by_role("button", name=verb).click()
+
+
+def more(page: Page, of: str, item: str) -> None:
+    """Choose in the menu of an adapter, or of a version by the beginning of its digest."""
+    page.get_by_label(f"More for {of}", exact=True).click()
+    page.get_by_role("button", name=item).click()
+
+
+def row_of(page: Page, version: str) -> Locator:
+    return page.get_by_role("table", name="Versions").get_by_role("row").filter(has_text=version[:12])
 
 
 @pytest.mark.parametrize("size", EACH_SIZE)
@@ -197,8 +208,8 @@ def test_what_is_wrong_with_an_upload_is_told_in_the_servers_words(words: Server
         drop(page, [payload("broken")[0], payload("broken", "refused")[1]])
         page.get_by_label("Name", exact=True).fill("not-proved")
         page.get_by_role("button", name="Upload").click()
-        expect(page.locator(".time").get_by_role("alert")).to_contain_text(broken)
-        expect(page.locator(".time .state")).to_have_text("Failed")
+        expect(page.locator(".versions").get_by_role("alert")).to_contain_text(broken)
+        expect(page.locator(".versions .state")).to_have_text("Failed")
 
 
 def test_one_is_pulled_from_the_hub_or_why_not_is_told(
@@ -222,8 +233,8 @@ def test_one_is_pulled_from_the_hub_or_why_not_is_told(
                 page.get_by_role("button", name="Pull").click()
                 expect(page.get_by_role("dialog")).to_have_count(0)
                 if repo == "acme/absent":
-                    expect(page.locator(".time").get_by_role("alert")).to_contain_text("acme/absent")
-            expect(page.locator(".time")).to_contain_text(f"commit {commit[:12]}")
+                    expect(page.locator(".versions").get_by_role("alert")).to_contain_text("acme/absent")
+            expect(page.locator(".versions")).to_contain_text(f"commit {commit[:12]}")
             expect(page.get_by_text("Active, in host memory")).to_be_visible()
 
 
@@ -248,57 +259,49 @@ def test_versions_are_activated_rolled_back_and_deleted_and_the_time_line_says_b
             visit.open(f"#/adapters?name={name}")
             page.get_by_label("API key", exact=True).fill(key)
             page.keyboard.press("Enter")
-            page.get_by_role("button", name=f"Activate {second[:12]}").click()
+            narrow = size == "phone"  # where buttons of a row are in its menu
+
+            def activate(version: str) -> None:
+                if narrow:
+                    more(page, version[:12], "Activate")
+                else:
+                    page.get_by_role("button", name=f"Activate {version[:12]}").click()
+
+            activate(second)
             expect(page.locator(".time")).to_contain_text(f"by {keys.record(key).id}")
-            expect(page.get_by_role("button", name=f"Activate {first[:12]}")).to_be_visible()
+            toast = page.get_by_role("group", name="What was just done")
+            expect(toast).to_contain_text(f"{second[:12]} answers requests for {name}.")
             assert active() == second
-            page.get_by_role("button", name="Roll back").click()
-            expect(page.locator(".time")).to_contain_text("Rolled back to")
+            toast.get_by_role("button", name="Undo").click()
+            expect(page.locator("[aria-live=polite]")).to_have_text("Undone.")
             assert active() == first
-            page.get_by_role("button", name="Pin").click()
-            expect(page.get_by_role("button", name="Pinned")).to_have_attribute("aria-pressed", "true")
-            page.get_by_role("button", name="Share").click()
+            activate(second)
+            expect(toast).to_be_visible()
+            more(page, name, f"Roll back to {first[:6]}…")
+            expect(page.locator(".time")).to_contain_text("Rolled back to")
+            expect(toast).to_contain_text(f"{name} is rolled back to {first[:12]}.")
+            assert active() == first
+            more(page, name, "Pin")
+            expect(page.get_by_text("Active, in host memory, pinned")).to_be_visible()
+            more(page, name, "Share")
             assert visit.violations() == []
             confirm(page, "Share", "Every tenant of this server may use it", "Nobody else may change it")
             expect(page.get_by_text("shared with all tenants")).to_be_visible()
-            page.get_by_role("button", name=f"Delete {first[:12]}").click()
-            confirm(page, "Delete", "It is active: the server asks for force.")
+            more(page, first[:12], "Delete")
+            confirm(page, "Delete", "It is active: the server asks for force.", "download it before")
             expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("adapter_in_use")
             confirm(page, "Delete by force", "end now")
-            expect(page.get_by_role("button", name=f"Delete {first[:12]}")).to_have_count(0)
+            expect(row_of(page, first)).to_have_count(0)
             expect(page.get_by_text("Not active, pinned")).to_be_visible()
-            page.get_by_role("button", name=f"Activate {second[:12]}").click()
-            page.get_by_role("button", name="Deactivate").click()
+            activate(second)
+            expect(toast).to_contain_text(f"{second[:12]} answers requests for {name}.")
+            more(page, name, "Deactivate")
             confirm(page, "Deactivate", "are answered 404 from now on")
             expect(page.locator(".time")).to_contain_text("Deactivated")
-            page.get_by_role("button", name="Delete", exact=True).click()
+            more(page, name, "Delete")
             confirm(page, "Delete", "cannot be undone")
             expect(page.get_by_role("heading", name=name)).to_have_count(0)
             assert http.get(f"/v1/adapters/{name}").status_code == 404
-
-
-def test_a_question_asked_while_the_one_before_closes_stays_open(words: Server, look: Look) -> None:
-    with look(words) as visit:
-        page = visit.page
-        visit.tell_of_close()
-        page.add_init_script(
-            "const plain = HTMLDialogElement.prototype.close;"
-            "HTMLDialogElement.prototype.close = function () {"
-            " plain.call(this); queueMicrotask(() => window.reask?.()) }"
-        )
-        visit.open("#/adapters?name=orders")
-        page.get_by_role("button", name="Deactivate").click()
-        page.evaluate(
-            """() => void (window.reask = () => {
-                window.reask = null
-                const buttons = [...document.querySelectorAll('article button')]
-                buttons.find(one => one.textContent.trim() === 'Delete').click()
-            })"""
-        )
-        page.get_by_role("button", name="Keep it as it is").click()
-        visit.wait_for_close()
-        assert page.evaluate("window.reask === null")
-        expect(page.get_by_role("dialog")).to_contain_text("cannot be undone")
 
 
 @pytest.mark.parametrize("status", [200, 409])
@@ -309,11 +312,11 @@ def test_an_answer_to_a_question_that_was_left_says_nothing_of_the_next(
         page, held = visit.page, list[Route]()
         visit.open("#/adapters?name=orders")
         page.route("**/v1/adapters/orders/deactivate", lambda route: held.append(route))
-        page.get_by_role("button", name="Deactivate").click()
+        more(page, "orders", "Deactivate")
         with page.expect_request("**/v1/adapters/orders/deactivate"):
             confirm(page, "Deactivate")
         page.get_by_role("button", name="Keep it as it is").click()
-        page.get_by_role("button", name="Delete", exact=True).click()
+        more(page, "orders", "Delete")
         error = {
             "code": "adapter_in_use",
             "message": "in use",
@@ -339,18 +342,18 @@ def test_an_adapter_that_is_deleted_elsewhere_is_said_to_be_gone_and_one_that_ca
             page = visit.page
             page.clock.install()
             visit.open("#/adapters?name=passing")
-            deletes = page.get_by_role("button", name="Delete", exact=True)
-            expect(deletes).to_be_visible()
+            changes = page.get_by_role("button", name="New version")
+            expect(changes).to_be_visible()
             page.route("**/v1/adapters/passing", lambda route: route.abort())
             for _ in range(2):
                 with page.expect_event("requestfailed"):
                     page.clock.fast_forward(6000)  # it looks again every 5 s
-            assert deletes.is_visible()
+            assert changes.is_visible()
             page.unroute("**/v1/adapters/passing")
             http.delete("/v1/adapters/passing").raise_for_status()
             page.clock.fast_forward(6000)
             expect(page.get_by_role("alert")).to_contain_text("There is no adapter 'passing'.")
-            expect(deletes).to_have_count(0)
+            expect(changes).to_have_count(0)
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -400,7 +403,7 @@ def test_an_adapter_that_requests_use_is_deleted_by_force_alone(
         step(8)
         with look(server, errors=("409",)) as other:
             other.open("#/adapters?name=busy")
-            other.page.get_by_role("button", name="Delete", exact=True).click()
+            more(other.page, "busy", "Delete")
             confirm(other.page, "Delete")
             confirm(other.page, "Delete by force", "adapter_deleted")
             expect(other.page.get_by_text("There is no adapter yet.")).to_be_visible()
@@ -420,13 +423,16 @@ def test_a_key_without_admin_is_not_shown_what_it_may_not_do(keyed: Server, keys
         visit.open("#/adapters?name=own")
         page.get_by_label("API key", exact=True).fill(mine)
         page.keyboard.press("Enter")
-        expect(page.get_by_role("button", name="Delete", exact=True)).to_be_visible()
+        page.get_by_label("More for own", exact=True).click()
+        expect(page.get_by_role("button", name="Delete")).to_be_visible()
         for name in ("Pin", "Share"):
             expect(page.get_by_role("button", name=name)).to_have_count(0)
+        page.keyboard.press("Escape")
         expect(page.get_by_role("link", name="Ask it")).to_have_count(0)
         page.get_by_role("link", name="lent").click()
         expect(page.get_by_text("shared with all tenants by theirs")).to_be_visible()
-        expect(page.get_by_role("button", name="Delete")).to_have_count(0)
+        expect(page.get_by_role("button", name="New version")).to_have_count(0)
+        expect(page.get_by_label("More for")).to_have_count(0)
 
 
 @pytest.mark.parametrize("size", EVERY_SIZE)
@@ -469,3 +475,75 @@ def test_the_picture_has_the_figures_of_the_report_and_two_versions_differ_in_it
         assert set(table.locator(".sign").all_text_contents()) >= {"+", "−"}
         assert visit.violations() == []
         assert visit.too_wide() == []
+
+
+def test_the_list_says_who_was_asked_and_is_sorted_by_it_and_a_version_is_taken_elsewhere(
+    words: Server, look: Look, tmp_path: Path
+) -> None:
+    with words.client() as http:
+        for _ in range(3):
+            http.post("/generate", json={"prompt": "hi", "adapter": "pirate", "max_tokens": 2})
+        version = http.get("/v1/adapters/pirate").json()["version"]
+        asked = next(
+            row["requests"]
+            for row in http.get("/v1/usage?group_by=adapter").json()["data"]
+            if row["adapter"] == "pirate"
+        )
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/adapters")
+        rows = page.get_by_role("table", name="Adapters")
+        pirate = rows.get_by_role("row").filter(has_text="pirate")
+        expect(pirate).to_contain_text(version[:12])
+        expect(pirate.get_by_role("cell").nth(3)).to_have_text(str(asked))
+        expect(pirate).to_contain_text("today")
+        assert page.locator(".line").first.evaluate("line => line.offsetHeight") == 36
+        page.get_by_role("button", name="Requests 7 d").click()
+        column = rows.get_by_role("columnheader", name="Requests 7 d")
+        expect(column).to_have_attribute("aria-sort", "descending")
+        counts = [int(row.get_by_role("cell").nth(3).inner_text()) for row in page.locator(".line").all()]
+        assert counts == sorted(counts, reverse=True)
+        page.wait_for_url("**sort=-requests**")
+        assert visit.violations() == []
+        page.get_by_role("link", name="pirate").click()
+        expect(page.get_by_role("region", name="Usage")).to_contain_text(f"Requests in 7 days{asked}")
+        with page.expect_download() as saved:
+            page.get_by_role("button", name=f"Download {version[:12]}").click()
+        archive = tmp_path / saved.value.suggested_filename
+        saved.value.save_as(archive)
+        more(page, version[:12], "Export …")
+        page.get_by_role("radio", name="GGUF adapter").check()
+        expect(page.get_by_role("dialog")).to_contain_text(
+            f"onebase adapters export 'pirate@{version[:12]}' --format gguf-lora --url {words.url}"
+        )
+        assert visit.violations() == []
+    with tarfile.open(archive) as unpacked:
+        names = [Path(name) for name in unpacked.getnames()]
+        assert {name.parent for name in names} == {Path(f"pirate-{version[:12]}")}
+        assert {name.name for name in names} == {"adapter_config.json", WEIGHTS}
+        with words.client() as http:
+            for name in names:
+                member = unpacked.extractfile(str(name))
+                sent = http.get(f"/v1/adapters/pirate/versions/{version}/files/{name.name}").content
+                assert member is not None
+                assert member.read() == sent
+
+
+def test_two_versions_are_compared_by_what_they_answer(words: Server, look: Look) -> None:
+    with words.client() as http:
+        first, second = (upload(http, "twice", f"twice {one}".encode()).json()["version"] for one in (1, 2))
+        http.post("/v1/adapters/twice/activate", json={"version": first}).raise_for_status()
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/adapters?name=twice")
+        more(page, second[:12], "Compare answers with the active one")
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("Questions, one a line").fill("one fish\ntwo fish")
+        dialog.get_by_role("button", name="Ask both").click()
+        expect(dialog.get_by_role("status")).to_contain_text("2 of 2 pairs of answers are the same.")
+        expect(dialog.locator(".reply")).to_have_count(4)
+        expect(dialog).to_contain_text(f"{first[:12]}, active")
+        assert visit.violations() == []
+        sent = [one.post_data_json for one in visit.requests if one.url.endswith("/generate/many")]
+        asked = {each["adapter"] for body in sent for each in body["requests"]}
+        assert asked <= {f"twice@{first}", f"twice@{second}"}

@@ -239,8 +239,9 @@ def test_a_given_version_answers_and_the_link_and_the_copies_name_it(words: Serv
     with look(words) as visit:
         page = visit.page
         visit.open("#/compare?c=a:orders&n=5&seed=3&t=0.5&s=Be%20brief.&m=It%27s%20%22one%22")
-        version = page.get_by_label("Version of orders")
-        version.select_option(digest)
+        page.get_by_role("button", name="orders: choose who answers here").click()
+        page.get_by_role("combobox").press_sequentially(digest[:12])
+        page.keyboard.press("Enter")
         copied = {}
         for shape in ("JSON", "curl", "Python"):
             page.get_by_label("Copy the request to orders").click()
@@ -271,7 +272,7 @@ def test_a_given_version_answers_and_the_link_and_the_copies_name_it(words: Serv
     assert run([sys.executable, "-c", copied["Python"]]).strip() == answer.strip()
     with look(words) as other:
         other.page.goto(link)
-        expect(other.page.get_by_label("Version of orders")).to_have_value(digest)
+        expect(other.page.locator(".who")).to_have_text(f"orders · {digest[:8]}")
         expect(other.page.get_by_label("Message to all columns")).to_have_value('It\'s "one"')
         expect(other.page.get_by_label("System prompt")).to_have_value("Be brief.")
         expect(other.page.get_by_label("Seed")).to_have_value("3")
@@ -349,9 +350,34 @@ def test_it_fits_360_pixels_and_twice_the_size(words: Server, look: Look, how: d
             visit.page.set_viewport_size(viewport["viewport"])
         visit.open("#/compare?c=b&c=m:orders*0.5%2Bpirate*0.5")
         visit.ask("hello there")
-        visit.page.get_by_text("Settings").click()
+        visit.page.get_by_role("button", name="Settings").click()
         assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        for part in ("Message to all columns", "System prompt"):
+        for part in ("System prompt", "Message to all columns"):
             visit.page.get_by_label(part).scroll_into_view_if_needed()
             expect(visit.page.get_by_label(part)).to_be_in_viewport()
+            visit.page.keyboard.press("Escape")
         assert visit.violations() == []
+
+
+def test_the_view_opens_with_what_was_used_last_and_stop_texts_and_top_p_go_with_the_message(
+    words: Server, look: Look
+) -> None:
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/compare")
+        page.get_by_role("button", name="Choose an adapter").click()
+        page.get_by_role("option", name="pirate").click()
+        page.wait_for_url("**c=a%3Apirate**")
+        visit.page.goto("about:blank")
+        visit.open("#/compare")
+        expect(page.locator(".who").last).to_have_text("pirate · active")
+        page.get_by_role("group", name="Examples").get_by_role("button").first.click()
+        expect(page.get_by_label("Message to all columns")).not_to_have_value("")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Top-p").fill("0.5")
+        page.get_by_label("Stop at these texts").fill("END\nand then")
+        assert visit.violations() == []
+        visit.ask("hello")
+    sent = [one.post_data_json for one in visit.requests if one.url.endswith("/generate")]
+    assert len(sent) == 2
+    assert all((body["top_p"], body["stop"]) == (0.5, ["END", "and then"]) for body in sent)

@@ -180,7 +180,7 @@ def test_a_schema_and_tools_go_with_the_message_and_the_servers_errors_are_shown
     with look(real, size, errors=("400",)) as visit:
         page = visit.page
         visit.open("#/compare?c=b&n=30")
-        page.get_by_text("Settings").click()
+        page.get_by_role("button", name="Settings").click()
         page.get_by_text("JSON schema and tools").click()
         page.get_by_label("JSON schema that answers keep to").fill(json.dumps(schema))
         visit.ask("Is it?")

@@ -42,7 +42,7 @@ def test_the_first_load_is_small_and_comes_from_the_server_alone(words: Server, 
 def test_the_page_as_it_opens_is_accessible(words: Server, look: Look, size: str, scheme: str) -> None:
     with look(words, size, color_scheme=scheme) as visit:
         visit.open()
-        expect(visit.page.locator(".column")).to_have_count(3)
+        expect(visit.page.locator(".column")).to_have_count(1)
         assert visit.violations() == []
         visit.page.keyboard.press("Control+k")
         expect(visit.page.get_by_role("combobox", name=PALETTE)).to_be_focused()
@@ -53,12 +53,12 @@ def test_the_palette_finds_views_adapters_and_actions(words: Server, look: Look)
     with look(words) as visit:
         page = visit.page
         visit.open()
-        expect(page.locator(".column")).to_have_count(3)
+        expect(page.locator(".column")).to_have_count(1)
         page.keyboard.press("Control+k")
         shown = page.get_by_role("listbox", name=PALETTE).get_by_role("option").all_inner_texts()
         assert any("Compare" in one for one in shown)
         page.get_by_role("combobox", name=PALETTE).press_sequentially("pirate")
-        expect(page.get_by_role("listbox", name=PALETTE).get_by_role("option")).to_have_count(2)
+        expect(page.get_by_role("listbox", name=PALETTE).get_by_role("option")).to_have_count(3)
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
         expect(page.get_by_role("heading", name="pirate")).to_be_visible()
@@ -66,12 +66,35 @@ def test_the_palette_finds_views_adapters_and_actions(words: Server, look: Look)
         page.keyboard.press("Control+k")
         page.get_by_role("combobox", name=PALETTE).press_sequentially("pirate column")
         page.keyboard.press("Enter")  # goes where it is seen
-        expect(page.locator(".column")).to_have_count(4)
+        expect(page.locator(".column")).to_have_count(2)
         page.keyboard.press("Control+k")
         page.get_by_role("combobox", name=PALETTE).press_sequentially("nothing is called so")
-        expect(page.get_by_text("Nothing is called so.")).to_be_visible()
+        expect(page.get_by_text("Nothing found.")).to_be_visible()
         page.keyboard.press("Escape")
         expect(page.get_by_role("combobox", name=PALETTE)).to_have_count(0)
+
+
+def test_the_palette_pins_what_is_looked_at_and_a_question_mark_lists_the_keys(
+    words: Server, look: Look
+) -> None:
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/adapters?name=pirate")
+        expect(page.get_by_role("button", name="New version")).to_be_visible()
+        for verb, pinned in (("Pin", True), ("Unpin", False)):
+            page.keyboard.press("Control+k")
+            page.get_by_role("combobox", name=PALETTE).press_sequentially(f"{verb} pirate")
+            page.keyboard.press("Enter")
+            said = "is pinned." if pinned else "is unpinned."
+            expect(page.get_by_role("group", name="What was just done")).to_contain_text(said)
+            with words.client() as http:
+                assert http.get("/v1/adapters/pirate").json()["pinned"] is pinned
+        page.get_by_label("Search adapters").press("?")
+        expect(page.get_by_role("dialog")).to_have_count(0)  # it is written there
+        page.get_by_role("heading", name="Versions").click()
+        page.keyboard.press("?")
+        expect(page.get_by_role("dialog", name="Shortcuts")).to_contain_text("Ask all columns")
+        assert visit.violations() == []
 
 
 def test_the_theme_is_the_systems_until_another_is_chosen_which_stays(words: Server, look: Look) -> None:
@@ -98,7 +121,7 @@ def test_the_key_is_asked_for_once_and_stays_in_the_tab(keyed: Server, keys: Key
         page.keyboard.press("Escape")
         field.fill("ob-wrong")
         field.press("Enter")
-        expect(page.get_by_role("alert")).to_contain_text("This API key is not known here.")
+        expect(page.get_by_role("alert")).to_have_text("Unknown key.")
         field.fill("ключ")
         field.press("Enter")
         expect(page.get_by_role("alert")).to_contain_text("letters, digits and signs of ASCII")
@@ -160,13 +183,15 @@ def test_a_server_that_goes_away_and_comes_back_is_shown_and_gone_on_with(
         first.exit_status()
         page.get_by_label("Message to all columns").fill("are you there?")
         page.keyboard.press("Enter")
-        expect(page.locator(".answer").get_by_role("alert")).to_contain_text("The server does not answer.")
+        expect(page.locator(".answer")).to_contain_text("The connection was lost.")
+        expect(page.locator(".answer").get_by_role("alert")).to_have_count(0)  # the banner says it once
         banner = page.get_by_text("This page goes on by itself once it can.")
         expect(banner).to_be_visible()
         assert visit.violations() == []
         with serve_scripted("words", "--port", str(first.port), ready=False):
             expect(banner).to_have_count(0)
             expect(page.get_by_label("Message to all columns")).to_have_value("are you there?")
-            page.get_by_label("Message to all columns").press("Enter")
+            page.get_by_role("button", name="Ask again").click()
             expect(page.locator(".answer .text").last).to_contain_text("helpful")
-            expect(page.locator(".answer").get_by_role("alert")).to_have_count(0)  # asked again in its place
+            expect(page.locator(".answer")).not_to_contain_text("The connection was lost.")
+            expect(page.get_by_label("Message to all columns")).to_have_value("")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from tests.server.access import Keys, client_with
+from tests.server.access import Keys, bearer, client_with
 from tests.server.support import Server, Starter, make_folder, pace, upload
+
+import onebase_server
 
 from .conftest import EACH_SIZE, Look
 
@@ -26,12 +29,14 @@ def test_rows_memory_and_speed_are_those_of_the_server(
     ):
         page = visit.page
         visit.open("#/server")
-        rows = page.locator(".tiles div", has_text="Rows that run").locator("dd")
+        rows = page.locator(".tiles div", has_text="Running").locator("dd")
         asking.open("#/compare?c=a:orders&c=b&n=4000&m=one%20two%20three")
         asking.page.get_by_role("button", name="Ask all 2").click()
         server.step_until_rows(step, 2)
         expect(rows).to_contain_text("2")
         expect(page.get_by_role("figure", name="Tokens a second")).to_be_visible()
+        expect(page.get_by_text("running since")).to_contain_text(f"OneBase {onebase_server.__version__}")
+        expect(page.get_by_role("img", name="Memory, to one scale")).to_be_visible()
         with server.client() as http:
             status = http.get("/status").json()
         expect(page.locator(".facts")).to_contain_text(f"{status['info']['max_length']:,} tokens")
@@ -46,6 +51,8 @@ def test_rows_memory_and_speed_are_those_of_the_server(
         asking.page.get_by_role("button", name="Stop").click()
         step(64)
         expect(rows).to_contain_text("0")
+        latency = page.locator(".tiles div", has_text="First token, p95").locator("dd")
+        expect(latency).to_contain_text("s")  # known once the requests are over
 
 
 @pytest.mark.parametrize("size", EACH_SIZE)
@@ -67,19 +74,30 @@ def test_tenants_keys_and_the_audit_log_are_an_admins(
         page.keyboard.press("Enter")
         row = page.get_by_role("table", name="Tenants").get_by_role("row").filter(has_text=tenant)
         expect(row).to_contain_text("requests 60, bytes 5.0 MB")
+        expect(row.get_by_role("meter")).to_have_count(1)
         key = page.get_by_role("table", name="Keys").get_by_role("row").filter(has_text=keys.record(other).id)
         expect(key).to_contain_text("<i>web</i>")
+        rows = page.get_by_role("table", name="Keys").get_by_role("row")
+        expect(rows).to_have_count(11)
+        page.get_by_role("button", name="more keys").click()
         expect(page.get_by_text("The newest 200 of")).to_be_visible()
-        expect(page.get_by_role("table", name="Keys").get_by_role("row")).to_have_count(201)
+        expect(rows).to_have_count(201)
+        page.get_by_label("Tenants and keys of").fill(tenant)
+        expect(rows).to_have_count(2)
         log = page.get_by_role("table", name="Audit log")
         page.get_by_label("Tenant", exact=True).fill(tenant)
         page.get_by_label("What was changed").select_option("adapter")
         activated = log.get_by_role("row").filter(has_text="adapter.activated").filter(has_text=tenant)
-        expect(activated).to_contain_text(keys.record(other).id)
+        expect(activated).to_contain_text("<i>web</i>")  # a key by its name
         expect(log.get_by_role("row").filter(has_text="tenant.")).to_have_count(0)
         assert visit.violations() == []
         assert visit.too_wide() == []
-        page.get_by_label("Its name or id, whole").fill("nothing")
+        expect(activated.get_by_role("link", name="theirs")).to_have_attribute(
+            "href", "#/adapters?name=theirs"
+        )
+        page.get_by_label("Search", exact=True).fill("THEIRS")  # as it is written, and a part is enough
+        expect(activated).to_be_visible()
+        page.get_by_label("Search", exact=True).fill("nothing")
         expect(page.get_by_text("Nothing of this kind was changed.")).to_be_visible()
         page.wait_for_url("**target=nothing**")
 
@@ -96,3 +114,96 @@ def test_the_view_is_not_shown_to_a_key_without_admin(keyed: Server, keys: Keys,
         expect(visit.page.get_by_role("link", name="Server")).to_have_count(0)
         expect(visit.page).to_have_title("Compare · OneBase")
     assert not [one for one in visit.requests if one.url.endswith(("/status", "/v1/keys"))]
+
+
+def test_a_key_is_made_limited_and_revoked_and_tokens_have_a_price(
+    keyed: Server, keys: Keys, look: Look
+) -> None:
+    admin = keys.make("admin")
+    with client_with(keyed, admin) as http:
+        keyed.wait_for(lambda: http.get("/v1/key").status_code == 200)
+        with look(keyed, errors=("401",)) as visit:
+            page = visit.page
+            visit.open("#/server?new=key")
+            page.get_by_label("API key", exact=True).fill(admin)
+            page.keyboard.press("Enter")
+            dialog = page.get_by_role("dialog", name="New key")
+            dialog.get_by_label("Tenant").fill("made-here")
+            dialog.get_by_label("Name, for people").fill("shop")
+            dialog.get_by_role("checkbox", name="adapters send").check()
+            dialog.get_by_label("Requests a minute").fill("7")
+            assert visit.violations() == []
+            dialog.get_by_role("button", name="Make the key").click()
+            told = page.get_by_role("status").filter(has_text="shown this once").locator(".code")
+            made = told.inner_text()
+            keyed.wait_for(
+                lambda: http.get("/v1/key", headers=bearer(made)).json().get("tenant") == "made-here"
+            )
+            page.get_by_label("Tenants and keys of").fill("made-here")
+            row = page.get_by_role("table", name="Keys").get_by_role("row").filter(has_text="shop")
+            expect(row).to_contain_text("requests 7")
+            identity = keys.record(made).id
+            page.get_by_label(f"More for {identity}").click()
+            page.get_by_role("button", name="Edit quotas", exact=True).click()
+            page.get_by_role("dialog").get_by_label("Requests a minute").fill("9")
+            page.get_by_role("dialog").get_by_role("button", name="Save").click()
+            expect(row).to_contain_text("requests 9")
+            page.get_by_role("button", name="Edit the quotas of made-here").click()
+            page.get_by_role("dialog").get_by_label("Adapters").fill("3")
+            page.get_by_role("dialog").get_by_role("button", name="Save").click()
+            tenant = page.get_by_role("table", name="Tenants").get_by_role("row").filter(has_text="made-here")
+            expect(tenant).to_contain_text("adapters 3")
+            assert visit.violations() == []
+            used = http.post(
+                "/generate", headers=bearer(made), json={"prompt": "a b c", "max_tokens": 4}
+            ).json()["usage"]
+            page.get_by_label("Price per million prompt tokens").fill("1000000")
+            expect(tenant).to_contain_text(f"{used['prompt_tokens']}.00")
+            page.get_by_label(f"More for {identity}").click()
+            page.get_by_role("button", name="Revoke").click()
+            page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+            expect(row).to_contain_text("revoked")
+            keyed.wait_for(lambda: http.get("/v1/key", headers=bearer(made)).status_code == 401)
+
+
+def test_a_batch_is_sent_and_its_answers_are_taken_and_files_are_found_and_deleted(
+    words: Server, look: Look
+) -> None:
+    lines = [
+        {
+            "custom_id": str(one),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "pirate", "prompt": f"{one} hats", "max_tokens": 3},
+        }
+        for one in range(3)
+    ]
+    content = "".join(json.dumps(one) + "\n" for one in lines)
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/batches")
+        expect(page.get_by_text("There is no batch.")).to_be_visible()
+        page.get_by_role("button", name="New batch").click()
+        page.locator("dialog input[type=file]").set_input_files(
+            [{"name": "hats.jsonl", "mimeType": "application/jsonl", "buffer": content.encode()}]
+        )
+        expect(page.get_by_label("Endpoint")).to_have_value("/v1/completions")  # as its first line says
+        assert visit.violations() == []
+        page.get_by_role("button", name="Answer them").click()
+        row = page.get_by_role("table", name="Batches").get_by_role("row").filter(has_text="hats.jsonl")
+        expect(row).to_contain_text("3 of 3")
+        expect(row).to_contain_text("Done")
+        assert visit.violations() == []
+        page.get_by_label("More for hats.jsonl").click()
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Download the answers").click()
+        answers = Path(saved.value.path()).read_text().splitlines()
+        assert {json.loads(line)["custom_id"] for line in answers} == {"0", "1", "2"}
+        page.get_by_label("Search batches and files").fill("hats requests")
+        expect(page.get_by_text("No file fits.")).to_be_visible()
+        page.get_by_label("Search batches and files").fill("HATS")
+        files = page.get_by_role("table", name="Files").get_by_role("row")
+        expect(files.filter(has_text="hats.jsonl")).to_have_count(1)
+        page.get_by_role("button", name="Delete hats.jsonl").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(page.get_by_text("No file fits.")).to_be_visible()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
         assert visit.violations() == []
-        for label, value in {"Passes over the rows": "2", "Rank": "4", "Rows in a step": "4"}.items():
+        for label, value in {"Epochs": "2", "Rank": "4", "Batch size": "4"}.items():
             page.get_by_label(label).fill(value)
         page.get_by_label("Prompts that are answered").fill(f"I want 3 blue hats please\n{evil}")
         page.get_by_text("More", exact=True).click()
@@ -105,11 +106,11 @@ def test_rows_and_estimate_are_looked_at_before_anything_is_trained(
         page.get_by_role("button", name="Train").click()
         assert page.get_by_label(FIRST).is_checked()
         assert visit.violations() == []
-        page.get_by_label("Passes over the rows").fill("2")
-        page.get_by_label("Rows in a step").fill("4")
+        page.get_by_label("Epochs").fill("2")
+        page.get_by_label("Batch size").fill("4")
         train(visit, rows(20), name, hold=True)
         state = page.locator("article .state")
-        expect(state).to_have_text("Checked; it waits for you to start it")
+        expect(state).to_have_text("Ready to train")
         takes = page.get_by_role("region", name="What training will take")
         expect(takes.locator("dd")).to_contain_text([" s", "10", "B", "B"])
         assert '"color"' in page.locator(".example mark").first.inner_text()
@@ -165,7 +166,7 @@ def test_a_job_that_is_looked_at_may_be_cancelled_and_one_that_is_paused_stopped
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
         train(visit, "rows", "no", hold=True)
-        expect(state).to_contain_text("it waits for you")
+        expect(state).to_have_text("Ready to train")
         page.get_by_role("button", name="Cancel").click()
         page.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
         expect(state).to_have_text("Cancelled")
@@ -188,18 +189,17 @@ def test_a_job_is_watched_paused_resumed_and_cancelled(words: Server, look: Look
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
         train(visit, "slow", name)
-        expect(page.get_by_text("It trains")).to_be_visible()
-        steps = page.locator(".progress p")
-        expect(steps).to_contain_text("of 3,000")
-        first = steps.inner_text()
-        expect(steps).not_to_have_text(first)  # by itself
+        state = page.locator("article .state")
+        expect(state).to_have_text(re.compile(r"^Training, step [\d,]+ of 3,000, .+ left$"))
+        first = state.inner_text()
+        expect(state).not_to_have_text(first)  # by itself
         expect(page.get_by_role("figure", name="Loss by step")).to_be_visible()
         page.get_by_role("button", name="Pause").click()
         expect(page.get_by_role("button", name="Resume")).to_be_visible()
-        expect(page.locator("article .state")).to_have_text("Paused")
+        expect(state).to_have_text(re.compile(r"^Paused, step [\d,]+ of 3,000$"))
         assert visit.violations() == []
         page.get_by_role("button", name="Resume").click()
-        expect(page.get_by_text("It trains")).to_be_visible()
+        expect(state).to_contain_text("Training, step")
         page.get_by_role("button", name="Cancel").click()
         dialog = page.get_by_role("dialog")
         expect(dialog).to_contain_text("it cannot be resumed")
@@ -230,10 +230,15 @@ def test_what_is_wrong_with_a_file_or_a_setting_is_told_in_the_servers_words(
         page.get_by_role("dialog").get_by_role("button", name="Train").click()
         expect(page.get_by_role("dialog")).to_have_count(0)
         expect(page.locator("article .state")).to_have_text("Failed")
-        expect(page.get_by_role("alert")).to_contain_text("invalid_file")
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text("invalid_file")
+        expect(alert).to_contain_text("nothing was trained")
+        expect(alert).not_to_contain_text("line 3 is bad")
         table = page.get_by_role("table", name="What is wrong with the file")
         expect(table).to_contain_text("line 3 is bad")
         assert visit.violations() == []
+        page.get_by_role("button", name="Try another file").click()
+        expect(page.get_by_role("dialog", name="Train an adapter")).to_be_visible()
 
 
 def test_a_job_that_is_left_while_it_is_made_does_not_take_the_reader_to_it(
@@ -255,6 +260,61 @@ def test_a_job_that_is_left_while_it_is_made_does_not_take_the_reader_to_it(
             held[0].continue_()
         expect(page.locator(".jobs .name", has_text="left")).to_be_visible()
         expect(page.get_by_role("dialog")).to_be_visible()
+
+
+def test_a_question_asked_while_the_one_before_closes_stays_open(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        page = visit.page
+        visit.tell_of_close()
+        page.add_init_script(
+            "const plain = HTMLDialogElement.prototype.close;"
+            "HTMLDialogElement.prototype.close = function () {"
+            " plain.call(this); queueMicrotask(() => window.reask?.()) }"
+        )
+        client = openai_client(words)
+        job = make_job(client, "slow", extra={"name": "asked-twice"})
+        wait_job(words, client, job.id, lambda one: (step_of(one) or 0) > 0)
+        visit.open(f"#/training?job={job.id}")
+        page.get_by_role("button", name="Stop and keep the best").click()
+        page.evaluate(
+            """() => void (window.reask = () => {
+                window.reask = null
+                const buttons = [...document.querySelectorAll('article button')]
+                buttons.find(one => one.textContent.trim() === 'Cancel').click()
+            })"""
+        )
+        page.get_by_role("button", name="Keep it as it is").click()
+        visit.wait_for_close()
+        assert page.evaluate("window.reask === null")
+        expect(page.get_by_role("dialog")).to_contain_text("it cannot be resumed")
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_file_dropped_anywhere_on_the_view_is_what_the_form_begins_with_and_so_is_the_sample(
+    serve_scripted: Starter, look: Look
+) -> None:
+    with serve_scripted("words") as server, look(server) as visit:
+        page = visit.page
+        visit.open("#/training")
+        expect(page.get_by_text("Nothing has been trained yet.")).to_be_visible()
+        assert visit.violations() == []
+        page.get_by_role("button", name="Try the sample").click()
+        dialog = page.get_by_role("dialog", name="Train an adapter")
+        expect(dialog).to_contain_text("sample-orders.jsonl")
+        dialog.get_by_role("button", name="Cancel").click()
+        transfer = page.evaluate_handle(
+            "() => { const transfer = new DataTransfer();"
+            " transfer.items.add(new File(['rows'], 'mine.jsonl')); return transfer }"
+        )
+        view = page.locator(".view")
+        view.dispatch_event("dragover", {"dataTransfer": transfer})
+        view.dispatch_event("drop", {"dataTransfer": transfer})
+        expect(dialog).to_contain_text("mine.jsonl")
+        dialog.get_by_label("Name of the adapter").fill("dropped")
+        dialog.get_by_role("button", name="Check the rows").click()
+        expect(page.locator("article .state")).to_have_text("Ready to train")
+        with server.client() as http:
+            assert [one["filename"] for one in http.get("/v1/files").json()["data"]] == ["mine.jsonl"]
 
 
 def test_a_slice_that_got_worse_is_shown_and_why_nothing_was_activated(words: Server, look: Look) -> None:
@@ -339,7 +399,7 @@ def test_a_job_goes_on_being_watched_when_the_server_is_back(serve_scripted: Sta
         job = make_job(client, "long", extra={"name": "kept"})
         with look(server, errors=("ERR_", "503")) as visit:  # it is gone, and then it starts
             visit.open(f"#/training?job={job.id}")
-            expect(visit.page.get_by_text("It trains")).to_be_visible()
+            expect(visit.page.locator("article .state")).to_contain_text("Training, step")
             server.process.kill()
             server.exit_status()
             expect(visit.page.get_by_text("This page goes on by itself once it can.")).to_be_visible()

@@ -103,7 +103,7 @@ def test_a_corrected_answer_becomes_a_row_of_a_training_file(words: Server, look
         visit.ask("first")
         visit.ask("second")
         first = visit.answers[0]
-        page.get_by_role("button", name="Correct", exact=True).last.click()
+        page.get_by_role("button", name="Fix answer", exact=True).last.click()
         expect(page.get_by_label("What should it have said?")).to_be_focused()
         page.get_by_label("What should it have said?").fill(evil)
         page.get_by_role("button", name="Save as a training row").click()
@@ -144,7 +144,7 @@ def test_without_the_scope_to_train_a_row_is_only_downloaded(keyed: Server, keys
         page.get_by_label("API key", exact=True).fill(key)
         page.keyboard.press("Enter")
         visit.ask("hello")
-        page.get_by_role("button", name="Correct", exact=True).click()
+        page.get_by_role("button", name="Fix answer", exact=True).click()
         page.get_by_role("button", name="Save as a training row").click()
         page.get_by_role("button", name="Training file").click()
         expect(page.get_by_role("button", name="Download JSONL")).to_be_visible()

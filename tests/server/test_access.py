@@ -128,6 +128,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     ]  # fmt: skip
     for path in (
         "/status",
+        "/status/history",
         "/metrics",
         "/v1/keys",
         "/v1/keys/thing",

@@ -70,7 +70,7 @@ def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -
         entry: dict[str, Any] = {"name": name, "kind": _kind(module), "tensors": parts}
         if isinstance(module, LoraWeights | ExpertLora):
             entry["scale"] = module.scale
-            if module.invocation:
+            if isinstance(module, LoraWeights) and module.invocation:
                 entry["invocation"] = list(module.invocation)
         elif isinstance(module, TokenRows) and module.words:
             entry["words"] = module.words

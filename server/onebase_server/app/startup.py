@@ -169,6 +169,7 @@ class _Server:
                 ("following the registry", partial(services.catalog.watch, settings.sync_seconds)),
                 ("sweeping the store", partial(self.storage.keep_tidy, services.adapters.disk)),
                 ("writing usage", services.usage.keep_writing),
+                ("reading the load", services.load.keep_reading),
                 ("renewing the lease", partial(training.peers.keep, training.scheduler)),
                 ("sharing quotas", services.sharing.keep),
             )

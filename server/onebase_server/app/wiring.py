@@ -47,6 +47,7 @@ from onebase_server.requests.pooling import ReadingPlanner
 from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.storage.calls import RegistryThreads
 from onebase_server.storage.opening import Storage, host_memory, prefix_memory
+from onebase_server.telemetry.history import LoadRecorder
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing
@@ -206,6 +207,7 @@ def assemble(
         tracing=tracing,
         metrics=metrics,
         answers=answers,
+        load=LoadRecorder(measured, answers, supervisor.client.total, lambda: supervisor.client.stats),
         pacer=RequestPacer(),
         reading=Threads("read", READ_THREADS),
     )

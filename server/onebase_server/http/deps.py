@@ -47,6 +47,7 @@ from onebase_server.requests.pooling import ReadingPlanner
 from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.storage.opening import Storage
+from onebase_server.telemetry.history import LoadRecorder
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import Caller, KeyRing
@@ -145,6 +146,7 @@ class Services:
     metrics: MetricsCollector
     answers: Counter[tuple[str, int]]
     """Number of answers since the start, by route and status."""
+    load: LoadRecorder
     pacer: RequestPacer
     reading: Threads
     """Threads for bodies and answers that are long; tenants take turns."""

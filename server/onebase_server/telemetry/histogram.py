@@ -29,7 +29,28 @@ class Histogram:
         self._counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Values by bucket: up to each of the bounds but above the one before, and above the last."""
+        return tuple(self._counts)
+
     def buckets(self) -> list[tuple[str, float]]:
         """Prometheus' cumulative counts, by their upper bounds as text."""
         names = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
         return list(zip(names, map(float, accumulate(self._counts)), strict=True))
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float | None:
+    """Return the value that `part` of all are below, or None if there are none.
+
+    Within a bucket values are taken to be spread evenly, as by Prometheus' histogram_quantile; of those above
+    the last bound only that bound is known.
+    """
+    rank, below = part * sum(counts), 0
+    if not rank:
+        return None
+    for lower, upper, count in zip((0.0, *bounds), bounds, counts, strict=False):
+        if count and below + count >= rank:
+            return lower + (upper - lower) * (rank - below) / count
+        below += count
+    return bounds[-1]

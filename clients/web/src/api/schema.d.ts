@@ -1487,6 +1487,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/status/history": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Load History
+         * @description Return latency, errors and speed of the last six hours by minute, and of the last hour.
+         */
+        get: operations["load_history_status_history_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/route_secret": {
         parameters: {
             query?: never;
@@ -5047,6 +5067,7 @@ export interface components {
             resumable: boolean;
             hold: boolean;
             stopped: components["schemas"]["JobStopAnswer"] | null;
+            created_by: string;
         };
         /**
          * JobProblem
@@ -5544,6 +5565,35 @@ export interface components {
         /** VerifierStatus */
         VerifierStatus: {
             pid: number | null;
+        };
+        /**
+         * LoadHistory
+         * @description Load of one server in the last hours, as long as it has run.
+         */
+        LoadHistory: {
+            /** @constant */
+            object: "list";
+            version: string;
+            started_at: number;
+            last_hour: components["schemas"]["LoadPoint"];
+            data: components["schemas"]["LoadPoint"][];
+        };
+        /**
+         * LoadPoint
+         * @description Load of a server over some time, which ends `at`. Answers to probes and of /status do not count.
+         */
+        LoadPoint: {
+            at: number;
+            seconds: number;
+            answers: number;
+            errors: number;
+            requests: number;
+            first_token_p50: number | null;
+            first_token_p95: number | null;
+            generated_tokens: number;
+            prompt_tokens: number;
+            running: number;
+            waiting: number;
         };
         /**
          * RouteSecretAnswer
@@ -15336,6 +15386,100 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["StatusAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    load_history_status_history_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["LoadHistory"];
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */

@@ -1,10 +1,12 @@
 // Adapters with all that is known of them: the list, and the one that is looked at with its versions and its history.
-import { ApiError, api, data, type Schemas } from '../api/client'
+import { ApiError, ROOT, api, authorized, credentials, data, errorOf, refuse, type Schemas } from '../api/client'
 import type { paths } from '../api/schema'
 import { upload } from '../api/upload'
 import { models } from './models.svelte'
 import { server } from './server.svelte'
 import { session } from './session.svelte'
+import { download } from './storage'
+import { tar } from './tar'
 
 export type Adapter = Schemas['AdapterAnswer']
 export type Version = Schemas['VersionAnswer']
@@ -18,12 +20,45 @@ const FILES = [
 ]
 const SOON = 800
 const LATER = 5000
+/** Of an adapter with very many versions, the newest. */
+const MOST_JOBS = 20
+const USAGE_MS = 60_000
+const DAYS = 7
 
 /** What is on its way to be ready. */
 export const underWay = ({ state }: { state: string | null }): boolean => ['pulling', 'validating', 'proving'].includes(state ?? '')
 
 /** The first digits of a version's digest, by which people know it. */
 export const short = (version: string): string => (version.startsWith('pull-') ? version : version.slice(0, 12))
+
+/** What an adapter was asked in the last seven days. */
+export interface Week {
+  requests: number
+  prompt: number
+  generated: number
+  /** Requests by day, the oldest first; today is the last. */
+  days: number[]
+  /** Days since the last request: 0 is today, in UTC. */
+  last: number
+}
+
+/** The version that a rollback makes active, as far as the history tells; null if there is none. */
+export function before(history: Event[], versions: Version[]): string | null {
+  const stack: string[] = []
+  for (const { action, version, previous } of history.toReversed()) {
+    if (action !== 'rollback') {
+      if (previous) stack.push(previous)
+    } else if (version && stack.includes(version)) stack.length = stack.lastIndexOf(version)
+  }
+  const fits = (digest: string) => versions.some(({ version, state, active }) => version === digest && state === 'ready' && !active)
+  return stack.findLast(fits) ?? null
+}
+
+/** When the active version became that; null if none is, or the history does not go back so far. */
+export function activeSince(history: Event[], version: string | null): number | null {
+  const [last] = history
+  return last && last.version === version ? last.at : null
+}
 
 class Adapters {
   all = $state.raw<Adapter[] | null>(null)
@@ -33,6 +68,10 @@ class Adapters {
   versions = $state.raw<Version[]>([])
   history = $state.raw<Event[]>([])
   usage = $state.raw<Usage | null>(null)
+  /** By name, of those that were asked in the last seven days; null until that is known. */
+  weeks = $state.raw<Map<string, Week> | null>(null)
+  /** Jobs that trained the versions that are looked at, where the key may know: null is gone. */
+  jobs = $state.raw<Record<string, Schemas['JobAnswer'] | null>>({})
   /** Why the list, or the adapter, cannot be shown. */
   listProblem = $state.raw<ApiError | null>(null)
   problem = $state.raw<ApiError | null>(null)
@@ -48,6 +87,59 @@ class Adapters {
     }
     const took = performance.now() - begun
     return Math.max(this.all?.some(underWay) ? SOON : LATER, took * 20)
+  }
+
+  /** Learn who was asked in the last days. Returns when to look again, in milliseconds. */
+  async loadWeeks(): Promise<number> {
+    const today = Date.now()
+    const days = Array.from({ length: DAYS }, (_, ago) => new Date(today - (DAYS - 1 - ago) * 86_400_000).toISOString().slice(0, 10))
+    const tenant = session.caller?.tenant
+    const query = { start: days[0] ?? '', group_by: 'day,adapter', ...(tenant ? { tenant } : {}) }
+    // JSON, since nothing else was asked for.
+    const { data: rows } = (await data<unknown>(api.GET('/v1/usage', { params: { query } }))) as Schemas['UsageAnswer']
+    const weeks = new Map<string, Week>()
+    for (const row of rows) {
+      if (!row.requests) continue
+      const at = days.indexOf(row.day ?? '')
+      for (const name of (row.adapter ?? '').split('+')) {
+        const week = weeks.get(name) ?? { requests: 0, prompt: 0, generated: 0, days: days.map(() => 0), last: DAYS }
+        week.requests += row.requests
+        week.prompt += row.prompt_tokens
+        week.generated += row.completion_tokens
+        if (at >= 0) week.days[at] = (week.days[at] ?? 0) + row.requests
+        week.last = Math.min(week.last, DAYS - 1 - at)
+        weeks.set(name, week)
+      }
+    }
+    this.weeks = weeks
+    return USAGE_MS
+  }
+
+  /** Learn the jobs behind the versions, once each. */
+  async loadJobs(): Promise<void> {
+    if (!session.may('train')) return
+    const wanted = this.versions.flatMap(({ source }) => (source.job && !(source.job in this.jobs) ? [source.job] : []))
+    await Promise.all(
+      [...new Set(wanted)].slice(0, MOST_JOBS).map(async (job_id) => {
+        const job = await data(api.GET('/v1/fine_tuning/jobs/{job_id}', { params: { path: { job_id } } })).catch(() => null)
+        this.jobs = { ...this.jobs, [job_id]: job }
+      }),
+    )
+  }
+
+  /** Save the two files of a version as an archive with a folder that PEFT reads. Throws ApiError. */
+  async download(version: Version): Promise<void> {
+    const folder = `${version.name.replace(/[^A-Za-z0-9._-]+/g, '-').slice(0, 64)}-${version.version.slice(0, 12)}`
+    const files = await Promise.all(
+      FILES.slice(0, 2).map(async (file) => {
+        const used = credentials.key()
+        const address = `${ROOT}v1/adapters/${encodeURIComponent(version.name)}/versions/${version.version}/files/${file}`
+        const answer = await fetch(address, { headers: authorized() })
+        if (!answer.ok) refuse(errorOf(answer.status, await answer.json().catch(() => null)), used)
+        return { name: `${folder}/${file}`, content: await answer.blob() }
+      }),
+    )
+    download(`${folder}.tar`, tar(files, version.created_at), 'application/x-tar')
   }
 
   /** Look at another one. */
@@ -78,6 +170,7 @@ class Adapters {
       this.history = history.data
       this.problem = null
       if (!this.usage) void this.#loadUsage(name)
+      void this.loadJobs()
     } catch (error) {
       if (name !== this.name) return LATER
       this.problem = this.#noted(error)
@@ -115,11 +208,12 @@ class Adapters {
 
   /** Delete a version, or all of it. Throws ApiError with the code `adapter_in_use`, unless forced. */
   async remove(version: string | null, force: boolean): Promise<void> {
+    const last = version === null || this.versions.length === 1 // a look in between may find one less
     const query = force ? { force } : {}
     const { path } = this.#params
     if (version === null) await data(api.DELETE('/v1/adapters/{name}', { params: { path, query } }))
     else await data(api.DELETE('/v1/adapters/{name}/versions/{version}', { params: { path: { ...path, version }, query } }))
-    if (version === null || this.versions.length === 1) this.open('') // it is gone
+    if (last) this.open('') // it is gone
     await this.#changed()
   }
 
@@ -163,7 +257,10 @@ class Adapters {
     const params = { query: { group_by: 'adapter' } }
     // JSON, since nothing else was asked for.
     const answer = (await data<unknown>(api.GET('/v1/usage', { params })).catch(() => null)) as Schemas['UsageAnswer'] | null
-    if (answer && name === this.name) this.usage = answer.data.find((row) => row.adapter === name) ?? none
+    if (!answer || name !== this.name) return
+    // A sum of adapters counts for each, as in the weeks.
+    const rows = answer.data.filter((row) => (row.adapter ?? '').split('+').includes(name))
+    this.usage = rows.reduce((sum, row) => ({ ...sum, requests: sum.requests + row.requests, prompt_tokens: sum.prompt_tokens + row.prompt_tokens, completion_tokens: sum.completion_tokens + row.completion_tokens }), none)
   }
 
   #noted(error: unknown): ApiError {

@@ -2,6 +2,7 @@
 import type { GenerateRequest } from '../api/stream'
 import { announcer } from './announce.svelte'
 import { models } from './models.svelte'
+import { keep, load } from './storage'
 import { answer, Reply } from './reply.svelte'
 import { BASE, adapterField, decodeTarget, encodeTarget, titleOf, type Target } from './target'
 import type { Alternative, Token } from './tokens'
@@ -11,9 +12,17 @@ export const MOST_COLUMNS = 64
 export const MOST_TOKENS = 4096
 /** Of each token, where probabilities are asked for. */
 const ALTERNATIVES = 8
+/** As many as a request may have. */
+const MOST_STOPS = 16
+const USED = 'onebase.columns'
+const MOST_REMEMBERED = 4
 
 export interface Settings {
   temperature: number
+  /** 1: all tokens may come. */
+  topP: number
+  /** Texts that end an answer, one a line. */
+  stop: string
   maxTokens: number
   /** null: another one each time. */
   seed: number | null
@@ -25,7 +34,9 @@ export interface Settings {
   probabilities: boolean
 }
 
-const DEFAULTS: Settings = { temperature: 0, maxTokens: 128, seed: null, system: '', schema: '', tools: '', probabilities: false }
+const DEFAULTS: Settings = { temperature: 0, topP: 1, stop: '', maxTokens: 128, seed: null, system: '', schema: '', tools: '', probabilities: false }
+
+const stopsOf = ({ stop }: Settings): string[] => stop.split('\n').filter(Boolean).slice(0, MOST_STOPS)
 
 type Messages = NonNullable<GenerateRequest['messages']>
 
@@ -139,13 +150,16 @@ export class Compare {
 
   /** A request to a column: these messages after the system prompt. */
   request(target: Target, messages: Messages): GenerateRequest {
-    const { system, temperature, maxTokens, seed, schema, tools, probabilities } = this.settings
+    const { system, temperature, topP, maxTokens, seed, schema, tools, probabilities } = this.settings
+    const stop = stopsOf(this.settings)
     const adapter = adapterField(target)
     return {
       messages: system.trim() ? [{ role: 'system' as const, content: system }, ...messages] : messages,
       ...(adapter === null ? {} : { adapter }),
       temperature,
+      ...(topP === 1 ? {} : { top_p: topP }),
       max_tokens: maxTokens,
+      ...(stop.length ? { stop } : {}),
       ...(seed === null ? {} : { seed }),
       ...(schema.trim() ? { guided_json: schema } : {}),
       ...(tools.trim() && !this.toolsProblem ? { tools: JSON.parse(tools) as NonNullable<GenerateRequest['tools']> } : {}),
@@ -197,6 +211,15 @@ export class Compare {
     await this.#answer([{ column, reply }])
   }
 
+  /** Ask a column again what it could not answer. */
+  async retry(column: Column, reply: Reply): Promise<void> {
+    if (column.running) return
+    if (this.#failed === reply.round && this.message === reply.message) this.message = ''
+    this.#failed = null
+    reply.restart('', [])
+    await this.#answer([{ column, reply }])
+  }
+
   async #answer(asks: { column: Column; reply: Reply }[]): Promise<void> {
     announcer.say(`${count(asks.length, 'answer')} on the way.`)
     await answer(asks.map(({ column, reply }) => ({ reply, body: this.#bodyFor(column, reply) })))
@@ -227,13 +250,15 @@ export class Compare {
 
   /** For a link: who answers, the first message and the settings; never an answer. */
   toParams(): URLSearchParams {
-    const { temperature, maxTokens, seed, system, schema, tools, probabilities } = this.settings
+    const { temperature, topP, maxTokens, seed, system, schema, tools, probabilities } = this.settings
     const message = this.message || (this.columns.find((column) => column.last)?.replies[0]?.message ?? '')
     const params = new URLSearchParams()
     for (const column of this.columns) params.append('c', encodeTarget(column.target))
     if (message) params.set('m', message)
     if (system) params.set('s', system)
     if (temperature !== DEFAULTS.temperature) params.set('t', String(temperature))
+    if (topP !== DEFAULTS.topP) params.set('tp', String(topP))
+    for (const stop of stopsOf(this.settings)) params.append('stop', stop)
     if (maxTokens !== DEFAULTS.maxTokens) params.set('n', String(maxTokens))
     if (seed !== null) params.set('seed', String(seed))
     if (schema) params.set('schema', schema)
@@ -259,6 +284,8 @@ export class Compare {
     this.message = params.get('m') ?? ''
     this.settings = {
       temperature: number('t', 0, 2, false) ?? DEFAULTS.temperature,
+      topP: number('tp', 0.01, 1, false) ?? DEFAULTS.topP,
+      stop: params.getAll('stop').slice(0, MOST_STOPS).join('\n'),
       maxTokens: number('n', 1, MOST_TOKENS, true) ?? DEFAULTS.maxTokens,
       seed: number('seed', 0, Number.MAX_SAFE_INTEGER, true),
       system: params.get('s') ?? '',
@@ -269,11 +296,18 @@ export class Compare {
     return true
   }
 
-  /** What is shown first: the base and the first adapters. */
+  /** What is shown first: what was used last, as far as it is there, else the base. */
   fill(): void {
     if (this.columns.length) return
-    this.add(BASE)
-    for (const { id } of models.adapters.slice(0, 2)) this.add({ kind: 'adapter', name: id, version: null })
+    const isThere = (target: Target | null): target is Target =>
+      target?.kind === 'base' || (target?.kind === 'adapter' && models.has(target.name)) || (target?.kind === 'mix' && target.terms.every(({ name }) => models.has(name)))
+    const last = load(USED, (one): one is string => typeof one === 'string').map(decodeTarget).filter(isThere)
+    for (const target of last.length ? last : [BASE]) this.add(target)
+  }
+
+  /** Begin with these columns the next time. */
+  remember(): void {
+    if (this.columns.length) keep(USED, this.columns.slice(0, MOST_REMEMBERED).map(({ target }) => encodeTarget(target)))
   }
 }
 

@@ -1,20 +1,54 @@
 // What the server is, what it takes, how fast it is, and what was done on it.
 import { ApiError, api, data, type Schemas } from '../api/client'
 import { server } from './server.svelte'
+import { keep, load } from './storage'
 
 export type Status = Schemas['StatusAnswer']
 export type Entry = Schemas['AuditAnswer']
 export type Tenant = Schemas['TenantAnswer']
 export type Key = Schemas['KeyAnswer']
+export type History = Schemas['LoadHistory']
+type Used = Schemas['UsageRowAnswer']
+
+/** Quotas by the server's names. */
+export const KEY_QUOTAS = [
+  { name: 'requests', title: 'Requests a minute' },
+  { name: 'tokens', title: 'Tokens a minute' },
+  { name: 'rows', title: 'Sequences at once' },
+]
+export const TENANT_QUOTAS = [
+  ...KEY_QUOTAS,
+  { name: 'adapters', title: 'Adapters' },
+  { name: 'bytes', title: 'Stored, in bytes' },
+  { name: 'jobs', title: 'Jobs that have not ended' },
+  { name: 'training_seconds', title: 'Seconds of training a month' },
+]
+
+/** Of a million tokens, in whatever money. */
+export interface Price {
+  prompt: number | null
+  generated: number | null
+}
+
+/** `12.40`: what tokens cost at these prices. */
+export function cost(used: Pick<Used, 'prompt_tokens' | 'completion_tokens'> | undefined, { prompt, generated }: Price): string {
+  const sum = ((used?.prompt_tokens ?? 0) * (prompt ?? 0) + (used?.completion_tokens ?? 0) * (generated ?? 0)) / 1e6
+  return sum > 0 && sum < 0.01 ? '<0.01' : sum.toFixed(2)
+}
+
+const PRICES = 'onebase.price'
+const isPrice = (one: unknown): one is Price => typeof one === 'object' && one !== null && 'prompt' in one && 'generated' in one
 
 const SECONDS = 2
 /** Five minutes. */
 const MOST_POINTS = 150
 const PAGE = 100
+/** As many as one answer has. */
+const MOST_ENTRIES = 1000
 
+/** What the server looks for. What else is written is looked for in what came. */
 export interface Filter {
   action: string
-  target: string
   tenant: string
 }
 
@@ -36,6 +70,10 @@ class Machine {
   rows = $state.raw<(number | null)[]>([])
   entries = $state.raw<Entry[] | null>(null)
   more = $state(false)
+  history = $state.raw<History | null>(null)
+  /** This month's, by tenant. */
+  usage = $state.raw<Record<string, Used>>({})
+  price = $state.raw<Price>(load(PRICES, isPrice)[0] ?? { prompt: null, generated: null })
   auditProblem = $state.raw<ApiError | null>(null)
   #last: { at: number; generated: number; prompts: number } | null = null
   #asked = 0
@@ -64,21 +102,66 @@ class Machine {
     return SECONDS * 1000
   }
 
-  /** Learn who is on it. Returns when to look again, in milliseconds. */
-  async loadPeople(): Promise<number> {
-    const [tenants, keys] = await Promise.all([data(api.GET('/v1/tenants')), data(api.GET('/v1/keys'))])
-    this.tenants = tenants.data
-    this.keys = keys.data
+  get priced(): boolean {
+    return Boolean(this.price.prompt || this.price.generated)
+  }
+
+  /** Prices stay in this browser. */
+  setPrice(price: Partial<Price>): void {
+    this.price = { ...this.price, ...price }
+    keep(PRICES, [this.price])
+  }
+
+  /** Learn what was before this view was opened. Returns when to look again, in milliseconds. */
+  async loadHistory(): Promise<number> {
+    this.history = await data(api.GET('/status/history'))
     return 10_000
   }
 
-  /** Learn what was done, newest first; with `further` the page after what is shown. */
-  async loadAudit(filter: Filter, further = false): Promise<void> {
+  /** Learn who is on it. Returns when to look again, in milliseconds. */
+  async loadPeople(): Promise<number> {
+    const query = { group_by: 'tenant', start: `${new Date().toISOString().slice(0, 7)}-01` }
+    const [tenants, keys, usage] = await Promise.all([data(api.GET('/v1/tenants')), data(api.GET('/v1/keys')), data<unknown>(api.GET('/v1/usage', { params: { query } }))])
+    this.tenants = tenants.data
+    this.keys = keys.data
+    this.usage = Object.fromEntries((usage as Schemas['UsageAnswer']).data.map((row) => [row.tenant ?? '', row]))
+    return 10_000
+  }
+
+  /** Make a key; its text, which nobody can read again. Throws ApiError. */
+  async makeKey(body: Schemas['CreateKeyRequest']): Promise<string> {
+    const { key } = await data(api.POST('/v1/keys', { body }))
+    await this.loadPeople()
+    return key
+  }
+
+  /** Throws ApiError. */
+  async changeKey(key_id: string, quotas: Record<string, number | null>): Promise<void> {
+    await data(api.POST('/v1/keys/{key_id}', { params: { path: { key_id } }, body: { quotas } }))
+    await this.loadPeople()
+  }
+
+  /** Throws ApiError. */
+  async revoke(key_id: string): Promise<void> {
+    await data(api.DELETE('/v1/keys/{key_id}', { params: { path: { key_id } } }))
+    await this.loadPeople()
+  }
+
+  /** Throws ApiError. */
+  async setQuotas(tenant: string, quotas: Record<string, number | null>): Promise<void> {
+    await data(api.POST('/v1/tenants/{tenant}', { params: { path: { tenant } }, body: { quotas } }))
+    await this.loadPeople()
+  }
+
+  /** Learn what was done, newest first: `further` is the page after what is shown, `again` as much as is shown. */
+  async loadAudit(filter: Filter, how: 'anew' | 'again' | 'further'): Promise<void> {
+    const further = how === 'further'
+    const limit = how === 'again' ? Math.min(MOST_ENTRIES, Math.max(PAGE, this.entries?.length ?? 0)) : PAGE
     const asked = ++this.#asked
     const given = Object.fromEntries(Object.entries(filter).filter(([, value]) => value.trim() !== ''))
     const last = further ? this.entries?.at(-1)?.id : undefined
     try {
-      const page = await data(api.GET('/v1/audit', { params: { query: { ...given, limit: PAGE, ...(last ? { after: last } : {}) } } }))
+      const page = await data(api.GET('/v1/audit', { params: { query: { ...given, limit, ...(last ? { after: last } : {}) } } }))
       if (asked !== this.#asked) return
       this.entries = further ? [...(this.entries ?? []), ...page.data] : page.data
       this.more = page.has_more

@@ -25,8 +25,8 @@ export function onOtherTab(name: string, changed: () => void): void {
   window.addEventListener('storage', ({ key }) => (key === name || key === null) && changed())
 }
 
-/** Have the browser save a text as a file. */
-export function download(name: string, text: string, type: string): void {
+/** Have the browser save a text, or what is in memory already, as a file. */
+export function download(name: string, text: string | Blob, type: string): void {
   const address = URL.createObjectURL(new Blob([text], { type }))
   const link = document.createElement('a')
   link.href = address

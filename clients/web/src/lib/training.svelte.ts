@@ -8,7 +8,18 @@ import { server } from './server.svelte'
 import { many } from './units'
 
 export type { Job } from '../api/follow'
-export type Report = Schemas['TrainingReport']
+/** A held-out row, and who said what to its prompt. A report of an older server has none. */
+export interface HeldOutReplies {
+  line: number
+  slice: string
+  prompt: string
+  reference: string
+  base: string | null
+  parent: string | null
+  active: string | null
+  adapter: string
+}
+export type Report = Schemas['TrainingReport'] & { replies?: HeldOutReplies[]; warnings?: string[] }
 export type TrainingFile = Omit<Schemas['FileAnswer'], 'status_details' | 'expires_at'>
 
 const PAGE = 100

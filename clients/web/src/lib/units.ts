@@ -4,9 +4,10 @@ const BYTES = ['B', 'kB', 'MB', 'GB', 'TB', 'PB']
 
 /** `7.4 MB`, in thousands as the server's options are. */
 export function bytes(value: number): string {
-  const step = Math.min(BYTES.length - 1, value < 1000 ? 0 : Math.floor(Math.log10(value) / 3))
+  // What would be shown as 1000 is 1.0 of the next.
+  const step = Math.min(BYTES.length - 1, value < 999.5 ? 0 : Math.floor(Math.log10(value * (1000 / 999.5)) / 3))
   const shown = value / 1000 ** step
-  return `${shown < 10 && step ? shown.toFixed(1) : Math.round(shown)} ${BYTES[step]}`
+  return `${shown < 9.95 && step ? shown.toFixed(1) : Math.round(shown)} ${BYTES[step]}`
 }
 
 /** `1,843,200`. */
@@ -48,3 +49,6 @@ export function figure(value: number): string {
 
 /** `3.1%`. */
 export const percent = (part: number): string => `${figure(part * 100)}%`
+
+/** `3.1%`, `<0.1%`. */
+export const share = (part: number): string => (part > 0 && part < 0.001 ? '<0.1%' : `${Number((part * 100).toFixed(1))}%`)

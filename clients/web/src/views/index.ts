@@ -2,6 +2,7 @@
 import type { Component } from 'svelte'
 import type { Scope } from '../api/client'
 import Adapters from './Adapters.svelte'
+import Batches from './Batches.svelte'
 import Compare from './Compare.svelte'
 import Server from './Server.svelte'
 import Training from './Training.svelte'
@@ -9,13 +10,15 @@ import Training from './Training.svelte'
 export interface View {
   id: string
   title: string
-  scope: Scope
+  /** Any of them is enough. */
+  scopes: Scope[]
   component: Component
 }
 
 export const VIEWS: View[] = [
-  { id: 'compare', title: 'Compare', scope: 'generate', component: Compare as Component },
-  { id: 'adapters', title: 'Adapters', scope: 'adapters', component: Adapters as Component },
-  { id: 'training', title: 'Training', scope: 'train', component: Training as Component },
-  { id: 'server', title: 'Server', scope: 'admin', component: Server as Component },
+  { id: 'compare', title: 'Compare', scopes: ['generate'], component: Compare as Component },
+  { id: 'adapters', title: 'Adapters', scopes: ['adapters'], component: Adapters as Component },
+  { id: 'training', title: 'Training', scopes: ['train'], component: Training as Component },
+  { id: 'batches', title: 'Batches', scopes: ['generate', 'train'], component: Batches as Component },
+  { id: 'server', title: 'Server', scopes: ['admin'], component: Server as Component },
 ]

@@ -13,6 +13,7 @@ from onebase_engine.engine.messages import BaseInfo, Stats
 from onebase_protocol.serving import (
     EngineStatus,
     HealthAnswer,
+    LoadHistory,
     RouteSecretAnswer,
     ServerVersionAnswer,
     VerifierStatus,
@@ -98,6 +99,20 @@ async def status(services: Provided) -> Response:
             adapters=len(services.catalog),
             host_memory=services.residency.memory,
             verifier=VerifierStatus(services.verifier.pid),
+        )
+    )
+
+
+@router.get("/status/history", responses=answer(LoadHistory))
+@needs("admin")
+async def load_history(services: Provided) -> Response:
+    """Return latency, errors and speed of the last six hours by minute, and of the last hour."""
+    return json_response(
+        LoadHistory(
+            version=onebase_server.__version__,
+            started_at=services.started,
+            last_hour=services.load.since(3600.0),
+            data=services.load.points(),
         )
     )
 

@@ -79,6 +79,7 @@ def job_view(
         resumable=is_resumable(job.state, job.error_code),
         hold=job.hold,
         stopped=_stopped(job),
+        created_by=job.key,
     )
 
 
