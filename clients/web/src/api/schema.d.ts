@@ -4702,10 +4702,10 @@ export interface components {
             vocabulary: number;
             /** @default null */
             tokenizer: components["schemas"]["TokenizerAdditions"] | null;
-            /** @default null */
-            defaults: components["schemas"]["AdapterDefaults"] | null;
             /** @default [] */
             invocation_tokens: number[];
+            /** @default null */
+            defaults: components["schemas"]["AdapterDefaults"] | null;
             /** @default [] */
             warnings: string[];
             /** @default 0 */
