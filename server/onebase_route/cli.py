@@ -401,12 +401,8 @@ def _print_cluster() -> None:
     for name, state, one in lines:
         parts = [name, state, f"{one['requests_total']:.0f} requests" if "requests_total" in one else ""]
         if "pid" in one:
-            up = time.time() - float(one["since"])
-            parts += [
-                f"pid {one['pid']} on {one['node']}",
-                f"up {_duration(up)}",
-                f"OneBase {one['version']}",
-            ]
+            up = _duration(time.time() - float(one["since"]))
+            parts += [f"pid {one['pid']} on {one['node']}", f"up {up}", f"OneBase {one['version']}"]
             parts.append(f"log {one['log']}" if one["log"] else "")
         output.print(f"  {'  '.join(filter(None, parts))}", soft_wrap=True)
 

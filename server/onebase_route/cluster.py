@@ -241,9 +241,7 @@ class Child:
         if self.status in _REFUSALS and self.last_line:
             raise RefusedError(self.last_line.removeprefix("onebase: "))
         said = f": {self.last_line}" if self.last_line else ""
-        raise ClusterError(
-            f"it ended with status {self.status} before it was ready{said} (log: {log_file()})"
-        )
+        raise ClusterError(f"it ended with status {self.status} before it was ready{said}")
 
     def kill(self) -> None:
         self.is_ready = False
@@ -863,9 +861,8 @@ def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
                 why = [app.message, *(one.message for one in app.deployments.values())]
                 refusal = _last_error(why, RefusedError)
                 if app.status == "DEPLOY_FAILED" or ill or (refusal and app.status != "RUNNING"):
-                    raise ClusterError(
-                        refusal or _last_error(why, ClusterError) or "\n".join(filter(None, why))
-                    )
+                    last = refusal or _last_error(why, ClusterError)
+                    raise ClusterError(last or "the cluster does not start: " + " ".join(filter(None, why)))
         stop.wait(_POLL_SECONDS)
     return False
 

@@ -527,7 +527,7 @@ sys.exit({status})
             async with httpx2.AsyncClient() as client:
                 await asyncio.wait_for(child.ready(client, cluster.address_of(listener)[0]), 50)
 
-    with pytest.raises(cluster.ClusterError, match="--base: no/such is not a folder$") as caught:
+    with pytest.raises(cluster.ClusterError, match=r"--base: no/such is not a folder$") as caught:
         asyncio.run(play())
     assert isinstance(caught.value, cluster.RefusedError) == refuses
 
