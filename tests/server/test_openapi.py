@@ -38,6 +38,7 @@ CALLERS = {
 }
 ALSO = {
     "/v1/adapters/merge": "/v1/adapters/{name}",
+    "/v1/responses/compact": "/v1/responses/{response_id}",
     "/v1/responses/input_tokens": "/v1/responses/{response_id}",
 }
 """Paths that match another one too, whose name they could be."""
@@ -261,6 +262,15 @@ def _ask(walk: Walk) -> None:
     walk("GET", f"/v1/responses/{response}")
     walk("GET", f"/v1/responses/{response}/input_items")
     walk("DELETE", f"/v1/responses/{response}")
+    talk = walk("POST", "/v1/conversations", json={"items": [said], "metadata": {"topic": "noon"}})["id"]
+    walk("POST", "/v1/responses", json={**body, "conversation": talk})
+    walk("GET", f"/v1/conversations/{talk}")
+    walk("POST", f"/v1/conversations/{talk}", json={"metadata": {}})
+    items = walk("POST", f"/v1/conversations/{talk}/items", json={"items": [said, call, gave]})["data"]
+    walk("GET", f"/v1/conversations/{talk}/items")
+    walk("GET", f"/v1/conversations/{talk}/items/{items[0]['id']}")
+    walk("DELETE", f"/v1/conversations/{talk}/items/{items[0]['id']}")
+    walk("DELETE", f"/v1/conversations/{talk}")
     tokens = walk("POST", "/tokenize", json={"prompt": "word", "return_token_strs": True})["tokens"]
     walk("POST", "/detokenize", json={"tokens": tokens})
     walk("POST", "/v1/embeddings", json={"input": ["a", "b"]})
