@@ -110,6 +110,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"sudo (mkdir|cp) ", "changes the machine"),
     (r"docker (build|push|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"(docker compose|kubectl) ", "Docker; test_deploy.py reads the files"),
+    (r"helm ", "a cluster; test_helm.py renders the chart"),
     (
         r"while IFS=|for customer in |cp deploy/|useradd |systemctl |runuser |printf ",
         "a reader's own files or machine",
