@@ -38,7 +38,6 @@ CALLERS = {
 }
 ALSO = {
     "/v1/adapters/merge": "/v1/adapters/{name}",
-    "/v1/responses/compact": "/v1/responses/{response_id}",
     "/v1/responses/input_tokens": "/v1/responses/{response_id}",
 }
 """Paths that match another one too, whose name they could be."""

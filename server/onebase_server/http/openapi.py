@@ -34,7 +34,6 @@ _TOLD = {
     429: "A quota is used up, or too much is waiting",
     431: "The address and headers are over their limit",
     500: "A fault of the server, or of the engine in this request",
-    501: "The server has nothing behind this route",
     503: "The request cannot be served now",
     507: "The server has no space left",
 }

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from onebase_edge.errors import InvalidRequestError, NotServedError
 from onebase_protocol.common import DeletedAnswer
 from onebase_protocol.responses import InputItemsAnswer, InputTokensAnswer, ResponseAnswer, ResponseEvent
-from onebase_server.http.answers import answer, refused, streamed_answer
+from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
     LONG_BODY,
@@ -118,7 +118,7 @@ def _conversation(
     return items, conversation(body.instructions, items), len(body.items)
 
 
-@router.post("/compact", responses=refused(501))
+@router.post("/compact", include_in_schema=False)
 @needs("generate")
 async def compact(caller: Calling) -> Response:
     """Refuse to summarize a conversation: this server has no model of its own for that."""
