@@ -2077,6 +2077,41 @@ export interface components {
             id: string;
         };
         /**
+         * ConversationRequest
+         * @description Body of POST /v1/messages/count_tokens, whose fields POST /v1/messages has too.
+         */
+        ConversationRequest: {
+            /** Model */
+            model: string;
+            /** Messages */
+            messages: components["schemas"]["Turn"][];
+            /** System */
+            system?: (string | components["schemas"]["TextBlock"][]) | null;
+            /** Tools */
+            tools?: components["schemas"]["Tool"][] | null;
+            tool_choice?: components["schemas"]["MessageToolChoice"] | null;
+            /** @description disabled by default, where the base's chat template has a switch */
+            thinking?: components["schemas"]["ThinkingConfig"] | null;
+            context_management?: components["schemas"]["ContextManagement"] | null;
+            output_config?: components["schemas"]["OutputConfig"] | null;
+            /** @description older than output_config.format */
+            output_format?: components["schemas"]["OutputFormat"] | null;
+            /**
+             * Chat Template Kwargs
+             * @description this server's: more variables of the base's chat template
+             */
+            chat_template_kwargs?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | null;
+            /**
+             * Thread
+             * @description a conversation that is kept: refused
+             */
+            thread?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | null;
+        };
+        /**
          * ConversationUpdate
          * @description Body of POST /v1/conversations/{id}.
          */
@@ -2804,6 +2839,18 @@ export interface components {
             type: "function";
             function: components["schemas"]["FunctionChoice"];
         };
+        /**
+         * NewConversation
+         * @description Body of POST /v1/conversations.
+         */
+        NewConversation: {
+            /** Items */
+            items?: (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[] | null;
+            /** Metadata */
+            metadata?: {
+                [key: string]: string;
+            } | null;
+        };
         /** OutputConfig */
         OutputConfig: {
             /**
@@ -3468,53 +3515,6 @@ export interface components {
             lora_name: string;
             /** Lora Int Id */
             lora_int_id?: number | null;
-        };
-        /**
-         * onebaseserverhttproutesconversationsConversationRequest
-         * @description Body of POST /v1/conversations.
-         */
-        onebase_server__http__routes__conversations__ConversationRequest: {
-            /** Items */
-            items?: (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[] | null;
-            /** Metadata */
-            metadata?: {
-                [key: string]: string;
-            } | null;
-        };
-        /**
-         * onebaseserverrequestsschemasanthropicConversationRequest
-         * @description Body of POST /v1/messages/count_tokens, whose fields POST /v1/messages has too.
-         */
-        onebase_server__requests__schemas__anthropic__ConversationRequest: {
-            /** Model */
-            model: string;
-            /** Messages */
-            messages: components["schemas"]["Turn"][];
-            /** System */
-            system?: (string | components["schemas"]["TextBlock"][]) | null;
-            /** Tools */
-            tools?: components["schemas"]["Tool"][] | null;
-            tool_choice?: components["schemas"]["MessageToolChoice"] | null;
-            /** @description disabled by default, where the base's chat template has a switch */
-            thinking?: components["schemas"]["ThinkingConfig"] | null;
-            context_management?: components["schemas"]["ContextManagement"] | null;
-            output_config?: components["schemas"]["OutputConfig"] | null;
-            /** @description older than output_config.format */
-            output_format?: components["schemas"]["OutputFormat"] | null;
-            /**
-             * Chat Template Kwargs
-             * @description this server's: more variables of the base's chat template
-             */
-            chat_template_kwargs?: {
-                [key: string]: components["schemas"]["JsonValue"];
-            } | null;
-            /**
-             * Thread
-             * @description a conversation that is kept: refused
-             */
-            thread?: {
-                [key: string]: components["schemas"]["JsonValue"];
-            } | null;
         };
         /**
          * GeneratedAnswer
@@ -6888,7 +6888,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/json": components["schemas"]["onebase_server__http__routes__conversations__ConversationRequest"];
+                "application/json": components["schemas"]["NewConversation"];
             };
         };
         responses: {
@@ -7914,7 +7914,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/json": components["schemas"]["onebase_server__requests__schemas__anthropic__ConversationRequest"];
+                "application/json": components["schemas"]["ConversationRequest"];
             };
         };
         responses: {

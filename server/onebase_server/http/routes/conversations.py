@@ -38,7 +38,7 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 
-class ConversationRequest(Wire):
+class NewConversation(Wire):
     """Body of POST /v1/conversations."""
 
     items: Items | None = None
@@ -60,7 +60,7 @@ class ItemsRequest(Wire):
 @router.post("", responses=answer(ConversationAnswer))
 @needs("generate")
 async def create_conversation(
-    body: ConversationRequest, request: Request, services: Provided, caller: Calling
+    body: NewConversation, request: Request, services: Provided, caller: Calling
 ) -> Response:
     """Make a conversation, which may have its first items."""
     items = await off_loop(request, _added, [], body.items or [])
