@@ -46,6 +46,7 @@ RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['p
 
 FROM build AS own
 COPY pyproject.toml README.md LICENSE ./
+COPY tools/package_page.py tools/package_page.py
 COPY engine engine
 COPY server server
 COPY adapters adapters

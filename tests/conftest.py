@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from tests.forks import Nursery
 
 from onebase_engine.machine import with_room
+from onebase_protocol.command_line import end_process
 
 # On a busy machine an example may take any time; fixtures that a function shares are meant so.
 settings.register_profile(
@@ -123,6 +124,12 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if os.environ.get("ONEBASE_SECONDS") == "write" and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Stopwatch())
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The last lines are the results, and not what Triton's bindings say of the interpreter's end."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.add_cleanup(lambda: end_process(int(session.exitstatus)))
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ class Nursery:
         if os.fork() == 0:
             ours.close()
             serve(theirs)
-            sys.exit()
+            os._exit(0)
         theirs.close()
         return cls(ours)
 
@@ -308,3 +308,4 @@ if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         import_all()
         serve(requests)
+    os._exit(0)  # without taking every module apart, of which Triton's bindings write a page

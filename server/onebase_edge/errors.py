@@ -16,7 +16,9 @@ ApiError
 ├── WrongMethodError             there is, but not for its method
 ├── AdapterNotFoundError         no such adapter (or version) on /generate
 ├── UnknownModelError            no such model on /v1
+├── NotServedError               a route of the API that this server follows has nothing behind it
 ├── UnknownResponseError         no such response, or none any more
+├── UnknownConversationError     no such conversation, or none any more
 ├── UnknownGenerationError       no text of this id is being generated here
 ├── KeyNotFoundError             no such API key
 ├── TrainingFileNotFoundError    no such file
@@ -218,6 +220,21 @@ class UnknownResponseError(ApiError):
         )
 
 
+class NotServedError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="not_served")
+
+
+class UnknownConversationError(ApiError):
+    def __init__(self, conversation_id: str, param: str) -> None:
+        super().__init__(
+            f"{param}: there is no conversation {conversation_id[:100]!r}, or none any more: this server "
+            "keeps the latest in its memory (--response-memory). Make a new one with the items so far.",
+            code="conversation_not_found",
+            param=param,
+        )
+
+
 class UnknownGenerationError(ApiError):
     def __init__(self, generation_id: str) -> None:
         super().__init__(
@@ -391,6 +408,8 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     ConsoleMissingError: (404, "invalid_request_error"),
     WrongMethodError: (405, "invalid_request_error"),
     UnknownResponseError: (404, "invalid_request_error"),
+    UnknownConversationError: (404, "invalid_request_error"),
+    NotServedError: (501, "invalid_request_error"),
     UnknownGenerationError: (404, "invalid_request_error"),
     KeyNotFoundError: (404, "invalid_request_error"),
     AdapterNotFoundError: (404, "invalid_request_error"),

@@ -90,6 +90,19 @@ class ResponseReasoning(msgspec.Struct):
     summary: None
 
 
+class ResponseConversation(msgspec.Struct, frozen=True):
+    id: str
+
+
+class ConversationAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of /v1/conversations: a conversation without its items."""
+
+    id: str
+    object: Literal["conversation"] = "conversation"
+    created_at: int
+    metadata: dict[str, str]
+
+
 class ResponseHead(msgspec.Struct, kw_only=True):
     """A response without its state: the fields of the request as they were read, and the output."""
 
@@ -102,6 +115,7 @@ class ResponseHead(msgspec.Struct, kw_only=True):
     model: str
     instructions: str | None
     previous_response_id: str | None
+    conversation: ResponseConversation | UnsetType = UNSET
     max_output_tokens: int | None
     temperature: float
     top_p: float
@@ -134,6 +148,13 @@ class InputTokensAnswer(msgspec.Struct, frozen=True):
 
 class InputItemsAnswer(PageAnswer[OutputItemAnswer | CallOutputItemAnswer], frozen=True, kw_only=True):
     """Items that a response answers."""
+
+
+AnyItemAnswer = OutputItemAnswer | CallOutputItemAnswer
+
+
+class ConversationItemsAnswer(PageAnswer[AnyItemAnswer], frozen=True, kw_only=True):
+    """Items of a conversation."""
 
 
 class ResponseState(ResponseHead, kw_only=True):

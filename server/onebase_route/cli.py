@@ -118,6 +118,8 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
     try:
         data = Path(load_settings({"data_dir": arguments.data_dir}).data_dir).expanduser().absolute()
         state = data / "cluster.json"
+        if arguments.action == "up":
+            _check_files(arguments)
         held = _alone(data) if own else contextlib.nullcontext()
         with held, tempfile.TemporaryDirectory(prefix=_RAY_FOLDER) as folder:
             address = _prepare_ray(arguments, state, Path(folder) if own else None)
@@ -144,6 +146,27 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
         print_failure(console, str(error))
         return 1
     return status
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Raise SettingsError for a setting that is wrong, and for files of this machine that are not there.
+
+    Each server would say so only minutes later, once Ray has started it. Files of other machines are left to
+    them.
+    """
+    settings = load_settings({item.name: getattr(arguments, item.name) for item, _ in setting_fields()})
+    if arguments.address is not None or arguments.config:
+        return
+    if settings.adapters_dir and not Path(settings.adapters_dir).expanduser().is_dir():
+        raise SettingsError(f"--adapters-dir: {settings.adapters_dir} is not a folder")
+    for name, folder in settings.adapter:
+        place = Path(folder).expanduser()
+        if not place.is_dir():
+            raise SettingsError(f"adapter {name!r}: {folder} is not a folder")
+        if not (place / "adapter_config.json").is_file():
+            raise SettingsError(f"adapter {name!r}: {folder} has no adapter_config.json")
+    if settings.base.startswith(("/", "./", "../", "~")) and not Path(settings.base).expanduser().is_dir():
+        raise SettingsError(f"--base: {settings.base} is not a folder")
 
 
 @contextlib.contextmanager
@@ -372,9 +395,27 @@ def _print_cluster() -> None:
         output.print(f"OneBase cluster, {on_ray.status()}", soft_wrap=True)
         raise
     output.print(f"OneBase cluster on {report['url']}, {on_ray.status()}", soft_wrap=True)
-    for url, one in sorted(report["servers"].items()):
-        state = "ready" if one.get("ready") else "away"
-        output.print(f"  {url}  {state}  {one.get('requests_total', 0):.0f} requests", soft_wrap=True)
+    lines = [("route", "", report)] + [
+        (url, "ready" if one.get("ready") else "away", one) for url, one in sorted(report["servers"].items())
+    ]
+    for name, state, one in lines:
+        parts = [name, state, f"{one['requests_total']:.0f} requests" if "requests_total" in one else ""]
+        if "pid" in one:
+            up = _duration(time.time() - float(one["since"]))
+            parts += [f"pid {one['pid']} on {one['node']}", f"up {up}", f"OneBase {one['version']}"]
+            parts.append(f"log {one['log']}" if one["log"] else "")
+        output.print(f"  {'  '.join(filter(None, parts))}", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 5 min`, `2 d 4 h`."""
+    minutes = int(seconds) // 60
+    if minutes < 1:
+        return f"{max(0, seconds):.0f} s"
+    hours = minutes // 60
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 class ReplicaFile:

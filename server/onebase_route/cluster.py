@@ -25,6 +25,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from statistics import fmean
@@ -67,6 +68,10 @@ _ROUTE_SECONDS = 120.0
 actor."""
 _BUSY = 0.7
 """Part of their places that replicas should have in use, where there may be fewer of them."""
+_REFUSALS = (1, 2)
+"""Exit statuses of a server that has said why it does not start."""
+_LAST_LINE_SECONDS = 0.5
+"""Time, in seconds, in which what a child wrote before its end is read."""
 _NOT_STARTED = 127
 """Exit status of a child that could not be started, as in a shell."""
 _MOST_SENT = 100_000
@@ -98,6 +103,10 @@ class ClusterError(Exception):
 
 class EndedError(ClusterError):
     """Another command has ended the cluster meanwhile."""
+
+
+class RefusedError(ClusterError):
+    """A child has said why it does not start: it would say so again."""
 
 
 class ClusterConfig(BaseModel):
@@ -173,6 +182,8 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
         self.status: int | None = None
+        self.last_line = ""
+        self.since = time.time()
         # Linux ends the child when the thread that has started it ends: this one waits for the child.
         threading.Thread(target=self._run, name="child", daemon=True).start()
         self._started.wait()
@@ -185,6 +196,7 @@ class Child:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 env=environment,
                 pass_fds=self._keep,
                 start_new_session=True,
@@ -195,23 +207,41 @@ class Child:
             return
         finally:
             self._started.set()
-        self.status = self._process.wait()
+        passing = threading.Thread(target=self._pass_on, args=[self._process], daemon=True)
+        passing.start()
+        status = self._process.wait()
+        passing.join(_LAST_LINE_SECONDS)  # its own children may write for longer
+        self.status = status
         if self.is_ready:
             self.is_ready = False
             _log.error("the child ended with status %d", self.status)
             self._on_end()
 
+    @property
+    def pid(self) -> int:
+        """Process id; 0 where it could not be started."""
+        return 0 if self._process is None else self._process.pid
+
+    def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
+        """Write what the child and its children write to this process's log; keep the last line."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            os.write(2, line)
+            self.last_line = line.decode(errors="replace").strip() or self.last_line
+
     async def ready(self, client: httpx2.AsyncClient, path: str) -> None:
-        """Wait until the child answers at the path. Raises ClusterError if it ends before."""
+        """Wait until the child answers at the path. Raises ClusterError if it ends before, RefusedError if it
+        has said why."""
         while self.status is None:
             with contextlib.suppress(httpx2.TransportError):
                 if (await client.get(path)).status_code == 200:
                     self.is_ready = True
                     return
             await asyncio.sleep(_POLL_SECONDS)
-        raise ClusterError(
-            f"it ended with status {self.status} before it was ready: Ray's log of this actor says why"
-        )
+        if self.status in _REFUSALS and self.last_line:
+            raise RefusedError(self.last_line.removeprefix("onebase: "))
+        said = f": {self.last_line}" if self.last_line else ""
+        raise ClusterError(f"it ended with status {self.status} before it was ready{said}")
 
     def kill(self) -> None:
         self.is_ready = False
@@ -227,6 +257,25 @@ class Child:
             while self.status is None and time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)
             self.kill()
+
+
+def log_file() -> str:
+    """Return the file to which this actor and its child write; empty where that is no file."""
+    with contextlib.suppress(OSError):
+        place = os.readlink("/proc/self/fd/2")
+        return place if Path(place).is_file() else ""
+    return ""
+
+
+def described(child: Child) -> dict[str, str]:
+    """Return what `onebase cluster status` shows of a child, besides its address."""
+    return {
+        "pid": str(child.pid),
+        "node": socket.gethostname(),
+        "since": f"{child.since:.0f}",
+        "version": version("onebase"),
+        "log": log_file(),
+    }
 
 
 def _end_too() -> None:
@@ -268,7 +317,7 @@ class Server:
         (await self._client.get("/health")).raise_for_status()
 
     def record_replica_metadata(self) -> dict[str, str]:
-        return {"url": self.url}
+        return {"url": self.url} | described(self._child)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Return a `ReplicaReport` as a dict, with the names of the base."""
@@ -411,6 +460,7 @@ class Ingress:
         self._list.write_text("")
         self._urls: list[str] = []
         self._listed: list[str] = []
+        self._described: dict[str, dict[str, str]] = {}
         self._following: list[asyncio.Task[None]] = []
         self._ended = asyncio.Event()
         self._child = self._start()
@@ -428,9 +478,10 @@ class Ingress:
 
         return Child(command, self._listener, on_end)
 
-    def replicas_are(self, urls: Sequence[str]) -> None:
-        """Set the servers to list. Called by the router, in a thread of its own."""
-        self._urls = list(urls)
+    def replicas_are(self, servers: Mapping[str, dict[str, str]]) -> None:
+        """Set the servers to list, by URL with what they say of themselves. Called by the router, in a thread
+        of its own."""
+        self._urls, self._described = list(servers), dict(servers)
         self._write_list()
 
     def _write_list(self) -> None:
@@ -484,11 +535,14 @@ class Ingress:
                     await self._servers.wake.remote()
 
     async def report(self) -> dict[str, Any]:
-        """Return its URL and, by server, whether it is ready and how many requests it got."""
+        """Return its URL and, by server, whether it is ready, how many requests it got and what it is."""
         known = parse_metrics((await self._client.get("/metrics")).text)
         ready, sent = (known.by(f"onebase_route_{name}", "replica") for name in ("ready", "requests_total"))
-        found = {url: {"ready": value, "requests_total": sent.get(url, 0.0)} for url, value in ready.items()}
-        return {"url": self.url, "servers": found}
+        found = {
+            url: self._described.get(url, {}) | {"ready": value, "requests_total": sent.get(url, 0.0)}
+            for url, value in ready.items()
+        }
+        return {"url": self.url, "servers": found} | described(self._child)
 
     async def kill(self) -> None:
         self._listener.close()
@@ -534,7 +588,7 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
         with contextlib.suppress(serve.exceptions.RayServeException):  # in no actor of Ray Serve
             owner = serve.get_replica_context().servable_object
             if hasattr(owner, "replicas_are"):
-                owner.replicas_are([one.replica_metadata["url"] for one in replicas])
+                owner.replicas_are({one.replica_metadata["url"]: one.replica_metadata for one in replicas})
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -804,11 +858,19 @@ def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
                 return True
             for app in apps:
                 ill = app.status == "UNHEALTHY" and time.monotonic() - well > _ILL_SECONDS
-                if app.status == "DEPLOY_FAILED" or ill:
-                    why = [app.message, *(one.message for one in app.deployments.values())]
-                    raise ClusterError("the cluster is not as it should be: " + " ".join(filter(None, why)))
+                why = [app.message, *(one.message for one in app.deployments.values())]
+                refusal = _last_error(why, RefusedError)
+                if app.status == "DEPLOY_FAILED" or ill or (refusal and app.status != "RUNNING"):
+                    last = refusal or _last_error(why, ClusterError)
+                    raise ClusterError(last or "the cluster does not start: " + " ".join(filter(None, why)))
         stop.wait(_POLL_SECONDS)
     return False
+
+
+def _last_error(messages: Sequence[str], kind: type[ClusterError]) -> str:
+    """Return the text of the last error of a kind in Ray's messages, which have its traceback; else none."""
+    found = re.findall(rf"\b{kind.__name__}: (.+)", "\n".join(filter(None, messages)))
+    return str(found[-1]).strip() if found else ""
 
 
 def _are_all_known(deployments: Mapping[str, Any]) -> bool:

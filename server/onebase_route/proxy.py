@@ -123,10 +123,10 @@ _OF_ONE_SERVER = (
     "/server_info",
     "/get_world_size",
 )
-_KEPT_BY_ONE = (b"response_not_found", b"generation_not_found")
+_KEPT_BY_ONE = (b"response_not_found", b"conversation_not_found", b"generation_not_found")
 _PASSING = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a refusal to resume a stream that may end soon."""
-_OF_ONE = ("response_not_found", "invalid_transcript")
+_OF_ONE = ("response_not_found", "conversation_not_found", "invalid_transcript")
 """Codes of refusals to resume a stream that do not mean that other servers refuse it too."""
 _LEARNT = (b"model_not_found", b"adapter_not_found", b"version_not_found")
 """Codes of errors for names that another server may know, because it alone has them or learnt of them

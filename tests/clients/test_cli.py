@@ -113,6 +113,41 @@ def test_generate_takes_the_prompt_from_a_pipe(server: Any, monkeypatch: pytest.
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["--url", "{url}", "--json", "generate", "Hello"], "Hello"),
+        (["--url={url}", "--key", "ob-1", "--timeout", "60", "generate", "--", "--json"], "--json"),
+    ],
+)
+def test_options_of_every_command_may_stand_before_it(
+    server: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], prompt: str
+) -> None:
+    monkeypatch.setenv("ONEBASE_URL", "http://127.0.0.1:1")
+    assert main([one.format(url=server.url) for one in arguments]) == 0
+    (request,) = server.requests
+    assert request.body["messages"] == [{"role": "user", "content": prompt}]
+    assert request.headers.get("authorization") == ("Bearer ob-1" if "--key" in arguments else None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--url", "x", "models", "--url", "y"], "--url: it is given twice. Give it once."),
+        (["--no-such", "models"], "--no-such"),
+        (["--url"], "--url: expected one argument"),
+        (["--json"], "a command is missing after these options."),
+    ],
+)
+def test_wrong_options_before_a_command_exit_with_2_and_name_the_option(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_a_pipe_without_a_text_is_no_prompt(
     server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from onebase_edge.settings import Settings
+from onebase_route.options import route_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -46,6 +47,25 @@ def test_whoever_ends_the_server_waits_until_running_requests_have_finished() ->
     assert int(compose["services"]["onebase"]["stop_grace_period"].removesuffix("s")) >= DRAIN + 10
     unit = (DEPLOY / "onebase.service").read_text(encoding="utf-8")
     assert int(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[0]) >= DRAIN + 10
+
+
+def test_two_servers_in_compose_share_what_servers_share_and_are_known_to_the_route() -> None:
+    made = yaml.safe_load((DEPLOY / "compose.servers.yaml").read_text(encoding="utf-8"))
+    services = made["services"]
+    servers = {name: one for name, one in services.items() if name.startswith("server-")}
+    command = services["route"]["entrypoint"]
+    options = route_parser().parse_args(command[2:])
+    assert options.replica == [f"http://{name}:8000" for name in servers]
+    assert {"--replica", "--host"} <= set(command)
+    data = [one["volumes"][0].partition(":")[0] for one in servers.values()]
+    assert len(set(data)) == len(servers) == 2  # a data folder each
+    subnet = made["networks"]["default"]["ipam"]["config"][0]["subnet"]
+    for one in servers.values():
+        settings = one["environment"]
+        assert settings["ONEBASE_TRUSTED_PROXY"] == subnet
+        assert settings["AWS_ENDPOINT_URL"] == "http://minio:9000"
+        assert settings["ONEBASE_STORE"].startswith("s3://onebase/")
+        assert int(one["stop_grace_period"].removesuffix("s")) >= DRAIN + 10
 
 
 def test_a_process_that_is_killed_for_memory_does_not_end_the_service() -> None:

@@ -63,6 +63,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"curl http://127\.0\.0\.1:8000/", RUN),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
     (rf"onebase (generate|models|version|usage)( (?!--help|.*{OF_A_JOB})|$)", RUN),
+    (r"onebase --url \S+ --json models$", PARSE),  # tests/clients/test_cli.py runs it
     (r"onebase top( --once)?$", RUN),
     (r"onebase top --json ", PARSE),  # never ends
     (rf"onebase (adapters|jobs) \w+( (?!.*{OF_A_JOB})[^-]|$)", RUN),
@@ -111,6 +112,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"sudo (mkdir|cp) ", "changes the machine"),
     (r"docker (build|push|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"(docker compose|kubectl) ", "Docker; test_deploy.py reads the files"),
+    (r"helm ", "a cluster; test_helm.py renders the chart"),
     (
         r"while IFS=|for customer in |cp deploy/|useradd |systemctl |runuser |printf ",
         "a reader's own files or machine",

@@ -97,6 +97,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
             "/v1/completions",
             "/v1/chat/completions",
             "/v1/responses",
+            "/v1/conversations",
             "/v1/batches",
             "/v1/messages",
             "/tokenize",

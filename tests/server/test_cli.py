@@ -16,6 +16,7 @@ import pytest
 from tests.forks import Nursery
 from tests.hub_standin import HubStandIn
 
+from onebase_edge.folder_lock import lock_folder
 from onebase_edge.settings import environment_name, option_name, setting_fields
 from onebase_server.app.cli import base, serve
 from onebase_server.app.startup import LEAST_FILES, StartupError
@@ -94,11 +95,61 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded(capsys: pytest.Capt
     assert "loading" not in text
 
 
+def test_a_taken_port_or_folder_is_refused_before_the_libraries_are_imported(tmp_path: Path) -> None:
+    program = """
+import sys
+from onebase_server.app.cli import serve
+status = serve(sys.argv[1:])
+print(status, *({"torch", "fastapi", "sqlalchemy", "transformers"} & sys.modules.keys()))
+"""
+
+    def serve_again(*options: str) -> tuple[str, str]:
+        ended = subprocess.run(
+            [sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=120
+        )
+        return ended.stdout, " ".join(ended.stderr.split())
+
+    folder = tmp_path / "data"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        told, error = serve_again("--port", port, "--data-dir", str(folder))
+    assert told == "1\n"
+    assert f"cannot listen on 127.0.0.1:{port}" in error
+    assert "--port" in error
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    told, error = serve_again("--port", "0", "--data-dir", str(folder))
+    assert told == "1\n"
+    assert f"the data folder {folder} is in use by another server (process {holder.pid})" in error
+    assert "--data-dir" in error
+    holder.kill()
+    holder.wait()
+    lock_folder(folder).close()  # what it has left there keeps nobody out
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from onebase_edge.folder_lock import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.mark.parametrize("files", [16, pytest.param(LEAST_FILES - 1, marks=pytest.mark.full)])
-def test_too_few_open_files_are_reported_in_a_sentence_with_the_remedy(files: int) -> None:
-    command = 'ulimit -n "$1"; exec "$2" -m onebase_server --port 0'
+def test_too_few_open_files_are_reported_in_a_sentence_with_the_remedy(files: int, tmp_path: Path) -> None:
+    command = 'ulimit -n "$1"; exec "$2" -m onebase_server --port 0 --data-dir "$3"'
     ended = subprocess.run(
-        ["sh", "-c", command, "sh", str(files), sys.executable], capture_output=True, text=True, timeout=120
+        ["sh", "-c", command, "sh", str(files), sys.executable, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     said = " ".join(ended.stderr.split())
     assert ended.returncode == 1
@@ -117,8 +168,10 @@ def test_the_least_open_files_are_enough_for_an_upload_and_several_requests() ->
         assert [one.result().status_code for one in asked] == [200] * 8
 
 
-def test_a_base_that_does_not_exist_is_reported_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    status = serve(["--port", "0", "--base", "./no/such/folder"])
+def test_a_base_that_does_not_exist_is_reported_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = serve(["--port", "0", "--base", "./no/such/folder", "--data-dir", str(tmp_path)])
 
     assert status == 1
     text = capsys.readouterr().err

@@ -228,7 +228,15 @@ def test_no_request_is_lost_while_servers_come_and_go(http: httpx2.Client, clust
         thread.start()
     manage(cluster, "scale", "3")
     assert servers(cluster) == 3
-    assert "servers: 3 running" in manage(cluster, "status")
+    shown = manage(cluster, "status")
+    assert "servers: 3 running" in shown
+    pids = {
+        int(pid) for pid in re.findall(r"^  http\S+  ready .* pid (\d+) on \S+  up ", shown, re.MULTILINE)
+    }
+    assert pids == serving(cluster)
+    logs = re.findall(r"  log (/\S+)$", shown, re.MULTILINE)
+    assert len(logs) == 4  # the route's too
+    assert all(Path(log).is_file() for log in logs)
     asked_by_handle(cluster)
     manage(cluster, "scale", "2")
     assert servers(cluster) == 2
@@ -499,6 +507,44 @@ def test_a_child_that_cannot_be_started_is_told_and_not_waited_for(monkeypatch: 
         asyncio.run(play())
 
 
+@pytest.mark.parametrize(("status", "refuses"), [(1, True), (2, True), (3, False)])
+def test_a_child_that_does_not_start_is_quoted_though_its_own_children_live_on(
+    status: int, refuses: bool
+) -> None:
+    from onebase_route import cluster
+
+    program = f"""
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("onebase: first this", file=sys.stderr)
+print("onebase: --base: no/such is not a folder\\n", file=sys.stderr)
+sys.exit({status})
+"""
+
+    async def play() -> None:
+        with cluster.listen("127.0.0.1", 0) as listener:
+            child = cluster.Child([sys.executable, "-c", program], listener, lambda: None)
+            async with httpx2.AsyncClient() as client:
+                await asyncio.wait_for(child.ready(client, cluster.address_of(listener)[0]), 50)
+
+    with pytest.raises(cluster.ClusterError, match=r"--base: no/such is not a folder$") as caught:
+        asyncio.run(play())
+    assert isinstance(caught.value, cluster.RefusedError) == refuses
+
+
+def test_of_rays_messages_the_servers_own_words_are_left() -> None:
+    from onebase_route import cluster
+
+    ray = (
+        "A replica failed to start with exception. Retrying 1 more time(s). Error:\n"
+        "ray::ServeReplica:onebase:Server.initialize_and_get_metadata() (pid=1)\n  Traceback ...\n"
+        "    raise RefusedError(self.last_line)\n"
+        "onebase_route.cluster.RefusedError: adapter 'a': /nowhere is not a folder\n"
+    )
+    assert cluster._last_error(["", ray], cluster.RefusedError) == "adapter 'a': /nowhere is not a folder"
+    assert cluster._last_error([ray], cluster.ClusterError) == ""
+
+
 ROUTE = """
 import http.server, os, socket
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -550,7 +596,9 @@ def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_
         try:
             await ingress.check_health()
             await asyncio.wait_for(asked.wait(), 60)
-            ingress.replicas_are(["http://127.0.0.1:1"]) if not faults else ingress._urls.append("http://x")
+            ingress.replicas_are({"http://127.0.0.1:1": {}}) if not faults else ingress._urls.append(
+                "http://x"
+            )
             first = ingress._child
             first._process.kill()
             while ingress._child is first or not ingress._child.is_ready:
@@ -603,6 +651,31 @@ def test_a_data_folder_has_one_cluster_and_forgets_one_that_was_killed(
     data = tmp_path / "file"
     data.touch()
     assert str(data) in said("up")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--adapter", "acme=/no/such"], "adapter 'acme': /no/such is not a folder"),
+        (["--adapter", "acme={empty}"], "adapter 'acme': {empty} has no adapter_config.json"),
+        (["--adapters-dir", "/no/such"], "--adapters-dir: /no/such is not a folder"),
+        (["--base", "./no/such"], "--base: ./no/such is not a folder"),
+        (["--max-rows", "0"], "--max-rows is 0: the lowest value is 1"),
+    ],
+)
+def test_what_each_server_would_refuse_is_refused_before_ray_starts(
+    options: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from onebase_route import cli
+
+    monkeypatch.setattr(cli, "_prepare_ray", lambda *_: pytest.fail("Ray would be started"))
+    given = [option.format(empty=tmp_path) for option in options]
+    assert cli.cluster(["up", "--data-dir", str(tmp_path / "data"), *given]) == 1
+    assert says.format(empty=tmp_path) in capsys.readouterr().err
 
 
 def test_without_ray_the_command_says_what_to_install(

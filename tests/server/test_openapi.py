@@ -261,6 +261,15 @@ def _ask(walk: Walk) -> None:
     walk("GET", f"/v1/responses/{response}")
     walk("GET", f"/v1/responses/{response}/input_items")
     walk("DELETE", f"/v1/responses/{response}")
+    talk = walk("POST", "/v1/conversations", json={"items": [said], "metadata": {"topic": "noon"}})["id"]
+    walk("POST", "/v1/responses", json={**body, "conversation": talk})
+    walk("GET", f"/v1/conversations/{talk}")
+    walk("POST", f"/v1/conversations/{talk}", json={"metadata": {}})
+    items = walk("POST", f"/v1/conversations/{talk}/items", json={"items": [said, call, gave]})["data"]
+    walk("GET", f"/v1/conversations/{talk}/items")
+    walk("GET", f"/v1/conversations/{talk}/items/{items[0]['id']}")
+    walk("DELETE", f"/v1/conversations/{talk}/items/{items[0]['id']}")
+    walk("DELETE", f"/v1/conversations/{talk}")
     tokens = walk("POST", "/tokenize", json={"prompt": "word", "return_token_strs": True})["tokens"]
     walk("POST", "/detokenize", json={"tokens": tokens})
     walk("POST", "/v1/embeddings", json={"input": ["a", "b"]})

@@ -187,7 +187,8 @@ def parts(*kinds: str) -> list[Any]:
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata", "at most 16"),
         ({"truncation": "auto"}, "truncation", "disabled"),
         ({"background": True}, "background", "stream"),
-        ({"conversation": "conv_1"}, "conversation", "previous_response_id"),
+        ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation", "leave one out"),
+        ({"conversation": {"name": "conv_1"}}, "conversation.name", "does not know"),
         ({"prompt": {"id": "p"}}, "prompt", "instructions"),
         ({"max_tokens": 3}, "max_tokens", "max_output_tokens"),
         ({"response_format": {"type": "json_object"}}, "response_format", "text.format"),
@@ -311,7 +312,14 @@ def limited_key(keys: Keys) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(serve_scripted: Starter, keys: Keys, key: str, limited_key: str) -> Iterator[Server]:
+def other_key(keys: Keys) -> str:
+    return keys.make("generate", tenant="other")
+
+
+@pytest.fixture(scope="module")
+def server(
+    serve_scripted: Starter, keys: Keys, key: str, limited_key: str, other_key: str
+) -> Iterator[Server]:
     with serve_scripted("words", data_dir=keys.file.parent) as server:
         yield server
 
@@ -389,6 +397,93 @@ def test_a_response_goes_on_from_one_before_it_like_the_whole_conversation(clien
         with pytest.raises(openai.NotFoundError) as caught:
             client.responses.create(**fields, input="?", previous_response_id=gone)
         assert (caught.value.code, caught.value.param) == ("response_not_found", "previous_response_id")
+
+
+def test_a_response_continues_a_conversation_and_adds_to_it(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": BASE, "max_output_tokens": 4, "instructions": "Be brief."}
+    made = client.conversations.create(
+        items=[{"role": "user", "content": "One?", "type": "message"}], metadata={"topic": "numbers"}
+    )
+    assert (made.object, made.metadata) == ("conversation", {"topic": "numbers"})
+    assert made.id.startswith("conv_")
+    first = client.responses.create(**fields, input="Two?", conversation=made.id)
+    assert first.conversation is not None
+    assert first.conversation.id == made.id
+    whole: Any = [{"role": "user", "content": text} for text in ("One?", "Two?")]
+    alike = client.responses.create(**fields, input=whole, store=False)
+    assert first.usage is not None
+    assert alike.usage is not None
+    assert first.usage.input_tokens == alike.usage.input_tokens
+    with client.responses.create(
+        **fields, input="Three?", conversation={"id": made.id}, store=False, stream=True
+    ) as stream:
+        second = list(stream)[-1].response  # type: ignore[union-attr]
+    counted = client.responses.input_tokens.count(
+        model=BASE, instructions="Be brief.", input="Four?", conversation=made.id
+    )
+    assert counted.input_tokens > second.usage.input_tokens
+    items: Any = list(client.conversations.items.list(made.id, order="asc", limit=2))
+    said = [item.content[0].text for item in items]
+    assert said == ["One?", "Two?", first.output_text, "Three?", second.output_text]
+    assert client.conversations.items.list(made.id, limit=1).data == items[-1:]
+
+    added: Any = client.conversations.items.create(
+        made.id, items=[{"role": "user", "content": "Five?", "id": items[0].id, "type": "message"}]
+    )
+    (fifth,) = added.data
+    assert fifth.id not in {item.id for item in items}
+    assert client.conversations.items.retrieve(fifth.id, conversation_id=made.id) == fifth
+    assert client.conversations.items.delete(items[1].id, conversation_id=made.id).id == made.id
+    left = [item.id for item in client.conversations.items.list(made.id, order="asc")]
+    assert left == [item.id for item in [items[0], *items[2:], fifth]]
+    with pytest.raises(openai.NotFoundError, match="no item"):
+        client.conversations.items.retrieve(items[1].id, conversation_id=made.id)
+
+    assert client.conversations.update(made.id, metadata={"topic": "none"}).metadata == {"topic": "none"}
+    assert client.conversations.retrieve(made.id).metadata == {"topic": "none"}
+    assert client.conversations.delete(made.id).object == "conversation.deleted"
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    for call in (
+        lambda: client.conversations.retrieve(made.id),
+        lambda: client.conversations.items.list(made.id),
+        lambda: client.responses.create(**fields, input="?", conversation=made.id),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert caught.value.code == "conversation_not_found"
+
+
+def test_a_conversation_is_its_tenants_and_no_response(server: Server, key: str, other_key: str) -> None:
+    with client_with(server, key) as http:
+        talk = http.post("/v1/conversations", json={}).json()["id"]
+        assert http.get(f"/v1/conversations/{talk}/items").json()["data"] == []
+        assert http.get(f"/v1/responses/{talk}").status_code == 404
+        assert http.post("/v1/conversations", json={"items": [{"role": "user"}]}).status_code == 400
+    with client_with(server, other_key) as http:
+        assert http.get(f"/v1/conversations/{talk}").json()["error"]["code"] == "conversation_not_found"
+        body = {"model": BASE, "input": "hi", "conversation": talk}
+        assert http.post("/v1/responses", json=body).status_code == 404
+
+
+def test_what_a_response_adds_to_a_deleted_conversation_is_dropped() -> None:
+    store = StoredResponses(10_000)
+    store.store_conversation("one", "conv_1", StoredResponse(b"{}", b"[]"))
+    store.append_items("one", "conv_1", b'[{"id":1}]')
+    store.append_items("one", "conv_1", b'[{"id":2}]')
+    store.append_items("one", "conv_1", b"[]")
+    assert json.loads(store.find_conversation("one", "conv_1", "conversation").input) == [
+        {"id": 1},
+        {"id": 2},
+    ]
+    store.delete_conversation("one", "conv_1", "conversation")
+    store.append_items("one", "conv_1", b'[{"id":3}]')
+    assert (store.size, store._shelves) == (0, {})
+
+
+def test_compaction_is_refused_with_what_to_do_instead(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError, match="Ask for a summary") as caught:
+        client.responses.compact(model=BASE, input="x")
+    assert (caught.value.status_code, caught.value.code) == (501, "not_served")
 
 
 def test_an_error_of_the_request_names_the_fields_of_this_route(client: openai.OpenAI) -> None:

@@ -17,7 +17,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
-from onebase_protocol.command_line import OptionParser
+from onebase_protocol.command_line import OptionParser, end_process
 from onebase_training import events
 from onebase_training.cli.options import (
     UsageError,
@@ -561,4 +561,4 @@ def push(adapter: Path, repo: str, *, private: bool = True) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -229,8 +229,9 @@ def _module(entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> Modu
     values: dict[str, Any] = dict(parts)
     if cls in (LoraWeights, ExpertLora):
         values["scale"] = float(entry["scale"])
+    if cls is LoraWeights:
         values["invocation"] = tuple(map(int, entry.get("invocation", ())))
-    elif cls is TokenRows:
+    if cls is TokenRows:
         values["words"] = int(entry.get("words", 0))
     module: ModuleWeights = cls(**values)
     _check(module)

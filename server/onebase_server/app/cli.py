@@ -15,19 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.registry import (
-    DEFAULT_TENANT,
-    KEY_QUOTAS,
-    SCOPES,
-    TENANT_QUOTAS,
-    ApiKeys,
-    Origin,
-    RegistryError,
-    Tenants,
-    acting,
-)
-from onebase_adapters.registry.keys import MAX_PRIORITY
-from onebase_edge.options import add_all_settings, add_settings, checked, print_failure
+from onebase_edge.folder_lock import FolderInUseError, lock_folder
+from onebase_edge.options import add_all_settings, add_settings, address_error, checked, print_failure
 from onebase_edge.settings import (
     Settings,
     SettingsError,
@@ -40,6 +29,7 @@ from onebase_engine.machine import with_room
 from onebase_protocol.command_line import OptionParser
 
 if TYPE_CHECKING:
+    from onebase_adapters.registry import ApiKeys, Tenants
     from onebase_server.app.wiring import Commands
 
 _SERVE = """\
@@ -72,18 +62,36 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     for quiet in ("httpx", "alembic"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each form that is none
-    from onebase_server.app.startup import StartupError, serve_until_stopped
-
     console = Console(stderr=True, quiet=as_json)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _LOG_WIDTH
-    try:
-        with_room(lambda: serve_until_stopped(settings, console, commands))
-    except StartupError as error:
+
+    def failed(error: Exception | str) -> int:
         if as_json:
             logging.getLogger(__name__).critical("%s", error)
         print_failure(console, str(error))
         return 1
+
+    # What is refused at a glance is refused before the libraries are imported, which takes seconds.
+    from onebase_edge.listener import bind
+
+    try:
+        listener = bind(settings)
+    except OSError as error:
+        return failed(address_error(settings, error))
+    with listener:
+        try:
+            lock = lock_folder(Path(settings.data_dir).expanduser().absolute())
+        except FolderInUseError as error:
+            return failed(error)
+        from onebase_server.app.startup import StartupError, serve_until_stopped
+
+        try:
+            with_room(lambda: serve_until_stopped(settings, listener, console, commands))
+        except StartupError as error:
+            return failed(error)
+        finally:
+            lock.close()
     return 0
 
 
@@ -266,6 +274,7 @@ def _on_registry(
     work: Callable[[ApiKeys, Tenants, Console, Console], None],
 ) -> int:
     """Do the work, given the terminal and the output. Returns the exit status: 0, or 1 with the reason."""
+    from onebase_adapters.registry import Origin, RegistryError, acting
     from onebase_server.storage.opening import StorageError, keep_private, open_keys
 
     console, output = Console(stderr=True), Console()
@@ -284,6 +293,9 @@ def _on_registry(
 
 def keys_parser() -> argparse.ArgumentParser:
     """The options of `onebase keys`."""
+    from onebase_adapters.registry import DEFAULT_TENANT, KEY_QUOTAS, SCOPES
+    from onebase_adapters.registry.keys import MAX_PRIORITY
+
     parser = OptionParser(prog="onebase keys", description=_KEYS)
     actions = parser.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create", help="make a key, and print it once as the last line")
@@ -324,6 +336,8 @@ def keys_parser() -> argparse.ArgumentParser:
 
 def tenants_parser() -> argparse.ArgumentParser:
     """The options of `onebase tenants`."""
+    from onebase_adapters.registry import TENANT_QUOTAS
+
     parser = OptionParser(prog="onebase tenants", description=_TENANTS)
     actions = parser.add_subparsers(dest="action", required=True)
     setting = actions.add_parser("set", help="change a tenant's quotas")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onebase_engine.engine.base_check import BaseCheck
     from onebase_server.inference.tokenization import ChatSupport
 
-_MOST_ADAPTERS = 20
+_MOST_ADAPTERS = 10
 
 _log = logging.getLogger(__name__)
 

@@ -22,8 +22,7 @@ import onebase_server
 from onebase_adapters.registry import RegistryError
 from onebase_edge.background import keep_running
 from onebase_edge.errors import UnavailableError
-from onebase_edge.listener import LEAST_FILES, bind, url_of
-from onebase_edge.options import address_error
+from onebase_edge.listener import LEAST_FILES, url_of
 from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.machine import switch_threads_soon
 from onebase_server.adapters.sources import FolderError, find_adapters
@@ -48,17 +47,15 @@ class StartupError(RuntimeError):
     """The server cannot serve; the message says why and what to do."""
 
 
-def serve_until_stopped(settings: Settings, console: Console, commands: Commands | None = None) -> None:
-    """Serve until a signal. Raises StartupError when the server cannot start or continue."""
+def serve_until_stopped(
+    settings: Settings, listener: socket.socket, console: Console, commands: Commands | None = None
+) -> None:
+    """Serve on the listener until a signal. Raises StartupError when the server cannot start or continue."""
     _check_open_files()
     switch_threads_soon()
-    try:
-        listener = bind(settings)
-    except OSError as error:
-        raise StartupError(address_error(settings, error)) from error
     if settings.stop_with_stdin:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
-    with listener, LoadingDisplay(console) as display:
+    with LoadingDisplay(console) as display:
         base = resolve(settings.base, display)
         leave_torch_out()
         keep_private()  # not before: the cache of bases may be shared by several users

@@ -26,6 +26,7 @@ from onebase_server.http.routes import (
     audit,
     batches,
     console,
+    conversations,
     files,
     fine_tuning,
     generation,
@@ -72,8 +73,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.authenticator = Authenticator(app, services)
     routes = (
-        generation, responses, anthropic, pooling, models, adapters, vllm, files, batches, fine_tuning, keys,
-        usage, audit, health, reference, console,
+        generation, responses, conversations, anthropic, pooling, models, adapters, vllm, files, batches,
+        fine_tuning, keys, usage, audit, health, reference, console,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the authentication sees each of them

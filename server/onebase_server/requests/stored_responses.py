@@ -1,19 +1,21 @@
-"""Responses stored for later requests that refer to them: in memory, within a limit."""
+"""Responses and conversations stored for later requests that refer to them: in memory, within a limit."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from onebase_edge.errors import UnknownResponseError
+from onebase_edge.errors import UnknownConversationError, UnknownResponseError
 
+_CONVERSATION = "conversation/"
+"""Beginning of the names under which conversations are stored, which no response has."""
 OVERHEAD = 1000
 """Bytes that a response takes besides its texts, at most."""
 
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A response and the items that it answers, both as JSON."""
+    """A response and the items that it answers, or a conversation and its items, both as JSON."""
 
     response: bytes
     input: bytes
@@ -79,6 +81,32 @@ class StoredResponses:
         """Raises UnknownResponseError."""
         self.find(tenant, response_id, param)
         self._drop(tenant, response_id)
+
+    def store_conversation(self, tenant: str, conversation_id: str, conversation: StoredResponse) -> None:
+        """Store a conversation as a response is stored."""
+        self.store_response(tenant, _CONVERSATION + conversation_id, conversation)
+
+    def find_conversation(self, tenant: str, conversation_id: str, param: str) -> StoredResponse:
+        """Return one of the tenant's conversations and mark it as used. Raises UnknownConversationError."""
+        try:
+            return self.find(tenant, _CONVERSATION + conversation_id, param)
+        except UnknownResponseError:
+            raise UnknownConversationError(conversation_id, param) from None
+
+    def append_items(self, tenant: str, conversation_id: str, items: bytes) -> None:
+        """Add a list of items, as JSON, to a conversation; nothing if it was deleted meanwhile."""
+        try:
+            kept = self.find_conversation(tenant, conversation_id, "conversation")
+        except UnknownConversationError:
+            return
+        lists = [one[1:-1] for one in (kept.input, items) if one != b"[]"]
+        joined = StoredResponse(kept.response, b"[" + b",".join(lists) + b"]")
+        self.store_conversation(tenant, conversation_id, joined)
+
+    def delete_conversation(self, tenant: str, conversation_id: str, param: str) -> None:
+        """Raises UnknownConversationError."""
+        self.find_conversation(tenant, conversation_id, param)
+        self._drop(tenant, _CONVERSATION + conversation_id)
 
     def _drop(self, tenant: str, response_id: str) -> None:
         shelf = self._shelves[tenant]

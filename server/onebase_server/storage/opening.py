@@ -22,6 +22,7 @@ from onebase_adapters.registry import ApiKeys, Registry, RegistryError, Tenants
 from onebase_adapters.registry.database import SQLITE_ENDINGS, Database, sqlite_file
 from onebase_adapters.store.store import GRACE, Store, StoreError, local_folder
 from onebase_edge.background import Threads
+from onebase_edge.folder_lock import LOCK_FILE
 from onebase_edge.settings import PREFIX_PART, Device, Settings
 from onebase_engine.base.identity import BaseIdentityError, base_id
 from onebase_engine.environment import computing_environment
@@ -37,7 +38,7 @@ _GPUS = ("nvidia*", "nvhost*", "dxg", "kfd")
 
 _OTHERS = 0o077
 _NO_MODES = (errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTSUP)
-_DATA_NAMES = ("store", "cache", "training", "batches")
+_DATA_NAMES = ("store", "cache", "training", "batches", LOCK_FILE)
 _STORE_NAMES = ("blobs", "tmp", "registries", "lock")
 
 _log = logging.getLogger(__name__)

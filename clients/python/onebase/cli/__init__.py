@@ -9,13 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final
+from typing import Final, NoReturn
+
+from onebase_protocol.command_line import OptionParser, end_process
 
 from .._core.config import sdk_version
-from .command import FAILED, INTERRUPTED, OK, USAGE, run_action
+from .command import FAILED, INTERRUPTED, OK, USAGE, add_server_options, run_action
 
 HELP: Final = """\
-usage: onebase COMMAND [options]
+usage: onebase [--url URL] [--key KEY] [--timeout SECONDS] [--json] COMMAND [options]
 
 One base model in memory, and a LoRA adapter of its own for every request.
 
@@ -55,7 +57,8 @@ First steps
   onebase generate "Tell me a joke"  or just this
 
 `onebase COMMAND --help` explains one command. The server is at http://127.0.0.1:8000, unless --url or
-ONEBASE_URL in the environment names another. ONEBASE_API_KEY is sent if it is set.
+ONEBASE_URL in the environment names another. ONEBASE_API_KEY is sent if it is set, or --key. These options
+and --json may stand before the command or after it.
 
 Exit status: 0 done, 1 failed, 2 wrong arguments, 3 no server answers, 130 interrupted.
 """
@@ -131,6 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def run_process() -> NoReturn:
+    """Run the command line of this process, and end it with the command's status."""
+    end_process(main())
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments:
         sys.stderr.write(HELP)
@@ -142,6 +150,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("-V", "--version"):
         print(f"onebase {sdk_version()}")
         return OK
+    if command.startswith("-"):
+        command, rest = _command_first(arguments)
     if command in COMMANDS:
         module = importlib.import_module(f".{COMMANDS[command]}", __package__)
         if not hasattr(module, "run"):
@@ -152,6 +162,22 @@ def _dispatch(arguments: list[str]) -> int:
     if plugin is not None:
         return run_plugin(plugin, rest)
     return _unknown(command)
+
+
+def _command_first(arguments: list[str]) -> tuple[str, list[str]]:
+    """Return the command and its arguments, to which the options that stood before it are added."""
+    made = OptionParser(prog="onebase", add_help=False)
+    add_server_options(made)
+    made.add_argument("--json", action="store_true")
+    place = 0
+    while place < len(arguments) and arguments[place].startswith("-"):
+        place += 1 if arguments[place] == "--json" or "=" in arguments[place] else 2
+    made.parse_args(arguments[:place])
+    if place >= len(arguments):
+        made.error("a command is missing after these options.")
+    command, *rest = arguments[place:]
+    end = rest.index("--") if "--" in rest else len(rest)
+    return command, [*rest[:end], *arguments[:place], *rest[end:]]
 
 
 def _unknown(command: str) -> int:

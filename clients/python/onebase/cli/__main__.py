@@ -1,7 +1,5 @@
 """`python -m onebase.cli` is `onebase`."""
 
-import sys
+from . import run_process
 
-from . import main
-
-sys.exit(main())
+run_process()

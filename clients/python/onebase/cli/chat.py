@@ -40,6 +40,8 @@ BASE_WORDS: Final = ("base", "none")
 TEMPERATURE: Final = 0.7
 """Unless it is given: at 1 a small base loses its thread in a conversation."""
 HOTTEST: Final = 2.0
+_MOST_NAMES: Final = 10
+"""Names of adapters in the greeting."""
 
 _DESCRIPTION = f"""\
 Have a conversation with the base or with an adapter on it. The adapter can be changed at any
@@ -107,7 +109,8 @@ def _greet(client: Client) -> None:
     once = client.with_options(max_retries=0)
     names = [adapter.name for adapter in once.adapters.list()]
     base = next((model.id for model in once.models.list() if model.id not in names), "the base")
-    note(f"Talking to {base} at {client.url}. Adapters: {', '.join(names) or 'none'}.")
+    more = f" and {len(names) - _MOST_NAMES} more (/adapters)" if len(names) > _MOST_NAMES else ""
+    note(f"Talking to {base} at {client.url}. Adapters: {', '.join(names[:_MOST_NAMES]) or 'none'}{more}.")
     note("/adapter NAME changes the adapter, /help shows more, Ctrl-D leaves.")
 
 

@@ -65,12 +65,21 @@ def parser(command: str, description: str, examples: str = "") -> argparse.Argum
         description=description,
         epilog=f"examples:\n{examples}" if examples else None,
     )
+    add_server_options(made)
+    return made
+
+
+def add_server_options(made: argparse.ArgumentParser) -> None:
+    """Add the options that say where the server is, who asks it, and for how long it is waited for."""
     group = made.add_argument_group("server")
     group.add_argument("--url", help="where the server is (default: $ONEBASE_URL, or http://127.0.0.1:8000)")
     group.add_argument(
+        "--key",
+        help="the API key that is sent (default: $ONEBASE_API_KEY, which others on this machine do not see)",
+    )
+    group.add_argument(
         "--timeout", type=seconds, metavar="SECONDS", help="how long the server may be silent (default: 600)"
     )
-    return made
 
 
 def seconds(text: str) -> float:
@@ -179,7 +188,8 @@ def client_of(args: argparse.Namespace) -> Client:
     Raises:
         ValueError: the URL or the timeout is wrong.
     """
-    return Client(args.url, timeout=Timeout() if args.timeout is None else args.timeout)
+    timeout = Timeout() if args.timeout is None else args.timeout
+    return Client(args.url, api_key=args.key, timeout=timeout)
 
 
 # ---- actions -----------------------------------------------------------------------------------------

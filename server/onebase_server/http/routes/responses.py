@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError, NotServedError
 from onebase_protocol.common import DeletedAnswer
 from onebase_protocol.responses import InputItemsAnswer, InputTokensAnswer, ResponseAnswer, ResponseEvent
 from onebase_server.http.answers import answer, streamed_answer
@@ -45,16 +45,26 @@ async def respond(
     adapter's."""
     services.refuse_if_draining()
     responses = services.responses
-    items, messages = await _conversation_of(body, request, services, caller)
+    conversation_id = body.conversation_id
+    if conversation_id is not None and caller.background:
+        raise InvalidRequestError(
+            "conversation: rows of a batch keep nothing. Send the items as input.", param="conversation"
+        )
+    items, messages, added = await _conversation_of(body, request, services, caller)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = await services.planner.response(body, messages, caller, transcript)
     loop = asyncio.get_running_loop()  # a long answer is written in a thread
 
     def keep(response: dict[str, Any]) -> None:
-        if body.store is not False and not caller.background:
-            asked = msgspec.json.encode(kept_items(items))
-            made = StoredResponse(msgspec.json.encode(response), asked)
+        if caller.background or (body.store is False and conversation_id is None):
+            return
+        asked = kept_items(items)
+        if body.store is not False:
+            made = StoredResponse(msgspec.json.encode(response), msgspec.json.encode(asked))
             loop.call_soon_threadsafe(responses.store_response, caller.tenant, response["id"], made)
+        if conversation_id is not None:
+            grown = msgspec.json.encode([*asked[-added:], *response["output"]])
+            loop.call_soon_threadsafe(responses.append_items, caller.tenant, conversation_id, grown)
 
     view = ResponseView(engine_request.tokenizer or services.tokenizer, body, keep)
     return await answer_generation(
@@ -71,19 +81,21 @@ async def count_input_tokens(
     services.refuse_if_draining()
     services.planner.check_model(caller.tenant, body.model, body)
     find_model(services, caller, body.model)
-    _, messages = await _conversation_of(body, request, services, caller)
+    _, messages, _ = await _conversation_of(body, request, services, caller)
     count = await services.planner.input_tokens(caller.tenant, body, messages)
     return json_response(InputTokensAnswer(count))
 
 
 async def _conversation_of(
     body: ResponsesRequest, request: Request, services: Services, caller: Caller
-) -> tuple[Items, list[ChatMessage]]:
-    """Return what is to be answered, with what was said before it.
+) -> tuple[Items, list[ChatMessage], int]:
+    """Return what is to be answered, with what was said before it, and how many items of it are new.
 
-    Raises InvalidRequestError, UnknownResponseError.
+    Raises InvalidRequestError, UnknownResponseError, UnknownConversationError.
     """
     before = None
+    if body.conversation_id is not None:
+        before = services.responses.find_conversation(caller.tenant, body.conversation_id, "conversation")
     if body.previous_response_id is not None:
         before = services.responses.find(caller.tenant, body.previous_response_id, "previous_response_id")
     if before is None or len(before.input) + len(before.response) <= LONG_BODY:
@@ -91,13 +103,29 @@ async def _conversation_of(
     return await services.reading.run_for(caller.tenant, _conversation, body, before)
 
 
-def _conversation(body: ResponsesRequest, before: StoredResponse | None) -> tuple[Items, list[ChatMessage]]:
-    """Return what is to be answered, as items and as messages. Raises InvalidRequestError."""
+def _conversation(
+    body: ResponsesRequest, before: StoredResponse | None
+) -> tuple[Items, list[ChatMessage], int]:
+    """Return what is to be answered, as items and as messages, and how many items are new.
+
+    Raises InvalidRequestError.
+    """
     items = body.items
     if before is not None:
-        said = msgspec.json.decode(before.input) + msgspec.json.decode(before.response)["output"]
-        items = [*items_again(said), *items]
-    return items, conversation(body.instructions, items)
+        said = msgspec.json.decode(before.input) + msgspec.json.decode(before.response).get("output", [])
+        param = "previous_response_id" if body.conversation_id is None else "conversation"
+        items = [*items_again(said, param), *items]
+    return items, conversation(body.instructions, items), len(body.items)
+
+
+@router.post("/compact", include_in_schema=False)
+@needs("generate")
+async def compact(caller: Calling) -> Response:
+    """Refuse to summarize a conversation: this server has no model of its own for that."""
+    raise NotServedError(
+        "A conversation is not compacted here: a model would have to write its items anew, and which one is "
+        "yours to choose. Ask for a summary with POST /v1/responses, and begin the next conversation with it."
+    )
 
 
 @router.get("/{response_id}", responses=answer(ResponseAnswer, 404))
@@ -135,9 +163,13 @@ async def list_input_items(
     """List the items that a response answers, those of earlier turns included, newest first unless `order` is
     asc."""
     kept = services.responses.find(caller.tenant, response_id, "response_id")
-    items: list[dict[str, Any]] = msgspec.json.decode(kept.input)
+    return json_response(InputItemsAnswer(**page_of(msgspec.json.decode(kept.input), after, limit, order)))
+
+
+def page_of(items: list[dict[str, Any]], after: str | None, limit: int, order: str) -> dict[str, Any]:
+    """Return the fields of one page of items. Raises InvalidRequestError."""
     if order == "desc":
-        items.reverse()
+        items = items[::-1]
     begin = 0
     if after is not None:
         begin = 1 + next((index for index, item in enumerate(items) if item["id"] == after), len(items))
@@ -146,11 +178,9 @@ async def list_input_items(
                 f"after: {after!r} is none of the items. Take last_id of the page before.", param="after"
             )
     shown = items[begin : begin + limit]
-    return json_response(
-        InputItemsAnswer(
-            data=cast(Any, shown),
-            first_id=shown[0]["id"] if shown else None,
-            last_id=shown[-1]["id"] if shown else None,
-            has_more=begin + limit < len(items),
-        )
-    )
+    return {
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": begin + limit < len(items),
+    }

@@ -267,6 +267,7 @@ def _asked(body: ResponsesRequest) -> Json:
         "model": body.model,
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
+        **({} if body.conversation_id is None else {"conversation": {"id": body.conversation_id}}),
         "max_output_tokens": body.max_output_tokens,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_p": 1.0 if body.top_p is None else body.top_p,

@@ -193,15 +193,18 @@ Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_
 _ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
 
 
-def items_again(kept: Sequence[Json]) -> list[AnyItem]:
-    """Return the items of a stored response. Raises InvalidRequestError if nothing can follow them."""
+def items_again(kept: Sequence[Json], param: str = "previous_response_id") -> list[AnyItem]:
+    """Return the items of a stored response, or of a conversation, which `param` names.
+
+    Raises InvalidRequestError if nothing can follow them.
+    """
     try:
         return _ITEMS.validate_python(kept)
     except ValidationError as error:
         reason, _ = validation_error(error.errors())
         raise InvalidRequestError(
-            f"previous_response_id: nothing can follow that response ({reason}) Name the one before it.",
-            param="previous_response_id",
+            f"{param}: nothing can follow what it names ({reason}) Name what was before it.",
+            param=param,
         ) from error
 
 

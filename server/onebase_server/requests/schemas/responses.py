@@ -201,6 +201,12 @@ def _leave_out_other_words(schema: dict[str, Any]) -> None:
         del schema["properties"][name]
 
 
+class ConversationReference(Wire):
+    """A conversation of /v1/conversations."""
+
+    id: Name
+
+
 class ResponsesRequest(OpenAIRequest, ConversationFields):
     """Body of POST /v1/responses."""
 
@@ -210,6 +216,16 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     instructions: str | None = None
     previous_response_id: Name | None = Field(
         default=None, description="a stored response: the input continues after its input and its output"
+    )
+    conversation: (
+        Annotated[
+            Annotated[Name, ONE] | Annotated[ConversationReference, OBJECT],
+            Discriminator(lambda value: (OBJECT if isinstance(value, dict) else ONE).tag),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="one of /v1/conversations: the input continues it, and is added to it with the output",
     )
     max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     tools: Annotated[FlatTools, BeforeValidator(_tools_of_the_caller)] | None = None
@@ -235,7 +251,6 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
         "truncation": ("disabled",),
         "background": (False,),
         "background_options": (),
-        "conversation": (),
         "context_management": ([],),
         "prompt": (),
         "moderation": (),
@@ -245,7 +260,6 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     reasons: ClassVar = {
         "truncation": "only 'disabled' is served, so shorten the input",
         "background": "the answer comes with the request; use stream",
-        "conversation": "use previous_response_id",
         "context_management": "shorten the input",
         "prompt": "send its text as instructions",
     }
@@ -260,6 +274,8 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
             value = getattr(self, name)
             if value is not None and value is not False and (name, value) != ("n", 1):
                 raise FieldError(name, hint)
+        if self.conversation is not None and self.previous_response_id is not None:
+            raise FieldError("conversation", "previous_response_id is given too: leave one out")
         return self
 
     def grammars_by_field(self) -> dict[str, Grammar | None]:
@@ -274,6 +290,11 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     def namespaces(self) -> Mapping[str, str]:
         """Namespaces of functions, by the function's name with its namespace before it."""
         return self._namespaces
+
+    @property
+    def conversation_id(self) -> str | None:
+        reference = self.conversation
+        return reference.id if isinstance(reference, ConversationReference) else reference
 
     @property
     def items(self) -> Items:
