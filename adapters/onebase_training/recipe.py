@@ -252,7 +252,8 @@ class Recipe:
         "evaluation",
         "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
         "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
-        "one_of:A|B|C, min_characters:N, max_characters:N",
+        "one_of:A|B|C, min_characters:N, max_characters:N (default: json_valid and exact_match where every "
+        "held-out reply is JSON, exact_match where all are short)",
     )
     best_by: str = _setting(
         "loss",
@@ -261,9 +262,11 @@ class Recipe:
         "accuracy or f1",
     )
     metric_rows: int = _setting(
-        32, "evaluation", "held-out rows that replies are generated for", low=1, high=10_000
+        32, "evaluation", "held-out rows that replies are generated for; 0: none", low=0, high=10_000
     )
-    metric_tokens: int = _setting(128, "evaluation", "longest generated reply", low=1, high=8192)
+    metric_tokens: int = _setting(
+        128, "evaluation", "longest generated reply, where metrics are named", low=1, high=8192
+    )
     slice_by: str = _setting(
         "slice",
         "evaluation",

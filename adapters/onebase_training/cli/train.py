@@ -352,7 +352,11 @@ class Display:
             highlight=False,
             style="bold",
         )
+        for row in report.replies:
+            self._console.print(_replies(row))
         self._console.print(_results(report))
+        for warning in report.warnings:
+            self._console.print(f"warning: {shown(warning)}", highlight=False, style="yellow")
         if report.classes is not None:
             self._show_classes(report.classes)
         if report.slices is not None:
@@ -446,6 +450,24 @@ class Display:
     def _update(self, text: str, done: float, total: float | None, facts: str = "") -> None:
         self._progress.tasks[0].total = total  # `update` takes None for "as it is"
         self._progress.update(self._task, description=shown(text), completed=done, facts=facts)
+
+
+def _replies(row: Mapping[str, Any]) -> Table:
+    """Return a table of a held-out prompt with the replies to it."""
+    from onebase_training.checkpoint import REPLY_SUBJECTS
+
+    table = Table(show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    lines = [(f"line {row['line']}", row["prompt"]), ("wanted", row["reference"])]
+    for name, text in [*lines, *((name, row[name]) for name in REPLY_SUBJECTS if name in row)]:
+        table.add_row(
+            name, shown(text[-_LONGEST_SHOWN:] if name.startswith("line") else text[:_LONGEST_SHOWN])
+        )
+    return table
+
+
+_LONGEST_SHOWN = 160
 
 
 def _results(report: RunReport) -> Table:

@@ -28,6 +28,7 @@ from ..._terminal.ui import (
 from ...training_types import (
     ClassReport,
     CurvePoint,
+    HeldOutReplies,
     LabelFigures,
     SliceReport,
     SliceResult,
@@ -59,6 +60,8 @@ _ODD: Final = {
 }
 _WIDEST_MATRIX: Final = 10
 _MOST_CONFUSED: Final = 10
+_LONGEST_REPLY: Final = 160
+"""Characters of a prompt or a reply."""
 _OPTIONAL: Final = ("parent", "active")
 """Columns of the table of results that are left out where nothing was measured for them."""
 _BASE_BY: Final = {
@@ -418,7 +421,34 @@ class _Measure:
     better: bool | None
 
 
+def _print_replies(out: Console, replies: Sequence[HeldOutReplies]) -> None:
+    """Print the first held-out prompts with the replies of all."""
+    for row in replies:
+        of = f" ({row.slice})" if row.slice else ""
+        out.print()
+        out.print(line(f"held-out line {row.line}{of}: ", "bold") + line(_end_of(row.prompt)), soft_wrap=True)
+        subjects = (
+            ("wanted", row.reference), ("base", row.base), ("parent", row.parent), ("active", row.active),
+            ("adapter", row.adapter),
+        )  # fmt: skip
+        for name, text in subjects:
+            if text is not None:
+                style = "green" if name == "adapter" and text.strip() == row.reference.strip() else ""
+                out.print(line(f"  {name:8}", "dim") + line(_start_of(text), style), soft_wrap=True)
+
+
+def _start_of(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_REPLY else text[: _LONGEST_REPLY - 3] + "..."
+
+
+def _end_of(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_REPLY else "..." + text[3 - _LONGEST_REPLY :]
+
+
 def _print_report(out: Console, report: TrainingReport) -> None:
+    _print_replies(out, report.replies)
     measures = _measures(report)
     if measures:
         out.print()
@@ -429,6 +459,8 @@ def _print_report(out: Console, report: TrainingReport) -> None:
         ]
         out.print(table(columns, measures, out.width))
         out.print()
+    for warning in report.warnings:
+        out.print(line(f"! {warning}", "yellow"), soft_wrap=True)
     if report.classes is not None:
         _print_classes(out, report.classes)
     if report.slices is not None:
