@@ -225,7 +225,7 @@ class Recipe:
     eval_split: float | Auto = _setting(
         "auto",
         "data",
-        "part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)",
+        "part of the rows to hold out when there is no validation data (auto: 0.1, at most 200 rows)",
         low=0,
         high=0.9,
     )

@@ -207,7 +207,7 @@ def train(
 
 
 _NOTHING_HELD_OUT = (
-    "Nothing is held out: metrics and patience have no effect. Give eval data, or set eval_split."
+    "Nothing is held out: metrics and patience have no effect. Give validation data, or set eval_split."
 )
 
 

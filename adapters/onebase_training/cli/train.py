@@ -17,7 +17,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
-from onebase_protocol.command_line import OptionParser
+from onebase_protocol.command_line import OptionParser, add_validation
 from onebase_training import events
 from onebase_training.cli.options import (
     UsageError,
@@ -87,7 +87,7 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="examples: JSONL, JSON, CSV, Parquet, or a Hub data set org/name[:split][@revision]",
     )
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
+    add_validation(parser, "held-out examples (default: a part of --data)")
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
     parser.add_argument(
@@ -200,7 +200,7 @@ def _job(
         name=options.name,
         recipe=recipe,
         train=options.data,
-        held_out=options.eval_data,
+        held_out=options.validation,
         folder=folder,
         base=settings,
         base_name=resolved.name,

@@ -130,7 +130,7 @@ class TrainingSettings(TypedDict, total=False):
     template_date: str
     """The day that the chat template prints, as in 2026-01-31 (auto: when the run begins)."""
     eval_split: float | str
-    """Part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)."""
+    """Part of the rows to hold out when there is no validation data (auto: 0.1, at most 200 rows)."""
     micro_tokens: int | str
     """Tokens computed at once (auto: by memory)."""
     gradient_checkpointing: bool | str

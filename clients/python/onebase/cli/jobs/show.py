@@ -15,6 +15,7 @@ from ..._sync.jobs import TrainingJob
 from ..._terminal.jobs import doing, figures, lines_of
 from ..._terminal.ui import (
     Column,
+    beginning,
     console,
     duration,
     line,
@@ -60,8 +61,8 @@ _ODD: Final = {
 }
 _WIDEST_MATRIX: Final = 10
 _MOST_CONFUSED: Final = 10
-_LONGEST_REPLY: Final = 160
-"""Characters of a prompt or a reply."""
+_WIDE: Final = 1.25
+"""Ratio of the longest to the shortest time from which on both are shown."""
 _OPTIONAL: Final = ("parent", "active")
 """Columns of the table of results that are left out where nothing was measured for them."""
 _BASE_BY: Final = {
@@ -266,9 +267,7 @@ def print_held(out: Console, job: TrainingJobInfo, data: Mapping[str, Any] | Non
     if data is not None:
         _print_data(out, data)
     found = job.estimate or {}
-    takes = []
-    if found.get("seconds"):
-        takes.append(f"about {duration(found['seconds'])} of training")
+    takes = [f"{time} of training"] if (time := time_taken(found)) else []
     if "total" in found:
         limit = found.get("memory_limit")
         takes.append(
@@ -280,6 +279,21 @@ def print_held(out: Console, job: TrainingJobInfo, data: Mapping[str, Any] | Non
         )
     out.print()
     out.print(line("It will take ", "bold") + line(", ".join(takes)), soft_wrap=True)
+
+
+def time_taken(estimate: Mapping[str, Any]) -> str:
+    """Return the time that training takes, with where it is known from; "" if it is unknown."""
+    seconds = estimate.get("seconds")
+    if not seconds:
+        return ""
+    low, high = (float(estimate.get(f"seconds_{end}") or seconds) for end in ("low", "high"))
+    wide = high > _WIDE * low
+    spread = f"{duration(low)} to {duration(high)}" if wide else f"about {duration(seconds)}"
+    if estimate.get("seconds_from") == "finished_jobs":
+        jobs = estimate.get("finished_jobs", 1)
+        return f"{spread} (as {'the last job' if jobs == 1 else f'the last {jobs} jobs'} on this base)"
+    busy = ", machine busy" if wide else ""
+    return f"{spread} (measured just now{busy})" if "seconds_from" in estimate else spread
 
 
 def _print_data(out: Console, data: Mapping[str, Any]) -> None:
@@ -426,7 +440,9 @@ def _print_replies(out: Console, replies: Sequence[HeldOutReplies]) -> None:
     for row in replies:
         of = f" ({row.slice})" if row.slice else ""
         out.print()
-        out.print(line(f"held-out line {row.line}{of}: ", "bold") + line(_end_of(row.prompt)), soft_wrap=True)
+        out.print(
+            line(f"held-out line {row.line}{of}: ", "bold") + line(beginning(row.prompt)), soft_wrap=True
+        )
         subjects = (
             ("wanted", row.reference), ("base", row.base), ("parent", row.parent), ("active", row.active),
             ("adapter", row.adapter),
@@ -434,17 +450,7 @@ def _print_replies(out: Console, replies: Sequence[HeldOutReplies]) -> None:
         for name, text in subjects:
             if text is not None:
                 style = "green" if name == "adapter" and text.strip() == row.reference.strip() else ""
-                out.print(line(f"  {name:8}", "dim") + line(_start_of(text), style), soft_wrap=True)
-
-
-def _start_of(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_REPLY else text[: _LONGEST_REPLY - 3] + "..."
-
-
-def _end_of(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_REPLY else "..." + text[3 - _LONGEST_REPLY :]
+                out.print(line(f"  {name:8}", "dim") + line(beginning(text), style), soft_wrap=True)
 
 
 def _print_report(out: Console, report: TrainingReport) -> None:
