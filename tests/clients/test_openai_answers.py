@@ -243,6 +243,7 @@ def test_an_adapter_is_activated_only_if_it_is_as_good_as_the_old_model(
         "onebase._sync.adapters.Adapters.activate",
         lambda self, name, version, expected=None: activated.append((name, version, expected)),
     )
+    monkeypatch.setattr("onebase.cli.migrate._checked", lambda job, stop: True)
     report: Any = REPORT | {"metrics_after": {"exact_match": reached}, "better_than": better_than}
     trainer.live = [(event(2, "Done."), succeeded() | {"report": report, "activated": False})]
     given = ["--recorded", "prompts-openai", "--name", "acme", "--yes"]
