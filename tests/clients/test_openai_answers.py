@@ -3,17 +3,21 @@ activated only if it is as good."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from tests.clients.openai_double import KEY, OpenAIDouble, served
-from tests.clients.training_double import REPORT, Trainer, event, succeeded
+from tests.clients.training_double import REPORT
 
-from onebase.cli import main, openai_answers
-from onebase.cli.openai_answers import graders_of, metric_of, read_gate, score
+from onebase import TrainingReport
+from onebase.cli import main, migrate, openai_answers
+from onebase.cli.openai_answers import Gate, graders_of, metric_of, read_gate, score
 
 MODEL = "ft:gpt-4o-mini-2024-07-18:acme:orders:7p4lURel"
 
@@ -25,13 +29,6 @@ def old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[OpenAIDoubl
     monkeypatch.chdir(tmp_path)
     with served(OpenAIDouble(MODEL)) as double:
         yield double
-
-
-@pytest.fixture
-def trainer(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    made = Trainer()
-    monkeypatch.setenv("ONEBASE_URL", serve(made.script).url)
-    return made
 
 
 def prompts(count: int, *, replies: bool = True) -> Path:
@@ -223,39 +220,49 @@ def test_an_old_answer_is_scored_as_the_server_scores_a_reply(
     ],
 )
 def test_an_adapter_is_activated_only_if_it_is_as_good_as_the_old_model(
-    trainer: Trainer,
-    old: OpenAIDouble,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    reached: float,
-    better_than: dict[str, bool],
-    active: bool,
+    capsys: pytest.CaptureFixture[str], reached: float, better_than: dict[str, bool], active: bool
 ) -> None:
+    gate = Gate(MODEL, 4, {"exact_match": 0.5}, 40)
+    measured = REPORT | {"metrics_after": {"exact_match": reached}, "better_than": better_than}
+    report = msgspec.convert(measured, TrainingReport)
+    job: Any = SimpleNamespace(
+        name="acme", activated=False, info=SimpleNamespace(report=report, version="v" * 64)
+    )
+    activated: list[Any] = []
+
+    def activate(name: str, version: str, *, expected: str | None) -> None:
+        activated.append((name, version, expected))
+
+    client: Any = SimpleNamespace(adapters=SimpleNamespace(activate=activate))
+    args = argparse.Namespace(activate="if_better")
+    assert migrate._judge(client, job, gate, args) is active
+    assert activated == ([("acme", "v" * 64, None)] if active else [])
+    said = capsys.readouterr().err
+    assert f"exact_match: {MODEL} 50.0%, base 25.0%, adapter {reached:.1%}" in said
+    assert ("requests for acme get it" in said) is active
+    args.activate = "never"
+    assert migrate._judge(client, job, gate, args) is False
+    assert len(activated) == active
+
+
+def test_an_adapter_is_measured_on_the_rows_that_the_old_model_was_measured_on(old: OpenAIDouble) -> None:
     prompts(20)
-    old.answers = {f"q{number}": f'{{"n": {number}}}' for number in range(0, 20, 3)}
     assert run(old) == 0
-    gate = read_gate(Path("prompts-openai"))
-    (Path("prompts-openai") / "gate.json").write_text(
-        json.dumps({"model": MODEL, "rows": gate.rows, "metrics": {"exact_match": 0.5}, "longest": 40})
+    args = argparse.Namespace(
+        recorded="prompts-openai",
+        file=None,
+        validation=None,
+        job=None,
+        name=None,
+        set=[],
+        activate="if_better",
     )
-    activated: list[tuple[str, str, Any]] = []
-    monkeypatch.setattr(
-        "onebase._sync.adapters.Adapters.activate",
-        lambda self, name, version, expected=None: activated.append((name, version, expected)),
-    )
-    monkeypatch.setattr("onebase.cli.migrate._checked", lambda job, stop: True)
-    report: Any = REPORT | {"metrics_after": {"exact_match": reached}, "better_than": better_than}
-    trainer.live = [(event(2, "Done."), succeeded() | {"report": report, "activated": False})]
-    given = ["--recorded", "prompts-openai", "--name", "acme", "--yes"]
-    assert main(["migrate", "openai", *given]) == 0
-    created = trainer.created[-1]
-    settings = created["method"]["supervised"]["hyperparameters"]
-    assert (created["activate"], settings["metrics"]) == ("never", ["exact_match"])
-    assert (settings["metric_rows"], settings["metric_tokens"]) == (4, 80)
-    assert bool(activated) is active
-    said = capsys.readouterr()
-    assert f"exact_match: {MODEL} 50.0%, base 25.0%, adapter {reached:.1%}" in said.err
-    assert ('+ model="acme"' in said.out) is active
+    gate = migrate._use_recorded(args)
+    wanted = migrate.read_wanted(args, gate)
+    assert (args.file, args.validation) == ("prompts-openai/train.jsonl", "prompts-openai/heldout.jsonl")
+    assert (wanted.name, wanted.method, wanted.was) == ("prompts-openai", "supervised", MODEL)
+    assert wanted.settings["metrics"] == ["json_valid", "exact_match"]
+    assert (wanted.settings["metric_rows"], wanted.settings["metric_tokens"]) == (4, 32)
 
 
 def test_a_folder_without_recorded_answers_is_refused(

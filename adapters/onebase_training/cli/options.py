@@ -159,7 +159,8 @@ def add_recipe_options(
         "--set",
         action=_Set,
         metavar="NAME=VALUE",
-        help="a setting by its name, as for `onebase jobs create`: --set r=8 is --r 8; may be repeated",
+        help="a setting by its name, as for `onebase jobs create`: --set r=8 is --r 8; may be repeated "
+        "(default: none)",
     )
 
 

@@ -65,11 +65,11 @@ the job will take, in time and memory, before anything is trained. In the end it
 with the adapter on held-out rows, activates what is better, and prints what changes in the client.
 
 While the old model can still be asked, --record keeps its answers: each prompt of a file is sent to
-OpenAI's API with the key in OPENAI_API_KEY, once, and its answer is stored as it arrives; the same
-command goes on where it was interrupted. How much that is, and with --price what it costs, is shown
-and confirmed before. The folder then holds rows to train on (the old model's answers), held-out rows,
-and the figures that the old model reached on them. --recorded trains from that folder, and activates
-the adapter only if it is at least as good as the old model was.
+OpenAI's API with the key in OPENAI_API_KEY, once, and its answer is stored as it arrives; the
+same command goes on where it was interrupted. How much that is, and with --price what it costs,
+is shown and confirmed before. The folder then holds rows to train on (the old model's answers),
+held-out rows, and the figures that the old model reached on them. --recorded trains from that
+folder, and activates the adapter only if it is at least as good as the old model was.
 """
 _EXAMPLES = """\
   onebase migrate openai --file rows.jsonl --job job.json
@@ -127,10 +127,14 @@ def _parser() -> argparse.ArgumentParser:
     rows = made.add_mutually_exclusive_group(required=True)
     rows.add_argument("--file", metavar="FILE", help="the rows that were trained on (.jsonl)")
     rows.add_argument(
-        "--record", metavar="FILE", help="ask the old model for its answers to these prompts (.jsonl)"
+        "--record",
+        metavar="FILE",
+        help="ask the old model for its answers to these prompts (.jsonl; default: none)",
     )
     rows.add_argument(
-        "--recorded", metavar="FOLDER", help="train from the answers that --record has written here"
+        "--recorded",
+        metavar="FOLDER",
+        help="train from the answers that --record has written here (default: none)",
     )
     add_validation(made, "rows to measure on (default: some are held out)")
     made.add_argument("--job", metavar="FILE", help="the job at OpenAI, as JSON (default: default settings)")
@@ -156,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FOLDER", help="where answers are kept (default: FILE's name with -openai)"
     )
     recording.add_argument(
-        "--price", metavar="IN/OUT", type=_price, help="dollars for a million tokens, sent and answered"
+        "--price",
+        metavar="IN/OUT",
+        type=_price,
+        help="dollars for a million tokens, sent and answered (default: unknown)",
     )
     recording.add_argument(
         "--answer-tokens", type=count, default=1024, metavar="N", help="longest answer (default: 1024)"
@@ -164,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     recording.add_argument(
         "--evals",
         metavar="FILE",
-        help="an eval or graders at OpenAI, as JSON: measured here where they can be",
+        help="graders at OpenAI, as JSON, measured here where they can be (default: those of --job)",
     )
     recording.add_argument(
         "--openai-url", default=OPENAI_URL, metavar="URL", help=f"OpenAI's API (default: {OPENAI_URL})"

@@ -53,7 +53,8 @@ def run(action: str, argv: list[str]) -> int:
     made.add_argument(
         "--data",
         metavar="FILE",
-        help="compare answers to the prompts of this JSONL file: messages, or prompt and completion",
+        help="compare answers to the prompts of this JSONL file: messages, or prompt and completion "
+        "(default: compare weights)",
     )
     made.add_argument("--limit", type=count, metavar="N", help="with --data: the first N rows (default: all)")
     made.add_argument(
