@@ -73,7 +73,7 @@ class SliceResult(Stored, frozen=True, kw_only=True):
     """Result before training by the job's `best_by`: a loss, or a metric."""
     after: float | None
     active: float | None = None
-    """Result of the active version. None if there was none, or it could not be measured."""
+    """Result of the active version. None if there was none, or it was not measured."""
     worse_by: float
     """Amount by which it is worse than before, or than the active version if that is more; 0 if not worse."""
     regressed: bool
@@ -116,7 +116,7 @@ class HeldOutReplies(Stored, frozen=True, kw_only=True):
     base: str | None = None
     parent: str | None = None
     active: str | None = None
-    """None if no version was active, or it could not be measured."""
+    """Reply of the active version; None if there was none, or it was not measured."""
     adapter: str
 
 

@@ -32,7 +32,7 @@ _MEANT: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class RowProblem:
-    """Why a row cannot be read."""
+    """Reason why a row cannot be read."""
 
     line: int
     message: str

@@ -27,7 +27,7 @@ _HELD_OUT_SHARE: Final = 5
 _TRIES: Final = 6
 _LONGEST_WAIT_S: Final = 60.0
 _CHARACTERS_A_TOKEN: Final = 4
-"""Of English text; for a first estimate of what will be billed."""
+"""Characters of English text in a token, for a first estimate of what will be billed."""
 _WHOLE: Final = ("stop", "tool_calls", "function_call")
 """Ends of an answer that is not cut off."""
 

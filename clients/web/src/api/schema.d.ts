@@ -1584,6 +1584,8 @@ export interface components {
             type: "function_call";
             /** Call Id */
             call_id: string;
+            /** Namespace */
+            namespace?: string | null;
         };
         /**
          * CallOutputItem
