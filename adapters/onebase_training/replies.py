@@ -300,7 +300,7 @@ class Measuring:
         self._trainable = trainable
         self._tokenizer = dated_tokenizer(tokenizer, recipe)
         self._recipe = recipe
-        self._asked, self._failed = asked, False
+        self._required, self._failed = asked, False
         count = recipe.metric_rows if recipe.metrics else min(SHOWN_REPLIES, recipe.metric_rows)
         self._prompts = list(held_out.prompts[:count]) if held_out is not None else []
         self._samples = [as_chat(self._tokenizer, text) for text in recipe.sample_prompts]
@@ -377,7 +377,7 @@ class Measuring:
                 asked, f"measuring {subject}", bare=subject == "base", longest=self._reply_tokens()
             )
         except Exception as error:
-            if self._asked or not (isinstance(error, UnsupportedBaseError) or is_out_of_memory(error)):
+            if self._required or not (isinstance(error, UnsupportedBaseError) or is_out_of_memory(error)):
                 raise
             self._failed = True
             message = f"No replies to held-out prompts are compared: {error}"
@@ -393,7 +393,7 @@ class Measuring:
     def _reply_tokens(self) -> int:
         """Return the tokens of the longest generated reply: no held-out one is cut unless that was asked."""
         recipe = self._recipe
-        if self._asked:
+        if self._required:
             return recipe.metric_tokens
         longest = max(len(prompt.reply) for prompt in self._prompts)
         most = _MOST_TOKENS if recipe.metrics else recipe.metric_tokens

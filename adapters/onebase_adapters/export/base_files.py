@@ -114,7 +114,8 @@ class BaseFiles:
     @cached_property
     def _model(self) -> nn.Module:
         """The model's tree, without weights."""
-        return empty_base(self._loaded_config, whole_class(self._loaded_config))
+        found: nn.Module = empty_base(self._loaded_config, whole_class(self._loaded_config))
+        return found
 
     @cached_property
     def _rounded(self) -> frozenset[str]:

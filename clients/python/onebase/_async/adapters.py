@@ -131,7 +131,7 @@ class AsyncAdapters:
             if progress is not None:
                 progress((number + 1) / len(wanted))
             found.append(rows.ComparedAnswer(row.line, row.question, row.reference, *answers))
-        return rows.AnswerComparison(*labels, tuple(found))
+        return rows.AnswerComparison(labels[0], labels[1], tuple(found))
 
     async def download(
         self,

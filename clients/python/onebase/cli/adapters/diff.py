@@ -76,7 +76,8 @@ def _compare(client: Client, pair: tuple[Reference, Reference], args: argparse.N
     try:
         with ProgressDisplay() as display:
             found = client.adapters.compare_answers(
-                *versions,
+                versions[0],
+                versions[1],
                 args.data,
                 limit=args.limit,
                 max_tokens=args.max_tokens,

@@ -142,7 +142,7 @@ def _add_settings(made: argparse.ArgumentParser) -> None:
     for name in TrainingSettings.__annotations__:
         option = "--" + name.replace("_", "-")
         names = {option, "--" + _ONE.get(name, name).replace("_", "-")} - set(made._option_string_actions)
-        flag = {"nargs": 0} if hints[name] is bool else {}
+        flag: dict[str, Any] = {"nargs": 0} if hints[name] is bool else {}
         if flag:
             names.add("--no-" + name.replace("_", "-"))
         if names:
