@@ -26,7 +26,7 @@ from onebase_adapters.export.base_files import ExportError
 from onebase_adapters.export.comparison import compare
 from onebase_adapters.export.gguf_vocabulary import read_vocabulary
 from onebase_engine.base.default_base import fetch_default_base
-from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.load import BaseSettings, load_base, rounded
 
 ROWS = torch.arange(5, 45)[None]
 TIED = ("lm_head", "embed_tokens")
@@ -137,6 +137,14 @@ def test_served_weights_are_those_that_a_server_computes_with(
         compared += 1
     assert compared > 4
     assert torch.equal(found["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+
+
+def test_a_large_weight_is_rounded_in_inference_mode_as_out_of_it() -> None:
+    settings = BaseSettings(folder=Path())
+    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        inside = rounded(weight.clone(), settings)
+    assert torch.equal(inside.clone(), rounded(weight, settings))
 
 
 def test_one_side_of_a_tied_pair_is_merged_alone(bases: Callable[[str], Path], tmp_path: Path) -> None:

@@ -717,23 +717,28 @@ def quantized_layers(settings: BaseSettings, model: nn.Module) -> frozenset[str]
     )
 
 
+@torch.no_grad()
 def rounded(weight: torch.Tensor, settings: BaseSettings) -> torch.Tensor:
     """Return a linear layer's weight as it is computed with once it is quantized, in the settings' dtype."""
     from bitsandbytes import functional
 
-    found: torch.Tensor
-    plain = weight.to(settings.dtype)
-    if settings.quantization == "nf4":
-        packed, state = functional.quantize_4bit(
-            plain, blocksize=settings.blocksize, compress_statistics=settings.double_quant, quant_type="nf4"
-        )
-        found = functional.dequantize_4bit(packed, state)
-    elif settings.quantization == "int8":
-        codes, largest, _ = functional.int8_vectorwise_quant(plain.to(torch.float16))
-        found = functional.int8_vectorwise_dequant(codes, largest)
-    else:
-        found = plain
-    return found.to(settings.dtype)
+    with torch.inference_mode(False):  # the quantizer writes into parts of tensors
+        found: torch.Tensor
+        plain = weight.to(settings.dtype, copy=True)
+        if settings.quantization == "nf4":
+            packed, state = functional.quantize_4bit(
+                plain,
+                blocksize=settings.blocksize,
+                compress_statistics=settings.double_quant,
+                quant_type="nf4",
+            )
+            found = functional.dequantize_4bit(packed, state)
+        elif settings.quantization == "int8":
+            codes, largest, _ = functional.int8_vectorwise_quant(plain.to(torch.float16))
+            found = functional.int8_vectorwise_dequant(codes, largest)
+        else:
+            found = plain
+        return found.to(settings.dtype)
 
 
 def _is_narrow(module: Any, blocksize: int) -> bool:

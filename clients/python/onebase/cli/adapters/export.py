@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--weights",
         choices=("served", "original"),
-        default="original",
-        help="merged, gguf: the base's weights to merge into (default: original)",
+        default="served",
+        help="merged, gguf: the base's weights to merge into (default: served)",
     )
     made.add_argument(
         "--data",
