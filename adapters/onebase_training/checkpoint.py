@@ -195,6 +195,9 @@ class RunReport:
     active: digest of the version that requests for the adapter used when training ended; "" if there was
     none.
     loss_active, metrics_active: of it, on the same rows. not_compared: reason why it was not measured, or "".
+    warnings: sentences on why better may not mean better, as `doubts` returns them.
+    replies: the first held-out rows (line, slice, prompt, reference) with the reply of each subject ("base",
+    "parent", "active", "adapter") that was asked.
     slices: as `slices.slice_report` returns it; None if the held-out rows name none.
     classes: as `classes.class_report` returns it; None without labels, or if nothing was held out.
     """
@@ -225,6 +228,8 @@ class RunReport:
     loss_active: float | None = None
     metrics_active: dict[str, float] = field(default_factory=dict)
     not_compared: str = ""
+    warnings: list[str] = field(default_factory=list)
+    replies: list[dict[str, Any]] = field(default_factory=list)
     slices: dict[str, Any] | None = None
     classes: dict[str, Any] | None = None
 
@@ -254,6 +259,33 @@ def all_better(better_than: Mapping[str, bool | None]) -> bool | None:
     """Return True if it is better than all of them; None if that depends on one that was not measured."""
     found = better_than.values()
     return False if False in found else None if None in found else True
+
+
+def doubts(
+    better: bool | None,
+    best_by: str,
+    subjects: Mapping[str, Mapping[str, float]],
+    after: Mapping[str, float],
+) -> list[str]:
+    """Return sentences on metrics by which an adapter that is called better is not.
+
+    Args:
+        better, best_by: of the report. subjects: metrics of each that it was compared with, by its name.
+        after: metrics of the adapter.
+    """
+    if not better:
+        return []
+    by = "held-out loss" if best_by == "loss" else best_by
+    if after.get("json_valid") == 0:
+        return [f"It is better by {by}, but none of its replies to held-out prompts is valid JSON."]
+    found = []
+    for name, share in after.items():
+        best, subject = max(
+            ((one[name], who) for who, one in subjects.items() if name in one), default=(0, "")
+        )
+        if share < best:
+            found.append(f"It is better by {by}, but {name} is {share:.1%}; {subject} has {best:.1%}.")
+    return found
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -338,6 +370,7 @@ def model_card(
         _metadata(report, repo),
         f"# {_heading(report.name)}",
         f"A LoRA adapter for {_base(report, repo, commit)}, trained with OneBase{_parent(report)}.",
+        _replies(report),
         _results(report),
         _classes(report),
         _curve(report),
@@ -369,12 +402,28 @@ def _base(report: RunReport, repo: str | None, commit: str | None) -> str:
     return f"{name} at commit `{commit}`" if commit else name
 
 
+def _replies(report: RunReport) -> str:
+    """Return the first held-out prompts with the replies of all subjects."""
+    parts = []
+    for row in report.replies:
+        lines = [("prompt", row["prompt"]), ("wanted", row["reference"])]
+        lines += [(name, row[name]) for name in REPLY_SUBJECTS if row.get(name) is not None]
+        parts.append(
+            _table(["", f"line {row['line']}"], [[name, f"`{_plain(text)}`"] for name, text in lines])
+        )
+    return "\n\n".join(["## Replies to held-out prompts", *parts]) if parts else ""
+
+
+REPLY_SUBJECTS = ("base", "parent", "active", "adapter")
+
+
 def _results(report: RunReport) -> str:
     head, *rows = results(report)
     if not rows:
         return "## Results\n\nNothing was held out, so nothing was measured."
     named = [[f"`{_plain(name)}`" if name in report.metrics_after else name, *rest] for name, *rest in rows]
-    return "## Results\n\n" + _table(head, named) + _slices(report)
+    warnings = "".join(f"\n\n**{warning}**" for warning in report.warnings)
+    return "## Results\n\n" + _table(head, named) + warnings + _slices(report)
 
 
 def _classifies(report: RunReport) -> bool:

@@ -70,6 +70,10 @@ class Classifying(Measuring):
         """All held-out rows."""
         return self._asked
 
+    def shown(self) -> list[dict[str, Any]]:
+        """Return line, slice, text and label of the rows that a report begins with."""
+        return self._rows_of(self._asked, (row.samples[0].ids.tolist() for row in self._rows))
+
     def _measure(self, subject: str) -> Replies:
         if not self._asked:
             return Replies()

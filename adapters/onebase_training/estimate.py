@@ -551,10 +551,16 @@ Measured on the CPU with the default base: 0.2 to 0.6, on a machine that others 
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return FLOP/s of training: the rate of one layer with an adapter, both ways, less the loss in a whole
-    step.
+    """Return FLOP/s of training on a machine that does nothing else, as `measured_rates`."""
+    return measured_rates(device, dtype)[0]
 
-    It takes less than a second on any processor. The base's weights are plain: unpacking is in the loss.
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Return FLOP/s of training, the best and the mean: the rate of one layer with an adapter, both ways,
+    less the loss in a whole step.
+
+    On a machine that others use too, the mean is the lower the more they take. It takes less than a second on
+    any processor. The base's weights are plain: unpacking is in the loss.
     """
     layer = _Layer(device, dtype)
     layer.pass_both_ways()  # the first one loads the kernels
@@ -564,7 +570,8 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
         layer.pass_both_ways()
         seconds = max(time.perf_counter() - started, 1e-9)
         spent, best, count = spent + seconds, min(best, seconds), count + 1
-    return layer.flops / best * _STEP_SHARE
+    whole_step = layer.flops * _STEP_SHARE
+    return whole_step / best, whole_step * count / spent
 
 
 class _Layer:

@@ -8,11 +8,14 @@ there are accuracy and F1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onebase_adapters.format.strict_json import parse_json, shown
+
+SHORT_TOKENS, SHORT_CHARACTERS = 5, 20
+"""Longest reply, in tokens or in characters, that is compared as a whole without being asked."""
 
 Score = Callable[[str, str, str], float]
 """Function of reply, reference and the metric's argument."""
@@ -65,6 +68,25 @@ def score(name: str, reply: str, reference: str) -> float:
     """
     metric, argument = _parse(name)
     return float(metric.score(reply.strip(), reference.strip(), argument))
+
+
+def automatic_metrics(references: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    """Return the metrics that suit all references: for JSON its validity and the exact match, for short
+    replies the exact match, else none.
+
+    Args:
+        references: text and number of tokens of each held-out row's own reply.
+    """
+    json, short, some = True, True, False
+    for text, tokens in references:
+        some, text = True, text.strip()
+        json = json and text[:1] in ("{", "[") and _parsed(text)[1]
+        short = short and (tokens <= SHORT_TOKENS or len(text) <= SHORT_CHARACTERS)
+        if not (json or short):
+            break
+    if not some:
+        return ()
+    return ("json_valid", "exact_match") if json else ("exact_match",) if short else ()
 
 
 def mean(name: str, replies: list[str], references: list[str]) -> float:

@@ -236,7 +236,7 @@ class Recipe:
     eval_split: float | Auto = _setting(
         "auto",
         "data",
-        "part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)",
+        "part of the rows to hold out when there is no validation data (auto: 0.1, at most 200 rows)",
         low=0,
         high=0.9,
     )
@@ -263,7 +263,8 @@ class Recipe:
         "evaluation",
         "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
         "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
-        "one_of:A|B|C, min_characters:N, max_characters:N",
+        "one_of:A|B|C, min_characters:N, max_characters:N (default: json_valid and exact_match where every "
+        "held-out reply is JSON, exact_match where all are short)",
     )
     best_by: str = _setting(
         "loss",
@@ -272,9 +273,11 @@ class Recipe:
         "accuracy or f1",
     )
     metric_rows: int = _setting(
-        32, "evaluation", "held-out rows that replies are generated for", low=1, high=10_000
+        32, "evaluation", "held-out rows that replies are generated for; 0: none", low=0, high=10_000
     )
-    metric_tokens: int = _setting(128, "evaluation", "longest generated reply", low=1, high=8192)
+    metric_tokens: int = _setting(
+        128, "evaluation", "longest generated reply, where metrics are named", low=1, high=8192
+    )
     slice_by: str = _setting(
         "slice",
         "evaluation",

@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from onebase_engine.engine.messages import AdapterRef, Sampling, SequenceOutput,
 from onebase_engine.engine.model import Outputs, ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.weights import AdapterWeights
+from onebase_engine.machine import is_out_of_memory
 from onebase_training import events
 from onebase_training.data.dataset import Dataset
 from onebase_training.data.tokens import dated_tokenizer
 from onebase_training.events import Gate, Listen
 from onebase_training.metrics import mean
 from onebase_training.recipe import Recipe
-from onebase_training.slices import Question
+from onebase_training.slices import LONGEST, Question
 from onebase_training.trainable import Trainable
 
 BATCH_TOKENS = 8192
@@ -248,6 +249,14 @@ class _GatedModel(ServedModel):
             raise _PassError(error) from error
 
 
+SHOWN_REPLIES = 5
+"""Held-out prompts that a report begins with; answered even where no metric is measured."""
+_ROOM = 16
+"""Tokens that a generated reply may have beyond one and a half times the longest held-out one."""
+_MOST_TOKENS = 1024
+_HEAD = 12
+"""Characters at the end of a turn's head by which it is found."""
+_MARK = "\N{BLACK SQUARE}"
 BASE_METRICS, PARENT_METRICS = "base_metrics.json", "parent_metrics.json"
 
 
@@ -265,7 +274,10 @@ class Replies:
 
 
 class Measuring:
-    """Replies of the adapter as it is now, and of the base. Does nothing if the recipe needs none."""
+    """Replies of the adapter as it is now, and of the base, to held-out prompts.
+
+    Without metrics a few replies are generated to be looked at.
+    """
 
     def __init__(
         self,
@@ -276,11 +288,21 @@ class Measuring:
         folder: Path,
         listen: Listen,
         gate: Gate,
+        *,
+        asked: bool = True,
     ) -> None:
+        """Initialize.
+
+        Args:
+            asked: whether the recipe was given metrics. Else a base that cannot generate replies, or too
+                little memory for them, is no failure.
+        """
         self._trainable = trainable
         self._tokenizer = dated_tokenizer(tokenizer, recipe)
         self._recipe = recipe
-        self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
+        self._required, self._failed = asked, False
+        count = recipe.metric_rows if recipe.metrics else min(SHOWN_REPLIES, recipe.metric_rows)
+        self._prompts = list(held_out.prompts[:count]) if held_out is not None else []
         self._samples = [as_chat(self._tokenizer, text) for text in recipe.sample_prompts]
         self._folder = folder
         self._listen = listen
@@ -288,8 +310,24 @@ class Measuring:
 
     @property
     def prompts(self) -> Sequence[Question]:
-        """Held-out rows that replies are generated for; none without metrics."""
-        return self._prompts if self._recipe.metrics else ()
+        """Held-out rows that replies are generated for."""
+        return self._prompts
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Return line, slice, prompt and reference of the rows that a report begins with."""
+        texts = (prompt.ids.tolist() for prompt in self._prompts)
+        return self._rows_of(self._prompts, texts)
+
+    def _rows_of(self, rows: Sequence[Question], ids: Iterable[list[int]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "line": row.line,
+                "slice": row.slice,
+                "prompt": last_turn(self._tokenizer, tokens)[-LONGEST:],
+                "reference": row.reference[:LONGEST],
+            }
+            for row, tokens in zip(rows[:SHOWN_REPLIES], ids, strict=False)
+        ]
 
     def base(self) -> Replies:
         """Return the base's replies; measured once in a run, however often it is resumed."""
@@ -307,7 +345,7 @@ class Measuring:
             return Replies()
         with contextlib.suppress(OSError, ValueError, TypeError):
             held = Replies(**json.loads(file.read_text()))
-            if len(held.texts) == len(self.prompts):
+            if len(held.texts) == len(self.prompts) and set(held.metrics) >= set(self._recipe.metrics):
                 return held
         found = self._measure(subject)
         write_atomically(file, json.dumps(asdict(found)))
@@ -330,17 +368,40 @@ class Measuring:
             self._listen(events.Sampled(at=time.time(), step=step, prompt=prompt, text=text))
 
     def _measure(self, subject: str) -> Replies:
-        if not self.prompts:
+        if not self.prompts or self._failed:
             return Replies()
         self._listen(events.Phase(at=time.time(), name="measuring", message=subject))
         asked = [prompt.ids.tolist() for prompt in self._prompts]
-        replies = self._replies(asked, f"measuring {subject}", bare=subject == "base")
+        try:
+            replies = self._replies(
+                asked, f"measuring {subject}", bare=subject == "base", longest=self._reply_tokens()
+            )
+        except Exception as error:
+            if self._required or not (isinstance(error, UnsupportedBaseError) or is_out_of_memory(error)):
+                raise
+            self._failed = True
+            message = f"No replies to held-out prompts are compared: {error}"
+            self._listen(events.Notice(at=time.time(), level="warn", message=message))
+            return Replies()
         references = [prompt.reference for prompt in self._prompts]
         found = {name: mean(name, replies, references) for name in self._recipe.metrics}
-        self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=len(self._prompts)))
+        if found:
+            rows = len(self._prompts)
+            self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=rows))
         return Replies(found, replies)
 
-    def _replies(self, prompts: Sequence[list[int]], name: str, *, bare: bool) -> list[str]:
+    def _reply_tokens(self) -> int:
+        """Return the tokens of the longest generated reply: no held-out one is cut unless that was asked."""
+        recipe = self._recipe
+        if self._required:
+            return recipe.metric_tokens
+        longest = max(len(prompt.reply) for prompt in self._prompts)
+        most = _MOST_TOKENS if recipe.metrics else recipe.metric_tokens
+        return min(most, longest + longest // 2 + _ROOM)
+
+    def _replies(
+        self, prompts: Sequence[list[int]], name: str, *, bare: bool, longest: int | None = None
+    ) -> list[str]:
         def on_progress(part: float) -> None:
             self._listen(events.StageProgress(at=time.time(), name=name, part=part))
 
@@ -349,10 +410,22 @@ class Measuring:
             None if bare else self._trainable.weights(),
             self._tokenizer,
             prompts,
-            self._recipe.metric_tokens,
+            longest or self._recipe.metric_tokens,
             on_progress=on_progress,
             wait=self._gate.wait,
         )
+
+
+def last_turn(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of a prompt's last turn, without what the chat template puts around it."""
+    text: str = tokenizer.decode(ids)
+    if tokenizer.chat_template:
+        before, _, after = tokenizer.decode(as_chat(tokenizer, _MARK)).partition(_MARK)
+        # The end of a turn's head: of the user, or of a tool.
+        text = text.removesuffix(after).rpartition(before[-_HEAD:])[2]
+    for special in tokenizer.all_special_tokens:
+        text = text.replace(special, "")
+    return text.strip()
 
 
 def as_chat(tokenizer: Any, text: str) -> list[int]:

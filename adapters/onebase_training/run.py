@@ -43,6 +43,7 @@ from onebase_training.checkpoint import (
     DataLine,
     RunReport,
     all_better,
+    doubts,
     is_better,
     model_card,
     save_peft,
@@ -57,6 +58,7 @@ from onebase_training.data.tokens import asks_for_date, reply_decoder, with_invo
 from onebase_training.estimate import Estimate, estimate, measured_rate
 from onebase_training.events import Gate, Interrupted, LastStep, Listen
 from onebase_training.loop import Scores, Trainer, TrainingDivergedError
+from onebase_training.metrics import automatic_metrics
 from onebase_training.objectives import make_objective
 from onebase_training.parent import (
     ActiveVersion,
@@ -79,7 +81,7 @@ from onebase_training.recipe import (
     token_count,
 )
 from onebase_training.replies import Measuring, Replies
-from onebase_training.slices import ACTIVE, SubjectMetrics, by_slice, mean_by_slice, slice_report
+from onebase_training.slices import ACTIVE, LONGEST, SubjectMetrics, by_slice, mean_by_slice, slice_report
 from onebase_training.trainable import Trainable, resolve_parameters, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -205,7 +207,7 @@ def train(
 
 
 _NOTHING_HELD_OUT = (
-    "Nothing is held out: metrics and patience have no effect. Give eval data, or set eval_split."
+    "Nothing is held out: metrics and patience have no effect. Give validation data, or set eval_split."
 )
 
 
@@ -313,7 +315,7 @@ class PlannedRun:
         tokenizer, rest = data.tokenizer, (data.held_out, job.folder, self._listen, self._gate)
         if trainable.labels:
             return Classifying(trainable, tokenizer, recipe, data.train, *rest)
-        return Measuring(trainable, tokenizer, recipe, *rest)
+        return Measuring(trainable, tokenizer, recipe, *rest, asked=bool(job.recipe.metrics))
 
     def train(self, until: int | None = None) -> bool:
         """Train to the end, or until a step, where it leaves a checkpoint. Returns whether it is finished."""
@@ -337,6 +339,7 @@ class PlannedRun:
         after = self._measuring.adapter() if self._processes.first else Replies()
         active = self._measure_active()
         slices, better_than = self._slices(after, active), self._better_than(after.metrics, active)
+        warnings = self._doubts(all_better(better_than), after, active)
         self._listen(events.Phase(at=time.time(), name="saving"))
         report = RunReport(
             name=job.name,
@@ -358,6 +361,8 @@ class PlannedRun:
             loss_active=active.loss if active else None,
             metrics_active=active.replies.metrics if active else {},
             not_compared=active.problem if active else "",
+            warnings=warnings,
+            replies=self._shown_replies(after, active),
             losses=state.losses,
             held_out=state.held_out,
             recipe=recipe.to_json(),
@@ -372,6 +377,29 @@ class PlannedRun:
             report = self._write(report)
         self._processes.wait()
         return report
+
+    def _doubts(self, better: bool | None, after: Replies, active: _Active | None) -> list[str]:
+        """Return the reasons why an adapter that is called better may not be; each is an event too."""
+        subjects = {"base": self._before, "parent": self._parent}
+        if active is not None:
+            subjects[ACTIVE] = active.replies
+        metrics = {name: replies.metrics for name, replies in subjects.items()}
+        found = doubts(better, self._plan.recipe.best_by, metrics, after.metrics)
+        for message in found:
+            self._listen(events.Notice(at=time.time(), level="warn", message=message))
+        return found
+
+    def _shown_replies(self, after: Replies, active: _Active | None) -> list[dict[str, Any]]:
+        """Return the first held-out rows with what each subject replied to them."""
+        if not self._processes.first or not after.texts:
+            return []
+        subjects = {"base": self._before.texts, "parent": self._parent.texts}
+        subjects[ACTIVE] = active.replies.texts if active is not None else []
+        subjects["adapter"] = after.texts
+        return [
+            row | {name: texts[number][:LONGEST] for name, texts in subjects.items() if texts}
+            for number, row in enumerate(self._measuring.shown())
+        ]
 
     def _base_scores(self) -> Scores:
         """Return the scores of the base, which has no head, on the held-out rows."""
@@ -793,9 +821,14 @@ def _memory_for_run(job: TrainingRequest) -> int | None:
 
 
 def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
-    """Return the recipe with all decided except what depends on memory. `config`: the base's."""
+    """Return the recipe with all decided except what depends on memory, with the metrics that suit the
+    held-out replies where none are named. `config`: the base's."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
-    return resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
+    found = resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
+    if found.metrics or found.method == "classification" or not found.metric_rows or data.held_out is None:
+        return found
+    references = ((prompt.reference, len(prompt.reply)) for prompt in data.held_out.prompts)
+    return replace(found, metrics=automatic_metrics(references))
 
 
 def identity_of(job: TrainingRequest, data: Data) -> str:

@@ -19,7 +19,7 @@ MOST_SLICES = 100
 """Largest number of slices in a report: the worst regressions, then the largest slices. All of them count for
 `max_regression`."""
 MOST_CHANGED = 20
-_LONGEST = 500
+LONGEST = 500
 """Largest number of characters of a text in a report."""
 LOSS, ACCURACY, F1 = "loss", "accuracy", "f1"
 ACTIVE = "active"
@@ -74,9 +74,9 @@ def slice_report(
     """Return the slices, those that got worse, and rows whose replies were right and are wrong, as JSON.
 
     Args:
-        rows: held-out rows of each slice. prompts: those that replies were generated for; none without
-            metrics. subjects: those that the result is compared with: "base" or "parent" first, then
-            "active" if that was measured.
+        rows: held-out rows of each slice. prompts: those that replies were generated for.
+        subjects: those that the result is compared with: "base" or "parent" first, then "active" if that was
+            measured.
     """
     scores = {name: _Scores.of(recipe, prompts, one.replies) for name, one in subjects.items()}
     new = _Scores.of(recipe, prompts, after.replies)
@@ -202,7 +202,7 @@ def _changed(
         for number, (before, after) in enumerate(pairs):
             if before > after:
                 texts = (prompts[number].reference, *(one.replies[number] for one in measured))
-                reference, said, says = (text[:_LONGEST] for text in texts)
+                reference, said, says = (text[:LONGEST] for text in texts)
                 found[metric, number] = {
                     "line": prompts[number].line,
                     "slice": prompts[number].slice,

@@ -346,6 +346,12 @@ class BaseReference(msgspec.Struct, frozen=True):
     """Repository on the Hugging Face Hub; None if the server has the base from a folder of its own."""
     revision: str | None
     """Commit in that repository."""
+    quantization: str = "none"
+    """Quantization of the server's copy: `nf4`, `int8` or `none`."""
+    blocksize: int = 64
+    """Weights in a block of NF4."""
+    double_quant: bool = True
+    """Whether the scales of NF4 are quantized too."""
 
 
 class VersionFiles(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,7 +73,7 @@ class SliceResult(Stored, frozen=True, kw_only=True):
     """Result before training by the job's `best_by`: a loss, or a metric."""
     after: float | None
     active: float | None = None
-    """Result of the active version. None if there was none, or it could not be measured."""
+    """Result of the active version. None if there was none, or it was not measured."""
     worse_by: float
     """Amount by which it is worse than before, or than the active version if that is more; 0 if not worse."""
     regressed: bool
@@ -101,6 +101,23 @@ class ChangedRow(Stored, frozen=True, kw_only=True):
     after: str
     against: str = ""
     """Subject whose reply was right: `active`, `base` or `parent`."""
+
+
+class HeldOutReplies(Stored, frozen=True, kw_only=True):
+    """A held-out row, and the replies to its prompt. Each text is cut at 500 characters."""
+
+    line: int
+    slice: str = ""
+    """"" if the row names none."""
+    prompt: str
+    """The last turn of the prompt."""
+    reference: str
+    """The row's own reply."""
+    base: str | None = None
+    parent: str | None = None
+    active: str | None = None
+    """Reply of the active version; None if there was none, or it was not measured."""
+    adapter: str
 
 
 class SliceReport(Stored, frozen=True, kw_only=True):
@@ -196,6 +213,10 @@ class TrainingReport(Stored, frozen=True, kw_only=True):
     metrics_active: dict[str, float] = field(default_factory=dict)
     not_compared: str | None = None
     """Reason why the active version was not measured. None if it was, or if there was none."""
+    warnings: tuple[str, ...] = ()
+    """Metrics by which an adapter that is called better is not, a sentence each."""
+    replies: tuple[HeldOutReplies, ...] = ()
+    """The first held-out prompts with the replies of all; lists of jobs leave them out."""
     slices: SliceReport | None = None
     """Result by slice. None if the held-out rows name no slices; lists of jobs leave it out."""
     classes: ClassReport | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import gguf
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from onebase_adapters.export.base_files import ExportError
 from onebase_adapters.export.comparison import compare
 from onebase_adapters.export.gguf_vocabulary import read_vocabulary
 from onebase_engine.base.default_base import fetch_default_base
+from onebase_engine.base.load import BaseSettings, load_base, rounded
 
 ROWS = torch.arange(5, 45)[None]
 TIED = ("lm_head", "embed_tokens")
@@ -102,6 +104,51 @@ def test_a_merged_model_is_what_peft_computes_on_the_base_in_16_bit(
     assert (logits(found.float()) - want_logits).abs().max() < 0.03 * want_logits.abs().max()
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_served_weights_are_those_that_a_server_computes_with(
+    bases: Callable[[str], Path], quantization: Any, tmp_path: Path
+) -> None:
+    base = bases("llama")
+    adapter = adapter_of(
+        base, {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}, tmp_path / "a"
+    )
+    merged.export(
+        adapter,
+        tmp_path / "merged",
+        base=str(base),
+        options={"name": "mine", "quantization": quantization},
+        progress=lambda stage, share: None,
+    )
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    served = load_base(BaseSettings(folder=base, quantization=quantization))
+    original, compared = load_file(base / "model.safetensors"), 0
+    for name, module in served.named_modules():
+        weight = f"{name}.weight"
+        if not isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            continue
+        if quantization == "nf4":
+            wanted = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        else:
+            state = module.state
+            wanted = bnb.functional.int8_vectorwise_dequant(state.CB, state.SCB).to(torch.bfloat16)
+        assert torch.equal(found[weight], original[weight]) is False
+        if "q_proj" in name:
+            assert not torch.equal(found[weight], wanted)  # the adapter is in it
+            continue
+        assert torch.equal(found[weight], wanted), name
+        compared += 1
+    assert compared > 4
+    assert torch.equal(found["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+
+
+def test_a_large_weight_is_rounded_in_inference_mode_as_out_of_it() -> None:
+    settings = BaseSettings(folder=Path())
+    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        inside = rounded(weight.clone(), settings)
+    assert torch.equal(inside.clone(), rounded(weight, settings))
+
+
 def test_one_side_of_a_tied_pair_is_merged_alone(bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases("llama")
     adapter = adapter_of(base, {"r": 4, "target_modules": ["lm_head"]}, tmp_path / "adapter")
@@ -164,6 +211,7 @@ def test_a_model_agrees_with_its_own_answers_and_less_with_those_of_another(tmp_
 
     own, other = ask(tokens.tolist()), ask([*prompt, *range(100, 112)])
     assert (own["tokens"], own["agreeing"]) == (12, 12)
+    assert (own["replies"], own["whole"], other["replies"], other["whole"]) == (1, 1, 1, 0)
     assert own["largest"] < 1e-5
     assert other["agreeing"] < 6
     assert other["largest"] > 0.01

@@ -28,6 +28,7 @@ from tests.clients.training_double import (
 from onebase.cli import jobs as command
 from onebase.cli import main
 from onebase.cli.jobs.create import parse_labels, parse_settings
+from onebase.cli.jobs.show import time_taken
 
 pytestmark = pytest.mark.usefixtures("slept")
 ID = job_id(1)
@@ -445,6 +446,102 @@ def test_a_job_on_hold_shows_its_data_and_what_it_will_take_and_how_to_begin(
     shell.check("jobs-hold")
     assert printed(capsys, "show", ID)["data"]["rows"] == 20
     assert printed(capsys, "watch", ID)["data"]["rows"] == 20
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "about 10 min 00 s"),
+        (
+            {"seconds_from": "measured", "seconds_low": 600.0, "seconds_high": 650.0},
+            "about 10 min 00 s (measured just now)",
+        ),
+        (
+            {"seconds_from": "measured", "seconds_low": 600.0, "seconds_high": 2400.0},
+            "10 min 00 s to 40 min 00 s (measured just now, machine busy)",
+        ),
+        (
+            {
+                "seconds_from": "finished_jobs",
+                "seconds_low": 300.0,
+                "seconds_high": 900.0,
+                "finished_jobs": 3,
+            },
+            "5 min 00 s to 15 min 00 s (as the last 3 jobs on this base)",
+        ),
+    ],
+)
+def test_the_time_of_training_is_a_range_that_says_where_it_is_from(more: Any, said: str) -> None:
+    assert time_taken({"seconds": 600.0} | more) == said
+    assert time_taken({"seconds": None}) == ""
+
+
+def test_a_file_whose_shape_is_wrong_fails_before_anything_is_sent(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "answer": "b"}\n{"text": "good"}\n{\n')
+    assert main(["jobs", "create", str(bad), "--name", "acme"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"onebase: 2 problems in {bad}; nothing was sent and nothing is trained"
+    assert said[1] == "  line 1: completion: missing; did you mean completion for answer?"
+    assert said[2].startswith("  line 3: it is not JSON")
+    assert (trainer.created, trainer.asked) == ([], [])
+    assert main(["jobs", "create", str(bad), "--name", "acme", "--json"]) == 1
+    assert [one["line"] for one in json.loads(capsys.readouterr().out)["problems"][str(bad)]] == [1, 3]
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"text": "good"}\n')
+    assert main(["jobs", "create", str(good), "--validation", str(bad), "--name", "acme"]) == 1
+    assert trainer.created == []
+
+
+def test_a_setting_is_an_option_too_and_held_out_data_has_its_old_names(
+    trainer: Trainer, train: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (
+        ["--set", "r=32", "--set", "use_dora=true", "--set", "metrics=json_valid", "--validation", "file-9"],
+        ["--r", "32", "--use-dora", "--metric", "json_valid", "--eval-data", "file-9"],
+        ["--r", "32", "--set", "use_dora=true", "--metrics", "json_valid", "--validation-file", "file-9"],
+    ):
+        assert main(["jobs", "create", str(train), "--name", "acme", *options]) == 0
+    settings = [made["method"]["supervised"]["hyperparameters"] for made in trainer.created]
+    assert settings == [{"r": 32, "use_dora": True, "metrics": ["json_valid"]}] * 3
+    assert {made["validation_file"] for made in trainer.created} == {"file-9"}
+    capsys.readouterr()
+    for wrong, hint in (
+        ("--vaildation=x", "there is no option --vaildation; did you mean --validation?"),
+        ("--eval-dat", "there is no option --eval-dat; did you mean --validation?"),
+        ("--metadta", "did you mean --metadata?"),
+        ("--xyz", "onebase: there is no option --xyz\n"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["jobs", "create", str(train), "--name", "acme", wrong])
+        assert hint in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["jobs", "create", "--nmae", "acme"])
+    assert "there is no option --nmae; did you mean --name?" in capsys.readouterr().err
+
+
+def test_a_report_begins_with_replies_and_warns_where_better_is_not(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replies = [
+        {"line": 7, "slice": "de", "prompt": "Which  colour?", "reference": '{"c": "red"}', "base": "Red.",
+         "active": '{"c": "blue"}', "adapter": '{"c": "red", "c": "red"}'},
+    ]  # fmt: skip
+    warning = "It is better by held-out loss, but none of its replies to held-out prompts is valid JSON."
+    trainer.add(1, **succeeded() | {"report": REPORT | {"replies": replies, "warnings": [warning]}})
+    trainer.add_file("file-curve", CURVE.encode())
+    assert main(["jobs", "show", job_id(1)]) == 0
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    assert "held-out line 7 (de): Which colour?" in said
+    assert ["active", '{"c":', '"blue"}'] in lines
+    assert ["adapter", '{"c":', '"red",', '"c":', '"red"}'] in lines
+    assert f"! {warning}" in said
+    assert said.index("held-out line 7") < said.index("held-out loss  2.5")
+    shown = printed(capsys, "show", job_id(1))["report"]
+    assert (shown["replies"][0]["parent"], shown["warnings"]) == (None, [warning])
 
 
 def test_help_names_every_action_and_each_explains_itself(

@@ -48,7 +48,15 @@ def rows(tmp_path: Path) -> Path:
 
 
 def wanted(rows: Path, job: dict[str, Any] | None = None, **options: Any) -> Wanted:
-    given = {"file": str(rows), "job": None, "name": None, "set": [], "validation_file": None, **options}
+    given = {
+        "file": str(rows),
+        "job": None,
+        "name": None,
+        "set": [],
+        "validation": None,
+        "recorded": None,
+        **options,
+    }
     if job is not None:
         place = rows.with_name("job.json")
         place.write_text(json.dumps(job))

@@ -99,7 +99,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         PARSE,
     ),  # the other lines have none
     (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours
-    (r"onebase migrate openai --file ", PARSE),  # minutes; tests/clients/test_migrate.py runs it
+    (r"onebase migrate openai --(file|record|recorded) ", PARSE),  # tests/clients run them
     (r"accelerate launch -m onebase_training\.cli\.train ", PARSE),  # several GPUs
     (r"accelerate launch$", "only named"),
     (r"for name in (orders pirate|on-topic polite secret); do\n", PARSE),  # an hour of training

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from onebase_training.metrics import METRICS, MetricError, check_metric, describe, mean, score
+from onebase_training.checkpoint import doubts
+from onebase_training.metrics import (
+    METRICS,
+    MetricError,
+    automatic_metrics,
+    check_metric,
+    describe,
+    mean,
+    score,
+)
 from onebase_training.recipe import RecipeError, parse_recipe
 
 SCORES = [
@@ -92,6 +101,47 @@ def test_a_recipe_refuses_an_unknown_metric() -> None:
     parse_recipe({"metrics": ["json_valid", "contains:a, b"], "best_by": "contains:a, b"})
     with pytest.raises(RecipeError, match="not a metric"):
         parse_recipe({"metrics": ["bleu"]})
+
+
+@pytest.mark.parametrize(
+    ("replies", "metrics"),
+    [
+        ([('{"a": 1}', 40), (' [1, {"b": 2}]\n', 30)], ("json_valid", "exact_match")),
+        ([('{"a": 1}', 40), ("sorry, I cannot say this at all", 30)], ()),
+        ([("refund", 1), ("delivery is late", 9), ("one two three four five six", 5)], ("exact_match",)),
+        ([("7", 1), ("12", 1)], ("exact_match",)),
+        ([("yes", 1), ("a reply that is longer than that", 6)], ()),
+        ([('{"a": 1, "a": 2}', 9)], ("exact_match",)),
+        ([], ()),
+    ],
+)
+def test_json_and_short_replies_are_measured_without_being_asked(
+    replies: list[tuple[str, int]], metrics: tuple[str, ...]
+) -> None:
+    assert automatic_metrics(replies) == metrics
+
+
+@pytest.mark.parametrize(
+    ("better", "after", "warnings"),
+    [
+        (
+            True,
+            {"json_valid": 0.0, "exact_match": 0.0},
+            ["none of its replies to held-out prompts is valid JSON"],
+        ),
+        (True, {"exact_match": 0.5}, ["exact_match is 50.0%; active has 75.0%"]),
+        (True, {"exact_match": 0.75, "json_valid": 1.0}, []),
+        (False, {"json_valid": 0.0}, []),
+        (None, {"json_valid": 0.0}, []),
+    ],
+)
+def test_better_by_loss_and_worse_by_a_metric_is_a_warning(
+    better: bool | None, after: dict[str, float], warnings: list[str]
+) -> None:
+    subjects = {"base": {"exact_match": 0.0, "json_valid": 0.25}, "active": {"exact_match": 0.75}}
+    found = doubts(better, "loss", subjects, after)
+    assert len(found) == len(warnings)
+    assert all(part in sentence for part, sentence in zip(warnings, found, strict=True))
 
 
 def test_the_mean_is_over_rows_and_takes_as_many_replies_as_references() -> None:

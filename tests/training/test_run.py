@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.training.runs import write_chats
 
-from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.base.view import view
 from onebase_training import events
 from onebase_training.checkpoint import CheckpointError, RunReport
 from onebase_training.data.dataset import DataError
 from onebase_training.events import Interrupted, OpenGate
+from onebase_training.parent import ActiveVersion, Parent
 from onebase_training.recipe import RecipeError, parse_recipe
 from onebase_training.run import DoesNotFitError, TrainingRequest, train
 
@@ -133,6 +134,63 @@ def test_a_run_leaves_an_adapter_that_peft_loads_and_tells_what_came_of_it(
     recorded = [json.loads(line)["type"] for line in (job.folder / "events.jsonl").read_text().splitlines()]
     assert recorded.count("step") == 8
     assert recorded[-1] == "finished"
+
+
+def test_json_is_measured_and_replies_are_shown_without_being_asked(
+    base: torch.nn.Module, job: TrainingRequest, whole: Whole
+) -> None:
+    recipe = replace(job.recipe, metrics=(), sample_prompts=(), max_steps=2, eval_every=2)
+    version = Parent.of_folder(whole.job.folder / "adapter")
+    active = ActiveVersion("colours@aaaa", "a" * 64, version)
+    report = train(
+        lambda: base, replace(job, recipe=recipe), lambda event: None, OpenGate(), find_active=lambda: active
+    )
+    assert set(report.metrics_after) == set(report.metrics_active) == {"json_valid", "exact_match"}
+    assert [row["line"] for row in report.replies] == [1, 2, 3]  # metric_rows
+    assert set(report.replies[0]) == {
+        "line", "slice", "prompt", "reference", "base", "active", "adapter",
+    }  # fmt: skip
+    assert report.replies[0]["prompt"].endswith("Item 100 is red. Which colour?")
+    assert report.replies[0]["reference"] == '{"colour": "red"}'
+    card = (job.folder / "adapter" / "README.md").read_text()
+    assert card.index("## Replies to held-out prompts") < card.index("## Results")
+
+
+def test_replies_are_shown_where_nothing_is_measured_and_none_are_generated_for_no_rows(
+    base: torch.nn.Module, job: TrainingRequest
+) -> None:
+    rows = [{"prompt": f"{n}?", "completion": f"A long reply, number {n}, of many words"} for n in range(9)]
+    Path(str(job.held_out)).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = []
+    for count in (3, 0):
+        recipe = replace(
+            job.recipe, metrics=(), sample_prompts=(), max_steps=1, eval_every=1, metric_rows=count
+        )
+        one = replace(job, recipe=recipe, folder=job.folder.with_name(f"run-{count}"))
+        seen: list[events.Event] = []
+        report = run(base, one, seen)
+        assert (report.metrics_after, report.warnings) == ({}, [])
+        assert not any(isinstance(event, events.Measured) for event in seen)
+        shown.append(len(report.replies))
+    assert shown == [3, 0]
+
+
+def test_a_base_that_cannot_generate_replies_is_trained_if_none_were_asked_for(
+    base: torch.nn.Module, job: TrainingRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> list[str]:
+        raise UnsupportedBaseError("its attention cannot be paged")
+
+    monkeypatch.setattr("onebase_training.replies.generate_replies", refuse)
+    recipe = replace(job.recipe, metrics=(), sample_prompts=(), max_steps=1, eval_every=1)
+    seen: list[events.Event] = []
+    report = run(base, replace(job, recipe=recipe), seen)
+    assert (report.replies, report.metrics_after, report.better is not None) == ([], {}, True)
+    assert [event.message for event in seen if isinstance(event, events.Notice)] == [
+        "No replies to held-out prompts are compared: its attention cannot be paged"
+    ]
+    with pytest.raises(UnsupportedBaseError):
+        run(base, replace(job, folder=job.folder.with_name("asked")))
 
 
 def test_paused_and_started_again_it_is_the_same_adapter(

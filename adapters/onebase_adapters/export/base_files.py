@@ -9,14 +9,23 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from onebase_engine.base.default_base import BaseError, resolve_base
+from onebase_engine.base.experts import expert_matrices
 from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base, whole_class
-from onebase_engine.base.load import UnsupportedBaseError, load_config
+from onebase_engine.base.load import (
+    BaseSettings,
+    Quantization,
+    UnsupportedBaseError,
+    load_config,
+    quantized_layers,
+    rounded,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 OnProgress = Callable[[str, float], None]
@@ -28,11 +37,16 @@ class ExportError(ValueError):
 
 
 class BaseFiles:
-    """The files of one base in `folder`. `name`: the base's name in messages. Raises ExportError."""
+    """The files of one base in `folder`. `name`: the base's name in messages. Raises ExportError.
 
-    def __init__(self, folder: Path, name: str) -> None:
+    served: how a server quantizes the base, if the weights of quantized layers are to be read as it computes
+    with them; None: as they are in the files.
+    """
+
+    def __init__(self, folder: Path, name: str, served: BaseSettings | None = None) -> None:
         self.folder = folder
         self.name = name
+        self._served = served
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         if self.config.get("quantization_config"):
             raise ExportError(
@@ -46,6 +60,16 @@ class BaseFiles:
         self.shards = self._read_shards()
         self._shard_of = {name: shard for shard, names in self.shards.items() for name in names}
         self._kept: dict[str, torch.Tensor] = {}
+        if lacking := sorted(name for name in self._rounded if not self.has(name)):
+            raise ExportError(
+                f"the files of {name} hold {lacking[0]} under another name, so it cannot be rounded as the "
+                "server rounds it: use --weights original"
+            )
+        if served is not None and next(expert_matrices(self._model), None) is not None:
+            raise ExportError(
+                f"{name} has experts, which are not rounded here as the server rounds them: use --weights "
+                "original"
+            )
 
     def _read_shards(self) -> Mapping[str, tuple[str, ...]]:
         """Return the names of the tensors in each safetensors file, both in order."""
@@ -85,7 +109,20 @@ class BaseFiles:
 
         Those of a tower that sees or hears are among them: what is exported is the whole model.
         """
-        return adaptable_layers(empty_base(self._loaded_config, whole_class(self._loaded_config)))
+        return adaptable_layers(self._model)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        """The model's tree, without weights."""
+        found: nn.Module = empty_base(self._loaded_config, whole_class(self._loaded_config))
+        return found
+
+    @cached_property
+    def _rounded(self) -> frozenset[str]:
+        """Names of the weights that the server quantizes."""
+        if self._served is None:
+            return frozenset()
+        return frozenset(f"{name}.weight" for name in quantized_layers(self._served, self._model))
 
     @cached_property
     def embedding(self) -> str:
@@ -102,7 +139,11 @@ class BaseFiles:
         return tensor in self._shard_of
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor, in memory of its own or mapped from its file."""
+        """Return one tensor, in memory of its own or mapped from its file; rounded if a server rounds it."""
+        found = self._stored(name)
+        return rounded(found, self._served) if self._served and name in self._rounded else found
+
+    def _stored(self, name: str) -> torch.Tensor:
         with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
             found: torch.Tensor = opened.get_tensor(name)
         return found
@@ -120,7 +161,7 @@ class BaseFiles:
         if name not in self._shard_of or (self.tied and self.head and name == f"{self.head}.weight"):
             return None
         if name not in self._kept:
-            self._kept[name] = self.tensor(name)
+            self._kept[name] = self._stored(name)
         return self._kept[name]
 
     def forget(self) -> None:
@@ -135,10 +176,28 @@ class BaseFiles:
             return torch.float16 if opened.get_slice(name).get_dtype() == "F16" else torch.bfloat16
 
 
-def open_base(spec: str, progress: OnProgress) -> BaseFiles:
-    """Return the base that `spec` names (see `resolve_base`), downloaded if necessary. Raises ExportError."""
+def open_base(spec: str, progress: OnProgress, options: Mapping[str, str] | None = None) -> BaseFiles:
+    """Return the base that `spec` names (see `resolve_base`), downloaded if necessary.
+
+    Args:
+        options: `quantization`, `blocksize` and `double_quant` of a server whose weights are to be read.
+
+    Raises ExportError.
+    """
     try:
         resolved = resolve_base(spec, lambda message, share: progress("getting the base", share))
     except BaseError as error:
         raise ExportError(str(error)) from error
-    return BaseFiles(resolved.folder, resolved.repo or resolved.name)
+    return BaseFiles(resolved.folder, resolved.repo or resolved.name, _served(resolved.folder, options or {}))
+
+
+def _served(folder: Path, options: Mapping[str, str]) -> BaseSettings | None:
+    kind = options.get("quantization")
+    if kind not in ("nf4", "int8"):
+        return None
+    return BaseSettings(
+        folder=folder,
+        quantization=cast(Quantization, kind),
+        blocksize=int(options.get("blocksize", 64)),
+        double_quant=options.get("double_quant", "true") == "true",
+    )

@@ -44,7 +44,7 @@ def export(
     """Write base and adapter as one GGUF file, with the arguments and errors of `merged.export`."""
     import gguf
 
-    files = open_base(base, progress)
+    files = open_base(base, progress, options)
     with opened_adapter(adapter, files) as parts:
         names, model = names_of(files), MergedModel(files, parts)
         check_base(files)

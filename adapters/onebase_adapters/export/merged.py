@@ -1,7 +1,8 @@
-"""Merge base and adapter into one 16-bit model, weight by weight from the unquantized base.
+"""Merge base and adapter into one 16-bit model, weight by weight from the files of the unquantized base.
 
-The result is that of PEFT's `merge_and_unload` on the base in 16 bit, without the whole model in memory. Its
-answers differ from those of a 4-bit server, where the adapter is applied to the rounded weights.
+From the weights in the files the result is that of PEFT's `merge_and_unload` on the base in 16 bit, without
+the whole model in memory. From the weights that a server computes with, each one is first rounded as the
+server rounds it: the adapter was trained and proved on those.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def export(
         adapter: a PEFT folder.
         target: the folder to make.
         base: as `onebase serve --base` takes it; unquantized.
-        options: `name`, the name that the result gives itself if its format has a field for that.
+        options: `name`, the name that the result gives itself if its format has a field for that, and the
+            options of `open_base`.
 
     Returns what was written: `base` (its name), `base_folder` and `bytes`.
 
@@ -153,7 +155,7 @@ def export(
         ExportError: it cannot be merged; the message says why and what works.
         OSError: the folder cannot be written.
     """
-    files = open_base(base, progress)
+    files = open_base(base, progress, options)
     with opened_adapter(adapter, files) as parts:
         model = MergedModel(files, parts)
         shards = model.shards()

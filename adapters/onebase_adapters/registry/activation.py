@@ -15,6 +15,8 @@ from onebase_adapters.registry.errors import (
 from onebase_adapters.registry.records import Action, AuditAction, Unset
 from onebase_adapters.registry.tables import AdapterRow, HistoryRow, PreviousRow, VersionRow
 
+_SHOWN_DIGITS, _MOST_SHOWN = 12, 10
+"""Digits of a digest in a message, and digests that one lists."""
 _AUDITED: dict[Action, AuditAction] = {
     "activate": "adapter.activated",
     "rollback": "adapter.rolled_back",
@@ -65,8 +67,20 @@ def roll_back(session: Session, adapter: AdapterRow, actor: str, at: float) -> N
             )
             _switch(session, adapter, version.digest, "rollback", actor, at)
             return
+    ready = session.scalars(
+        select(VersionRow.digest)
+        .where(
+            VersionRow.adapter_id == adapter.id,
+            VersionRow.state == "ready",
+            VersionRow.digest != (adapter.active or ""),
+        )
+        .order_by(VersionRow.id.desc())
+    ).all()
+    others = ", ".join(digest[:_SHOWN_DIGITS] for digest in ready[:_MOST_SHOWN])
+    more = f" and {len(ready) - _MOST_SHOWN} more" if len(ready) > _MOST_SHOWN else ""
     raise NothingToRollBackError(
-        f"{adapter.name!r} has no earlier version to roll back to: activate one by its digest."
+        f"{adapter.name!r} has no earlier version to roll back to: "
+        + (f"activate one by its digest: {others}{more}." if ready else "no other version is ready.")
     )
 
 

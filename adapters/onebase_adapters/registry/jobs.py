@@ -236,6 +236,22 @@ class TrainingRecords:
             rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
             return [job_record(row) for row in rows]
 
+    def training_rates(self, limit: int) -> list[float]:
+        """Return the FLOP/s that the newest succeeded jobs of this base trained with, newest first, of any
+        tenant."""
+        row = TrainingJobRow
+        with self._database.read() as session:
+            found = session.execute(
+                select(row.plan, row.report)
+                .where(
+                    *self._scope(), row.state == "succeeded", row.report.is_not(None), row.plan.is_not(None)
+                )
+                .order_by(row.number.desc())
+                .limit(limit)
+            )
+            rates = [_rate(plan, report) for plan, report in found]
+        return [rate for rate in rates if rate]
+
     def open_jobs(self, server: str) -> list[OpenJob]:
         """Return a server's open jobs, oldest first."""
         row = TrainingJobRow
@@ -579,3 +595,9 @@ def _checkpoint_row(job: int, checkpoint: Checkpoint) -> CheckpointRow:
 
 def _checkpoint_record(row: CheckpointRow) -> Checkpoint:
     return Checkpoint(row.step, row.path, row.at, row.train_loss, row.valid_loss, row.number)
+
+
+def _rate(plan: Mapping[str, Any], report: Mapping[str, Any]) -> float:
+    """Return a finished job's FLOP/s; 0 if it did not train long enough to tell."""
+    work, seconds = plan.get("estimate", {}).get("flops_per_token", 0), report.get("seconds", 0.0)
+    return float(report.get("tokens", 0) * work / seconds) if seconds >= 1 else 0.0

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
 from onebase_engine.imports import quick_imports
-from onebase_protocol.command_line import OptionParser
+from onebase_protocol.command_line import OptionParser, add_validation
 from onebase_training.cli.options import UsageError, add_recipe_options, print_error, printable, recipe_from
 from onebase_training.data.dataset import DataError, Dataset, check_labels
 from onebase_training.recipe import Recipe
@@ -68,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     check.add_argument("data", metavar="FILE", help="examples: a file, or a data set on the Hub")
-    check.add_argument(
-        "--eval-data", metavar="FILE", help="held-out examples to compare with (default: none)"
-    )
+    add_validation(check, "held-out examples to compare with (default: none)")
     check.add_argument(
         "--base",
         default=DEFAULT_BASE,
@@ -86,7 +84,7 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options)
     from onebase_training.data.report import report
 
-    sources = [("train", options.data), *([("eval", options.eval_data)] if options.eval_data else [])]
+    sources = [("train", options.data), *([("eval", options.validation)] if options.validation else [])]
     loaded: list[Dataset] = []
     problems: list[dict[str, Any]] = []
     with _bar(console) as bar:
@@ -102,7 +100,9 @@ def _check(options: argparse.Namespace, console: Console) -> int:
             check_labels(loaded[0], evaluation)
         except DataError as error:
             source = (
-                options.data if evaluation is None or error.source != evaluation.source else options.eval_data
+                options.data
+                if evaluation is None or error.source != evaluation.source
+                else options.validation
             )
             _print_problems(_problems(source, error), options.json, console)
             return _PROBLEMS

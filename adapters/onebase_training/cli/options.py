@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from onebase_engine.base.default_base import (
 )
 from onebase_engine.imports import quick_imports
 from onebase_training.events import Interrupted
-from onebase_training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
+from onebase_training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields, recipe_fields_by_name
 
 if TYPE_CHECKING:
     from onebase_engine.base.load import BaseSettings
@@ -154,6 +155,46 @@ def add_recipe_options(
         group = item.metadata["group"]
         if group in made and item.name not in leave_out:
             made[group].add_argument(option_name(item.name), **_argument(item, kind))
+    parser.add_argument(
+        "--set",
+        action=_Set,
+        metavar="NAME=VALUE",
+        help="a setting by its name, as for `onebase jobs create`: --set r=8 is --r 8; may be repeated "
+        "(default: none)",
+    )
+
+
+class _Set(argparse.Action):
+    """Gives a value to the option of a setting's name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, equals, value = values.partition("=")
+        if not equals:
+            raise argparse.ArgumentError(self, f"write NAME=VALUE, such as r=8, not {values!r}")
+        actions = {action.dest: action for action in parser._actions}
+        setting = dict(recipe_fields_by_name())
+        name = name.strip().replace("-", "_")
+        if name not in setting or name not in actions:
+            near = difflib.get_close_matches(name, [one for one in setting if one in actions], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(self, f"{name}: there is no such setting{hint}")
+        action = actions[name]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            if value not in ("true", "false"):
+                raise argparse.ArgumentError(self, f"{name}: write true or false, not {value!r}")
+            setattr(namespace, name, value == "true")
+            return
+        found = parser._get_values(action, [value])
+        action(parser, namespace, found, option_name(name))
 
 
 def recipe_from(options: argparse.Namespace, given: Mapping[str, Any] | None = None) -> Recipe:

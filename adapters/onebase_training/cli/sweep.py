@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from onebase_engine.base.default_base import BaseFetchError
-from onebase_protocol.command_line import OptionParser
+from onebase_protocol.command_line import OptionParser, add_validation
 from onebase_training import events
 from onebase_training.cli.options import (
     UsageError,
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="onebase sweep", usage="onebase sweep --data FILE [options]", description=_ABOUT
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, as for `onebase train`")
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
+    add_validation(parser, "held-out examples (default: a part of --data)")
     parser.add_argument("--name", help="the adapter's name (default: sweep)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the sweep's folder (default: runs/NAME-sweep, or runs/sweep)"
@@ -146,7 +146,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
             name=options.name or "sweep",
             recipe=recipe,
             train=options.data,
-            held_out=options.eval_data,
+            held_out=options.validation,
             folder=folder,
             base=settings,
             base_name=resolved.name,

@@ -17,7 +17,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
-from onebase_protocol.command_line import OptionParser, end_process
+from onebase_protocol.command_line import OptionParser, add_validation, end_process
 from onebase_training import events
 from onebase_training.cli.options import (
     UsageError,
@@ -87,7 +87,7 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="examples: JSONL, JSON, CSV, Parquet, or a Hub data set org/name[:split][@revision]",
     )
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
+    add_validation(parser, "held-out examples (default: a part of --data)")
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
     parser.add_argument(
@@ -200,7 +200,7 @@ def _job(
         name=options.name,
         recipe=recipe,
         train=options.data,
-        held_out=options.eval_data,
+        held_out=options.validation,
         folder=folder,
         base=settings,
         base_name=resolved.name,
@@ -352,7 +352,11 @@ class Display:
             highlight=False,
             style="bold",
         )
+        for row in report.replies:
+            self._console.print(_replies(row))
         self._console.print(_results(report))
+        for warning in report.warnings:
+            self._console.print(f"warning: {shown(warning)}", highlight=False, style="yellow")
         if report.classes is not None:
             self._show_classes(report.classes)
         if report.slices is not None:
@@ -446,6 +450,24 @@ class Display:
     def _update(self, text: str, done: float, total: float | None, facts: str = "") -> None:
         self._progress.tasks[0].total = total  # `update` takes None for "as it is"
         self._progress.update(self._task, description=shown(text), completed=done, facts=facts)
+
+
+def _replies(row: Mapping[str, Any]) -> Table:
+    """Return a table of a held-out prompt with the replies to it."""
+    from onebase_training.checkpoint import REPLY_SUBJECTS
+
+    table = Table(show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    lines = [(f"line {row['line']}", row["prompt"]), ("wanted", row["reference"])]
+    for name, text in [*lines, *((name, row[name]) for name in REPLY_SUBJECTS if name in row)]:
+        table.add_row(
+            name, shown(text[-_LONGEST_SHOWN:] if name.startswith("line") else text[:_LONGEST_SHOWN])
+        )
+    return table
+
+
+_LONGEST_SHOWN = 160
 
 
 def _results(report: RunReport) -> Table:

@@ -13,6 +13,7 @@ from onebase_protocol.training import (
     ClassFigures,
     ClassReport,
     ConfusedLabels,
+    HeldOutReplies,
     LabelFigures,
     SliceReport,
     SliceResult,
@@ -34,6 +35,7 @@ __all__ = [
     "ClassReport",
     "ConfusedLabels",
     "CurvePoint",
+    "HeldOutReplies",
     "LabelFigures",
     "Purpose",
     "SliceReport",
@@ -134,7 +136,7 @@ class TrainingSettings(TypedDict, total=False):
     template_date: str
     """The day that the chat template prints, as in 2026-01-31 (auto: when the run begins)."""
     eval_split: float | str
-    """Part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)."""
+    """Part of the rows to hold out when there is no validation data (auto: 0.1, at most 200 rows)."""
     micro_tokens: int | str
     """Tokens computed at once (auto: by memory)."""
     gradient_checkpointing: bool | str
@@ -150,14 +152,15 @@ class TrainingSettings(TypedDict, total=False):
     metrics: str | Sequence[str]
     """Measured on generated replies, base and adapter: exact_match, json_valid, json_equal, json_keys:A|B|C,
     word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, one_of:A|B|C, min_characters:N,
-    max_characters:N."""
+    max_characters:N (default: json_valid and exact_match where every held-out reply is JSON, exact_match
+    where all are short)."""
     best_by: str
     """Measure by which the adapter is judged: loss or one of the metrics; for classification loss, accuracy
     or f1 (default: loss)."""
     metric_rows: int
-    """Held-out rows that replies are generated for (default: 32)."""
+    """Held-out rows that replies are generated for; 0: none (default: 32)."""
     metric_tokens: int
-    """Longest generated reply (default: 128)."""
+    """Longest generated reply, where metrics are named (default: 128)."""
     slice_by: str
     """The field of the rows that says of which slice a row is: held-out rows are compared by slice (default:
     slice)."""

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -730,6 +730,58 @@ def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
         or _is_read(name, model)
     ]
     return [*get_keys_to_not_convert(model), *left] if left else None
+
+
+def quantized_layers(settings: BaseSettings, model: nn.Module) -> frozenset[str]:
+    """Return the names of the linear layers of a model's tree that `load_base` quantizes.
+
+    Args:
+        model: it may be on meta.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    if settings.quantization == "none":
+        return frozenset()
+    plain = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and is_linear(module)
+    }
+    if settings.quantization == "nf4" and settings.blocksize != _STORED_BLOCKSIZE:
+        output = cast(Any, model).get_output_embeddings()
+        kept = [name for name, module in plain.items() if module is output]
+    else:
+        kept = get_keys_to_not_convert(model)
+    return frozenset(
+        name
+        for name, module in plain.items()
+        if should_convert_module(name, kept) and not _is_narrow(module, settings.blocksize)
+    )
+
+
+@torch.no_grad()
+def rounded(weight: torch.Tensor, settings: BaseSettings) -> torch.Tensor:
+    """Return a linear layer's weight as it is computed with once it is quantized, in the settings' dtype."""
+    from bitsandbytes import functional
+
+    with torch.inference_mode(False):  # the quantizer writes into parts of tensors
+        found: torch.Tensor
+        plain = weight.to(settings.dtype, copy=True)
+        if settings.quantization == "nf4":
+            packed, state = functional.quantize_4bit(
+                plain,
+                blocksize=settings.blocksize,
+                compress_statistics=settings.double_quant,
+                quant_type="nf4",
+            )
+            found = functional.dequantize_4bit(packed, state)
+        elif settings.quantization == "int8":
+            codes, largest, _ = functional.int8_vectorwise_quant(plain.to(torch.float16))
+            found = functional.int8_vectorwise_dequant(codes, largest)
+        else:
+            found = plain
+        return found.to(settings.dtype)
 
 
 def _is_narrow(module: Any, blocksize: int) -> bool:

@@ -15,6 +15,7 @@ from onebase_edge.background import Threads
 from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig, Loading
+from onebase_protocol.adapters import BaseReference
 from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
@@ -199,7 +200,7 @@ def assemble(
         merging=Merging(adapters, parts.verifier, max_rank=settings.max_rank, max_bytes=settings.max_upload),
         activation=parts.activation,
         folders=folders,
-        views=AdapterViews(adapters, hub, residency, base),
+        views=AdapterViews(adapters, hub, residency, _reference(base, settings)),
         verifier=parts.verifier,
         training=training,
         batches=batches,
@@ -266,6 +267,12 @@ def _adapter_parts(
     )
     residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)
+
+
+def _reference(base: ResolvedBase, settings: Settings) -> BaseReference:
+    """Return where the base comes from and how it is quantized, for those who take adapters elsewhere."""
+    how = (settings.quantization, settings.blocksize, settings.double_quant)
+    return BaseReference(base.name, base.repo, base.revision, *how)
 
 
 def engine_config(settings: Settings, base_folder: str) -> EngineConfig:

@@ -13,7 +13,7 @@ from onebase_training import events
 
 PROBLEMS_IN_ONE = 500
 """Bad lines in one event."""
-_LONG = ("losses", "held_out", "recipe", "slices", "classes")
+_LONG = ("losses", "held_out", "recipe", "slices", "classes", "replies")
 """Parts of a report that the result file and the job have."""
 
 _SUBJECTS = {"active": "active version"}

@@ -102,6 +102,10 @@ class JobRecord:
         """One of the files that the job names. Raises RegistryError."""
         return await self._try(self._records.file, self._tenant, file_id)
 
+    async def training_rates(self, limit: int) -> list[float]:
+        """Return the speeds of the newest finished jobs of the base, FLOP/s."""
+        return await self._try(self._records.training_rates, limit)
+
     async def add(self, *events: JobEvent) -> None:
         """Add events. Raises UnknownJobError."""
         await self._try(self._records.note, self._id, events, server=self._server)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal, cast
 
 import msgspec
@@ -72,6 +73,8 @@ from onebase_training.events import Event, Reason, StepDone
 
 RunKind = Literal["check", "train"]
 
+EXPERIENCE = 5
+"""Finished jobs by whose speed the time of the next one is estimated."""
 BROKEN_SECONDS = 2.0
 """Pause before a job continues whose run ended because the registry could not be reached."""
 STOP_SECONDS = 60.0
@@ -338,8 +341,9 @@ class JobRun:
         pool = self._pool
         outcome = await self._process(lambda job: Check(config=pool.config, job=job), {})
         if isinstance(outcome, FilesChecked):
-            move, event = (HELD, _held(outcome.plan)) if self.job.hold else (CHECKED, _waits_for_its_turn())
-            await self._record.move(move, event, plan=outcome.plan, deaths=0, death_step=0)
+            plan = with_experience(outcome.plan, await self._record.training_rates(EXPERIENCE))
+            move, event = (HELD, _held(plan)) if self.job.hold else (CHECKED, _waits_for_its_turn())
+            await self._record.move(move, event, plan=plan, deaths=0, death_step=0)
         else:
             await self._ended_early(outcome)
 
@@ -568,6 +572,25 @@ class JobRun:
         else:
             await self._record.move(REQUEUED, event, **death.facts)
         await asyncio.sleep(death.pause)
+
+
+def with_experience(plan: Mapping[str, Any], rates: Sequence[float]) -> dict[str, Any]:
+    """Return a job's plan, with the time it will take by finished jobs of its base, if there are some.
+
+    Args:
+        rates: FLOP/s of those jobs.
+    """
+    estimate = dict(plan["estimate"])
+    if rates and estimate.get("total_tokens"):
+        work = estimate["total_tokens"] * estimate["flops_per_token"]
+        estimate |= {
+            "seconds": work / median(rates),
+            "seconds_low": work / max(rates),
+            "seconds_high": work / min(rates),
+            "seconds_from": "finished_jobs",
+            "finished_jobs": len(rates),
+        }
+    return {**plan, "estimate": estimate}
 
 
 def _waits_for_its_turn() -> JobEvent:

@@ -49,7 +49,7 @@ from onebase_server.processes.trainer_protocol import (
 from onebase_training import events
 from onebase_training.checkpoint import CheckpointError
 from onebase_training.data.dataset import DataError
-from onebase_training.estimate import measured_rate
+from onebase_training.estimate import measured_rates
 from onebase_training.events import Interrupted, Reason
 from onebase_training.loop import TrainingDivergedError
 from onebase_training.parent import ActiveVersion, Parent
@@ -137,7 +137,9 @@ class Work:
             on_gpu = config.device != "cpu" and torch.cuda.is_available()
             device = torch.device("cuda" if on_gpu else "cpu")
             torch.set_num_threads(_threads(config))
-            rate = None if on_gpu else measured_rate(device, base_settings(config, device).dtype)
+            rate = slow = None
+            if not on_gpu:
+                rate, slow = measured_rates(device, base_settings(config, device).dtype)
             torch.set_num_threads(1)
             # It computes on the CPU whatever the base lives on, and must not begin to use a GPU.
             self._limit = memory_limit(job.memory_limit, CPU)
@@ -149,6 +151,9 @@ class Work:
                 load_config(run_job.base.folder), run_job, self._listen, gate, rate=rate, reread=True
             )
             recipe, estimate = plan.recipe.to_json(), plan.estimate.to_json()
+            if rate and slow and estimate["seconds"]:
+                estimate |= {"seconds_low": estimate["seconds"], "seconds_from": "measured"}
+                estimate["seconds_high"] = estimate["seconds"] * rate / slow
             return FilesChecked({"recipe": recipe, "estimate": estimate, "steps": plan.steps})
 
     def _train(self, message: Train) -> Trained:

@@ -100,6 +100,19 @@ def test_a_job_that_waits_after_its_check_is_paused_by_nobody(registry: Registry
     assert found[-1].details["hold"] is True
 
 
+def test_the_speed_of_finished_jobs_is_known_the_newest_first(
+    registry: Registry, jobs: list[TrainingJob]
+) -> None:
+    plan = {"steps": 1, "estimate": {"flops_per_token": 1000}}
+    for name, tokens, seconds in (("one", 400, 4.0), ("two", 400, 8.0), ("three", 400, 0.5)):
+        registry.training.move(f"ftjob-{name}", "queued", ["validating_files"], plan=plan)
+        registry.training.move(f"ftjob-{name}", "running", ["queued"])
+        report = {"tokens": tokens, "seconds": seconds}
+        registry.training.move(f"ftjob-{name}", "succeeded", ["running"], report=report)
+    assert registry.training.training_rates(5) == [50_000.0, 100_000.0]  # the third was too short to tell
+    assert registry.training.training_rates(2) == [50_000.0]
+
+
 def test_what_was_added_is_what_another_server_reads(
     registry: Registry, open_registry: Open, jobs: list[TrainingJob]
 ) -> None:

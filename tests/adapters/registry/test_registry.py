@@ -251,7 +251,9 @@ def test_rolling_back_walks_back_through_what_was_active(registry: Registry) -> 
         registry.activate(*HERE, digest)
     assert registry.rollback(*HERE).active == two
     assert registry.rollback(*HERE).active == one
-    with pytest.raises(NothingToRollBackError):
+    with pytest.raises(
+        NothingToRollBackError, match=f"activate one by its digest: {three[:12]}, {two[:12]}\\.$"
+    ):
         registry.rollback(*HERE)
     assert active(registry) == one
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 from onebase_protocol.common import ListAnswer
+from onebase_protocol.text import GeneratedAnswer
 
-from .._core import adapters
+from .._core import adapters, parse, requests, rows
 from .._core.config import UNSET, Unset
 from .._core.requests import Call
+from .._core.rows import AnswerComparison
 from .._core.targets import atomic_target, check_free, check_space
 from ..adapter_types import (
     Activation,
@@ -85,6 +88,50 @@ class AsyncAdapters:
             PermissionDeniedError: another tenant shares it, and only its owner may take it elsewhere.
         """
         return await self._http.ask(adapters.files(name, version), VersionFiles)
+
+    async def compare_answers(
+        self,
+        a: str | None,
+        b: str | None,
+        data: str | Path,
+        *,
+        limit: int | None = None,
+        max_tokens: int = 256,
+        progress: Callable[[float], object] | None = None,
+    ) -> AnswerComparison:
+        """Ask two adapters for the likeliest answers to held-out prompts.
+
+        Args:
+            a, b: Each a name (its active version) or `name@version`; None: the base.
+            data: A JSON Lines file of rows with `messages`, or `prompt` and `completion`.
+            limit: Only its first N rows.
+            progress: Called with the share of the answers that have arrived.
+
+        Raises:
+            ValueError: a row has no prompt.
+            OneBaseError: a request failed; see `onebase.errors`.
+        """
+        found, labels = [], [a or "the base", b or "the base"]
+        wanted = rows.held_out_rows(data, limit)
+        for number, row in enumerate(wanted):
+            answers = []
+            for side, adapter in enumerate((a, b)):
+                sampling: Any = {"temperature": 0, "max_tokens": max_tokens}
+                asked = dict(row.asked)
+                if tools := asked.pop("tools", None):
+                    sampling["tools"] = tools
+                call = requests.generate(
+                    asked.get("prompt"), asked.get("messages"), adapter, sampling, stream=False
+                )
+                answer = parse.generation(await self._http.ask(call, GeneratedAnswer), None)
+                calls = [(one.name, one.arguments) for one in answer.tool_calls]
+                answers.append(rows.calls_text(calls) if calls else answer.text)
+                if isinstance(answer.adapter, str):
+                    labels[side] = answer.adapter
+            if progress is not None:
+                progress((number + 1) / len(wanted))
+            found.append(rows.ComparedAnswer(row.line, row.question, row.reference, *answers))
+        return rows.AnswerComparison(labels[0], labels[1], tuple(found))
 
     async def download(
         self,

@@ -95,6 +95,12 @@ def line(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
+def beginning(text: str, most: int = 160) -> str:
+    """Return a text in one line, cut at `most` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def console(*, stderr: bool = False) -> Console:
     """The terminal. Nothing is coloured for looking like a number."""
     from rich.console import Console

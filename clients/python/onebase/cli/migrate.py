@@ -4,27 +4,50 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
+from onebase_protocol.command_line import add_validation
+
+from .._core.rows import HeldOutRow, held_out_rows
 from .._sync.client import Client
 from .._sync.jobs import TrainingJob
-from .._terminal.ui import ProgressDisplay, console, duration, line, note, size
+from .._terminal.ui import ProgressDisplay, console, line, note, size
+from ..adapter_types import READY, Progress
 from ..errors import ConflictError, OneBaseError, TrainingStoppedError
-from ..training_types import TrainingMethod, TrainingSettings
-from .command import FAILED, OK, action_parser, perform, print_json, report, run_action
+from ..training_types import TrainingMethod, TrainingReport, TrainingSettings
+from .command import FAILED, INTERRUPTED, OK, action_parser, count, perform, print_json, report, run_action
 from .jobs.create import parse_settings
-from .jobs.show import settings_line, short
+from .jobs.show import settings_line, short, time_taken
 from .jobs.watch import follow
+from .openai_answers import (
+    HELD_OUT,
+    OPENAI_URL,
+    TRAIN,
+    Gate,
+    Old,
+    OpenAIError,
+    Recorded,
+    estimated_tokens,
+    graders_of,
+    is_json,
+    metric_of,
+    read_gate,
+    record,
+    write_sets,
+)
 
 HELP: Final = """\
-usage: onebase migrate openai --file rows.jsonl [options]
+usage: onebase migrate openai --record prompts.jsonl --job job.json
+       onebase migrate openai --recorded FOLDER [options]
+       onebase migrate openai --file rows.jsonl [options]
 
 Train again, on the base that a server has in memory, what was fine-tuned elsewhere.
 
@@ -40,10 +63,19 @@ Train an adapter from the rows of a fine-tuning job at OpenAI, which are read as
 `client.fine_tuning.jobs.retrieve(ID).to_json()` gives. The server checks every row and says what
 the job will take, in time and memory, before anything is trained. In the end it compares the base
 with the adapter on held-out rows, activates what is better, and prints what changes in the client.
+
+While the old model can still be asked, --record keeps its answers: each prompt of a file is sent to
+OpenAI's API with the key in OPENAI_API_KEY, once, and its answer is stored as it arrives; the
+same command goes on where it was interrupted. How much that is, and with --price what it costs,
+is shown and confirmed before. The folder then holds rows to train on (the old model's answers),
+held-out rows, and the figures that the old model reached on them. --recorded trains from that
+folder, and activates the adapter only if it is at least as good as the old model was.
 """
 _EXAMPLES = """\
   onebase migrate openai --file rows.jsonl --job job.json
-  onebase migrate openai --file rows.jsonl --validation-file held-out.jsonl --name support --yes
+  onebase migrate openai --record prompts.jsonl --job job.json --price 3.75/15
+  onebase migrate openai --recorded prompts-openai --job job.json
+  onebase migrate openai --file rows.jsonl --validation held-out.jsonl --name support --yes
 """
 
 MOST_JOB_BYTES: Final = 1 << 20
@@ -78,21 +110,33 @@ def run(command: str, argv: list[str]) -> int:
         return run_action(command, HELP, ACTIONS, argv)
     made = _parser()
     args = made.parse_args(argv[1:])
+    if args.record:
+        return _record(made, args)
     try:
-        wanted = read_wanted(args)
+        gate = _use_recorded(args)
+        wanted = read_wanted(args, gate)
     except (OSError, ValueError) as error:
         made.error(str(error))
     if not args.yes and not sys.stdin.isatty():
         made.error("--yes: give it where nobody can be asked")
-    return perform(made, args, lambda client: _migrate(client, args, wanted))
+    return perform(made, args, lambda client: _migrate(client, args, wanted, gate))
 
 
 def _parser() -> argparse.ArgumentParser:
     made = action_parser("migrate openai", _DESCRIPTION, _EXAMPLES)
-    made.add_argument("--file", required=True, metavar="FILE", help="the rows that were trained on (.jsonl)")
-    made.add_argument(
-        "--validation-file", metavar="FILE", help="rows to measure on (default: some are held out)"
+    rows = made.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--file", metavar="FILE", help="the rows that were trained on (.jsonl)")
+    rows.add_argument(
+        "--record",
+        metavar="FILE",
+        help="ask the old model for its answers to these prompts (.jsonl; default: none)",
     )
+    rows.add_argument(
+        "--recorded",
+        metavar="FOLDER",
+        help="train from the answers that --record has written here (default: none)",
+    )
+    add_validation(made, "rows to measure on (default: some are held out)")
     made.add_argument("--job", metavar="FILE", help="the job at OpenAI, as JSON (default: default settings)")
     made.add_argument("--name", help="the adapter's name (default: the job's suffix, or the file's name)")
     made.add_argument(
@@ -109,15 +153,170 @@ def _parser() -> argparse.ArgumentParser:
         help="activate the adapter once it is proven (default: if it is better, on held-out rows, than the "
         "base and than the version that is active then)",
     )
-    made.add_argument("--yes", action="store_true", help="do not ask before training")
+    made.add_argument("--yes", action="store_true", help="do not ask before training, or before recording")
+    recording = made.add_argument_group("recording")
+    recording.add_argument("--model", metavar="NAME", help="the old model (default: that of --job)")
+    recording.add_argument(
+        "--out", metavar="FOLDER", help="where answers are kept (default: FILE's name with -openai)"
+    )
+    recording.add_argument(
+        "--price",
+        metavar="IN/OUT",
+        type=_price,
+        help="dollars for a million tokens, sent and answered (default: unknown)",
+    )
+    recording.add_argument(
+        "--answer-tokens", type=count, default=1024, metavar="N", help="longest answer (default: 1024)"
+    )
+    recording.add_argument(
+        "--evals",
+        metavar="FILE",
+        help="graders at OpenAI, as JSON, measured here where they can be (default: those of --job)",
+    )
+    recording.add_argument(
+        "--openai-url", default=OPENAI_URL, metavar="URL", help=f"OpenAI's API (default: {OPENAI_URL})"
+    )
     return made
+
+
+def _price(text: str) -> tuple[float, float]:
+    try:
+        sent, answered = (float(part) for part in text.split("/"))
+    except ValueError:
+        sent = answered = -1.0
+    if not (0 <= sent < float("inf") and 0 <= answered < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not IN/OUT, two prices in dollars such as 3.75/15")
+    return sent, answered
+
+
+# ---- the old model's answers -------------------------------------------------------------------------
+
+
+def _record(made: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Record the old model's answers. Gives the exit status."""
+    try:
+        job = read_job(Path(args.job).expanduser()) if args.job else {}
+        model = args.model or _text(job.get("fine_tuned_model"))
+        if model is None:
+            raise ValueError("--model: name the old model, or give its job with --job")
+        key = os.environ.get("OPENAI_API_KEY", "")
+        if not key:
+            raise ValueError("OPENAI_API_KEY is not set: the old model is asked with your key")
+        rows = held_out_rows(args.record)
+        held_out = held_out_rows(args.validation) if args.validation else ()
+        folder = Path(args.out or f"{Path(args.record).stem}-openai").expanduser()
+        recorded = Recorded.open(folder, model)
+        metrics, notes = _graders(job, args.evals)
+    except (OSError, ValueError) as error:
+        made.error(str(error))
+    old = Old(model, key, args.openai_url.rstrip("/"), args.answer_tokens)
+    every = [*rows, *held_out]
+    for sentence in notes:
+        note(sentence)
+    if left := recorded.left(every):
+        note(_cost(old, left, recorded, args.price))
+        if not args.yes and not _confirmed("Ask for them?"):
+            note("Nothing was asked.")
+            return FAILED
+    try:
+        with ProgressDisplay() as display:
+            record(old, every, recorded, lambda share: display(Progress("asking", share)))
+            display(Progress(READY))
+        gate = write_sets(recorded, rows, held_out, metrics or _metrics_for(every), model)
+    except OpenAIError as error:
+        note(f"onebase: {error}")
+        note(f"{len(recorded.answers)} answers are in {recorded.file}: the same command goes on from there.")
+        return FAILED
+    except KeyboardInterrupt:
+        note(f"{len(recorded.answers)} answers are in {recorded.file}: the same command goes on from there.")
+        return INTERRUPTED
+    except (OSError, ValueError) as error:
+        note(f"onebase: {error}")
+        return FAILED
+    return _say_recorded(folder, recorded, gate, args)
+
+
+def _say_recorded(folder: Path, recorded: Recorded, gate: Gate, args: argparse.Namespace) -> int:
+    used = [answer["usage"] for answer in recorded.answers.values()]
+    sent, answered = (sum(one[name] for one in used) for name in ("prompt_tokens", "completion_tokens"))
+    if args.json:
+        print_json({"folder": str(folder), "answers": len(used), "gate": gate, "tokens": [sent, answered]})
+        return OK
+    billed = f", ${_dollars(args.price, sent, answered):.2f} by --price" if args.price else ""
+    print(f"{len(used)} answers of {gate.model} are in {folder} ({sent:,} and {answered:,} tokens{billed}).")
+    reached = ", ".join(f"{name} {value:.1%}" for name, value in gate.metrics.items())
+    print(
+        f"{gate.rows} rows are held out; "
+        + (f"the old model reached {reached}." if reached else "their replies are the old model's own.")
+    )
+    job = f" --job {args.job}" if args.job else ""
+    note(f"Train on them: onebase migrate openai --recorded {folder}{job}")
+    return OK
+
+
+def _cost(old: Old, rows: Sequence[HeldOutRow], recorded: Recorded, price: tuple[float, float] | None) -> str:
+    sent, answered = estimated_tokens(rows, recorded)
+    dollars = f", about ${_dollars(price, sent, answered):.2f}" if price else ""
+    rest = f" ({len(recorded.answers)} are recorded already)" if recorded.answers else ""
+    unpriced = "" if price else " --price IN/OUT says what that costs."
+    return (
+        f"{old.model} at {old.url} is asked {len(rows)} prompts{rest}, billed to your key: about {sent:,} "
+        f"tokens sent and {answered:,} answered{dollars}.{unpriced}"
+    )
+
+
+def _dollars(price: tuple[float, float], sent: int, answered: int) -> float:
+    return (price[0] * sent + price[1] * answered) / 1e6
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
+
+
+def _graders(job: Mapping[str, Any], file: str | None) -> tuple[list[str], list[str]]:
+    """Return the metrics that the graders of a job and of a file are measured by, and what is said of the
+    others. Raises ValueError, OSError."""
+    found: list[Any] = [job]
+    if file:
+        content = Path(file).expanduser().read_text(encoding="utf-8")
+        try:
+            found.append(json.loads(content))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--evals: {file} is not JSON: {error}") from error
+    read = [metric_of(grader) for grader in graders_of(found)]
+    if file and not read:
+        raise ValueError(f"--evals: {file} holds no graders: give an eval, or its testing_criteria")
+    metrics = list(dict.fromkeys(metric for metric, _ in read if metric))
+    return metrics, [sentence for _, sentence in read if sentence]
+
+
+def _metrics_for(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
+    """Return the metrics of rows without graders: JSON is to be valid, all is to be exact."""
+    known = [row.reference for row in rows if row.reference is not None]
+    is_object = bool(known) and all(text.lstrip()[:1] in ("{", "[") and is_json(text) for text in known)
+    return ("json_valid", "exact_match") if is_object else _METRICS
+
+
+def _use_recorded(args: argparse.Namespace) -> Gate | None:
+    """Point the options at a folder of recorded answers, and return its gate. Raises ValueError."""
+    if not args.recorded:
+        return None
+    folder = Path(args.recorded).expanduser()
+    gate = read_gate(folder)
+    args.file, args.validation = str(folder / TRAIN), args.validation or str(folder / HELD_OUT)
+    return gate
 
 
 # ---- what was there ----------------------------------------------------------------------------------
 
 
-def read_wanted(args: argparse.Namespace) -> Wanted:
+def read_wanted(args: argparse.Namespace, gate: Gate | None = None) -> Wanted:
     """Return the job that the options, the rows and the job at OpenAI describe.
+
+    gate: the old model's figures, if its answers are trained on; the same metrics are measured.
 
     Raises:
         ValueError: a file is not what it should be, or the job is of a kind that is not trained here.
@@ -127,22 +326,30 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
     if not rows.is_file():
         raise ValueError(f"--file: {rows} is not there: give the .jsonl file that was trained on")
     job = read_job(Path(args.job).expanduser()) if args.job else {}
-    kind = _method(job) or method_of_rows(rows)
+    kind = "supervised" if gate else _method(job) or method_of_rows(rows)
     given = parse_settings(args.set)
     settings: dict[str, Any] = {
         "metrics": list(_METRICS),
+        **(_measured_as(gate) if gate else {}),
         **{_OURS.get(key, key): value for key, value in _hyperparameters(job, kind).items()},
         **given,
     }
     return Wanted(
-        name=args.name or _name(job) or _named(rows.stem) or "migrated",
+        name=args.name or _name(job) or _named(Path(args.recorded).name if gate else rows.stem) or "migrated",
         method=kind,
         settings=settings,
         seed=job["seed"] if _is_whole(job.get("seed")) else None,
         metadata=_metadata(job),
-        was=_text(job.get("fine_tuned_model")) or _text(job.get("model")) or "ft:...",
-        lost=tuple(_lost(job, given, has_validation=args.validation_file is not None)),
+        was=gate.model if gate else _text(job.get("fine_tuned_model")) or _text(job.get("model")) or "ft:...",
+        lost=tuple(_lost(job, given, kind, has_validation=args.validation is not None)),
     )
+
+
+def _measured_as(gate: Gate) -> dict[str, Any]:
+    """Return settings by which an adapter is measured on the rows that the old model was measured on."""
+    longest = min(8192, max(32, gate.longest * 2))
+    metrics = list(gate.metrics) or ["exact_match", "word_f1"]
+    return {"metrics": metrics, "metric_rows": gate.rows, "metric_tokens": longest}
 
 
 def read_job(path: Path) -> dict[str, Any]:
@@ -200,7 +407,9 @@ def _hyperparameters(job: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return found
 
 
-def _lost(job: Mapping[str, Any], given: TrainingSettings, *, has_validation: bool) -> Iterator[str]:
+def _lost(
+    job: Mapping[str, Any], given: TrainingSettings, kind: str, *, has_validation: bool
+) -> Iterator[str]:
     """Yield sentences on what does not carry over, and what to do about it."""
     if not job:
         return
@@ -214,11 +423,11 @@ def _lost(job: Mapping[str, Any], given: TrainingSettings, *, has_validation: bo
     if _text(job.get("validation_file")) and not has_validation:
         yield (
             f"Its validation file {job['validation_file']} is not here. Save it by client.files.content(ID) "
-            "and give --validation-file. Without it some rows are held out."
+            "and give --validation. Without it some rows are held out."
         )
     if job.get("integrations"):
         yield "Its integrations are not called: `onebase jobs events` and the result file have all figures."
-    if _is_number(_hyperparameters(job, _method(job) or "supervised").get("learning_rate_multiplier")) and (
+    if _is_number(_hyperparameters(job, kind).get("learning_rate_multiplier")) and (
         "learning_rate_multiplier" not in given
     ):
         yield (
@@ -278,7 +487,7 @@ def _is_number(value: object) -> bool:
 # ---- training it here --------------------------------------------------------------------------------
 
 
-def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted) -> int:
+def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: Gate | None) -> int:
     say = console(stderr=True)
     say.print(line(f"{wanted.was} becomes the adapter {wanted.name} of {client.url}"), soft_wrap=True)
     for sentence in wanted.lost:
@@ -289,8 +498,8 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted) -> int:
         job = client.training.create(
             args.file,
             name=wanted.name,
-            validation_file=args.validation_file,
-            activate=args.activate,
+            validation_file=args.validation,
+            activate="never" if _decides(gate, args) else args.activate,
             method=wanted.method,
             seed=wanted.seed,
             metadata=dict(wanted.metadata) or None,
@@ -308,7 +517,43 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted) -> int:
     say.print(line(_estimate(job)), soft_wrap=True)
     if job.status == "paused" and not args.yes and not _agreed(job):
         return _taken_back(client, job, kept)
-    return _train(client, job, args, wanted)
+    return _train(client, job, args, wanted, gate)
+
+
+def _decides(gate: Gate | None, args: argparse.Namespace) -> bool:
+    """Return True if the old model's figures decide on the activation."""
+    return gate is not None and bool(gate.metrics) and args.activate == "if_better"
+
+
+def _passed(gate: Gate, report: TrainingReport) -> bool:
+    """Return True if the adapter reaches the old model's figures, and is better than the active version."""
+    reached = all(report.metrics_after.get(name, 0.0) >= value for name, value in gate.metrics.items())
+    return reached and report.better_than.get("active", True) is True
+
+
+def _judge(client: Client, job: TrainingJob, gate: Gate, args: argparse.Namespace) -> bool:
+    """Show the old model's figures next to the adapter's, and activate the adapter if it reaches them. Return
+    True if it is active."""
+    found = job.info.report
+    if found is None or not gate.metrics:
+        return bool(job.activated)
+    say = console(stderr=True)
+    for name, value in gate.metrics.items():
+        own, base = found.metrics_after.get(name, 0.0), found.metrics_before.get(name, 0.0)
+        style = "green" if own >= value else "red"
+        text = f"{name}: {gate.model} {value:.1%}, base {base:.1%}, adapter "
+        say.print(line(text) + line(f"{own:.1%}", style), soft_wrap=True)
+    if not _decides(gate, args):
+        return bool(job.activated)
+    if not _passed(gate, found) or job.info.version is None:
+        note(
+            f"It is not activated: it does not reach what {gate.model} reached, or is no better than the "
+            "version that is active."
+        )
+        return False
+    client.adapters.activate(job.name, job.info.version, expected=found.active)
+    note(f"It is at least as good as {gate.model}, and active: requests for {job.name} get it.")
+    return True
 
 
 def _checked(job: TrainingJob, *, stop: bool) -> bool:
@@ -327,8 +572,8 @@ def _estimate(job: TrainingJob) -> str:
     parts = []
     if found.get("total_tokens"):
         parts.append(f"{found['total_tokens']:,} tokens")
-    if found.get("seconds"):
-        parts.append(f"about {duration(found['seconds'])} if nothing else runs")
+    if time := time_taken(found):
+        parts.append(time)
     if found.get("total"):
         parts.append(f"{size(found['total'])} of memory next to the base")
     if found.get("parameters"):
@@ -360,18 +605,23 @@ def _taken_back(client: Client, job: TrainingJob, kept: Set[str]) -> int:
     return FAILED
 
 
-def _train(client: Client, job: TrainingJob, args: argparse.Namespace, wanted: Wanted) -> int:
+def _train(
+    client: Client, job: TrainingJob, args: argparse.Namespace, wanted: Wanted, gate: Gate | None
+) -> int:
     if args.json:
         status = _silent(client, job)
-        model = job.name if job.activated else job.fine_tuned_model
         if status == OK:
+            active = _judge(client, job, gate, args) if gate else job.activated
+            model = job.name if active else job.fine_tuned_model
             changes = {"base_url": f"{client.url}/v1", "model": model, "was": wanted.was}
-            print_json({"job": job.info, "not_carried_over": list(wanted.lost), "client": changes})
+            told = {"job": job.info, "not_carried_over": list(wanted.lost), "client": changes}
+            print_json(told | ({"gate": gate, "active": active} if gate else {}))
         return status
     note(f"Ctrl-C leaves it running: onebase jobs watch {short(job.id)} shows it again.")
     status = follow(client, job, as_json=False)
     if status == OK:
-        _print_changes(client.url, job, wanted)
+        active = _judge(client, job, gate, args) if gate else bool(job.activated)
+        _print_changes(client.url, job, wanted, active=active)
     return status
 
 
@@ -384,9 +634,9 @@ def _silent(client: Client, job: TrainingJob) -> int:
     return OK
 
 
-def _print_changes(url: str, job: TrainingJob, wanted: Wanted) -> None:
+def _print_changes(url: str, job: TrainingJob, wanted: Wanted, *, active: bool) -> None:
     """The lines of client code that change."""
-    model = job.name if job.activated else job.fine_tuned_model
+    model = job.name if active else job.fine_tuned_model
     base_url, key = json.dumps(f"{url}/v1"), 'os.getenv("ONEBASE_API_KEY", "none")'
     out = console()
     out.print()

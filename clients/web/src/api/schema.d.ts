@@ -5002,6 +5002,9 @@ export interface components {
             name: string;
             repo: string | null;
             revision: string | null;
+            quantization: string;
+            blocksize: number;
+            double_quant: boolean;
         };
         /**
          * VersionFileAnswer
@@ -5317,10 +5320,32 @@ export interface components {
             };
             /** @default null */
             not_compared: string | null;
+            /** @default [] */
+            warnings: string[];
+            /** @default [] */
+            replies: components["schemas"]["HeldOutReplies"][];
             /** @default null */
             slices: components["schemas"]["SliceReport"] | null;
             /** @default null */
             classes: components["schemas"]["ClassReport"] | null;
+        };
+        /**
+         * HeldOutReplies
+         * @description A held-out row, and the replies to its prompt. Each text is cut at 500 characters.
+         */
+        HeldOutReplies: {
+            line: number;
+            /** @default  */
+            slice: string;
+            prompt: string;
+            reference: string;
+            /** @default null */
+            base: string | null;
+            /** @default null */
+            parent: string | null;
+            /** @default null */
+            active: string | null;
+            adapter: string;
         };
         /**
          * SliceReport

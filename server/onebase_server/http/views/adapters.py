@@ -10,7 +10,6 @@ from msgspec import convert
 from onebase_adapters.names import label
 from onebase_adapters.registry import AdapterRecord, VersionRecord
 from onebase_adapters.store.blobs import ADAPTER_FILES
-from onebase_engine.base.default_base import ResolvedBase
 from onebase_protocol.adapters import (
     Adapter,
     AdapterSource,
@@ -30,7 +29,7 @@ class AdapterViews:
     """Answers about adapters, from all services that know of them."""
 
     def __init__(
-        self, adapters: AdapterService, hub: HubAdapters, residency: Residency, base: ResolvedBase
+        self, adapters: AdapterService, hub: HubAdapters, residency: Residency, base: BaseReference
     ) -> None:
         self._adapters = adapters
         self._base = base
@@ -136,7 +135,7 @@ class AdapterViews:
         blobs = [(name, version.files.of(name)) for name in ADAPTER_FILES]
         return VersionFiles(
             version=version.digest,
-            base=BaseReference(self._base.name, self._base.repo, self._base.revision),
+            base=self._base,
             files=tuple(VersionFile(name, blob.size, blob.sha256) for name, blob in blobs),
         )
 

@@ -101,7 +101,7 @@ def is_active(job: TrainingJob, names: VisibleAdapters) -> bool:
 
 def _report(report: Mapping[str, Any], *, slices: bool) -> Json:
     shown = {name: report[name] for name in wire.TrainingReport.__struct_fields__ if name in report}
-    return shown if slices else shown | {"slices": None, "classes": None}
+    return shown if slices else shown | {"slices": None, "classes": None, "replies": ()}
 
 
 def event_view(event: JobEvent) -> wire.TrainingEvent:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from ..._core.rows import AnswerComparison
 from ..._sync.client import Client
-from ..._terminal.ui import bar, console, printable, size
-from ...adapter_types import AdapterVersion, ModuleReport, VersionReport
-from ..command import OK, action_parser, perform, print_json
+from ..._terminal.ui import ProgressDisplay, bar, beginning, console, line, printable, size
+from ...adapter_types import READY, AdapterVersion, ModuleReport, Progress, VersionReport
+from ..command import OK, action_parser, count, perform, print_json
 from .versions import (
     Reference,
     came_from,
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Put two adapters, or two versions of one, side by side: kind, ranks, targets, and how much each
 changes in which layer (the Frobenius norm of what is added to the weights). NAME alone is its
-active version.
+active version. With --data, their answers instead: both are asked each prompt of a file, at
+temperature 0, and the answers that differ are shown.
 """
 _EXAMPLES = """\
   onebase adapters diff acme-support legal
+  onebase adapters diff acme-support@3f2a9c41 acme-support --data heldout.jsonl --limit 50
   onebase adapters diff acme-support@3f2a9c41 acme-support@77aa01c2
 """
 _A: Final = "cyan"
@@ -46,17 +50,75 @@ def run(action: str, argv: list[str]) -> int:
     made = action_parser(f"adapters {action}", _DESCRIPTION, _EXAMPLES)
     made.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     made.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
+    made.add_argument(
+        "--data",
+        metavar="FILE",
+        help="compare answers to the prompts of this JSONL file: messages, or prompt and completion "
+        "(default: compare weights)",
+    )
+    made.add_argument("--limit", type=count, metavar="N", help="with --data: the first N rows (default: all)")
+    made.add_argument(
+        "--max-tokens", type=count, default=256, metavar="N", help="longest answer (default: 256)"
+    )
     args = made.parse_args(argv)
+    if args.limit and not args.data:
+        made.error("--limit: it is for the rows of --data")
     try:
         pair = (reference(args.a), reference(args.b))
     except ValueError as error:
         made.error(str(error))
-    return perform(made, args, lambda client: _diff(client, pair, args.json))
+    work = _compare if args.data else _diff
+    return perform(made, args, lambda client: work(client, pair, args))
 
 
-def _diff(client: Client, pair: tuple[Reference, Reference], as_json: bool) -> int:
+def _compare(client: Client, pair: tuple[Reference, Reference], args: argparse.Namespace) -> int:
+    versions = [label(resolve(client, one)) for one in pair]
+    try:
+        with ProgressDisplay() as display:
+            found = client.adapters.compare_answers(
+                versions[0],
+                versions[1],
+                args.data,
+                limit=args.limit,
+                max_tokens=args.max_tokens,
+                progress=lambda share: display(Progress("asking", share)),
+            )
+            display(Progress(READY))
+    except OSError as error:
+        raise ValueError(f"--data: {args.data} cannot be read: {error.strerror or error}") from error
+    if args.json:
+        print_json(found)
+    else:
+        print_answers(console(), found)
+    return OK
+
+
+def print_answers(out: Console, found: AnswerComparison) -> None:
+    """Print the answers that differ, and how often both are the same or right."""
+    for row in found.differing:
+        out.print(line(f"line {row.line}: ", "bold") + line(beginning(row.prompt)), soft_wrap=True)
+        for name, text, style in (("wanted", row.reference, "dim"), ("A", row.a, _A), ("B", row.b, _B)):
+            if text is not None:
+                right = (
+                    row.reference is not None and name != "wanted" and text.strip() == row.reference.strip()
+                )
+                mark = line("  right", "green") if right else line("")
+                out.print(line(f"  {name:6} ", "dim") + line(beginning(text), style) + mark, soft_wrap=True)
+    same = len(found.rows) - len(found.differing)
+    out.print(line(f"A  {found.a}", _A), soft_wrap=True)
+    out.print(line(f"B  {found.b}", _B), soft_wrap=True)
+    out.print(line(f"same answer  {same} of {len(found.rows)} ({found.agreement:.1%})"), soft_wrap=True)
+    for name, a, b in (
+        ("exact match", found.exact_match_a, found.exact_match_b),
+        ("valid JSON", found.json_valid_a, found.json_valid_b),
+    ):
+        if a is not None and b is not None:
+            out.print(line(f"{name:11}  A {a:.1%}, B {b:.1%}"), soft_wrap=True)
+
+
+def _diff(client: Client, pair: tuple[Reference, Reference], args: argparse.Namespace) -> int:
     found = diff(resolve(client, pair[0]), resolve(client, pair[1]))
-    if as_json:
+    if args.json:
         print_json(found)
     else:
         print_diff(console(), found)
@@ -272,5 +334,5 @@ def _print_list(out: Console, title: str, style: str, lines: Sequence[str]) -> N
 
     out.print()
     out.print(Text(printable(title), style))
-    for line in lines:
-        out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
+    for text in lines:
+        out.print(Padding(Text(printable(text)), (0, 0, 0, 2)))

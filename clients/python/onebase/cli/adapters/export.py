@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
+from ..._core.rows import held_out_rows
 from ..._core.targets import atomic_target, check_free
 from ..._sync.client import Client
 from ..._terminal.ui import ProgressDisplay, note, size
@@ -27,9 +28,10 @@ Take a version elsewhere. The formats:
   gguf-lora  a file for llama.cpp (--lora) and Ollama (ADAPTER), to be put on a base in GGUF
   gguf       a file for llama.cpp and Ollama: base and adapter as one model
 
-merged and gguf are in 16 bit, from the base as it was published. The server answers from a base
-that it has rounded to fewer bits, so the answers differ somewhat. merged asks the server for a few
-answers, and says by how much, and how much of that the base alone explains.
+merged and gguf are in 16 bit. --weights served merges into the weights that the server computes
+with, on which the version was trained and proved; --weights original into those that the base was
+published with. Both ask the server for some answers, and say how many of them the exported model
+gives too, as a whole and by tokens, and how many the base alone.
 """
 _EXAMPLES: Final = (
     "  onebase adapters export acme-support --format peft\n"
@@ -56,6 +58,11 @@ _PROMPTS: Final = (
     "My parcel is late. What can I do?",
 )
 _ANSWER_TOKENS: Final = 32
+_MOST_COMPARED: Final = 64
+"""Rows of a file that are compared."""
+_ROW_TOKENS: Final = 128
+_WHOLE: Final = ("merged", "gguf")
+"""Formats of base and adapter as one model."""
 
 Stage = Callable[[str, float], None]
 Answer = tuple[Sequence[int], int, Sequence[float]]
@@ -70,7 +77,9 @@ def run(action: str, argv: list[str]) -> int:
         wanted = reference(args.adapter)
         target = Path(args.out or _file_name(wanted.name) + _SUFFIX[args.format]).expanduser().absolute()
         check_free(target, force=args.force)
-    except ValueError as error:
+        if args.data:
+            held_out_rows(args.data, _MOST_COMPARED)
+    except (OSError, ValueError) as error:
         made.error(str(error))
     return perform(made, args, lambda client: _export(client, wanted, target, args))
 
@@ -87,7 +96,20 @@ def _parser() -> argparse.ArgumentParser:
         help="the base, not quantized: a folder or ORG/REPO[@REVISION] (default: the server's)",
     )
     made.add_argument(
-        "--no-compare", action="store_true", help="merged: ask the server for no answers to compare with"
+        "--weights",
+        choices=("served", "original"),
+        default="served",
+        help="merged, gguf: the base's weights to merge into (default: served)",
+    )
+    made.add_argument(
+        "--data",
+        metavar="FILE",
+        help="merged, gguf: held-out rows (JSONL) whose prompts are compared (default: a few questions)",
+    )
+    made.add_argument(
+        "--no-compare",
+        action="store_true",
+        help="merged, gguf: ask the server for no answers to compare with",
     )
     return made
 
@@ -135,10 +157,23 @@ def _write(
         files = client.adapters.download(name, adapter, version=digest, progress=display)
         base = args.base or _base_of(files)
         options = {"name": label(version)}
+        if args.weights == "served" and args.format in _WHOLE:
+            options |= {
+                "quantization": files.base.quantization,
+                "blocksize": str(files.base.blocksize),
+                "double_quant": str(files.base.double_quant).lower(),
+            }
+            result_weights = "original" if files.base.quantization == "none" else "served"
+        else:
+            result_weights = "original"
         with atomic_target(target, force=args.force) as work:
             result = export(adapter, work, base=base, options=options, progress=stage)
-    if args.format == "merged" and not args.no_compare:
-        result["compared"] = _compare(client, version, target, Path(result["base_folder"]), stage)
+    if args.format in _WHOLE:
+        result["weights"] = result_weights
+        if not args.no_compare:
+            result["compared"] = _compare(
+                client, version, target, Path(result["base_folder"]), args.data, stage
+            )
     return dict(result)
 
 
@@ -165,15 +200,16 @@ def _base_of(files: VersionFiles) -> str:
 
 
 def _compare(
-    client: Client, version: AdapterVersion, merged: Path, base: Path, stage: Stage
+    client: Client, version: AdapterVersion, merged: Path, base: Path, data: str | None, stage: Stage
 ) -> dict[str, Any] | str:
     """Return how far the merged model, and the base alone, are from the server's answers; or why that is
     unknown."""
     compare = _plugin("compare")
     try:
         stage("asking", 0.0)
-        served = [_answers(client, label(version), lambda share: stage("asking", share / 2))]
-        served.append(_answers(client, None, lambda share: stage("asking", 0.5 + share / 2)))
+        prompts = _prompts(data)
+        served = [_answers(client, label(version), prompts, lambda share: stage("asking", share / 2))]
+        served.append(_answers(client, None, prompts, lambda share: stage("asking", 0.5 + share / 2)))
     except OneBaseError as error:
         return f"the server gave no answers to compare with: {error}"
     try:
@@ -185,23 +221,36 @@ def _compare(
         return str(error)
 
 
-def _answers(client: Client, adapter: str | None, told: Callable[[float], None]) -> list[Answer]:
+def _prompts(data: str | None) -> list[Mapping[str, Any]]:
+    """Return arguments of the requests that are compared. Raises ValueError, OSError."""
+    if data is None:
+        return [{"messages": prompt, "max_tokens": _ANSWER_TOKENS} for prompt in _PROMPTS]
+    rows = held_out_rows(data, _MOST_COMPARED)
+    return [{**row.asked, "max_tokens": _ROW_TOKENS} for row in rows]
+
+
+def _answers(
+    client: Client,
+    adapter: str | None,
+    prompts: Sequence[Mapping[str, Any]],
+    told: Callable[[float], None],
+) -> list[Answer]:
     found = []
-    for number, prompt in enumerate(_PROMPTS, 1):
+    for number, prompt in enumerate(prompts, 1):
         found.append(_answer(_ask(client, prompt, adapter)))
-        told(number / len(_PROMPTS))
+        told(number / len(prompts))
     return found
 
 
-def _ask(client: Client, prompt: str, adapter: str | None) -> Generation:
+def _ask(client: Client, prompt: Mapping[str, Any], adapter: str | None) -> Generation:
     """A greedy answer, with the tokens of its prompt."""
-    how: dict[str, Any] = {"temperature": 0, "max_tokens": _ANSWER_TOKENS, "logprobs": 0, "echo": True}
+    how: dict[str, Any] = {"temperature": 0, "logprobs": 0, "echo": True, **prompt}
     try:
-        return client.generate(messages=prompt, adapter=adapter, **how)
+        return client.generate(adapter=adapter, **how)
     except BadRequestError as error:
-        if error.code != "no_chat_template":
+        if error.code != "no_chat_template" or not isinstance(how.get("messages"), str):
             raise
-    return client.generate(prompt, adapter=adapter, **how)
+    return client.generate(how.pop("messages"), adapter=adapter, **how)
 
 
 def _answer(generation: Generation) -> Answer:
@@ -221,16 +270,17 @@ def _say(version: AdapterVersion, target: Path, form: str, result: Mapping[str, 
     if isinstance(compared, str):
         note(f"Not compared: {compared}")
     elif compared:
-        print(f"The merged model in 16 bit, and the served answers: {_agreement(compared['adapter'])}")
-        print(f"The base alone in 16 bit, and as it is served:      {_agreement(compared['base'])}")
+        print(f"The exported model and the server: {_agreement(compared['adapter'])}")
+        print(f"The base alone, as published:      {_agreement(compared['base'])}")
     note(_NEXT[form].format(path=target, base=result.get("base", "BASE")))
 
 
 def _agreement(found: Mapping[str, float]) -> str:
     tokens, agreeing = int(found["tokens"]), int(found["agreeing"])
     return (
-        f"{agreeing} of {tokens} greedy tokens agree ({agreeing / max(1, tokens):.1%}); log-probabilities "
-        f"differ by {found['mean']:.3f} on average, by {found['largest']:.2f} at most."
+        f"{int(found['whole'])} of {int(found['replies'])} whole replies agree, {agreeing} of {tokens} "
+        f"greedy tokens ({agreeing / max(1, tokens):.1%}); log-probabilities differ by "
+        f"{found['mean']:.3f} on average, by {found['largest']:.2f} at most."
     )
 
 

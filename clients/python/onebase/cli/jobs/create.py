@@ -8,18 +8,22 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, cast, get_type_hints
 
+from onebase_protocol.command_line import add_validation
+
+from ..._core.rows import MOST_PROBLEMS, shape_problems
 from ..._sync.client import Client
 from ..._terminal.ui import ProgressDisplay, note
 from ...training_types import TrainingSettings
-from ..command import OK, perform, print_json
+from ..command import FAILED, OK, perform, print_json
 from .show import job_parser, short
 from .watch import follow
 
 _LISTS: Final = frozenset({"targets", "metrics", "sample_prompts"})
 _ONE_EACH: Final = frozenset({"sample_prompts"})
 """Lists whose items may hold commas: each --set adds one."""
+_ONE: Final = {"metrics": "metric", "sample_prompts": "sample_prompt"}
 _PATTERNS: Final = frozenset({"rank_pattern", "alpha_pattern"})
 
 _SETTINGS: Final = textwrap.fill(
@@ -69,9 +73,7 @@ def _parser(action: str) -> argparse.ArgumentParser:
         metavar="NAME@VERSION",
         help="go on from this version's weights, or from NAME's active one (default: begin with the base)",
     )
-    made.add_argument(
-        "--validation", metavar="FILE", help="examples to measure on (default: some are held out)"
-    )
+    add_validation(made, "examples to measure on (default: some are held out)")
     made.add_argument(
         "--activate",
         choices=("always", "if_better", "if_better_than_base", "never"),
@@ -102,8 +104,9 @@ def _parser(action: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting, such as r=8; may be repeated",
+        help="a setting, such as r=8; may be repeated; --r 8 says the same",
     )
+    _add_settings(made)
     made.add_argument(
         "--metadata",
         action="append",
@@ -119,7 +122,38 @@ def _parser(action: str) -> argparse.ArgumentParser:
     return made
 
 
+class _Setting(argparse.Action):
+    """Writes `--NAME VALUE` as `--set NAME=VALUE`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        value = str((option_string or "")[:5] != "--no-").lower() if self.nargs == 0 else values
+        namespace.set = [*namespace.set, f"{self.metavar}={value}"]
+
+
+def _add_settings(made: argparse.ArgumentParser) -> None:
+    """Add an option for each setting, by the name that `onebase train` has; the help lists them for --set."""
+    hints = get_type_hints(TrainingSettings)
+    for name in TrainingSettings.__annotations__:
+        option = "--" + name.replace("_", "-")
+        names = {option, "--" + _ONE.get(name, name).replace("_", "-")} - set(made._option_string_actions)
+        flag: dict[str, Any] = {"nargs": 0} if hints[name] is bool else {}
+        if flag:
+            names.add("--no-" + name.replace("_", "-"))
+        if names:
+            made.add_argument(
+                *sorted(names), action=_Setting, dest="set", metavar=name, help=argparse.SUPPRESS, **flag
+            )
+
+
 def _create(client: Client, args: argparse.Namespace) -> int:
+    if shape_is_wrong((args.file, args.validation), args.method, as_json=args.json):
+        return FAILED
     with ProgressDisplay() as display:
         job = client.training.create(
             args.file,
@@ -142,6 +176,25 @@ def _create(client: Client, args: argparse.Namespace) -> int:
     print(f"{job.id}  {job.name}: {Path(args.file).name} is being checked.")
     note(f"Watch it: onebase jobs watch {short(job.id)}")
     return OK
+
+
+def shape_is_wrong(files: Sequence[str | None], method: str, *, as_json: bool) -> bool:
+    """Print the problems of files whose rows have no shape that the method reads. Return True if there are
+    some."""
+    found = {}
+    for file in files:
+        path = Path(file or "").expanduser()
+        if file and path.is_file() and (problems := shape_problems(path, method)):
+            found[file] = problems
+    for file, problems in found.items():
+        more = " or more" if len(problems) == MOST_PROBLEMS else ""
+        word = "problem" if len(problems) == 1 else "problems"
+        note(f"onebase: {len(problems)}{more} {word} in {file}; nothing was sent and nothing is trained")
+        for problem in problems:
+            note(f"  {problem}")
+    if found and as_json:
+        print_json({"problems": {file: [vars(one) for one in problems] for file, problems in found.items()}})
+    return bool(found)
 
 
 # ---- settings -----------------------------------------------------------------------------------------

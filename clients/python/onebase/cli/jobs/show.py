@@ -15,6 +15,7 @@ from ..._sync.jobs import TrainingJob
 from ..._terminal.jobs import doing, figures, lines_of
 from ..._terminal.ui import (
     Column,
+    beginning,
     console,
     duration,
     line,
@@ -28,6 +29,7 @@ from ..._terminal.ui import (
 from ...training_types import (
     ClassReport,
     CurvePoint,
+    HeldOutReplies,
     LabelFigures,
     SliceReport,
     SliceResult,
@@ -59,6 +61,8 @@ _ODD: Final = {
 }
 _WIDEST_MATRIX: Final = 10
 _MOST_CONFUSED: Final = 10
+_WIDE: Final = 1.25
+"""Ratio of the longest to the shortest time from which on both are shown."""
 _OPTIONAL: Final = ("parent", "active")
 """Columns of the table of results that are left out where nothing was measured for them."""
 _BASE_BY: Final = {
@@ -263,9 +267,7 @@ def print_held(out: Console, job: TrainingJobInfo, data: Mapping[str, Any] | Non
     if data is not None:
         _print_data(out, data)
     found = job.estimate or {}
-    takes = []
-    if found.get("seconds"):
-        takes.append(f"about {duration(found['seconds'])} of training")
+    takes = [f"{time} of training"] if (time := time_taken(found)) else []
     if "total" in found:
         limit = found.get("memory_limit")
         takes.append(
@@ -277,6 +279,21 @@ def print_held(out: Console, job: TrainingJobInfo, data: Mapping[str, Any] | Non
         )
     out.print()
     out.print(line("It will take ", "bold") + line(", ".join(takes)), soft_wrap=True)
+
+
+def time_taken(estimate: Mapping[str, Any]) -> str:
+    """Return the time that training takes, with where it is known from; "" if it is unknown."""
+    seconds = estimate.get("seconds")
+    if not seconds:
+        return ""
+    low, high = (float(estimate.get(f"seconds_{end}") or seconds) for end in ("low", "high"))
+    wide = high > _WIDE * low
+    spread = f"{duration(low)} to {duration(high)}" if wide else f"about {duration(seconds)}"
+    if estimate.get("seconds_from") == "finished_jobs":
+        jobs = estimate.get("finished_jobs", 1)
+        return f"{spread} (as {'the last job' if jobs == 1 else f'the last {jobs} jobs'} on this base)"
+    busy = ", machine busy" if wide else ""
+    return f"{spread} (measured just now{busy})" if "seconds_from" in estimate else spread
 
 
 def _print_data(out: Console, data: Mapping[str, Any]) -> None:
@@ -418,7 +435,26 @@ class _Measure:
     better: bool | None
 
 
+def _print_replies(out: Console, replies: Sequence[HeldOutReplies]) -> None:
+    """Print the first held-out prompts with the replies of all."""
+    for row in replies:
+        of = f" ({row.slice})" if row.slice else ""
+        out.print()
+        out.print(
+            line(f"held-out line {row.line}{of}: ", "bold") + line(beginning(row.prompt)), soft_wrap=True
+        )
+        subjects = (
+            ("wanted", row.reference), ("base", row.base), ("parent", row.parent), ("active", row.active),
+            ("adapter", row.adapter),
+        )  # fmt: skip
+        for name, text in subjects:
+            if text is not None:
+                style = "green" if name == "adapter" and text.strip() == row.reference.strip() else ""
+                out.print(line(f"  {name:8}", "dim") + line(beginning(text), style), soft_wrap=True)
+
+
 def _print_report(out: Console, report: TrainingReport) -> None:
+    _print_replies(out, report.replies)
     measures = _measures(report)
     if measures:
         out.print()
@@ -429,6 +465,8 @@ def _print_report(out: Console, report: TrainingReport) -> None:
         ]
         out.print(table(columns, measures, out.width))
         out.print()
+    for warning in report.warnings:
+        out.print(line(f"! {warning}", "yellow"), soft_wrap=True)
     if report.classes is not None:
         _print_classes(out, report.classes)
     if report.slices is not None:
