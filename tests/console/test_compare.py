@@ -56,19 +56,15 @@ def test_the_base_two_adapters_and_a_mix_answer_one_message_as_the_api_does(
         assert int(tokens) == alone[column]["usage"]["completion_tokens"]
 
 
-def test_without_a_link_the_base_and_the_first_adapters_are_asked_by_keyboard_alone(
-    words: Server, look: Look
-) -> None:
+def test_without_a_link_the_base_is_asked_by_keyboard_alone(words: Server, look: Look) -> None:
     with look(words) as visit:
         visit.open()
         expect(visit.page.get_by_label("Message to all columns")).to_be_focused()
         visit.page.keyboard.type("one two")
         visit.page.keyboard.press("Enter")
-        expect(visit.page.locator("[aria-live=polite]")).to_have_text("3 answers complete.")
+        expect(visit.page.locator("[aria-live=polite]")).to_have_text("1 answer complete.")
         titles = visit.page.locator(".column .who").all_inner_texts()
-        assert [title.strip() for title in titles] == ["smollm2-135m-instruct", "orders", "pirate"]
-        assert len(set(visit.answers)) == 1
-        assert visit.page.locator("mark").count() == 0  # the same text leaves nowhere
+        assert [title.strip() for title in titles] == ["smollm2-135m-instruct"]
 
 
 def test_a_message_sent_before_the_adapters_are_known_goes_to_them_once_they_are(
@@ -85,7 +81,7 @@ def test_a_message_sent_before_the_adapters_are_known_goes_to_them_once_they_are
         expect(visit.page.get_by_text("No column is left")).to_be_hidden()
         for one in held:
             one.continue_()
-        expect(visit.page.locator("[aria-live=polite]")).to_have_text("3 answers complete.")
+        expect(visit.page.locator("[aria-live=polite]")).to_have_text("1 answer complete.")
 
 
 def test_all_columns_stream_at_once_and_stop_together(

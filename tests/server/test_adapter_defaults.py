@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ def push(api: Any, name: str, source: str = "red", defaults: Any = None, **files
     if defaults is not None:
         data["defaults"] = defaults if isinstance(defaults, str) else json.dumps(defaults)
     return api.http.post("/v1/adapters?wait=true", data=data, files=sent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left(api: Any) -> Iterator[None]:
+    """The server's adapters are those of before: other files count them."""
+    yield
+    for name in ("careful", "switched"):
+        api.http.delete(f"/v1/adapters/{name}", params={"force": "true"})
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -243,12 +244,12 @@ def test_one_is_cancelled_and_the_others_go_on(tmp_path: Path, serve_scripted: S
     assert used[0] < used[1] == 60
 
 
-def test_a_text_of_another_tenant_cannot_be_cancelled(
-    tmp_path: Path, serve_scripted: Starter, keys: Keys
-) -> None:
+def test_a_text_of_another_tenant_cannot_be_cancelled(tmp_path: Path, serve_scripted: Starter) -> None:
     body = {"prompt": "word", "max_tokens": 99, "stream": True}
+    keys = Keys(tmp_path / "data")
     keys.make("generate", tenant="one")  # before the start: without a key the server is open at first
     with (
+        closing(keys),
         pace(tmp_path) as (environment, allow_steps),
         serve_scripted("paced", data_dir=keys.file.parent, environment=environment) as server,
         caller(server, keys, "one") as http,
