@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -48,8 +46,10 @@ _EXPOSED = (
 )
 NO_ROUTE = "none"
 """Name under which answers that no route gave are counted."""
+TENANT = "onebase.tenant"
+"""Key of a request's scope for the tenant of its API key, once that is known."""
 _WAITS = "onebase.refusal_waits"
-"""Key of a request's scope, if it is to be refused in its turn."""
+"""Key of a request's scope, if it waits to be refused: whose refusal it is."""
 _SHOWN = 200
 """Largest number of characters of a header that an error repeats."""
 
@@ -59,9 +59,9 @@ class _Authenticator(Protocol):
 
 
 class _Pacer(Protocol):
-    def refuse(self) -> bool: ...
+    def refuse(self, tenant: str | None) -> bool: ...
 
-    async def serve(self, tenant: None, answer: Callable[[], Awaitable[None]]) -> None: ...
+    async def wait_to_refuse(self, tenant: str | None) -> None: ...
 
 
 class CrossSiteMiddleware:
@@ -109,18 +109,19 @@ class CrossSiteMiddleware:
             ):  # CORS may add to the answer
                 self._authenticator.admit_at_once(scope)
         except ApiError as error:
-            if self._pacer is not None and not self._pacer.refuse():
-                scope[_WAITS] = True
+            tenant = scope.get(TENANT)
+            if self._pacer is not None and not self._pacer.refuse(tenant):
+                scope[_WAITS] = (tenant,)
                 return None
             self._answers[NO_ROUTE, status_of(error)[0]] += 1
             return error
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._pacer is not None and scope.pop(_WAITS, False):
-            await self._pacer.serve(None, partial(self._serve, scope, receive, send))
-        else:
-            await self._serve(scope, receive, send)
+        waits = scope.pop(_WAITS, None)
+        if self._pacer is not None and waits is not None:
+            await self._pacer.wait_to_refuse(*waits)
+        await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         REQUEST.set({"request_id": request_id(scope)})  # of the request's own task

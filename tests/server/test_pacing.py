@@ -20,11 +20,13 @@ from onebase_engine.machine import count_seconds
 from onebase_server.http.authorization import AuthenticationMiddleware
 from onebase_server.http.deps import CALLER
 from onebase_server.tenancy.access import Caller
-from onebase_server.tenancy.pacing import ALLOWANCE_SECONDS, REFUSAL_SECONDS, RequestPacer
+from onebase_server.tenancy.pacing import ALLOWANCE_SECONDS, REFUSAL_SECONDS, RequestPacer, charged
 
 NEVER = 1e-9
 """Share of a tenant that does not pay what it owes while a test runs."""
 MUCH = 2 * ALLOWANCE_SECONDS
+MANY = int(MUCH / REFUSAL_SECONDS)
+"""Refusals that nobody may owe."""
 
 
 def compute(seconds: float) -> None:
@@ -359,14 +361,44 @@ def test_refusals_of_all_clients_together_wait_for_their_turn_beside_requests_of
 
 def test_refusals_that_wait_are_no_requests_for_which_a_tenant_has_to_wait() -> None:
     async def script(requests: Requests) -> None:
-        end = asyncio.Event()
-        refused = asyncio.create_task(requests.pacer.serve(None, lambda: end.wait()))  # type: ignore[arg-type, return-value]
+        async with requests.stream("good"):
+            owed = [requests.pacer.refuse(None) for _ in range(MANY)]
+            assert owed[0]
+            assert not owed[-1]
+            turn = asyncio.create_task(requests.pacer.wait_to_refuse(None))
+            await settle()
+        requests.pacer._refused.debt = 0.5
         await requests.run("only 1", MUCH)
         await requests.run("only 2", MUCH)
-        end.set()
-        await refused
+        await turn
 
     assert play(script) == ["only 1", "only 2"]
+
+
+def test_refusals_of_a_tenants_key_are_charged_to_it_and_delay_nobody_elses() -> None:
+    async def script(requests: Requests) -> None:
+        async with requests.stream("good"):
+            assert not all(requests.pacer.refuse("evil") for _ in range(MANY))
+            assert requests.pacer.refuse(None)
+            assert requests.pacer.refuse("third")
+
+    play(script)
+
+
+def test_parts_of_a_request_in_tasks_of_their_own_are_charged_to_its_tenant() -> None:
+    async def script(requests: Requests) -> None:
+        async def part() -> int:
+            await asyncio.sleep(0)
+            compute(MUCH)
+            return 7
+
+        async def answer() -> None:
+            assert await asyncio.create_task(charged(part())) == 7
+
+        await requests.pacer.serve("evil", answer)
+        assert requests.pacer._account("evil").debt > ALLOWANCE_SECONDS
+
+    play(script)
 
 
 def test_requests_that_leave_while_they_wait_do_not_make_later_ones_look_cheap() -> None:

@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_adapters.registry import Origin, RegistryError, acting
+from onebase_edge.cross_site import TENANT
 from onebase_edge.errors import (
     ApiError,
     BodyTooLargeError,
@@ -234,6 +235,8 @@ class Authenticator:
             if name in given:
                 given[name].append(value.decode("latin-1"))
         caller = self._services.keys.caller(*given.values())
+        if caller is not NOBODY:
+            scope[TENANT] = caller.tenant
         if not caller.may(access):
             raise InsufficientScopeError(access, caller.key)
         return caller
@@ -267,7 +270,7 @@ class AuthenticationMiddleware:
                 await self._services.pacer.serve(
                     caller.tenant,
                     partial(self._answer, reservation, scope, receive, send),
-                    runs=lambda: reservation is not None and reservation.leave is not None,
+                    runs=lambda: reservation is not None and reservation.runs,
                     at_once=caller.is_admin,
                 )
 

@@ -3,8 +3,9 @@
 Reading, checking and refusing requests takes the cores that the engine's steps on a CPU need, and the event
 loop through which every stream goes. A tenant is charged the processor time of its requests, each up to the
 moment when the engine has it. What it owes it pays with time: its next requests wait, in the order in which
-they came, and running ones are never delayed. Requests that are refused by their address and headers pay
-together, whoever sends them. This is a leaky bucket (GCRA, ITU-T I.371), in seconds of a processor.
+they came, and running ones are never delayed. Requests that are refused by their address and headers are
+charged to the tenant of their key; those without a valid one pay together, whoever sends them. This is a
+leaky bucket (GCRA, ITU-T I.371), in seconds of a processor.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from functools import partial
 from types import coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from onebase_edge.background import PAYER
+
+Result = TypeVar("Result")
 
 SHARE_OF_CORES = 0.1
 """Part of all cores that one tenant's requests may take while others' requests run."""
@@ -69,28 +72,37 @@ class RequestPacer:
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
         self._refused = _Account(self._clock())
-        """Account of all requests that are refused by their address and headers."""
+        """Account of all requests that are refused without a valid key."""
         self._look_at = _LEAST_KEPT
         """Number of accounts from which on unused ones are looked for."""
 
-    def refuse(self) -> bool:
-        """Charge a refusal, and return True, if a request may be refused now. Else it takes its turn with
-        `serve`, as nobody's."""
-        if self._refused.waiting or self._must_wait(self._refused):
+    def refuse(self, tenant: str | None) -> bool:
+        """Charge a refusal, and return True, if a request may be refused now.
+
+        Else `wait_to_refuse` comes first. tenant: None for a request without a valid key.
+        """
+        account = self._account(tenant)
+        if account.waiting or self._must_wait(account):
             return False
-        self._owe(self._refused, REFUSAL_SECONDS)
+        self._owe(account, REFUSAL_SECONDS)
         return True
+
+    async def wait_to_refuse(self, tenant: str | None) -> None:
+        """Wait for the turn of a request that `refuse` did not let go, and charge its refusal."""
+        account = self._account(tenant)
+        await self._wait(account)
+        self._owe(account, REFUSAL_SECONDS)
 
     async def serve(
         self,
-        tenant: str | None,
+        tenant: str,
         answer: Callable[[], Awaitable[None]],
         *,
         runs: Callable[[], bool] = lambda: False,
         at_once: bool = False,
     ) -> None:
         """Await `answer()` once it is the tenant's turn, or `at_once`, and charge what it takes in this
-        thread until `runs`, and in others. `tenant`: None for a request that is refused."""
+        thread until `runs`, and in others."""
         account = self._account(tenant)
         account.requests += 1
         began = False
@@ -114,7 +126,7 @@ class RequestPacer:
                 account.prepaid = 0.0
                 self._release()
 
-    def charge(self, tenant: str | None, seconds: float) -> None:
+    def charge(self, tenant: str, seconds: float) -> None:
         """Charge what a thread has computed for a tenant's request, perhaps after that has ended."""
         self._charge(self._account(tenant), seconds)
 
@@ -189,10 +201,15 @@ class RequestPacer:
         account.timer = loop.call_later(0.001, self._wake, account)
 
 
+async def charged(work: Awaitable[Result]) -> Result:
+    """Await a part of a request in a task of its own, and charge its tenant for this thread's time."""
+    return await _timed(work, lambda: False, PAYER.get())
+
+
 @coroutine
 def _timed(
-    work: Awaitable[None], is_free: Callable[[], bool], charge: Callable[[float], None]
-) -> Generator[Any, Any, None]:
+    work: Awaitable[Result], is_free: Callable[[], bool], charge: Callable[[float], None]
+) -> Generator[Any, Any, Result]:
     """Await `work`, and charge the processor time of this thread for each of its steps until they are
     free."""
     steps = work.__await__()
@@ -202,8 +219,9 @@ def _timed(
         began = 0.0 if free else time.thread_time()
         try:
             yielded = step()
-        except StopIteration:
-            return
+        except StopIteration as ended:
+            result: Result = ended.value
+            return result
         finally:
             if not free:
                 charge(time.thread_time() - began)

@@ -318,12 +318,19 @@ class QuotaReservation:
     ) -> None:
         self.leave: Callable[[], None] | None = None
         """Function that `close` is to call instead, set once the request runs."""
+        self.brings_others = False
+        """Whether it is over once the requests that it brings are, each of which has a reservation."""
         self._owners = owners
         self._clock = clock
         self._resumed = resumed
         self._requests: list[Charge] = []
         self._tokens: list[Charge] = []
         self._sequences = 0
+
+    @property
+    def runs(self) -> bool:
+        """Whether the engine has the request, or those that it brings."""
+        return self.leave is not None or self.brings_others
 
     @property
     def max_sequences(self) -> int | None:

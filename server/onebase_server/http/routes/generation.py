@@ -72,6 +72,7 @@ from onebase_server.requests.schemas.tgi import TgiRequest
 from onebase_server.telemetry.measurements import RequestMeasurements, RequestTimestamps, TokenUsage
 from onebase_server.telemetry.traces import RequestSpans
 from onebase_server.tenancy.access import Caller
+from onebase_server.tenancy.pacing import charged
 from onebase_server.tenancy.quotas import QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
 
@@ -105,6 +106,7 @@ async def generate_many(
     services.refuse_if_draining()
     services.planner.base()  # without an engine none of them runs: another server may have one
     reservation.refund_request()  # each of them counts by itself
+    reservation.brings_others = True
     resume_state = None if body.stream is False else resume_state_of(request)
     lines = b"" if resume_state is None else resume_state.lines
     transcripts, order = (
@@ -206,7 +208,7 @@ async def _events_of(
 async def _planned(source: _Source, services: Services, caller: Caller) -> GenerationRequest:
     if isinstance(source.body, ApiError):
         raise source.body
-    return await services.planner.generate(source.body, caller, source.transcript)
+    return await charged(services.planner.generate(source.body, caller, source.transcript))
 
 
 def _refund(reservation: QuotaReservation | None, error: ApiError) -> None:
