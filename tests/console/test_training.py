@@ -66,7 +66,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
         events = page.get_by_text("events", exact=False).first
         expect(events).to_be_visible()
         text = page.locator("article").inner_text()
-        replies = page.locator(".sample")
+        replies = page.get_by_role("region", name="What it answers").locator(".sample")
         expect(replies).to_have_count(2)
         assert replies.last.locator(".prompt").inner_text() == "What is <b>this</b>U+202E?"
         learned = page.locator(".example mark").first.inner_text()

@@ -98,7 +98,7 @@ def _point(before: _Reading, after: _Reading) -> LoadPoint:
         at=after.at,
         seconds=after.at - before.at,
         answers=after.answers - before.answers,
-        errors=after.errors - before.errors,
+        errors=min(after.errors - before.errors, after.answers - before.answers),
         requests=sum(counts),
         first_token_p50=quantile(FIRST_TOKEN_SECONDS, counts, 0.5),
         first_token_p95=quantile(FIRST_TOKEN_SECONDS, counts, 0.95),

@@ -134,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+_HELP_WORDS = ("-h", "--help", "help")
+
+
 def run_process() -> NoReturn:
     """Run the command line of this process, and end it with the command's status."""
     end_process(main())
@@ -144,14 +147,14 @@ def _dispatch(arguments: list[str]) -> int:
         sys.stderr.write(HELP)
         return USAGE
     command, *rest = arguments
-    if command in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        return OK
     if command in ("-V", "--version"):
         print(f"onebase {sdk_version()}")
         return OK
-    if command.startswith("-"):
+    if command.startswith("-") and command not in _HELP_WORDS:
         command, rest = _command_first(arguments)
+    if command in _HELP_WORDS:
+        sys.stdout.write(HELP)
+        return OK
     if command in COMMANDS:
         module = importlib.import_module(f".{COMMANDS[command]}", __package__)
         if not hasattr(module, "run"):
@@ -170,7 +173,7 @@ def _command_first(arguments: list[str]) -> tuple[str, list[str]]:
     add_server_options(made)
     made.add_argument("--json", action="store_true")
     place = 0
-    while place < len(arguments) and arguments[place].startswith("-"):
+    while place < len(arguments) and arguments[place].startswith("-") and arguments[place] not in _HELP_WORDS:
         place += 1 if arguments[place] == "--json" or "=" in arguments[place] else 2
     made.parse_args(arguments[:place])
     if place >= len(arguments):

@@ -126,7 +126,9 @@ def _default(given: str) -> tuple[str, object]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"--set {name}: write NAME=VALUE with the name of a default; {hint}")
-    if value.startswith("@"):
+    if value.startswith("@@"):
+        value = value[1:]
+    elif value.startswith("@"):
         try:
             value = Path(value[1:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
