@@ -59,7 +59,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
         page.get_by_label("More settings").fill('{"learning_rate": 0.005, "metrics": ["word_f1"]}')
         train(visit, rows(20), name, file="<b>rows</b>.jsonl")
         expect(page.get_by_role("heading", name=name)).to_be_visible()
-        expect(page.get_by_role("heading", name="Before and after")).to_be_visible()
+        expect(page.get_by_role("heading", name="Before and after")).to_be_visible(timeout=300_000)
         assert visit.violations() == []
         assert visit.too_wide() == []
         figures = page.get_by_role("table").filter(has_text="word_f1").inner_text()
@@ -148,7 +148,7 @@ def test_a_job_is_stopped_and_the_best_of_it_kept(words: Server, look: Look, siz
         expect(page.locator("article .state")).to_have_text("Done")
         expect(page.locator("article > p", has_text="Stopped at step")).to_contain_text("of 3,000")
         expect(button).to_have_count(0)
-        expect(page.get_by_role("heading", name="Before and after")).to_be_visible()
+        expect(page.get_by_role("heading", name="Before and after")).to_be_visible(timeout=300_000)
         assert visit.violations() == []
     with words.client() as http:
         job = http.get("/v1/fine_tuning/jobs").json()["data"][0]

@@ -103,9 +103,9 @@ def _answers(route: APIRoute, schema: Json) -> Iterator[tuple[Json, str, Any]]:
                     yield content.setdefault("application/json", {}), "schema", described.kind
                 else:
                     content.pop("application/json", None)  # FastAPI's
+                if described.event is not None:
                     # No schema: Schemathesis would hold each event to it.
                     content["text/event-stream"] = {}
-                if described.event is not None:
                     yield content["text/event-stream"], "x-itemSchema", described.event
             elif status >= 400:
                 told["description"] = _TOLD[status]

@@ -5846,7 +5846,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["GeneratedAnswer"];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -5992,7 +5992,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["GenerateManyAnswer"];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -6254,7 +6254,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["TgiAnswer"][];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -6400,7 +6400,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["CompletionAnswer"];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -6546,7 +6546,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ChatAnswer"];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -6692,7 +6692,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ResponseAnswer"];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -8157,7 +8157,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["MessageAnswer"];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -15050,7 +15050,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["PageAnswer_JobEventAnswer_"];
-                    "text/event-stream": string;
+                    "text/event-stream": unknown;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
