@@ -513,7 +513,7 @@ def test_an_invocation_given_as_text_is_compared_once_it_is_tokens() -> None:
     for other in ([4, 6], []):
         with pytest.raises(RecipeError, match=r"p has the invocation \[4, 5\].*Leave the invocation out"):
             continued(asked | {"alora_invocation_tokens": other}, own_tokens, "p")
-    with pytest.raises(RecipeError, match="p has no invocation.*Leave alora_invocation out") as refused:
+    with pytest.raises(RecipeError, match=r"p has no invocation.*Leave alora_invocation out") as refused:
         continued(text, {"alora_invocation_tokens": ()}, "p")
     assert refused.value.field == "alora_invocation"
 
