@@ -26,8 +26,8 @@ from onebase_training.data.dataset import DataError, Dataset, Sample
 from onebase_training.data.rows import parse_row
 from onebase_training.data.tokens import BaseTokens, RowTokens, TokenizedRow
 from onebase_training.events import OpenGate
-from onebase_training.parent import Parent
-from onebase_training.recipe import RecipeError, parse_recipe
+from onebase_training.parent import Parent, modules_of
+from onebase_training.recipe import RecipeError, continued, parse_recipe
 from onebase_training.run import TrainingRequest, load_tokenizer, train
 from onebase_training.trainable import Trainable
 
@@ -191,6 +191,16 @@ def test_a_run_takes_the_invocation_as_text(talking_folder: Path, tmp_path: Path
     same = (one.folder / "adapter" / "adapter_model.safetensors" for one in (job, by_tokens))
     first, second = (path.read_bytes() for path in same)
     assert first == second
+    parent = Parent.of_folder(job.folder / "adapter")
+    own = modules_of(parent, base)
+
+    def further(name: str, text: str) -> TrainingRequest:
+        settings = continued({"alora_invocation": text}, own, parent.label)
+        return replace(request_of(talking_folder, tmp_path / name, rows, **settings), parent=parent)
+
+    train(lambda: base, further("c", "\nVerdict:"), lambda event: None, OpenGate())
+    with pytest.raises(RecipeError, match=r"has the invocation .* Leave the invocation out"):
+        train(lambda: base, further("d", "Verdict:"), lambda event: None, OpenGate())
 
 
 def test_a_row_without_the_invocation_is_an_error_that_names_it(talking_folder: Path, tmp_path: Path) -> None:
