@@ -130,12 +130,17 @@ def test_json_and_short_replies_are_measured_without_being_asked(
 def test_only_rows_that_are_measured_choose_the_metrics() -> None:
     rows = ['{"a": 1}', '{"a": 2}', "a text that is neither JSON nor as short as that"]
     read: list[str] = []
+
+    def decode(ids: list[int]) -> str:
+        read.append(rows[ids[0]])
+        return read[-1]
+
     prompts = [
         PromptRow(
             Sample(np.array([number] * 9, np.int32), np.array([True] * 9), number),
             slice(1, 9),
             RowPlace(number, number),
-            lambda ids: read.append(rows[ids[0]]) or rows[ids[0]],
+            decode,
         )
         for number in range(len(rows))
     ]
