@@ -347,6 +347,8 @@ def _check(tensors: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} of the trained adapter is not finite")
 
 
+REPLY_SUBJECTS = ("base", "parent", "active", "adapter")
+"""Subjects whose replies a report's row has, in the order in which they are shown."""
 _TRAINED_IN = {"nf4": "  # trained on it in 4-bit (NF4)", "int8": "  # trained on it in int8", "none": ""}
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -361,6 +363,8 @@ def model_card(
 ) -> str:
     """Return the model card: Markdown with the Hub's metadata on top.
 
+    It quotes no rows, as it may be published: the report alone has the replies to held-out prompts.
+
     Args:
         repo: the base's name on the Hub, None if it is a folder. commit: of the base.
         data: files for training and evaluation.
@@ -370,7 +374,6 @@ def model_card(
         _metadata(report, repo),
         f"# {_heading(report.name)}",
         f"A LoRA adapter for {_base(report, repo, commit)}, trained with OneBase{_parent(report)}.",
-        _replies(report),
         _results(report),
         _classes(report),
         _curve(report),
@@ -400,21 +403,6 @@ def _metadata(report: RunReport, repo: str | None) -> str:
 def _base(report: RunReport, repo: str | None, commit: str | None) -> str:
     name = f"[{repo}](https://huggingface.co/{repo})" if repo else f"`{_plain(report.base)}`"
     return f"{name} at commit `{commit}`" if commit else name
-
-
-def _replies(report: RunReport) -> str:
-    """Return the first held-out prompts with the replies of all subjects."""
-    parts = []
-    for row in report.replies:
-        lines = [("prompt", row["prompt"]), ("wanted", row["reference"])]
-        lines += [(name, row[name]) for name in REPLY_SUBJECTS if row.get(name) is not None]
-        parts.append(
-            _table(["", f"line {row['line']}"], [[name, f"`{_plain(text)}`"] for name, text in lines])
-        )
-    return "\n\n".join(["## Replies to held-out prompts", *parts]) if parts else ""
-
-
-REPLY_SUBJECTS = ("base", "parent", "active", "adapter")
 
 
 def _results(report: RunReport) -> str:

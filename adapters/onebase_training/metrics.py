@@ -75,7 +75,7 @@ def automatic_metrics(references: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     replies the exact match, else none.
 
     Args:
-        references: text and number of tokens of each held-out row's own reply.
+        references: text and number of tokens of the own reply of each held-out row that is measured.
     """
     json, short, some = True, True, False
     for text, tokens in references:

@@ -264,7 +264,7 @@ class Recipe:
         "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
         "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
         "one_of:A|B|C, min_characters:N, max_characters:N (default: json_valid and exact_match where every "
-        "held-out reply is JSON, exact_match where all are short)",
+        "measured held-out reply is JSON, exact_match where all are short)",
     )
     best_by: str = _setting(
         "loss",
@@ -464,6 +464,12 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.best_by != "loss" and recipe.best_by not in recipe.measured:
         known = "accuracy or f1" if recipe.method == "classification" else "one of the recipe's metrics"
         raise RecipeError("best_by", f"best_by is {shown(recipe.best_by)}: write loss, or {known}")
+    if recipe.metrics and not recipe.metric_rows:
+        raise RecipeError(
+            "metric_rows",
+            f"metric_rows is 0, so that no replies are generated for {', '.join(recipe.metrics)}: write 1 or "
+            "more, or leave metrics out",
+        )
 
 
 def _check_activated(recipe: Recipe) -> None:
@@ -560,18 +566,27 @@ def own_settings(
 def continued(given: Mapping[str, Any], own: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Return the given settings, with those that the parent decides.
 
+    An invocation given as text stays in place of the parent's tokens: they are compared once it is tokens.
+
     Raises RecipeError for one that contradicts the parent.
     """
+    by_text = bool(given.get("alora_invocation")) and not given.get("alora_invocation_tokens")
+    if by_text and not own.get("alora_invocation_tokens"):
+        raise RecipeError(
+            "alora_invocation",
+            f"alora_invocation is {shown(given['alora_invocation'])}, but {label} has no invocation, and "
+            "training continues from its weights. Leave alora_invocation out",
+        )
     for name, value in own.items():
         if name not in given or given[name] in (None, "auto"):
             continue
         asked = _plain(name, given[name], dict(recipe_fields_by_name())[name])
         if name == "targets":
-            last = {layer.rpartition(".")[2] for layer in value}
-            agrees = isinstance(asked, tuple) and set(asked) in (set(value), last)
+            agrees = _fits(asked, tuple[str, ...]) and _are_layers(asked, value)
             has = "layers of its own"
         elif name == "alora_invocation_tokens":
-            agrees, has = asked == tuple(value), "an invocation of its own" if value else "no invocation"
+            agrees = asked == tuple(value) or (by_text and not asked)
+            has = f"the invocation {shown(list(value))}" if value else "no invocation"
         elif name == "init":
             agrees, has = asked in (None, "true"), "weights of its own"
         else:
@@ -580,6 +595,21 @@ def continued(given: Mapping[str, Any], own: Mapping[str, Any], label: str) -> d
             raise RecipeError(
                 name,
                 f"{name} is {shown(given[name])}, but {label} has {has}, and training continues from its "
-                f"weights. Leave {name} out",
+                f"weights. Leave {'the invocation' if name == 'alora_invocation_tokens' else name} out",
             )
-    return {**given, **own}
+    made = {**given, **own}
+    if by_text:
+        del made["alora_invocation_tokens"]
+    return made
+
+
+def _are_layers(targets: Sequence[str], layers: Sequence[str]) -> bool:
+    """Return True if the targets, whole names, last names or the group of experts, mean all of the layers and
+    no others."""
+    names = [_names_of(layer) for layer in layers]
+    return set[str]().union(*names).issuperset(targets) and not any(map(set(targets).isdisjoint, names))
+
+
+def _names_of(layer: str) -> set[str]:
+    *_, module, last = ["", *layer.split(".")]
+    return {layer, last, *(("experts", f"experts.{last}") if module == "experts" else ())}

@@ -822,12 +822,13 @@ def _memory_for_run(job: TrainingRequest) -> int | None:
 
 def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
     """Return the recipe with all decided except what depends on memory, with the metrics that suit the
-    held-out replies where none are named. `config`: the base's."""
+    held-out rows they are measured on where none are named. `config`: the base's."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     found = resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
     if found.metrics or found.method == "classification" or not found.metric_rows or data.held_out is None:
         return found
-    references = ((prompt.reference, len(prompt.reply)) for prompt in data.held_out.prompts)
+    measured = data.held_out.prompts[: found.metric_rows]
+    references = ((prompt.reference, len(prompt.reply)) for prompt in measured)
     return replace(found, metrics=automatic_metrics(references))
 
 

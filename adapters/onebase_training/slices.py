@@ -198,8 +198,10 @@ def _changed(
     found = {}
     decided = [name for name in recipe.measured if name == ACCURACY or (name != F1 and is_decided(name))]
     for metric in decided:
-        pairs = zip(*(one.of_row.get(metric, []) for one in scores), strict=True)
-        for number, (before, after) in enumerate(pairs):
+        rows = [one.of_row.get(metric, []) for one in scores]
+        if not all(rows):  # a subject has no replies if memory ran out for metrics that nobody asked for
+            continue
+        for number, (before, after) in enumerate(zip(*rows, strict=True)):
             if before > after:
                 texts = (prompts[number].reference, *(one.replies[number] for one in measured))
                 reference, said, says = (text[:LONGEST] for text in texts)

@@ -164,6 +164,80 @@ def test_answers_that_are_cut_off_are_not_trained_on_and_tool_calls_are_kept(old
     assert (gate.rows, gate.metrics) == (2, {})  # no replies but the old model's: nothing to reach
 
 
+def test_a_model_that_takes_no_temperature_is_asked_without(
+    old: OpenAIDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts(5)
+    said = "Unsupported value: 'temperature' does not support 0 with this model."
+    error = {"message": said, "type": "invalid_request_error", "param": "temperature"}
+    old.refusals = [(400, error | {"code": "unsupported_value"}, {})]
+    assert run(old) == 0
+    assert ["temperature" in body for body in old.asked] == [True] + [False] * 5
+    assert "takes no temperature: its answers are sampled" in capsys.readouterr().err
+    old.refusals = [(400, error, {}), (400, error, {})]
+    assert run(old, "--out", "again") == 1
+    assert f"HTTP 400: {said}" in capsys.readouterr().err
+
+
+def test_an_answer_that_was_cut_off_is_asked_again_with_a_higher_limit(
+    old: OpenAIDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts(5)
+    old.answers = {"q1": "cut…", "q2": "cut…"}
+    assert run(old, "--answer-tokens", "10") == 0
+    assert "2 answers were cut off: a higher --answer-tokens" in capsys.readouterr().err
+    for limit, more in (("10", []), ("20", ["q1", "q2"]), ("20", [])):
+        old.asked.clear()
+        old.answers = {"q1": "cut…"}
+        assert run(old, "--answer-tokens", limit) == 0
+        assert [body["messages"][-1]["content"] for body in old.asked] == more
+    assert "2 prompts (3 are recorded already)" in capsys.readouterr().err
+    file = Path("prompts-openai/answers.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        del line["max_tokens"]  # as earlier releases wrote it
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    old.asked.clear()
+    assert run(old, "--answer-tokens", "20") == 0
+    assert len(old.asked) == 1
+
+
+@pytest.mark.parametrize("place", ["tools", "reply"])
+def test_a_tool_that_is_no_function_is_refused_before_anything_is_asked(
+    old: OpenAIDouble, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    custom = {"type": "custom", "custom": {"name": "sh", "input": "ls"}}
+    messages: list[Any] = [{"role": "user", "content": "q"}]
+    row: dict[str, Any] = {"messages": messages}
+    if place == "tools":
+        row["tools"] = [custom]
+    else:
+        messages.append({"role": "assistant", "tool_calls": [custom]})
+    Path("prompts.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit):
+        run(old)
+    said = capsys.readouterr().err
+    assert "line 1: a tool" in said
+    assert "leave the row out" in said
+    assert not old.asked
+    with pytest.raises(ValueError, match="no call of a function"):
+        openai_answers.text_of({"tool_calls": [custom]})
+
+
+@pytest.mark.parametrize("line", ['{"key": "x"}', "7", '{"asked": "m"}'])
+def test_a_line_that_is_no_answer_is_named_and_left_as_it_is(
+    old: OpenAIDouble, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    prompts(5)
+    file = Path("prompts-openai/answers.jsonl")
+    file.parent.mkdir()
+    file.write_text(line + "\n")
+    with pytest.raises(SystemExit):
+        run(old)
+    assert "answers.jsonl, line 1 is no recorded answer: remove it" in capsys.readouterr().err
+    assert (file.read_text(), old.asked) == (line + "\n", [])
+
+
 CHECK = {"type": "string_check", "name": "same", "input": "{{ sample.output_text }}", "operation": "eq",
          "reference": "{{item.answer}}"}  # fmt: skip
 LIKE = CHECK | {"name": "polite", "operation": "like", "reference": "Thank"}
@@ -263,6 +337,25 @@ def test_an_adapter_is_measured_on_the_rows_that_the_old_model_was_measured_on(o
     assert (wanted.name, wanted.method, wanted.was) == ("prompts-openai", "supervised", MODEL)
     assert wanted.settings["metrics"] == ["json_valid", "exact_match"]
     assert (wanted.settings["metric_rows"], wanted.settings["metric_tokens"]) == (4, 32)
+    # Other metrics never take the place of those that are compared.
+    args.set = ["metrics=word_f1"]
+    assert migrate.read_wanted(args, gate).settings["metrics"] == ["json_valid", "exact_match", "word_f1"]
+    args.set = ["metric_rows=0"]
+    with pytest.raises(ValueError, match="--set metric_rows=0: replies are compared"):
+        migrate.read_wanted(args, gate)
+    assert "metrics" not in migrate.read_wanted(args).settings
+
+
+def test_an_adapter_that_was_not_measured_is_not_said_to_be_worse(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = msgspec.convert(REPORT | {"metrics_after": {"word_f1": 0.5}}, TrainingReport)
+    job: Any = SimpleNamespace(activated=False, info=SimpleNamespace(report=report, version="v" * 64))
+    args, client = argparse.Namespace(activate="if_better"), None
+    assert migrate._judge(client, job, Gate(MODEL, 4, {"exact_match": 0.5}, 40), args) is False  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert "exact_match: not measured here" in said
+    assert "does not reach" not in said
 
 
 def test_a_folder_without_recorded_answers_is_refused(

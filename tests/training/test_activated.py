@@ -24,10 +24,10 @@ from onebase_training.batches import MicroBatch
 from onebase_training.checkpoint import write_adapter
 from onebase_training.data.dataset import DataError, Dataset, Sample
 from onebase_training.data.rows import parse_row
-from onebase_training.data.tokens import BaseTokens, RowTokens
+from onebase_training.data.tokens import BaseTokens, RowTokens, TokenizedRow
 from onebase_training.events import OpenGate
-from onebase_training.parent import Parent
-from onebase_training.recipe import RecipeError, parse_recipe
+from onebase_training.parent import Parent, modules_of
+from onebase_training.recipe import RecipeError, continued, parse_recipe
 from onebase_training.run import TrainingRequest, load_tokenizer, train
 from onebase_training.trainable import Trainable
 
@@ -191,6 +191,16 @@ def test_a_run_takes_the_invocation_as_text(talking_folder: Path, tmp_path: Path
     same = (one.folder / "adapter" / "adapter_model.safetensors" for one in (job, by_tokens))
     first, second = (path.read_bytes() for path in same)
     assert first == second
+    parent = Parent.of_folder(job.folder / "adapter")
+    own = modules_of(parent, base)
+
+    def further(name: str, text: str) -> TrainingRequest:
+        settings = continued({"alora_invocation": text}, own, parent.label)
+        return replace(request_of(talking_folder, tmp_path / name, rows, **settings), parent=parent)
+
+    train(lambda: base, further("c", "\nVerdict:"), lambda event: None, OpenGate())
+    with pytest.raises(RecipeError, match=r"has the invocation .* Leave the invocation out"):
+        train(lambda: base, further("d", "Verdict:"), lambda event: None, OpenGate())
 
 
 def test_a_row_without_the_invocation_is_an_error_that_names_it(talking_folder: Path, tmp_path: Path) -> None:
@@ -212,6 +222,19 @@ def test_only_what_follows_the_invocation_is_learned(talking_folder: Path) -> No
     first = int(np.flatnonzero(sample.supervised)[0])
     assert sample.ids[first - len(invocation) : first].tolist() == invocation
     assert first == sample.prompt, "from the last one on, though everything is learned"
+
+
+@pytest.mark.parametrize(("last", "answered"), [([7, *INVOCATION, 5], True), ([7, 8, 9, 5], False)])
+def test_no_reply_is_generated_where_the_last_prompt_lacks_the_invocation(
+    talking_folder: Path, last: list[int], answered: bool
+) -> None:
+    """The earlier reply of the row is learned still, and its prompt is not that of the last reply."""
+    base = BaseTokens(load_tokenizer(BaseSettings(folder=talking_folder)))
+    tokens = RowTokens(base, everything=False, limit=200, too_long="refuse", invocation=INVOCATION)
+    pieces = [TokenizedRow([6, *INVOCATION, 4], [(3, 4)], 3), TokenizedRow(last, [(3, 4)], 3)]
+    made = tokens._bounded(1, pieces)
+    assert [sample.ids.tolist() for sample in made.samples] == [piece.ids for piece in pieces[: 1 + answered]]
+    assert (made.reply is not None) is answered
 
 
 @pytest.mark.parametrize(

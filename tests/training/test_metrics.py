@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 
 from onebase_training.checkpoint import doubts
+from onebase_training.data.dataset import Dataset, PromptRow, RowPlace, Sample
 from onebase_training.metrics import (
     METRICS,
     MetricError,
@@ -15,6 +20,7 @@ from onebase_training.metrics import (
     score,
 )
 from onebase_training.recipe import RecipeError, parse_recipe
+from onebase_training.run import resolved
 
 SCORES = [
     ("exact_match", " Berlin\n", "Berlin", 1),
@@ -119,6 +125,30 @@ def test_json_and_short_replies_are_measured_without_being_asked(
     replies: list[tuple[str, int]], metrics: tuple[str, ...]
 ) -> None:
     assert automatic_metrics(replies) == metrics
+
+
+def test_only_rows_that_are_measured_choose_the_metrics() -> None:
+    rows = ['{"a": 1}', '{"a": 2}', "a text that is neither JSON nor as short as that"]
+    read: list[str] = []
+
+    def decode(ids: list[int]) -> str:
+        read.append(rows[ids[0]])
+        return read[-1]
+
+    prompts = [
+        PromptRow(
+            Sample(np.array([number] * 9, np.int32), np.array([True] * 9), number),
+            slice(1, 9),
+            RowPlace(number, number),
+            decode,
+        )
+        for number in range(len(rows))
+    ]
+    data: Any = SimpleNamespace(train=rows, given=3, held_out=Dataset([], prompts))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=512))
+    assert resolved(parse_recipe({"metric_rows": 2}), data, config).metrics == ("json_valid", "exact_match")
+    assert read == rows[:2]
+    assert resolved(parse_recipe({"metric_rows": 3}), data, config).metrics == ()
 
 
 @pytest.mark.parametrize(

@@ -477,6 +477,47 @@ def test_settings_that_say_what_the_parent_is_are_taken(base: torch.nn.Module, t
     assert continued({"alpha": "auto", "r": None}, settings, "p")["alpha"] == 8.0
 
 
+ON_EXPERTS = [
+    f"model.layers.{n}.mlp.experts.{name}" for n in (0, 1) for name in ("down_proj", "gate_up_proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("targets", "agree"),
+    [
+        (["experts"], True),
+        (["experts.down_proj", "experts.gate_up_proj"], True),
+        (ON_EXPERTS, True),
+        (["experts.down_proj"], False),
+        (["experts", "q_proj"], False),
+        ([["experts"]], False),
+    ],
+)
+def test_experts_may_be_named_again_as_their_group(targets: list[Any], agree: bool) -> None:
+    settings = {"targets": ON_EXPERTS}
+    if agree:
+        assert continued({"targets": targets}, settings, "p") == settings
+    else:
+        with pytest.raises(RecipeError, match="Leave targets out"):
+            continued({"targets": targets}, settings, "p")
+    with pytest.raises(RecipeError, match="Leave targets out"):
+        continued({"targets": ["experts"]}, {"targets": ["model.layers.0.mlp.experts.0.w1"]}, "p")
+
+
+def test_an_invocation_given_as_text_is_compared_once_it_is_tokens() -> None:
+    own_tokens, text = {"alora_invocation_tokens": (4, 5)}, {"alora_invocation": "Verdict:"}
+    recipe = parse_recipe(continued(text, own_tokens, "p"))
+    assert (recipe.alora_invocation, recipe.alora_invocation_tokens) == ("Verdict:", ())
+    asked = {"alora_invocation": "", "alora_invocation_tokens": [4, 5]}
+    assert parse_recipe(continued(asked, own_tokens, "p")).alora_invocation_tokens == (4, 5)
+    for other in ([4, 6], []):
+        with pytest.raises(RecipeError, match=r"p has the invocation \[4, 5\].*Leave the invocation out"):
+            continued(asked | {"alora_invocation_tokens": other}, own_tokens, "p")
+    with pytest.raises(RecipeError, match=r"p has no invocation.*Leave alora_invocation out") as refused:
+        continued(text, {"alora_invocation_tokens": ()}, "p")
+    assert refused.value.field == "alora_invocation"
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

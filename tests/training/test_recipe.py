@@ -54,6 +54,11 @@ def test_whatever_is_written_it_is_a_recipe_or_an_error_of_one_field(settings: d
             "has 509 characters: write 500 at most",
         ),
         ({"ranks": 8}, "ranks", "is not a setting of a recipe"),
+        (
+            {"metrics": ["exact_match"], "best_by": "exact_match", "metric_rows": 0},
+            "metric_rows",
+            "no replies are generated for exact_match: write 1 or more, or leave metrics out",
+        ),
     ],
 )
 def test_what_does_not_go_together_or_is_too_much_is_refused(

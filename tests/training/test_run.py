@@ -152,8 +152,12 @@ def test_json_is_measured_and_replies_are_shown_without_being_asked(
     }  # fmt: skip
     assert report.replies[0]["prompt"].endswith("Item 100 is red. Which colour?")
     assert report.replies[0]["reference"] == '{"colour": "red"}'
+    held = json.loads((job.folder / "report.json").read_text())
+    assert held["replies"] == report.replies
+    # The card may be published.
     card = (job.folder / "adapter" / "README.md").read_text()
-    assert card.index("## Replies to held-out prompts") < card.index("## Results")
+    assert "## Results" in card
+    assert not any(text in card for text in ("Which colour?", '{"colour": "red"}'))
 
 
 def test_replies_are_shown_where_nothing_is_measured_and_none_are_generated_for_no_rows(

@@ -113,6 +113,14 @@ def test_a_metric_with_values_between_names_no_rows() -> None:
     assert (found["changed"], found["slices"][0]["worse_by"] > 0) == ([], True)
 
 
+@pytest.mark.parametrize(("before", "after"), [(["x", "y"], []), ([], ["x", "y"])])
+def test_a_subject_without_replies_is_compared_by_loss_alone(before: list[str], after: list[str]) -> None:
+    """As after a measurement that ran out of memory."""
+    asked = prompts(["a", "a"], ["x", "y"])
+    found = compared(recipe(metrics=["exact_match"]), asked, before, after, losses=({"a": 1.0}, {"a": 2.0}))
+    assert (found["changed"], found["slices"][0]["worse_by"]) == ([], 1.0)
+
+
 def test_a_report_is_bounded_and_its_verdict_is_not() -> None:
     count = MOST_SLICES + 50
     asked = prompts([f"s{number}" for number in range(count) for _ in range(2)], ["r" * 5000] * 2 * count)

@@ -475,9 +475,10 @@ class RowTokens:
 
     def _bounded(self, line: int, pieces: Sequence[TokenizedRow]) -> Tokenized:
         samples = []
-        truncated = False
+        truncated = kept = False
         dropped, uninvoked = not pieces, False
         for piece in pieces:
+            kept = False
             if not self._is_kept(len(piece.ids)):
                 dropped = True
                 continue
@@ -488,12 +489,14 @@ class RowTokens:
                 continue
             if sample.targets:
                 samples.append(sample)
+                kept = True
         if uninvoked and not samples:
             raise RowError("", self._without_invocation())
         if not samples and not dropped:
             cut = f" within the first {self._limit} tokens (max_length)" if truncated else ""
             raise RowError("", f"nothing to learn{cut}: no token of a reply is left")
-        whole = bool(samples) and len(pieces[-1].ids) <= self._limit
+        # A reply is generated to the prompt of the last sample, which must be that of the last piece.
+        whole = kept and len(pieces[-1].ids) <= self._limit
         return Tokenized(samples, self._last_reply(pieces[-1]) if whole else None, truncated)
 
     def _keep_activated(self, sample: Sample) -> bool:

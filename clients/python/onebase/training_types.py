@@ -152,8 +152,8 @@ class TrainingSettings(TypedDict, total=False):
     metrics: str | Sequence[str]
     """Measured on generated replies, base and adapter: exact_match, json_valid, json_equal, json_keys:A|B|C,
     word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, one_of:A|B|C, min_characters:N,
-    max_characters:N (default: json_valid and exact_match where every held-out reply is JSON, exact_match
-    where all are short)."""
+    max_characters:N (default: json_valid and exact_match where every measured held-out reply is JSON,
+    exact_match where all are short)."""
     best_by: str
     """Measure by which the adapter is judged: loss or one of the metrics; for classification loss, accuracy
     or f1 (default: loss)."""

@@ -143,7 +143,10 @@ def _held_out(path: str | Path, line: int, row: Mapping[str, Any]) -> HeldOutRow
     if isinstance(prompt, list):
         messages = [*prompt, *(completion if isinstance(completion, list) else ())]
     if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages):
-        wanted = _reply_of(messages[-1]) if messages[-1].get("role") == "assistant" else None
+        try:
+            wanted = _reply_of(messages[-1]) if messages[-1].get("role") == "assistant" else None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
         asked: Json = {
             "messages": [_plain(one) for one in (messages[:-1] if wanted is not None else messages)]
         }
@@ -170,9 +173,23 @@ def _text(content: object) -> str:
 def _reply_of(message: Mapping[str, Any]) -> str:
     """Return a reply's text, or its tool calls as JSON: name and arguments."""
     calls = message.get("tool_calls") or ()
-    if not calls:
-        return _text(message.get("content"))
-    return calls_text([(call["function"]["name"], call["function"]["arguments"]) for call in calls])
+    return calls_text(function_calls(calls)) if calls else _text(message.get("content"))
+
+
+def function_calls(calls: object) -> list[tuple[str, Any]]:
+    """Return name and arguments of the tool calls of a message.
+
+    Raises ValueError if one calls no function, as calls of custom tools.
+    """
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not {"name", "arguments"} <= function.keys():
+            raise ValueError(
+                f"a tool call is no call of a function, but {json.dumps(call)[:80]}: leave the row out"
+            )
+        found.append((function["name"], function["arguments"]))
+    return found
 
 
 def calls_text(calls: Sequence[tuple[str, Any]]) -> str:

@@ -35,9 +35,11 @@ from .openai_answers import (
     Old,
     OpenAIError,
     Recorded,
+    check_tools,
     estimated_tokens,
     graders_of,
     is_json,
+    key_of,
     metric_of,
     read_gate,
     record,
@@ -204,6 +206,7 @@ def _record(made: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             raise ValueError("OPENAI_API_KEY is not set: the old model is asked with your key")
         rows = held_out_rows(args.record)
         held_out = held_out_rows(args.validation) if args.validation else ()
+        check_tools([*rows, *held_out])
         folder = Path(args.out or f"{Path(args.record).stem}-openai").expanduser()
         recorded = Recorded.open(folder, model)
         metrics, notes = _graders(job, args.evals)
@@ -213,15 +216,17 @@ def _record(made: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     every = [*rows, *held_out]
     for sentence in notes:
         note(sentence)
-    if left := recorded.left(every):
+    if left := recorded.left(every, old.max_tokens):
         note(_cost(old, left, recorded, args.price))
         if not args.yes and not _confirmed("Ask for them?"):
             note("Nothing was asked.")
             return FAILED
     try:
         with ProgressDisplay() as display:
-            record(old, every, recorded, lambda share: display(Progress("asking", share)))
+            exact = record(old, every, recorded, lambda share: display(Progress("asking", share)))
             display(Progress(READY))
+        if not exact:
+            note(f"{model} takes no temperature: its answers are sampled, and another time it says others.")
         gate = write_sets(recorded, rows, held_out, metrics or _metrics_for(every), model)
     except OpenAIError as error:
         note(f"onebase: {error}")
@@ -249,6 +254,8 @@ def _say_recorded(folder: Path, recorded: Recorded, gate: Gate, args: argparse.N
         f"{gate.rows} rows are held out; "
         + (f"the old model reached {reached}." if reached else "their replies are the old model's own.")
     )
+    if cut := sum(answer["finish_reason"] == "length" for answer in recorded.answers.values()):
+        note(f"{cut} answers were cut off: a higher --answer-tokens asks for them again.")
     job = f" --job {args.job}" if args.job else ""
     note(f"Train on them: onebase migrate openai --recorded {folder}{job}")
     return OK
@@ -257,7 +264,8 @@ def _say_recorded(folder: Path, recorded: Recorded, gate: Gate, args: argparse.N
 def _cost(old: Old, rows: Sequence[HeldOutRow], recorded: Recorded, price: tuple[float, float] | None) -> str:
     sent, answered = estimated_tokens(rows, recorded)
     dollars = f", about ${_dollars(price, sent, answered):.2f}" if price else ""
-    rest = f" ({len(recorded.answers)} are recorded already)" if recorded.answers else ""
+    kept = len(recorded.answers.keys() - set(map(key_of, rows)))
+    rest = f" ({kept} are recorded already)" if kept else ""
     unpriced = "" if price else " --price IN/OUT says what that costs."
     return (
         f"{old.model} at {old.url} is asked {len(rows)} prompts{rest}, billed to your key: about {sent:,} "
@@ -316,7 +324,8 @@ def _use_recorded(args: argparse.Namespace) -> Gate | None:
 def read_wanted(args: argparse.Namespace, gate: Gate | None = None) -> Wanted:
     """Return the job that the options, the rows and the job at OpenAI describe.
 
-    gate: the old model's figures, if its answers are trained on; the same metrics are measured.
+    gate: the old model's figures, if its answers are trained on; the same metrics are measured, besides those
+        of --set.
 
     Raises:
         ValueError: a file is not what it should be, or the job is of a kind that is not trained here.
@@ -334,6 +343,12 @@ def read_wanted(args: argparse.Namespace, gate: Gate | None = None) -> Wanted:
         **{_OURS.get(key, key): value for key, value in _hyperparameters(job, kind).items()},
         **given,
     }
+    if gate and gate.metrics:
+        if given.get("metric_rows") == 0:
+            raise ValueError(f"--set metric_rows=0: replies are compared with those of {gate.model}")
+        settings["metrics"] = list(dict.fromkeys([*gate.metrics, *given.get("metrics", ())]))
+    elif settings.get("metric_rows") == 0 and "metrics" not in given:
+        del settings["metrics"]
     return Wanted(
         name=args.name or _name(job) or _named(Path(args.recorded).name if gate else rows.stem) or "migrated",
         method=kind,
@@ -526,8 +541,9 @@ def _decides(gate: Gate | None, args: argparse.Namespace) -> bool:
 
 
 def _passed(gate: Gate, report: TrainingReport) -> bool:
-    """Return True if the adapter reaches the old model's figures, and is better than the active version."""
-    reached = all(report.metrics_after.get(name, 0.0) >= value for name, value in gate.metrics.items())
+    """Return True if the adapter reaches the old model's figures, all measured, and is better than the active
+    version."""
+    reached = all(report.metrics_after[name] >= value for name, value in gate.metrics.items())
     return reached and report.better_than.get("active", True) is True
 
 
@@ -538,8 +554,11 @@ def _judge(client: Client, job: TrainingJob, gate: Gate, args: argparse.Namespac
     if found is None or not gate.metrics:
         return bool(job.activated)
     say = console(stderr=True)
+    if missing := [name for name in gate.metrics if name not in found.metrics_after]:
+        note(f"{', '.join(missing)}: not measured here, so that nothing is compared with {gate.model}.")
+        return bool(job.activated)
     for name, value in gate.metrics.items():
-        own, base = found.metrics_after.get(name, 0.0), found.metrics_before.get(name, 0.0)
+        own, base = found.metrics_after[name], found.metrics_before.get(name, 0.0)
         style = "green" if own >= value else "red"
         text = f"{name}: {gate.model} {value:.1%}, base {base:.1%}, adapter "
         say.print(line(text) + line(f"{own:.1%}", style), soft_wrap=True)

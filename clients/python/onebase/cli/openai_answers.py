@@ -16,7 +16,7 @@ import httpx2
 
 from onebase_protocol.common import Json
 
-from .._core.rows import HeldOutRow, calls_text
+from .._core.rows import HeldOutRow, calls_text, function_calls
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
 ANSWERS, TRAIN, HELD_OUT, GATE = "answers.jsonl", "train.jsonl", "heldout.jsonl", "gate.json"
@@ -28,6 +28,7 @@ _TRIES: Final = 6
 _LONGEST_WAIT_S: Final = 60.0
 _CHARACTERS_A_TOKEN: Final = 4
 """Characters of English text in a token, for a first estimate of what will be billed."""
+_USAGE: Final = ("prompt_tokens", "completion_tokens")
 _WHOLE: Final = ("stop", "tool_calls", "function_call")
 """Ends of an answer that is not cut off."""
 
@@ -57,17 +58,23 @@ class Recorded:
     def open(cls, folder: Path, model: str) -> Recorded:
         """Return the answers in a folder. A line that was cut off is asked again.
 
-        Raises ValueError if they are another model's, OSError.
+        Raises ValueError if they are another model's, or a line is JSON and no answer; OSError.
         """
         folder.mkdir(parents=True, exist_ok=True)
         file, found = folder / ANSWERS, {}
         whole = bytearray()
-        for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else ()
+        for number, line in enumerate(lines, 1):
             try:
                 answer = json.loads(line)
-                found[answer["key"]] = answer
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue
+            if not _is_answer(answer):
+                raise ValueError(
+                    f"{file}, line {number} is no recorded answer: remove it, or give another folder with "
+                    "--out"
+                )
+            found[answer["key"]] = answer
             whole += line if line.endswith(b"\n") else line + b"\n"
         others = {answer["asked"] for answer in found.values()} - {model}
         if others:
@@ -86,10 +93,26 @@ class Recorded:
             os.fsync(out.fileno())
         self.answers[answer["key"]] = answer
 
-    def left(self, rows: Sequence[HeldOutRow]) -> list[HeldOutRow]:
-        """Return the rows that have no answer yet, each prompt once."""
+    def left(self, rows: Sequence[HeldOutRow], max_tokens: int) -> list[HeldOutRow]:
+        """Return the rows that have no answer yet, or one cut off below `max_tokens`, each prompt once."""
         wanted = {key_of(row): row for row in rows}
-        return [row for key, row in wanted.items() if key not in self.answers]
+        return [row for key, row in wanted.items() if not self._has(key, max_tokens)]
+
+    def _has(self, key: str, max_tokens: int) -> bool:
+        answer = self.answers.get(key)
+        if answer is None or answer["finish_reason"] != "length":
+            return answer is not None
+        return bool(answer.get("max_tokens", answer["usage"]["completion_tokens"]) >= max_tokens)
+
+
+def _is_answer(found: Any) -> bool:
+    kinds = {"key": str, "asked": str, "messages": list, "answer": dict, "usage": dict}
+    return (
+        isinstance(found, dict)
+        and "finish_reason" in found
+        and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(found["usage"].get(name), int) for name in _USAGE)
+    )
 
 
 def key_of(row: HeldOutRow) -> str:
@@ -121,41 +144,57 @@ def estimated_tokens(rows: Sequence[HeldOutRow], recorded: Recorded) -> tuple[in
 
 def record(
     old: Old, rows: Sequence[HeldOutRow], recorded: Recorded, progress: Callable[[float], object]
-) -> None:
-    """Ask for the answers that are not recorded yet.
+) -> bool:
+    """Ask for the answers that are not recorded yet. Return True if the model was asked at temperature 0.
 
     Raises:
         OpenAIError: a request was refused. The answers before it are kept, and the same call goes on.
     """
-    left = recorded.left(rows)
+    left = recorded.left(rows, old.max_tokens)
+    sampling: Json = {"temperature": 0}
     with httpx2.Client(timeout=120.0) as http:
         for number, row in enumerate(left, 1):
-            recorded.add(_answer(old, row, _ask(http, old, row)))
+            recorded.add(_answer(old, row, _ask(http, old, row, sampling)))
             progress(number / len(left))
+    return bool(sampling)
+
+
+def check_tools(rows: Sequence[HeldOutRow]) -> None:
+    """Raise ValueError for a row with a tool that is no function: it cannot be trained on."""
+    for row in rows:
+        for tool in row.asked.get("tools", ()):
+            if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+                raise ValueError(
+                    f"line {row.line}: a tool is no function, but {json.dumps(tool)[:80]}: leave the row out"
+                )
 
 
 def _answer(old: Old, row: HeldOutRow, body: Json) -> Json:
     try:
         choice = body["choices"][0]
         message = {name: value for name, value in choice["message"].items() if name in _KEPT and value}
-        usage = {name: int(body["usage"][name]) for name in ("prompt_tokens", "completion_tokens")}
+        usage = {name: int(body["usage"][name]) for name in _USAGE}
         finish = choice["finish_reason"]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise OpenAIError(f"its answer has another form than chat.completion: {error!r}") from error
     return {
         "key": key_of(row), "asked": old.model, "line": row.line, **_asked(row), "answer": message,
-        "finish_reason": finish, "usage": usage, "model": str(body.get("model", "")),
+        "finish_reason": finish, "usage": usage, "max_tokens": old.max_tokens,
+        "model": str(body.get("model", "")),
     }  # fmt: skip
 
 
 _KEPT: Final = ("role", "content", "tool_calls", "refusal")
 
 
-def _ask(http: httpx2.Client, old: Old, row: HeldOutRow) -> Json:
-    """Return OpenAI's answer; asks again after an overload or a broken connection. Raises OpenAIError."""
-    body = {"model": old.model, "temperature": 0, "max_completion_tokens": old.max_tokens, **_asked(row)}
+def _ask(http: httpx2.Client, old: Old, row: HeldOutRow, sampling: Json) -> Json:
+    """Return OpenAI's answer; asks again after an overload or a broken connection. Raises OpenAIError.
+
+    sampling: emptied once the model refuses a temperature, as reasoning models do.
+    """
     said = ""
     for attempt in range(_TRIES):
+        body = {"model": old.model, **sampling, "max_completion_tokens": old.max_tokens, **_asked(row)}
         wait = min(_LONGEST_WAIT_S, 2.0**attempt)
         try:
             reply = http.post(
@@ -167,6 +206,9 @@ def _ask(http: httpx2.Client, old: Old, row: HeldOutRow) -> Json:
             if reply.status_code == 200:
                 return dict(reply.json())
             code, said = _refusal(reply)
+            if sampling and reply.status_code == 400 and "'temperature'" in said:
+                sampling.clear()
+                continue
             if code == "insufficient_quota" or (
                 reply.status_code < 500 and reply.status_code not in (408, 409, 429)
             ):
@@ -292,10 +334,10 @@ def _write(file: Path, rows: Iterator[Json]) -> None:
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """Return an answer as text; calls of tools as JSON."""
+    """Return an answer as text; calls of tools as JSON. Raises ValueError for a call of no function."""
     calls = message.get("tool_calls")
     if calls:
-        return calls_text([(call["function"]["name"], call["function"]["arguments"]) for call in calls])
+        return calls_text(function_calls(calls))
     return str(message.get("content") or message.get("refusal") or "")
 
 
