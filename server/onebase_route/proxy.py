@@ -134,8 +134,8 @@ first."""
 _TEXT = frozenset(
     {
         "/", "/generate", "/generate/many", "/v1/completions", "/v1/chat/completions", "/v1/responses",
-        "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings",
-        "/v1/classify", "/classify",
+        "/v1/conversations", "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens",
+        "/v1/embeddings", "/v1/classify", "/classify",
         "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize",
         "/detokenize",
     }
