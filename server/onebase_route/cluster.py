@@ -68,8 +68,9 @@ _ROUTE_SECONDS = 120.0
 actor."""
 _BUSY = 0.7
 """Part of their places that replicas should have in use, where there may be fewer of them."""
-_REFUSALS = (1, 2)
-"""Exit statuses of a server that has said why it does not start."""
+_REFUSED = 2
+"""Exit status of a server that does not start before its settings are changed. After others, as where the
+database is not there yet, Ray starts it again."""
 _LAST_LINE_SECONDS = 0.5
 """Time, in seconds, in which what a child wrote before its end is read."""
 _NOT_STARTED = 127
@@ -106,7 +107,7 @@ class EndedError(ClusterError):
 
 
 class RefusedError(ClusterError):
-    """A child has said why it does not start: it would say so again."""
+    """A child does not start with these settings, and has said why: it would say so again."""
 
 
 class ClusterConfig(BaseModel):
@@ -226,19 +227,20 @@ class Child:
         """Write what the child and its children write to this process's log; keep the last line."""
         assert process.stderr is not None
         for line in process.stderr:
-            os.write(2, line)
+            with contextlib.suppress(OSError):  # a full disk; unread, the child would wait at its next line
+                os.write(2, line)
             self.last_line = line.decode(errors="replace").strip() or self.last_line
 
     async def ready(self, client: httpx2.AsyncClient, path: str) -> None:
-        """Wait until the child answers at the path. Raises ClusterError if it ends before, RefusedError if it
-        has said why."""
+        """Wait until the child answers at the path. Raises ClusterError if it ends before, RefusedError if
+        its settings are why."""
         while self.status is None:
             with contextlib.suppress(httpx2.TransportError):
                 if (await client.get(path)).status_code == 200:
                     self.is_ready = True
                     return
             await asyncio.sleep(_POLL_SECONDS)
-        if self.status in _REFUSALS and self.last_line:
+        if self.status == _REFUSED and self.last_line:
             raise RefusedError(self.last_line.removeprefix("onebase: "))
         said = f": {self.last_line}" if self.last_line else ""
         raise ClusterError(f"it ended with status {self.status} before it was ready{said}")

@@ -35,7 +35,7 @@ _UP = """\
 Start the servers, or change those that run. Options of `onebase serve` go to each of them; --host,
 --port and what is about connections to the address that they have together.
 """
-REPLICA_KEY = "ONEBASEREPLICA_KEY"
+REPLICA_KEY = "ONEBASE_REPLICA_KEY"
 
 
 def route_parser() -> argparse.ArgumentParser:

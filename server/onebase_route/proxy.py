@@ -134,8 +134,8 @@ first."""
 _TEXT = frozenset(
     {
         "/", "/generate", "/generate/many", "/v1/completions", "/v1/chat/completions", "/v1/responses",
-        "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings",
-        "/v1/classify", "/classify",
+        "/v1/conversations", "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens",
+        "/v1/embeddings", "/v1/classify", "/classify",
         "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize",
         "/detokenize",
     }
@@ -668,10 +668,13 @@ class Route:
         sent = _Sent(self, client, wanted, body, again)
         until = sent.since + self._wait
         problem: Response | None = None
+        is_elsewhere = False
         while True:
             try:
                 answer, sending = await sent.next()
             except NoReplicaError:
+                if is_elsewhere and sent.lost:
+                    raise replica_lost() from None
                 if problem is not None:
                     return problem
                 if not sent.tried and await self._has_come(until - self.clock()):
@@ -688,9 +691,12 @@ class Route:
             maybe = answer.status_code in (404, 503) or (again and answer.status_code in (502, 504))
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
                 return _Passing(answer, sending, self.lost)
-            problem = await _whole(answer, sending)
-            if answer.status_code == 404 and any(code in bytes(problem.body) for code in _KEPT_BY_ONE):
-                continue
+            found = await _whole(answer, sending)
+            if answer.status_code == 404 and any(code in bytes(found.body) for code in _KEPT_BY_ONE):
+                if problem is None or problem.status_code == 404:
+                    problem, is_elsewhere = found, True
+                continue  # one without room, or that broke, may be the one that has it
+            problem, is_elsewhere = found, False
             sent.refused += 1
             known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)
             if known or sent.refused >= _MOST_REFUSED:
@@ -742,6 +748,8 @@ class _Sent:
         self.tried: list[str] = []
         self.broken = 0
         """Servers that broke while they had it, in a row."""
+        self.lost = False
+        """True once a server could not be reached, or broke."""
         self.refused = 0
         self._most_broken = _MOST_BROKEN
         self._unfit: set[str] = set()
@@ -781,6 +789,7 @@ class _Sent:
                 else:
                     sending.failed()
                 _log.warning("%s broke: %s", url, error or type(error).__name__)
+                self.lost = True
                 self.broken += begun
                 if begun and (not self._again or self.broken >= self._most_broken):
                     asked_for = self.client.request

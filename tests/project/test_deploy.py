@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from onebase_edge.settings import Settings
-from onebase_route.options import route_parser
+from onebase_edge.cross_site import host_name
+from onebase_edge.settings import Settings, load_settings
+from onebase_route.options import REPLICA_KEY, route_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.suffix in (".yaml", ".service"))
-OTHERS = {"CACHE", "PORT", "API_KEY", "IMAGE", "REPLICA_KEY"}
+OTHERS = {"CACHE", "PORT", "API_KEY", "IMAGE", REPLICA_KEY.removeprefix("ONEBASE_")}
 """Of the cache, the image's own, of clients, of compose.yaml, and of `onebase route`."""
 DRAIN = next(field.default for field in fields(Settings) if field.name == "drain_timeout")
 USER = 10001
@@ -60,8 +61,11 @@ def test_two_servers_in_compose_share_what_servers_share_and_are_known_to_the_ro
     data = [one["volumes"][0].partition(":")[0] for one in servers.values()]
     assert len(set(data)) == len(servers) == 2  # a data folder each
     subnet = made["networks"]["default"]["ipam"]["config"][0]["subnet"]
-    for one in servers.values():
+    assert REPLICA_KEY in services["route"]["environment"]
+    for one, url in zip(servers.values(), options.replica, strict=True):
         settings = one["environment"]
+        allowed = load_settings({}, {"ONEBASE_ALLOWED_HOST": settings["ONEBASE_ALLOWED_HOST"]}).allowed_host
+        assert host_name(url.partition("://")[2]) in allowed
         assert settings["ONEBASE_TRUSTED_PROXY"] == subnet
         assert settings["AWS_ENDPOINT_URL"] == "http://minio:9000"
         assert settings["ONEBASE_STORE"].startswith("s3://onebase/")

@@ -12,8 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from onebase_edge.cross_site import host_name
 from onebase_edge.settings import Settings, load_settings
-from onebase_route.options import route_parser
+from onebase_route.options import REPLICA_KEY, route_parser
 
 helm = pytest.importorskip(
     "helm_python", reason="Helm's library is not installed: pip install helm-python-sdk"
@@ -76,6 +77,30 @@ def test_the_route_knows_every_server_that_there_may_be_by_a_name_that_its_pod_h
         assert objects["Service"][service]["spec"]["clusterIP"] == "None"
         assert {"onebase", "onebase.models.svc"} <= set(options.allowed_host)
         assert ("replicas" in stateful["spec"]) == (not values)
+
+
+@pytest.mark.parametrize("own", [[], ["llm.example.com", "other"]])
+def test_each_server_is_let_in_by_the_name_by_which_the_route_calls_it(own: list[str]) -> None:
+    objects = rendered(EVERYTHING | {"settings": {"allowed_host": ",".join(own)} if own else {}})
+    route, server = (
+        pod(objects, kind, name)["containers"][0]
+        for kind, name in (("Deployment", "onebase-route"), ("StatefulSet", "onebase"))
+    )
+    environment = {one["name"]: one for one in server["env"]}
+    assert environment["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert list(environment).index("POD_NAME") < list(environment).index("ONEBASE_ALLOWED_HOST")
+    for number, url in enumerate(route_parser().parse_args(route["args"]).replica):
+        value = environment["ONEBASE_ALLOWED_HOST"]["value"].replace("$(POD_NAME)", f"onebase-{number}")
+        data = objects["ConfigMap"]["onebase"]["data"] | {"ONEBASE_ALLOWED_HOST": value}
+        assert load_settings({}, data).allowed_host == (host_name(url.partition("://")[2]), *own)
+
+
+def test_the_route_gets_the_admins_key_and_believes_the_proxies_that_are_named() -> None:
+    for values, proxies in (({}, None), ({"route": {"trustedProxies": ["10.0.0.0/8", "10.9.0.1"]}}, 2)):
+        container = pod(rendered(values), "Deployment", "onebase-route")["containers"][0]
+        assert [one["name"] for one in container["env"]] == [REPLICA_KEY]
+        trusted = route_parser().parse_args(container["args"]).trusted_proxy
+        assert (None if trusted is None else len(trusted)) == proxies
 
 
 def test_servers_get_settings_that_they_know_and_the_time_to_drain() -> None:

@@ -543,7 +543,7 @@ def test_no_key_is_taken_while_the_registry_cannot_be_read(serve_scripted: Start
 
 def test_another_host_needs_a_key_or_insecure(serve_scripted: Starter, tmp_path: Path) -> None:
     with serve_scripted("words", "--host", "0.0.0.0", data_dir=tmp_path, ready=False) as server:
-        assert server.exit_status() == 1
+        assert server.exit_status() == 2
         assert "onebase keys create --scope admin" in server.log
         assert "--insecure" in server.log
 

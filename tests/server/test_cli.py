@@ -18,6 +18,7 @@ from tests.hub_standin import HubStandIn
 
 from onebase_edge.folder_lock import lock_folder
 from onebase_edge.settings import environment_name, option_name, setting_fields
+from onebase_engine.base.default_base import BaseFetchError, BaseSpecError
 from onebase_server.app.cli import base, serve
 from onebase_server.app.startup import LEAST_FILES, StartupError
 
@@ -173,10 +174,23 @@ def test_a_base_that_does_not_exist_is_reported_in_a_sentence(
 ) -> None:
     status = serve(["--port", "0", "--base", "./no/such/folder", "--data-dir", str(tmp_path)])
 
-    assert status == 1
+    assert status == 2
     text = capsys.readouterr().err
     assert "no/such/folder" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(BaseFetchError("the Hub is away"), 1), (BaseSpecError("no base"), 2)]
+)
+def test_the_exit_status_tells_whether_another_start_may_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def fail(*_parts: object) -> None:
+        raise error
+
+    monkeypatch.setattr("onebase_engine.base.default_base.resolve_base", fail)
+    assert serve(["--port", "0", "--data-dir", str(tmp_path)]) == status
 
 
 def test_a_base_without_a_usable_tokenizer_is_reported_as_such(
@@ -188,7 +202,7 @@ def test_a_base_without_a_usable_tokenizer_is_reported_as_such(
         (base / name).symlink_to(base_folder / name)
     (base / "tokenizer.json").write_text("{}")
 
-    assert serve(["--base", str(base), "--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
+    assert serve(["--base", str(base), "--port", "0", "--data-dir", str(tmp_path / "data")]) == 2
     assert f"the base in {base} has no usable tokenizer" in told(capsys)
 
 

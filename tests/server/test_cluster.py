@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -507,7 +508,7 @@ def test_a_child_that_cannot_be_started_is_told_and_not_waited_for(monkeypatch: 
         asyncio.run(play())
 
 
-@pytest.mark.parametrize(("status", "refuses"), [(1, True), (2, True), (3, False)])
+@pytest.mark.parametrize(("status", "refuses"), [(1, False), (2, True), (3, False)])
 def test_a_child_that_does_not_start_is_quoted_though_its_own_children_live_on(
     status: int, refuses: bool
 ) -> None:
@@ -530,6 +531,33 @@ sys.exit({status})
     with pytest.raises(cluster.ClusterError, match=r"--base: no/such is not a folder$") as caught:
         asyncio.run(play())
     assert isinstance(caught.value, cluster.RefusedError) == refuses
+
+
+def test_a_child_goes_on_where_its_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_route import cluster
+
+    program = """
+import sys
+for _ in range(3000):
+    print("x" * 99, file=sys.stderr)
+sys.exit("onebase: the last line")
+"""
+
+    def refuse(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def play() -> None:
+        monkeypatch.setattr(cluster.os, "write", refuse)
+        with cluster.listen("127.0.0.1", 0) as listener:
+            child = cluster.Child([sys.executable, "-c", program], listener, lambda: None)
+            try:
+                async with httpx2.AsyncClient() as client:
+                    await asyncio.wait_for(child.ready(client, cluster.address_of(listener)[0]), 50)
+            finally:
+                child.kill()
+
+    with pytest.raises(cluster.ClusterError, match=r"onebase: the last line$"):
+        asyncio.run(play())
 
 
 def test_of_rays_messages_the_servers_own_words_are_left() -> None:

@@ -221,7 +221,7 @@ def test_an_adapter_without_weights_ends_the_start_by_its_name(
 ) -> None:
     make_folder(tmp_path, "acme").joinpath("adapter_model.safetensors").unlink()
     with serve_scripted("words", "--adapters-dir", str(tmp_path), ready=False) as server:
-        assert server.exit_status() == 1
+        assert server.exit_status() == 2
         assert "acme has no adapter_model.safetensors" in server.log
 
 

@@ -90,7 +90,7 @@ def test_text_ends_with_the_id_too(serve_scripted: Starter) -> None:
 def test_a_start_that_fails_says_why_in_json(serve_scripted: Starter) -> None:
     options = ("--log-format", "json", "--host", "0.0.0.0")
     with serve_scripted("words", *options, ready=False) as server:
-        assert server.exit_status() == 1
+        assert server.exit_status() == 2
         assert "there is no API key yet" in lines(server)[-1]["message"]
 
 

@@ -237,6 +237,27 @@ def test_a_request_is_sent_on_to_few_servers(odd: Running, path: str, most: int)
     assert len(odd.heads()) == most
 
 
+KEPT = {"/x": ODD["/kept"]}
+
+
+@pytest.mark.parametrize("code", [b"queue_full", b"server_stopping"])
+def test_what_a_server_without_room_may_have_is_not_said_to_be_nowhere(code: bytes) -> None:
+    full = answer(b'{"error":{"code":"%s"}}' % code, b"retry-after: 7", status=503)
+    with before({"/x": full}, KEPT, KEPT) as running:
+        for _ in range(8):  # which is asked first is drawn
+            told = running.ask(b"GET /x")
+            assert told.startswith(b"HTTP/1.1 503"), told
+            assert code in told
+            assert b"retry-after: 7" in told
+
+
+def test_what_a_server_that_breaks_may_have_is_not_said_to_be_nowhere() -> None:
+    with before({"/x": ODD["/half"]}, KEPT, KEPT) as running:
+        told = running.ask(b"GET /x")
+        assert told.startswith(b"HTTP/1.1 503"), told
+        assert b"replica_lost" in told
+
+
 def test_what_may_have_been_done_is_not_sent_twice(odd: Running) -> None:
     odd.heads()
     refused = odd.ask(b"POST /half", b"Content-Type: application/json", b"Content-Length: 2", body=b"{}")

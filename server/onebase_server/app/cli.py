@@ -46,7 +46,8 @@ _LOG_WIDTH = 200
 
 
 def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
-    """`onebase serve`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options.
+    """`onebase serve`. Exit status: 0 after a drain, 1 when it cannot serve, 2 if it cannot before its
+    settings, or what they name, are changed.
 
     `commands` replaces the other processes, for tests of their faults.
     """
@@ -66,11 +67,11 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _LOG_WIDTH
 
-    def failed(error: Exception | str) -> int:
+    def failed(error: Exception | str, status: int = 1) -> int:
         if as_json:
             logging.getLogger(__name__).critical("%s", error)
         print_failure(console, str(error))
-        return 1
+        return status
 
     # What is refused at a glance is refused before the libraries are imported, which takes seconds.
     from onebase_edge.listener import bind
@@ -84,10 +85,12 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
             lock = lock_folder(Path(settings.data_dir).expanduser().absolute())
         except FolderInUseError as error:
             return failed(error)
-        from onebase_server.app.startup import StartupError, serve_until_stopped
+        from onebase_server.app.startup import StartupError, WrongSettingsError, serve_until_stopped
 
         try:
             with_room(lambda: serve_until_stopped(settings, listener, console, commands))
+        except WrongSettingsError as error:
+            return failed(error, 2)
         except StartupError as error:
             return failed(error)
         finally:

@@ -47,6 +47,11 @@ class StartupError(RuntimeError):
     """The server cannot serve; the message says why and what to do."""
 
 
+class WrongSettingsError(StartupError):
+    """The server cannot serve before its settings, or what they name, are changed: another start would end
+    as this one."""
+
+
 def serve_until_stopped(
     settings: Settings, listener: socket.socket, console: Console, commands: Commands | None = None
 ) -> None:
@@ -65,7 +70,9 @@ def serve_until_stopped(
             settings = replace(settings, device=chosen_device(settings.device))
             storage = open_storage(settings, base.name, base.folder)
             check_keys(settings, storage)
-        except (FolderError, StorageError) as error:
+        except FolderError as error:
+            raise WrongSettingsError(str(error)) from error
+        except StorageError as error:
             raise StartupError(str(error)) from error
         server = _Server(settings, base, storage, given, commands or Commands())
         try:
@@ -86,7 +93,7 @@ def _check_open_files() -> None:
 
 
 def check_keys(settings: Settings, storage: Storage) -> None:
-    """Raises StartupError where everybody on a network could do everything; StorageError."""
+    """Raises WrongSettingsError where everybody on a network could do everything; StorageError."""
     if settings.insecure or is_loopback(settings.host):
         return
     try:
@@ -94,7 +101,7 @@ def check_keys(settings: Settings, storage: Storage) -> None:
     except RegistryError as error:
         raise StorageError(f"{error} (--registry, --data-dir)") from error
     if not keys:
-        raise StartupError(
+        raise WrongSettingsError(
             f"--host {settings.host} lets others reach this server, and there is no API key yet: make one "
             "with `onebase keys create --scope admin`, with the same --data-dir and --registry, or pass "
             "--insecure to let everybody do everything"
@@ -111,10 +118,12 @@ def _stop_with_stdin() -> None:
 
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
     """The base's local folder, downloaded if need be. Raises StartupError."""
-    from onebase_engine.base.default_base import BaseError, resolve_base
+    from onebase_engine.base.default_base import BaseError, BaseSpecError, resolve_base
 
     try:
         return resolve_base(base, display.update)
+    except BaseSpecError as error:
+        raise WrongSettingsError(str(error)) from error
     except BaseError as error:
         raise StartupError(str(error)) from error
     except Exception as error:
@@ -194,11 +203,13 @@ class _Server:
                 Tracing(self.settings.otlp_endpoint),
             )
         except TracingError as error:
-            raise StartupError(str(error)) from error
+            raise WrongSettingsError(str(error)) from error
         except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error
         except TokenizerError as error:
-            raise StartupError(f"the base in {self.base.folder} has no usable tokenizer: {error}") from error
+            raise WrongSettingsError(
+                f"the base in {self.base.folder} has no usable tokenizer: {error}"
+            ) from error
         except OSError as error:
             raise StartupError(f"the server cannot be set up: {error}") from error
         except Exception as error:
