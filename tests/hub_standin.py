@@ -38,6 +38,8 @@ class Faults:
 
     status: int | None = None
     """Every answer has this status, say 500."""
+    status_of: tuple[str, int] | None = None
+    """Answers about files whose paths end so have this status."""
     cut_after: int | None = None
     """A transfer ends after so many bytes, without notice."""
     cuts: int = 1_000_000
@@ -200,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
             if hub.faults.status is not None:
                 raise _RefusedError(hub.faults.status, "", "The Hub has a fault")
             path = urlsplit(self.path).path
+            if hub.faults.status_of is not None and path.endswith(hub.faults.status_of[0]):
+                raise _RefusedError(hub.faults.status_of[1], "", "The Hub has a fault")
             for old, new in hub.moved.items():
                 if f"/{old}/" in f"{path}/":
                     self._redirect(307, {"Location": path.replace(old, new)})

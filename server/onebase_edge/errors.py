@@ -386,6 +386,7 @@ CALLER_CODES = {
     "context_length_exceeded": 400,
     "empty_prompt": 400,
     "kv_memory_exceeded": 400,
+    "slot_memory_exceeded": 400,
     "too_many_adapters": 400,
     "prompt_logprobs_too_large": 400,
     "vector_too_large": 400,

@@ -92,7 +92,7 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "context_length_exceeded kv_memory_exceeded too_many_adapters empty_prompt "
+        "context_length_exceeded kv_memory_exceeded slot_memory_exceeded too_many_adapters empty_prompt "
         "prompt_logprobs_too_large vector_too_large",
         "it could not run even alone; the message names the limit and its option",
     ),

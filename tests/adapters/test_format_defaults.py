@@ -215,3 +215,13 @@ def test_of_several_files_our_own_is_read_and_one_that_is_too_large_is_refused(t
     (tmp_path / "onebase.json").write_text(" " * (257 << 10))
     with pytest.raises(AdapterFormatError, match=r"onebase\.json is over"):
         defaults_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["io.yaml", "Modelfile"])
+def test_a_vendors_file_that_is_too_large_is_noted_and_the_adapter_served_without_it(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("# a license\n" * 10_000)
+    (note,) = (defaults_in(tmp_path) or {})["notes"]
+    assert note.startswith(f"{name} is not used: ")
+    assert "is over" in note

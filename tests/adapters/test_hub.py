@@ -297,6 +297,50 @@ def test_while_the_hub_is_down_the_cached_commit_serves(hub: HubStandIn, store: 
     assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
 
 
+@pytest.mark.parametrize("status", [503, 429])
+def test_defaults_that_the_hub_does_not_answer_about_fail_the_pull_and_make_no_other_version(
+    hub: HubStandIn, store: Store, status: int
+) -> None:
+    commit = hub.add_repo("acme/support", {**FILES, "onebase.json": b'{"max_tokens": 7}'})
+    whole = contents(store, pull(REF, commit, store, MANY))
+    assert b'"max_tokens": 7' in whole[0]
+    for kept in Path(os.environ["HF_HOME"]).rglob("onebase.json"):
+        kept.unlink()
+    hub.faults.status_of = "onebase.json", status
+    with pytest.raises(HubError, match=hub.url) as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "hub_unreachable"
+    hub.faults.status_of = None
+    assert contents(store, pull(REF, commit, store, MANY)) == whole
+
+
+def test_offline_an_adapter_without_known_defaults_is_pulled_with_a_warning(
+    hub: HubStandIn, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    pull(REF, commit, store, MANY)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pull(REF, commit, store, MANY)
+    assert not caplog.records
+    for kept in Path(os.environ["HF_HOME"]).rglob(".no_exist/*/Modelfile"):
+        kept.unlink()
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
+    assert "does not know whether it has Modelfile" in caplog.text
+
+
+def test_a_vendors_file_that_is_too_large_is_noted_and_our_own_refused(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", {**FILES, "Modelfile": b"# a license\n" * 10_000})
+    config, _ = contents(store, pull(REF, commit, store, MANY))
+    assert json.loads(config)["onebase_defaults"] == {
+        "notes": ["Modelfile is not used: Modelfile is over 65536 bytes"]
+    }
+    assert not hub.requests("GET", "/acme/support/resolve/")[2:], "it is not fetched"
+    commit = hub.add_repo("acme/support", {**FILES, "onebase.json": b" " * (257 << 10)})
+    with pytest.raises(HubError, match=r"onebase\.json is over") as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "bad_defaults"
+
+
 # What the Hub refuses
 
 

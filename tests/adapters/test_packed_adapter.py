@@ -18,6 +18,7 @@ from onebase_engine.kernels.weights import (
     SavedModule,
     TokenRows,
     composable,
+    invocation_of,
     tensors_of,
     weights_bytes,
 )
@@ -75,6 +76,17 @@ def test_tensors_lie_in_memory_of_their_own(weights: AdapterWeights, file: Path)
     file.write_bytes(b"")
     assert weights_bytes(found) == weights_bytes(weights)
     assert torch.equal(found["q"].b, weights["q"].b)  # type: ignore[union-attr]
+
+
+def test_an_activated_lora_is_of_a_kind_that_readers_without_invocations_refuse(tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    weights = {"q": LoraWeights(random(4, 16), random(24, 4), 1.5, invocation=(9, 0, 9))}
+    write_packed_adapter(path, weights, base_id="base")
+    assert invocation_of(read_packed_adapter(path)) == (9, 0, 9)
+    assert b'\\"kind\\": \\"alora\\"' in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b'\\"alora\\"', b'\\"lora\\" '))
+    with pytest.raises(PackedAdapterError, match="invocation"):
+        read_packed_adapter(path)
 
 
 def test_shared_tensors_are_stored_and_counted_once(file: Path) -> None:

@@ -25,7 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 from onebase_adapters.proof.texts import served_regrets, tie_of
 from onebase_engine.base import quantized_cache
-from onebase_engine.base.experts import ExpertStack, expert_matrices, expert_modules, own_code
+from onebase_engine.base.experts import (
+    ExpertStack,
+    expert_matrices,
+    expert_modules,
+    own_code,
+    plain_from_fp8,
+)
 from onebase_engine.base.load import (
     BaseSettings,
     UnsupportedBaseError,
@@ -513,7 +519,7 @@ def test_weights_in_fp8_are_those_that_transformers_makes_of_them_and_are_quanti
 ) -> None:
     folder = save_fp8(kind, tmp_path, block)
     found = check_base(tf.AutoConfig.from_pretrained(folder))
-    assert any("fp8" in note for note in found.notes)
+    assert any("fp8" in note and "unless --quantization none" in note for note in found.notes)
     oracle = tf.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=tf.FineGrainedFP8Config(dequantize=True)
     )
@@ -550,6 +556,31 @@ def test_blocks_of_fp8_that_are_cut_at_the_end_have_their_own_scale(tmp_path: Pa
         for column in (0, 47, 48, 127):
             wanted = weight[row, column].float() * scales[row // 64, column // 48]
             assert plain[name][row, column] == wanted.bfloat16()
+
+
+def _reader_of_fp8(*block: int) -> Any:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    config = plain_from_fp8(
+        {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    )
+    reader: Any = AUTO_QUANTIZER_MAPPING[config.quant_method](config)
+    return reader.get_load_operations()["dequantize"](reader)._dequantize_one
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+def test_scales_of_fp8_that_are_exponents_are_powers_of_two(stored: torch.dtype) -> None:
+    weight = torch.full((5, 64), 3.0).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[126], [127], [130]], dtype=torch.uint8).expand(3, 2).view(stored)
+    plain = _reader_of_fp8(2, 32)(weight, scales, torch.float32)
+    assert plain.tolist() == [[3.0 * scale] * 64 for scale in (0.5, 0.5, 1.0, 1.0, 8.0)]
+
+
+def test_matrices_of_fp8_in_one_tensor_are_each_cut_into_blocks() -> None:
+    weight = torch.ones(2, 6, 4).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
+    plain = _reader_of_fp8(4, 4)(weight, scales, torch.float32)
+    assert plain[:, :, 0].tolist() == [[1.0] * 4 + [2.0] * 2, [3.0] * 4 + [4.0] * 2]
 
 
 def test_fp8_that_cannot_be_read_whole_is_refused(tmp_path: Path) -> None:

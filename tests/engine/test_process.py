@@ -188,15 +188,11 @@ def test_the_engine_ends_when_the_api_hangs_up(
     assert client.status() == 0
 
 
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        b"\x03\0\0\0\xc1\xc1\xc1",
-        *(pytest.param(more, marks=pytest.mark.full) for more in (b"\xff" * 64, b"\x01\0\0\0\x01")),
-    ],
-)
-def test_other_threads_of_the_engine_keep_a_step_waiting_for_a_small_part_of_it() -> None:
+def test_other_threads_of_the_engine_keep_a_step_waiting_for_a_small_part_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A step gives its turn away with each of its calls of the kernels, some hundred times."""
+    monkeypatch.setattr(process, "GOODBYE_SECONDS", None)  # this process goes on without an api
     before = sys.getswitchinterval()
     ours, theirs = socket.socketpair()
     ours.close()
@@ -207,6 +203,13 @@ def test_other_threads_of_the_engine_keep_a_step_waiting_for_a_small_part_of_it(
         sys.setswitchinterval(before)
 
 
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x03\0\0\0\xc1\xc1\xc1",
+        *(pytest.param(more, marks=pytest.mark.full) for more in (b"\xff" * 64, b"\x01\0\0\0\x01")),
+    ],
+)
 def test_bytes_that_are_no_message_end_the_engine_cleanly(
     spawn: Callable[[], EngineClient], garbage: bytes
 ) -> None:

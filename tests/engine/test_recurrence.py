@@ -445,3 +445,15 @@ def test_a_place_is_free_snapshot_or_held_and_never_two_of_these(
         elif kind == "find":
             assert pool.longest([key]) == ((1, kept[key]) if key in kept else (0, 0))
         assert pool.snapshots == len(kept)
+
+
+def test_a_question_whether_a_state_is_kept_is_no_use_of_it() -> None:
+    pool = StatePool(3)
+    for key in (b"older", b"newer"):
+        pool.publish(place := pool.allocate(), key)
+        pool.release(place)
+    assert pool.holds(b"older")
+    assert not pool.holds(b"another")
+    pool.allocate()
+    assert not pool.holds(b"older"), "the least recently used one"
+    assert pool.holds(b"newer")

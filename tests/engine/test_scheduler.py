@@ -13,7 +13,7 @@ from tests.engine.scheduling import BLOCK, World, make_row
 
 from onebase_engine.engine import scheduler
 from onebase_engine.engine.kv_cache import ZERO_BLOCK, Sight
-from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
+from onebase_engine.engine.scheduler import CREDIT_STEPS, MAX_SCORED_TOKENS, NeverFitsError
 from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 
 
@@ -362,6 +362,42 @@ def test_a_row_does_not_wait_for_what_it_could_not_reuse_or_who_comes_behind_it(
     world.scheduler.add(second)
 
     assert second in {segment.sequence for segment in world.step().segments}
+
+
+@pytest.mark.parametrize("why", ["scored", "awaits"])
+def test_a_row_does_not_wait_for_a_row_that_is_slow_with_the_prefix_they_share(why: str) -> None:
+    """Its prompt is scored, or its grammar's mask has not arrived."""
+    world = World.create(blocks=80, step_tokens=128)
+    first, second = _ending_apart(0, scored=why == "scored"), _ending_apart(1)
+    world.scheduler.awaits = lambda row: why == "awaits" and row is first
+    world.scheduler.add(first)
+    world.scheduler.add(second)
+
+    assert second in {segment.sequence for segment in world.step().segments}
+
+
+def test_a_row_stops_waiting_for_its_prefix_once_the_flow_that_computes_it_is_behind_its_own() -> None:
+    """Activated LoRAs reuse what the bare base computes, which may have received far more."""
+    world = World.create(blocks=8000, slots=8, max_rows=64, step_tokens=16, max_length=400)
+
+    def add_others(numbers: range, *adapters: str) -> None:
+        for number in numbers:
+            world.scheduler.add(make_row(number, range(1000 * number, 1000 * number + 200), 2, adapters))
+
+    add_others(range(1, 21))
+    world.finish_all()
+    add_others(range(21, 24))
+    world.scheduler.add(first := _ending_apart(30, 200))
+    while first not in world.scheduler.running:
+        world.step()
+    add_others(range(40, 48), "c")
+    second = _ending_apart(50, 200, adapters=("a",))
+    second.acts_from = 200
+    world.scheduler.add(second)
+
+    begins = next(step for step in range(1, 100) if second in {one.sequence for one in world.step().segments})
+    assert begins <= 1 + 2 * CREDIT_STEPS
+    assert (second.cached_tokens or 0) < 200
 
 
 def test_rows_go_on_without_the_row_that_computed_their_prefix_if_it_is_cancelled() -> None:

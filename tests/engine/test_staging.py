@@ -31,6 +31,7 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import staging as copying
 from onebase_engine.engine.memory_budget import staging_bytes
+from onebase_engine.engine.scheduler import NeverFitsError
 from onebase_engine.engine.staging import (
     ALIGNMENT,
     MOST_PADDING,
@@ -219,6 +220,19 @@ def test_versions_larger_than_the_room_for_copies_are_copied_by_their_own_step(l
     request = Request(PROMPT, large, 5)
     assert run(engine, [request]) == [lab.expected(request)]
     assert copies.started == 0
+
+
+def test_a_version_larger_than_all_slots_is_refused_when_it_arrives(lab: Lab) -> None:
+    sizes = [weights_bytes(folded(one)) for one in lab.weights]
+    large = max(range(len(sizes)), key=sizes.__getitem__)
+    engine = lab.engine(SlowCopies(polls=0), slot_memory=max(sizes))
+    engine.slots.budget = sizes[large] - 1
+    with pytest.raises(NeverFitsError, match="--slot-memory") as refused:
+        engine.put_adapter("large", lab.weights[large])
+    assert refused.value.code == "slot_memory_exceeded"
+    assert "large" not in engine.versions.weights
+    engine.slots.budget += 1
+    engine.put_adapter("large", lab.weights[large])
 
 
 def test_a_version_for_whose_copy_there_is_no_memory_is_left_to_its_own_step(lab: Lab) -> None:

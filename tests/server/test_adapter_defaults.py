@@ -179,3 +179,5 @@ def test_what_of_a_vendors_file_is_not_used_is_a_warning(api: Any) -> None:
     version = push(api, "vendor", Modelfile='SYSTEM "Hi"\nTEMPLATE "x"').json()
     assert version["report"]["defaults"]["system"] == "Hi"
     assert "TEMPLATE is not used" in version["report"]["warnings"][0]
+    large = push(api, "vendor", Modelfile="# a license\n" * 10_000).json()
+    assert "Modelfile is over" in large["report"]["warnings"][0]

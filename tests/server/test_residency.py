@@ -40,7 +40,7 @@ class Engine:
         self.most = 0
         self.slow = slow
         self.orders: list[Any] = []
-        self.fails: set[str] = set()
+        self.fails: dict[str, str] = {}
         self.files = dict(SIZES)
         self.damaged: list[PackedAdapterFile] = []
         self.residency = Residency(limit, self.find, self.fetch, self.send, queue_limit)
@@ -67,7 +67,8 @@ class Engine:
             del self.held[message.digest]
             self.residency.receive(AdapterUnloaded(message.digest))
         elif isinstance(message, LoadAdapter) and message.digest in self.fails:
-            self.residency.receive(AdapterFailed(digest=message.digest, code="damaged", message="no"))
+            failed = AdapterFailed(digest=message.digest, code=self.fails[message.digest], message="no")
+            self.residency.receive(failed)
         else:
             assert isinstance(message, LoadAdapter)
             self.log.append(f"+{message.digest}")
@@ -167,7 +168,7 @@ def test_what_can_never_fit_is_refused_with_the_limit() -> None:
 def test_a_failed_load_fails_those_who_wait_and_takes_no_memory() -> None:
     async def test() -> None:
         engine = Engine()
-        engine.fails.add("a")
+        engine.fails["a"] = "damaged"
         results = await asyncio.gather(*(engine.lease("a").ready() for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results] == [UnavailableError] * 3
         assert engine.damaged == [engine.find("a")]
@@ -179,10 +180,23 @@ def test_a_failed_load_fails_those_who_wait_and_takes_no_memory() -> None:
     run(test())
 
 
+def test_a_version_that_no_slot_can_hold_is_refused_for_good_and_is_not_damaged() -> None:
+    async def test() -> None:
+        engine = Engine()
+        engine.fails["a"] = "slot_memory_exceeded"
+        with pytest.raises(InvalidRequestError, match="adapter: no") as refused:
+            await engine.lease("a").ready()
+        assert refused.value.code == "slot_memory_exceeded"
+        assert engine.damaged == []
+        assert engine.residency.memory.used == 0
+
+    run(test())
+
+
 def test_damage_is_reported_of_the_file_that_was_loaded_not_of_the_one_that_came_since() -> None:
     async def test() -> None:
         engine = Engine(slow=True)
-        engine.fails.add("a")
+        engine.fails["a"] = "damaged"
         old = engine.find("a")
         waiting = asyncio.create_task(engine.lease("a").ready())
         await settle()

@@ -167,7 +167,8 @@ def read_defaults(read: Callable[[str], bytes | None]) -> dict[str, Any] | None:
     What is wrong with a vendor's file is noted: the adapter can be used without it.
 
     Args:
-        read: returns the content of one of DEFAULTS_FILES, or None if it is not there or too large.
+        read: returns the content of one of DEFAULTS_FILES, or None if it is not there; raises what
+            `too_large` returns.
 
     Raises:
         AdapterFormatError: with code `bad_defaults`.
@@ -175,28 +176,36 @@ def read_defaults(read: Callable[[str], bytes | None]) -> dict[str, Any] | None:
     if (own := read(DEFAULTS_FILE)) is not None:
         return parse_defaults(own)
     for name, parse in ((IO_FILE, _of_granite), (MODELFILE, _of_ollama)):
-        if (raw := read(name)) is not None:
-            try:
-                found = parse(raw.decode())
-                checked_defaults(found, name)
-            except (AdapterFormatError, UnicodeDecodeError) as error:
-                found = {"notes": [f"{name} is not used: {error}"[:400]]}
-            return found or None
+        try:
+            if (raw := read(name)) is None:
+                continue
+            found = parse(raw.decode())
+            checked_defaults(found, name)
+        except (AdapterFormatError, UnicodeDecodeError) as error:
+            found = {"notes": [f"{name} is not used: {error}"[:400]]}
+        return found or None
     return None
+
+
+def too_large(name: str) -> AdapterFormatError:
+    """Return the error for a file with defaults that is over its limit."""
+    return AdapterFormatError("bad_defaults", f"{name} is over {DEFAULTS_FILES[name]} bytes")
+
+
+def read_limited(file: Path, name: str) -> bytes:
+    """Return the content of one of DEFAULTS_FILES. Raises AdapterFormatError, OSError."""
+    with file.open("rb") as opened:
+        found = opened.read(DEFAULTS_FILES[name] + 1)
+    if len(found) > DEFAULTS_FILES[name]:
+        raise too_large(name)
+    return found
 
 
 def defaults_in(folder: Path) -> dict[str, Any] | None:
     """Return the defaults in an adapter's folder. Raises AdapterFormatError, OSError."""
 
     def read(name: str) -> bytes | None:
-        file = folder / name
-        if not file.is_file():
-            return None
-        with file.open("rb") as opened:
-            found = opened.read(DEFAULTS_FILES[name] + 1)
-        if len(found) > DEFAULTS_FILES[name]:
-            raise AdapterFormatError("bad_defaults", f"{name} is over {DEFAULTS_FILES[name]} bytes")
-        return found
+        return read_limited(folder / name, name) if (folder / name).is_file() else None
 
     return read_defaults(read)
 

@@ -168,7 +168,6 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
     _check_metadata(request["commit"])
     folder = f"{request['subfolder']}/" if request["subfolder"] else ""
     names = [folder + CONFIG_FILE, _weights_name(request, folder)]
-    was_cached = all(_is_cached(request, name) for name in names)
     sizes = [_size(request, name) for name in names]
     labels = folder + MODEL_CONFIG_FILE
     total = sum(sizes)
@@ -190,15 +189,16 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
         if done > request["max_bytes"]:
             raise _TooLargeError(done)
         say({"done": done})
-    more = _defaults(request, folder, was_cached)
+    more, unused = _defaults(request, folder)
     wanted = {labels: MAX_CONFIG_BYTES} if _names_labels(Path(paths[0])) else {}
     if _has_token_rows(Path(paths[0]), Path(paths[1])):
         wanted |= {folder + name: most for name, most in TOKENIZER_FILES.items()}
     for name, most in wanted.items():
-        with suppress(EntryNotFoundError):  # in the cache alone too
-            if _size(request, name) <= most:
-                more[name.removeprefix(folder)] = _file(request, name)
-    return {"paths": paths, "sha256": [_expected_sum(path) for path in paths], "more": more}
+        size = _size_if_there(request, name)
+        if size is not None and size <= most:
+            more[name.removeprefix(folder)] = _file(request, name)
+    sums = [_expected_sum(path) for path in paths]
+    return {"paths": paths, "sha256": sums, "more": more, **unused}
 
 
 def _weights_name(request: dict[str, Any], folder: str) -> str:
@@ -220,23 +220,39 @@ def _is_cached(request: dict[str, Any], name: str) -> bool:
     return isinstance(cached_path(request["repo"], name, revision=request["commit"]), str)
 
 
-def _defaults(request: dict[str, Any], folder: str, was_cached: bool) -> dict[str, str]:
-    """Return the path of the file with the adapter's defaults by its name, if the repository has one.
+def _defaults(request: dict[str, Any], folder: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return the path of the file with the adapter's defaults by its name, if the repository has one, and the
+    names of files that are not used, by why.
 
-    was_cached: the adapter's own files were in the cache, and may be all that there is without the Hub.
+    What the Hub does not answer about is not passed over: the adapter would become another version.
     """
     for name, most in DEFAULTS_FILES.items():
-        with suppress(EntryNotFoundError):
-            try:
-                size = _size(request, folder + name)
-            except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-                if not was_cached or isinstance(error, EntryNotFoundError):
-                    raise
-                return {}
-            if size <= most:
-                return {name: _file(request, folder + name)}
-            raise _WrongAnswerError(f"{name} has {size} bytes, and at most {most} are read")
-    return {}
+        try:
+            size = _size_if_there(request, folder + name)
+        except OfflineModeIsEnabled:
+            return {}, {"unknown": list(DEFAULTS_FILES)[list(DEFAULTS_FILES).index(name) :]}
+        if size is not None:
+            return ({name: _file(request, folder + name)}, {}) if size <= most else ({}, {"large": [name]})
+    return {}, {}
+
+
+def _size_if_there(request: dict[str, Any], name: str) -> int | None:
+    """Return the size of a file in bytes, or None if the repository has no such file.
+
+    The cache remembers that for a commit, as huggingface_hub does: it serves while the Hub is down.
+    """
+    cached = cached_path(request["repo"], name, revision=request["commit"])
+    if cached is not None and not isinstance(cached, str):
+        return None
+    try:
+        return _size(request, name)
+    except EntryNotFoundError:
+        of_repo, _ = cached_repo(Path(constants.HF_HUB_CACHE), request["repo"])
+        mark = of_repo / ".no_exist" / request["commit"] / name
+        with suppress(OSError):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        return None
 
 
 def _names_labels(config: Path) -> bool:

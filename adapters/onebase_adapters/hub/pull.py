@@ -8,6 +8,7 @@ confined. Its answers are checked like any input from outside.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import selectors
 import subprocess
@@ -30,7 +31,13 @@ from onebase_adapters.format.config import (
     with_labels,
 )
 from onebase_adapters.format.conversion import convert, needs_conversion
-from onebase_adapters.format.defaults import DEFAULTS_FILES, read_defaults, with_defaults
+from onebase_adapters.format.defaults import (
+    DEFAULTS_FILES,
+    read_defaults,
+    read_limited,
+    too_large,
+    with_defaults,
+)
 from onebase_adapters.hub.reference import (
     HubError,
     HubErrorCode,
@@ -83,11 +90,16 @@ class _Message(msgspec.Struct, frozen=True):
     paths: list[str] | None = None
     more: dict[str, str] = {}
     """Paths of further files by their names: a classifier's config, and those of a tokenizer."""
+    large: frozenset[str] = frozenset()
+    """Names of files with defaults that are too large to be fetched."""
+    unknown: tuple[str, ...] = ()
+    """Names of files with defaults of which nothing is known, because of HF_HUB_OFFLINE."""
     sha256: tuple[str | None, ...] = ()
     error: HubErrorCode | Literal["store_full"] | None = None
     message: str = "The process that asks the Hub failed."
 
 
+_log = logging.getLogger(__name__)
 _MORE_FILES = frozenset({MODEL_CONFIG_FILE, *TOKENIZER_FILES, *DEFAULTS_FILES})
 _messages = msgspec.json.Decoder(_Message)
 
@@ -154,7 +166,14 @@ def pull(
         blobs = [store.add_file(place) for place in places]
         if all(map(_is_right, blobs, answer.sha256)):
             own, weights = _beginning(places[0]), store.local(blobs[1].sha256)
-            found = _Found(store, more, vocabulary)
+            found = _Found(store, more, answer.large, vocabulary)
+            if answer.unknown:
+                _log.warning(
+                    "%s is pulled without defaults: the Hub's cache does not know whether it has %s, and "
+                    "HF_HUB_OFFLINE is set",
+                    ref,
+                    " or ".join(answer.unknown),
+                )
             if needs_conversion(own, weights):
                 return _converted(found, own, weights)
             return AdapterFiles(found.whole_config(own, weights) or blobs[0], blobs[1])
@@ -189,6 +208,7 @@ class _Found:
 
     store: Store
     more: Mapping[str, Path]
+    large: frozenset[str]
     vocabulary: Callable[[], BaseVocabulary | None]
 
     def whole_config(self, own: bytes, weights: Path) -> Blob | None:
@@ -199,15 +219,21 @@ class _Found:
         model = self.more.get(MODEL_CONFIG_FILE)
         try:
             found = with_labels(own, None if model is None else _beginning(model))
-            found = with_defaults(found, read_defaults(self._read))
+            found = with_defaults(found, read_defaults(self._read_defaults))
             found = with_tokens(found, weights, self._read, self.vocabulary)
         except AdapterFormatError as error:
             raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
         return None if found == own else self.store.add_bytes(found)
 
+    def _read_defaults(self, name: str) -> bytes | None:
+        if name in self.large:
+            raise too_large(name)
+        place = self.more.get(name)
+        return None if place is None else read_limited(place, name)
+
     def _read(self, name: str) -> bytes | None:
         place = self.more.get(name)
-        if place is None or place.stat().st_size > {**TOKENIZER_FILES, **DEFAULTS_FILES}[name]:
+        if place is None or place.stat().st_size > TOKENIZER_FILES[name]:
             return None
         return place.read_bytes()
 

@@ -406,10 +406,13 @@ def _matrix_again(source: tuple[Any, ...]) -> torch.Tensor:
 def unscaled(
     quantized: torch.Tensor, scales: torch.Tensor, block: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the weights that blocks of fp8 stand for: quantized [rows, columns], scales [blocks, blocks].
+    """Return the weights that blocks of fp8 stand for: quantized [..., rows, columns], scales [..., blocks,
+    blocks].
 
-    The last blocks of both may be smaller than `block`.
+    The last blocks of both may be smaller than `block`. Scales in uint8 are exponents (E8M0).
     """
+    if scales.dtype == torch.uint8:
+        scales = (scales.float() - 127).exp2()
     for axis, size in zip((-2, -1), block, strict=True):
         scales = scales.float().repeat_interleave(size, axis).narrow(axis, 0, quantized.shape[axis])
     return (quantized.float() * scales).to(dtype)
@@ -469,8 +472,10 @@ def _register_quantizers() -> None:
 
         def _dequantize_one(self, quantized: Any, scales: Any, output_dtype: Any = None) -> torch.Tensor:
             block = self.hf_quantizer.quantization_config.weight_block_size
-            grid = block and tuple(-(-size // by) for size, by in zip(quantized.shape, block, strict=False))
-            if grid == tuple(scales.shape):
+            *others, rows, columns = quantized.shape
+            grid = block and (*others, -(-rows // block[0]), -(-columns // block[1]))
+            # Integers hold two numbers in fp4 each.
+            if grid == tuple(scales.shape) and quantized.is_floating_point():
                 return unscaled(quantized, scales, block, output_dtype or torch.bfloat16)
             plain: torch.Tensor = super()._dequantize_one(quantized, scales, output_dtype)
             return plain

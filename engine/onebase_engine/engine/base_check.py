@@ -90,7 +90,10 @@ def check_base(config: Any) -> BaseCheck:
         known |= _size(tree, known["stored"])
         if unpacked := unpacked_format(config):
             what = "experts in MXFP4" if unpacked == "mxfp4" else "weights in fp8"
-            known["notes"] += (f"Its files hold {what}, which are quantized again to nf4.",)
+            known["notes"] += (
+                f"Its files hold {what}, which are unpacked, and quantized to nf4 unless "
+                "--quantization none.",
+            )
     except UnsupportedBaseError as error:
         return BaseCheck(refusal=str(error), **known)
     try:

@@ -376,7 +376,11 @@ class Engine:
     # ---- adapters ---------------------------------------------------------------------------
 
     def put_adapter(self, digest: str, weights: AdapterWeights) -> None:
-        """Add a version's finished tensors; from now on requests may name it."""
+        """Add a version's finished tensors; from now on requests may name it.
+
+        Raises NeverFitsError if no slot can ever hold it.
+        """
+        self.versions.check_slot(weights, self.slots.budget)
         self.versions.put(digest, weights)
 
     def unload_adapter(self, digest: str) -> None:

@@ -333,6 +333,10 @@ class StatePool:
             del self._key_of[place]
             self.release(place)
 
+    def holds(self, key: bytes) -> bool:
+        """Return True if the state behind this prefix is kept. It does not count as a use."""
+        return key in self._snapshots
+
     def longest(self, keys: Sequence[bytes]) -> tuple[int, int]:
         """Return how many of a text's first blocks have a state behind them, and its place (0, 0: none)."""
         for count in range(len(keys), 0, -1):

@@ -721,26 +721,41 @@ class Scheduler:
     def _prefix_in_flight(self, sequence: SequenceState) -> bool:
         """Return True if a running sequence computes a prefix that this one lacks and could reuse.
 
-        The other one has at least its priority, and is served no later than this one would be.
+        The other one has at least its priority, is not behind it in turn, and neither waits for a mask nor
+        scores that prefix, which would make it slow.
         """
+        others = [other for other in self.running if self._may_lead(other, sequence)]
+        if not others:
+            return False
         size = self._pool.block_size
-        for other in self.running:
-            precedes = other.priority >= sequence.priority and other.background <= sequence.background
-            if other.pending == 1 or not precedes or other.tenant != sequence.tenant:
-                continue
-            self._extend_keys(sequence, sequence.length - 1)
-            keys = sequence.block_keys[: sequence.reusable // size]
+        self._extend_keys(sequence, sequence.length - 1)
+        keys = sequence.block_keys[: sequence.reusable // size]
+        for other in others:
             count = _common_length(keys, other.block_keys)
-            long = count * size >= PREFIX_IN_FLIGHT
-            if long and count > other.computed // size and not self._has_prefix(keys[:count]):
+            if count * size < PREFIX_IN_FLIGHT or count <= other.computed // size:
+                continue
+            scored = other.scores_prompt and count * size > other.first_scored
+            if not scored and not self._has_prefix(keys[count - 1]):
                 return True
         return False
 
-    def _has_prefix(self, keys: Sequence[bytes]) -> bool:
-        """Return True if a prefix is cached to its end, with the recurrent state behind it if it has one."""
-        if self._states is not None and self._states.longest(keys)[0] < len(keys):
+    def _may_lead(self, other: SequenceState, sequence: SequenceState) -> bool:
+        """Return True if a running sequence's prompt is computed no later than a waiting one's would be."""
+        precedes = other.priority >= sequence.priority and other.background <= sequence.background
+        if other.pending == 1 or not precedes or other.tenant != sequence.tenant or self.awaits(other):
             return False
-        return self._pool.holds(group_key(keys[-1], 0), restore=True)
+        theirs, own = self.waiting.flow(other), self.waiting.flow(sequence)
+        if theirs is own:
+            return other.arrival < sequence.arrival
+        band = own.tenant.flows.band
+        return theirs.tenant is not own.tenant or band(theirs) <= band(own)
+
+    def _has_prefix(self, key: bytes) -> bool:
+        """Return True if the prefix that ends in a block with this key is cached, with the recurrent state
+        behind it if it has one."""
+        if self._states is not None and not self._states.holds(key):
+            return False
+        return self._pool.holds(group_key(key, 0), restore=True)
 
     @property
     def _is_full(self) -> bool:

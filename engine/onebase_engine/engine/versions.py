@@ -68,6 +68,18 @@ class Versions:
         if not composable(weights):
             self._alone.add(digest)
 
+    def check_slot(self, weights: AdapterWeights, slot_budget: int) -> None:
+        """Raise NeverFitsError if a version is larger than all slots together. `slot_budget`: 0 is no
+        limit."""
+        needed = weights_bytes(without_head(weights))
+        if slot_budget and needed > slot_budget:
+            raise NeverFitsError(
+                "slot_memory_exceeded",
+                "adapter",
+                f"it takes {needed} bytes in a slot and all slots have {slot_budget} (--slot-memory). Raise "
+                "the limit",
+            )
+
     def leave(self, digest: str) -> None:
         """Refuse new sequences of this version, and let `drop_unused` drop it."""
         if digest in self.weights:

@@ -39,6 +39,7 @@ MAX_HEADER_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _KINDS: dict[str, type[ModuleWeights]] = {
     "lora": LoraWeights,
+    "alora": LoraWeights,
     "experts": ExpertLora,
     "saved": SavedModule,
     "tokens": TokenRows,
@@ -71,7 +72,8 @@ def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -
         if isinstance(module, LoraWeights | ExpertLora):
             entry["scale"] = module.scale
             if isinstance(module, LoraWeights) and module.invocation:
-                entry["invocation"] = list(module.invocation)
+                # A kind of its own: releases that know no invocations refuse it.
+                entry |= {"kind": "alora", "invocation": list(module.invocation)}
         elif isinstance(module, TokenRows) and module.words:
             entry["words"] = module.words
         modules.append(entry)
@@ -224,13 +226,15 @@ def _modules(
 
 def _module(entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> ModuleWeights:
     cls = _KINDS[entry["kind"]]
+    if bool(entry.get("invocation")) != (entry["kind"] == "alora"):
+        raise ValueError("an invocation belongs to the kind alora, and to no other")
     if unknown := parts.keys() - {field.name for field in fields(cls)}:
         raise ValueError(f"unknown tensors {sorted(unknown)}")
     values: dict[str, Any] = dict(parts)
     if cls in (LoraWeights, ExpertLora):
         values["scale"] = float(entry["scale"])
     if cls is LoraWeights:
-        values["invocation"] = tuple(map(int, entry.get("invocation", ())))
+        values["invocation"] = tuple(map(int, entry.get("invocation") or ()))
     if cls is TokenRows:
         values["words"] = int(entry.get("words", 0))
     module: ModuleWeights = cls(**values)

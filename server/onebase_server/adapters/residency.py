@@ -438,6 +438,13 @@ class Residency:
             return
         if isinstance(message, AdapterFailed):
             _log.error("version %s cannot be loaded: %s", message.digest[:12], message.message)
+            if message.code == "slot_memory_exceeded":
+                # No later try would go better.
+                refusal = InvalidRequestError(
+                    f"adapter: {message.message}.", param="adapter", code="slot_memory_exceeded"
+                )
+                self._load_failed(entry, refusal)
+                return
             self._load_failed(entry, _unavailable(message.digest, message.message))
             if message.code == "damaged":
                 self._report_damaged(entry.packed)

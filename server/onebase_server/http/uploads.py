@@ -23,10 +23,12 @@ from onebase_adapters.format.config import (
 )
 from onebase_adapters.format.conversion import convert, needs_conversion
 from onebase_adapters.format.defaults import (
+    DEFAULTS_FILE,
     DEFAULTS_FILES,
     MAX_DEFAULTS_BYTES,
     parse_defaults,
     read_defaults,
+    too_large,
     with_defaults,
 )
 from onebase_adapters.registry import UPLOADED, Purpose
@@ -63,6 +65,8 @@ ADAPTER_FIELDS = (
 )
 _SMALL = {CONFIG_FILE: MAX_CONFIG_BYTES, MODEL_CONFIG_FILE: MAX_CONFIG_BYTES, **DEFAULTS_FILES}
 """Files that are read whole, and the largest size of each, in bytes."""
+_OF_VENDORS = DEFAULTS_FILES.keys() - {DEFAULTS_FILE}
+"""Files without which an adapter can be used, so that one that is too large is no error."""
 FILE_OPTION = "--max-train-file"
 FORM_BYTES = 64 << 10
 """Largest size, in bytes, of a form besides its file: boundaries, headers, fields."""
@@ -322,14 +326,16 @@ class AdapterForm(FormReader[Upload]):
         if self._weights is not None:
             self._weights.abort()
 
-    def _read_small(self, name: str) -> bytes | None:
+    def _read_defaults(self, name: str) -> bytes | None:
+        if len(self._small.get(name, b"")) > DEFAULTS_FILES[name]:
+            raise too_large(name)
         return bytes(self._small[name]) if name in self._small else None
 
     def _defaults(self) -> tuple[dict[str, Any] | None, ...]:
         """Return the defaults in a file, and those in the form's own field. Raises InvalidRequestError."""
         field, given = _FILES_FIELD, self.fields.get(DEFAULTS_FORM_FIELD)
         try:
-            of_file = read_defaults(self._read_small)
+            of_file = read_defaults(self._read_defaults)
             field = DEFAULTS_FORM_FIELD
             return of_file, None if given is None else parse_defaults(given, field)
         except AdapterFormatError as error:
@@ -379,9 +385,12 @@ class AdapterForm(FormReader[Upload]):
         return self._weights.write
 
     def _keep(self, name: str, data: memoryview) -> None:
-        if len(self._small[name]) + len(data) > _SMALL[name]:
+        most = _SMALL[name]
+        if name in _OF_VENDORS:
+            data = data[: most + 1 - len(self._small[name])]  # one byte more says that it is too large
+        elif len(self._small[name]) + len(data) > most:
             raise InvalidRequestError(
-                f"files: {name} is over {_SMALL[name]} bytes, which no such file is.", param=_FILES_FIELD
+                f"files: {name} is over {most} bytes, which no such file is.", param=_FILES_FIELD
             )
         self._small[name] += data
 

@@ -52,7 +52,7 @@ from onebase_engine.engine.memory_budget import (
 )
 from onebase_engine.engine.messages import EngineConfig, SequenceOutput
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.engine.scheduler import NeverFitsError, SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.environment import mps_runs
 from onebase_engine.kernels.interface import TILE
@@ -204,11 +204,15 @@ def _take_in(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader
     digest = arrived.answer.digest
     # Another process has just worked on the base to prove it.
     engine.check_base()
-    if loader.wanted(digest):
-        engine.put_adapter(digest, arrived.weights)
-        channel.send(arrived.answer)
-    else:
+    if not loader.wanted(digest):
         channel.send(protocol.AdapterUnloaded(digest))
+        return
+    try:
+        engine.put_adapter(digest, arrived.weights)
+    except NeverFitsError as error:
+        channel.send(protocol.AdapterFailed(digest=digest, code=error.code, message=str(error)))
+    else:
+        channel.send(arrived.answer)
 
 
 def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) -> Engine:
