@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx2
@@ -18,6 +19,7 @@ from tests.clients.golden import Transcript
 from tests.clients.registry_double import Registry, version
 
 from onebase import AdapterWeight, InvalidResponseError, Progress, VersionFiles
+from onebase._core import requests
 from onebase._core.targets import atomic_target
 from onebase.cli.adapters import export
 
@@ -313,3 +315,13 @@ def test_a_base_that_only_the_server_has_must_be_named(shelf: Shelf) -> None:
     assert export._base_of(convert(shelf.listing, VersionFiles)) == "org/model@abc"
     shelf.base["revision"] = None
     assert export._base_of(convert(shelf.listing, VersionFiles)) == "base"
+
+
+def test_an_export_is_compared_without_the_adapters_defaults() -> None:
+    asked: list[dict[str, Any]] = []
+    client: Any = SimpleNamespace(generate=lambda **how: asked.append(how))
+    export._ask(client, {"messages": "Hello"}, NAME)
+    (how,) = asked
+    assert (how.pop("adapter"), how.pop("messages")) == (NAME, "Hello")
+    sampling: Any = how
+    assert requests.sampling_body(sampling)["adapter_defaults"] is False

@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from onebase_edge.errors import InvalidRequestError
+from onebase_protocol.adapters import AdapterDefaults
+from onebase_server.requests.defaults import form_of, with_defaults
+from onebase_server.requests.planner import Planner
+from onebase_server.requests.schemas.generation import GenerateRequest
+from onebase_server.requests.schemas.tgi import TgiRequest
 
 TALK = [{"role": "user", "content": "The capital of France is"}]
 SYSTEM, INSTRUCTION = "Answer in one word.", "Are you sure?"
@@ -41,7 +49,7 @@ def push(api: Any, name: str, source: str = "red", defaults: Any = None, **files
 def _nothing_left(api: Any) -> Iterator[None]:
     """The server's adapters are those of before: other files count them."""
     yield
-    for name in ("careful", "switched"):
+    for name in ("careful", "switched", "templated"):
         api.http.delete(f"/v1/adapters/{name}", params={"force": "true"})
 
 
@@ -82,6 +90,7 @@ def test_a_request_has_them_where_it_does_not_say_otherwise(api: Any, careful: d
     respond = api.http.post("/v1/responses", json={"model": "careful", "input": TALK[0]["content"]}).json()
     assert respond["output"][0]["content"][0]["text"] == expected[0]
     assert respond["usage"]["input_tokens"] == expected[1]
+    assert (respond["temperature"], respond["top_p"], respond["max_output_tokens"]) == (0.0, 1.0, 3)
     counted = api.http.post(
         "/v1/responses/input_tokens", json={"model": "careful", "input": TALK[0]["content"]}
     )
@@ -115,6 +124,101 @@ def test_they_can_be_left_aside_and_a_sum_has_none(api: Any, careful: dict[str, 
     half = [{"name": "careful", "weight": 0.5}, {"name": "blue", "weight": 0.5}]
     red = [{"name": "red", "weight": 0.5}, {"name": "blue", "weight": 0.5}]
     assert said(ask(api, adapter=half, **plain)) == said(ask(api, adapter=red, **plain))
+
+
+def test_a_reading_request_can_leave_a_default_template_aside(api: Any) -> None:
+    push(api, "templated", defaults={"chat_template": "{{ messages[0]['content'] }}"})
+    decide = {"messages": TALK, "choices": ["Paris", "Rome"]}
+    for route, body in (("/v1/decide", decide), ("/v1/embeddings", {"input": "Paris"})):
+        plain = api.http.post(route, json={**body, "model": "red"}).json()
+        for given, same in ((False, True), (None, route == "/v1/embeddings")):
+            answer = api.http.post(route, json={**body, "model": "templated", "adapter_defaults": given})
+            assert answer.status_code == 200, answer.text
+            counts = [one["usage"]["prompt_tokens"] for one in (answer.json(), plain)]
+            assert (counts[0] == counts[1]) is same
+
+
+def test_a_message_that_is_continued_has_no_default_form(api: Any, careful: dict[str, Any]) -> None:
+    begun = [*TALK, {"role": "assistant", "content": "The capital of France"}]
+    body = {"messages": begun, "continue_final_message": True}
+    continued = [{"role": "system", "content": SYSTEM}, *begun]
+    plain = {"messages": continued, "continue_final_message": True, "temperature": 0, "max_tokens": 3}
+    assert said(ask(api, adapter="careful", **body)) == said(ask(api, adapter="red", **plain))
+
+
+def test_tgis_own_defaults_come_after_the_adapters(api: Any, careful: dict[str, Any]) -> None:
+    def text(**parameters: Any) -> str:
+        body = {"inputs": "France", "parameters": {"do_sample": False, "stop": [], **parameters}}
+        answer = api.http.post("/", json=body)
+        assert answer.status_code == 200, answer.text
+        found: str = answer.json()[0]["generated_text"]
+        return found
+
+    assert text(adapter_id="careful") in ("yes", "no")
+    plain = ask(api, prompt="France", adapter="red", temperature=0, max_tokens=100)["choices"][0]["text"]
+    assert text(adapter_id="careful", adapter_defaults=False) == plain
+
+
+@pytest.mark.parametrize(
+    ("parameters", "temperature", "tokens"),
+    [({}, 0.0, 100), ({"top_p": 0.5}, 1.0, 100), ({"temperature": 0.3, "max_new_tokens": 5}, 0.3, 5)],
+)
+def test_tgis_request_says_only_what_it_was_given(
+    parameters: dict[str, Any], temperature: float, tokens: int
+) -> None:
+    made = TgiRequest.model_validate({"inputs": "x", "parameters": parameters}).request()
+    assert (made.temperature, made.max_tokens) == (
+        parameters.get("temperature"),
+        parameters.get("max_new_tokens"),
+    )
+    assert (made.temperature or made.default_temperature) == temperature
+    assert (made.max_tokens or made.default_tokens) == tokens
+    assert with_defaults(made, AdapterDefaults(temperature=0.7)).temperature == (made.temperature or 0.7)
+
+
+def test_counted_tokens_are_those_of_a_request_with_them_or_without(
+    api: Any, careful: dict[str, Any]
+) -> None:
+    def count(route: str, field: str, **body: Any) -> int:
+        answer = api.http.post(route, json={"messages": TALK, **body})
+        assert answer.status_code == 200, answer.text
+        found: int = answer.json()[field]
+        return found
+
+    for route, field in (("/v1/messages/count_tokens", "input_tokens"), ("/tokenize", "count")):
+        plain = count(route, field, model="red")
+        whole = ask(api, messages=WHOLE, adapter="red", max_tokens=1)["usage"]["prompt_tokens"]
+        assert count(route, field, model="careful") == whole
+        assert count(route, field, model="careful", adapter_defaults=False) == plain != whole
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [{"guided_choice": ["." * 4000] * 60}, {"guided_json": {"enum": ["\u4e00" * 80_000]}}],
+    ids=["escaped", "of other scripts"],
+)
+def test_a_form_that_is_too_long_as_a_grammar_is_refused(api: Any, defaults: dict[str, Any]) -> None:
+    answer = push(api, "wrong", defaults=json.dumps(defaults, ensure_ascii=False))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_defaults")
+    stored = AdapterDefaults(**defaults)
+    body = GenerateRequest(prompt="x")
+    with pytest.raises(InvalidRequestError, match="adapter_defaults: false") as caught:
+        with_defaults(body, stored, form_of(stored))
+    assert caught.value.code == "bad_defaults"
+    own = GenerateRequest(prompt="x", guided_regex="a")
+    assert with_defaults(own, stored, form_of(stored)).grammar == own.grammar
+
+
+def test_the_form_of_a_version_is_made_once_and_that_of_many_is_not_kept() -> None:
+    nothing: Any = SimpleNamespace(base=None)
+    planner = Planner(nothing, nothing, nothing, nothing, nothing, nothing)
+    report = {"defaults": {"guided_json": {"type": "object"}}}
+    first = planner._defaults_of("0", report)
+    assert planner._defaults_of("0", report) is first
+    for digest in range(1, 200):
+        planner._defaults_of(f"{digest}", report)
+    assert len(planner._defaults) < 100
+    assert planner._defaults_of("0", report) == first
 
 
 def test_a_prompt_begins_with_the_prefix_once(api: Any, careful: dict[str, Any]) -> None:

@@ -320,7 +320,7 @@ def other_key(keys: Keys) -> str:
 def server(
     serve_scripted: Starter, keys: Keys, key: str, limited_key: str, other_key: str
 ) -> Iterator[Server]:
-    with serve_scripted("words", data_dir=keys.file.parent) as server:
+    with serve_scripted("words", "--response-memory", "1MB", data_dir=keys.file.parent) as server:
         yield server
 
 
@@ -455,8 +455,10 @@ def test_a_response_continues_a_conversation_and_adds_to_it(client: openai.OpenA
 
 def test_a_conversation_is_its_tenants_and_no_response(server: Server, key: str, other_key: str) -> None:
     with client_with(server, key) as http:
-        talk = http.post("/v1/conversations", json={}).json()["id"]
-        assert http.get(f"/v1/conversations/{talk}/items").json()["data"] == []
+        bodies: list[dict[str, Any]] = [{}, {"items": []}]
+        for empty in bodies:
+            talk = http.post("/v1/conversations", json=empty).json()["id"]
+            assert http.get(f"/v1/conversations/{talk}/items").json()["data"] == []
         assert http.get(f"/v1/responses/{talk}").status_code == 404
         assert http.post("/v1/conversations", json={"items": [{"role": "user"}]}).status_code == 400
     with client_with(server, other_key) as http:
@@ -465,19 +467,65 @@ def test_a_conversation_is_its_tenants_and_no_response(server: Server, key: str,
         assert http.post("/v1/responses", json=body).status_code == 404
 
 
+def test_a_request_that_would_make_a_conversation_too_large_is_refused(server: Server, key: str) -> None:
+    with client_with(server, key) as http:
+        half = {"items": [{"role": "user", "content": "x" * 600_000}]}
+        path = f"/v1/conversations/{http.post('/v1/conversations', json=half).json()['id']}"
+        asked = {"model": BASE, "input": half["items"], "conversation": path.rpartition("/")[2]}
+        for route, body, param in (
+            ("/v1/conversations", {"items": [*half["items"], *half["items"]]}, "items"),
+            (f"{path}/items", half, "items"),
+            ("/v1/responses", asked, "input"),
+        ):
+            error = http.post(route, json=body).json()["error"]
+            assert (error["code"], error["param"]) == ("conversation_too_large", param)
+        assert len(http.get(f"{path}/items").json()["data"]) == 1
+
+
 def test_what_a_response_adds_to_a_deleted_conversation_is_dropped() -> None:
     store = StoredResponses(10_000)
-    store.store_conversation("one", "conv_1", StoredResponse(b"{}", b"[]"))
-    store.append_items("one", "conv_1", b'[{"id":1}]')
-    store.append_items("one", "conv_1", b'[{"id":2}]')
-    store.append_items("one", "conv_1", b"[]")
-    assert json.loads(store.find_conversation("one", "conv_1", "conversation").input) == [
-        {"id": 1},
-        {"id": 2},
-    ]
+    store.store_conversation("one", "conv_1", StoredResponse(b"{}", b"[]"), "items")
+    for item_id in ("1", "2"):
+        store.append_items("one", "conv_1", item(item_id))
+    store.append_items("one", "conv_1", {})
+    assert [found["id"] for found in items_of(store)] == ["1", "2"]
     store.delete_conversation("one", "conv_1", "conversation")
-    store.append_items("one", "conv_1", b'[{"id":3}]')
+    store.append_items("one", "conv_1", item("3"))
     assert (store.size, store._shelves) == (0, {})
+
+
+def item(item_id: str, text: str = "") -> dict[str, bytes]:
+    return {item_id: json.dumps({"id": item_id, "text": text}).encode()}
+
+
+def items_of(store: StoredResponses) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(store.find_conversation("one", "conv_1", "conversation").input)
+    return found
+
+
+def test_what_two_responses_add_at_once_under_one_id_gets_two() -> None:
+    store = StoredResponses(10_000)
+    store.store_conversation("one", "conv_1", StoredResponse(b"{}", b"[]"), "items")
+    for text in ("first", "second", "third"):
+        store.append_items("one", "conv_1", item("msg_1", text))
+    assert [found["text"] for found in items_of(store)] == ["first", "second", "third"]
+    assert len({found["id"] for found in items_of(store)}) == 3
+
+
+def test_a_conversation_that_would_be_over_the_limit_stays_as_it_was() -> None:
+    store = StoredResponses(10_000)
+    store.store_response("one", "0", kept(2000))
+    store.store_conversation("one", "conv_1", StoredResponse(b"{}", b"[]"), "items")
+    store.append_items("one", "conv_1", item("1", "x" * 5000))
+    conversation = store.find_conversation("one", "conv_1", "conversation")
+    store.check_growth(conversation, 1000)
+    with pytest.raises(InvalidRequestError, match="--response-memory"):
+        store.check_growth(conversation, 5000)
+    with pytest.raises(InvalidRequestError, match="--response-memory"):
+        store.store_conversation("one", "conv_1", StoredResponse(b"{}", b"x" * 10_000), "items")
+    store.append_items("one", "conv_1", item("2", "x" * 5000))
+    assert store.find_conversation("one", "conv_1", "conversation") is conversation
+    assert names(store, "one", 1) == [0]
 
 
 def test_compaction_is_refused_with_what_to_do_instead(client: openai.OpenAI) -> None:
@@ -563,9 +611,11 @@ def test_a_response_that_comes_again_takes_the_place_of_the_first_and_no_more() 
 def test_a_response_larger_than_the_limit_is_not_kept_and_costs_nobody_a_place() -> None:
     store = StoredResponses(10_000)
     store.store_response("few", "0", kept(4000))
+    store.store_response("large", "1", kept(4000))
     store.store_response("large", "0", kept(11_000))
-    assert (names(store, "few", 1), names(store, "large", 1)) == ([0], [])
+    assert (names(store, "few", 1), names(store, "large", 2)) == ([0], [1])
     with pytest.raises(UnknownResponseError, match="--response-memory"):
         store.find("large", "0", "response_id")
     store.delete("few", "0", "response_id")
+    store.delete("large", "1", "response_id")
     assert (store.size, store._shelves) == (0, {})

@@ -122,6 +122,9 @@ class SamplingFields(TypedDict, total=False):
     """Least number of tokens before the answer may end (default: 0)."""
     max_tokens: int
     """Largest number of tokens in the answer (default: 256)."""
+    adapter_defaults: bool
+    """Whether the defaults that came with the adapter apply, which are then those of the fields here, of the
+    system message and of others (default: True)."""
     ignore_eos: bool
     """Whether to continue after the end-of-sequence token (default: False)."""
     n: int

@@ -30,7 +30,7 @@ from onebase_edge.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_protocol.adapters import TokenizerAdditions
+from onebase_protocol.adapters import AdapterDefaults, TokenizerAdditions
 from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
@@ -88,6 +88,7 @@ class AdapterService:
         records, disk: threads for the registry's calls and for the store's.
         vocabulary: returns the tokens of the base's tokenizer, or None without one. It may take a second.
         check_tokens: raises AdapterFormatError for an adapter's tokens that do not fit that tokenizer.
+        check_defaults: raises AdapterFormatError for defaults that requests cannot use.
     """
 
     def __init__(
@@ -103,9 +104,11 @@ class AdapterService:
         disk: Threads,
         vocabulary: Callable[[], BaseVocabulary | None] = lambda: None,
         check_tokens: Callable[[TokenizerAdditions], None] = lambda added: None,
+        check_defaults: Callable[[AdapterDefaults], None] = lambda defaults: None,
     ) -> None:
         self.vocabulary = vocabulary
         self._check_tokens = check_tokens
+        self._check_defaults = check_defaults
         self.store = store
         self.catalog = catalog
         self.activation = activation
@@ -134,7 +137,9 @@ class AdapterService:
         """
         try:
             facts = await self.disk.run_blocking(check_config, config)
-            checked_defaults(facts.defaults)
+            defaults = checked_defaults(facts.defaults)
+            if defaults is not None:
+                await self.disk.run_blocking(self._check_defaults, defaults)
             added, _ = checked_additions(facts.tokenizer)
             if added is not None:
                 await self.disk.run_blocking(self._check_tokens, added)

@@ -43,6 +43,7 @@ from onebase_server.processes.supervisor import EngineListeners, EngineSuperviso
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
+from onebase_server.requests.defaults import check_form
 from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.pooling import ReadingPlanner
 from onebase_server.requests.stored_responses import StoredResponses
@@ -264,6 +265,7 @@ def _adapter_parts(
         disk=disk,
         vocabulary=lambda: tokenizers.base.vocabulary,
         check_tokens=tokenizers.check,
+        check_defaults=check_form,
     )
     residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)

@@ -75,6 +75,8 @@ class GenerationRequest:
     """Time at which `timeout_s` ends, on the event loop's clock. It counts from the request's arrival."""
     expected_tokens: int = 0
     """Tokens reserved in the quota for each choice: `max_tokens`, or the default estimate."""
+    has_default_limit: bool = False
+    """Whether `max_tokens` is not the request's own and yet less than what fits."""
     priority: int = 0
     background: bool = False
     """Whether its sequences only use capacity that other requests leave free."""

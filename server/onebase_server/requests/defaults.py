@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+from onebase_adapters.format.config import AdapterFormatError
+from onebase_adapters.format.defaults import DEFAULTS_FIELD
+from onebase_edge.errors import InvalidRequestError
 from onebase_protocol.adapters import AdapterDefaults
-from onebase_server.requests.schemas.generation import ConversationFields, SamplingBody
+from onebase_server.requests.schemas.generation import ConversationFields, GrammarField, SamplingBody
 from onebase_server.requests.schemas.messages import ChatMessage
+from onebase_server.requests.schemas.wire import FieldError
 
 _SAMPLING = (
     "temperature",
@@ -23,10 +27,33 @@ _SAMPLING = (
 _FORMS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 Body = TypeVar("Body", bound=SamplingBody)
+Form: TypeAlias = GrammarField | FieldError | None
+"""Grammar of the text that defaults describe, or what is wrong with it."""
 
 
-def with_defaults(body: Body, defaults: AdapterDefaults | None) -> Body:
-    """Return a request with the sampling and the form of the text that its adapter has by default."""
+def form_of(defaults: AdapterDefaults) -> Form:
+    name = next((name for name in _FORMS if getattr(defaults, name) not in (None, ())), None)
+    if name is None:
+        return None
+    try:
+        return SamplingBody.model_construct(**{name: getattr(defaults, name)}).grammar
+    except FieldError as error:
+        return error
+
+
+def check_form(defaults: AdapterDefaults) -> None:
+    """Raise AdapterFormatError if the form of the text that defaults describe is too long: its limit counts
+    the characters of the grammar."""
+    form = form_of(defaults)
+    if isinstance(form, FieldError):
+        raise AdapterFormatError("bad_defaults", f"{DEFAULTS_FIELD}: {form.param}: as a grammar, it {form}")
+
+
+def with_defaults(body: Body, defaults: AdapterDefaults | None, form: Form = None) -> Body:
+    """Return a request with the sampling and the form of the text that its adapter has by default.
+
+    Raises InvalidRequestError.
+    """
     if defaults is None:
         return body
     given: dict[str, Any] = {
@@ -36,24 +63,28 @@ def with_defaults(body: Body, defaults: AdapterDefaults | None) -> Body:
     }
     if body.stop is None and defaults.stop:
         given["stop"] = list(defaults.stop)
-    if not _says_form(body):
-        form = next((name for name in _FORMS if getattr(defaults, name) not in (None, ())), None)
-        if form is not None:
-            value = getattr(defaults, form)
-            given[form] = list(value) if isinstance(value, tuple) else value
-    if not given:
-        return body
+    if form is None or _says_form(body):
+        return body.model_copy(update=given) if given else body
+    if isinstance(form, FieldError):
+        raise InvalidRequestError(
+            f"model: {form.param} in the adapter's defaults {form}. Send adapter_defaults: false, or upload "
+            "the adapter with another.",
+            param="model",
+            code="bad_defaults",
+        )
     made = body.model_copy(update=given)
-    made.__dict__.pop("grammar", None)  # cached before, and copied
+    made.__dict__["grammar"] = form  # where the property keeps it
     return made
 
 
 def _says_form(body: SamplingBody) -> bool:
-    """Return True if a request says what its text must be, or that it may be anything."""
+    """Return True if a request says what its text must be, or that it may be anything. One that begins the
+    answer does: a form is one of whole texts."""
     text = getattr(body, "text", None)  # of /v1/responses
     said = body.response_format is not None or (text is not None and text.format is not None)
-    calls = isinstance(body, ConversationFields) and body.calls_tools
-    return said or calls or bool(body.ignore_eos) or body.grammar is not None
+    if isinstance(body, ConversationFields):
+        said = said or body.calls_tools or bool(body.continue_final_message)
+    return said or bool(body.ignore_eos) or body.grammar is not None
 
 
 def conversation_of(

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -41,7 +42,7 @@ from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.tool_format import NO_ARGUMENTS, ToolDefinition
 from onebase_server.inference.transcript import Transcript, refused
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.requests.defaults import conversation_of, with_defaults
+from onebase_server.requests.defaults import Form, conversation_of, form_of, with_defaults
 from onebase_server.requests.schemas.generation import (
     SEED_BITS,
     AdapterFields,
@@ -72,6 +73,8 @@ _OF_TOKENIZER = ("prompt", "messages", "tools", "logit_bias", "stop_token_ids", 
 """Fields that an adapter's own tokenizer may accept where the base's does not."""
 _PLANS = 4
 """Number of times that a request is planned while its adapter turns out to have another tokenizer."""
+_DEFAULTS = 64
+"""Number of versions whose defaults are kept as requests need them, of at most 256 KiB each."""
 _MESSAGE_CHARACTERS = 40
 """Characters that a message counts besides its text, for what a template writes around it."""
 _TEXT_CHARACTERS = 40
@@ -113,6 +116,7 @@ class OwnParts:
 
     tokenizer: BaseTokenizer
     defaults: AdapterDefaults | None = None
+    form: Form = None
 
     @property
     def invocation(self) -> str | None:
@@ -163,6 +167,8 @@ class Planner:
         self._template_thread = Threads("templates", 1)
         """Thread that waits for the templates' process, apart from those that tokenize."""
         self._inline = TurnBudget(_INLINE_CHARACTERS)
+        self._defaults: OrderedDict[str, tuple[AdapterDefaults, Form]] = OrderedDict()
+        """Defaults by the digest of their version, the latest used last."""
 
     async def generate(
         self, body: GenerateRequest, caller: Caller, transcript: Transcript | None = None
@@ -186,7 +192,7 @@ class Planner:
 
     async def _plan_generate(self, body: GenerateRequest, caller: Caller, own: OwnParts) -> GenerationRequest:
         thinking, tokenizer = None, own.tokenizer
-        body = with_defaults(body, own.defaults)
+        body = with_defaults(body, own.defaults, own.form)
         if body.messages:
             messages = conversation_of(body, body.messages, own.defaults)
             prompt = await self.chat_prompt(
@@ -201,7 +207,7 @@ class Planner:
             prompts=(prompt,),
             prompt_param="messages" if body.messages else "prompt",
             max_tokens=body.max_tokens,
-            default_tokens=own.max_tokens or GENERATE_TOKENS,
+            default_tokens=own.max_tokens or body.default_tokens or GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
             answer=await self._answer(caller.tenant, body, tokenizer),
@@ -295,20 +301,20 @@ class Planner:
             return OwnParts(self._tokenizer)
         return await self._parts_for(choice, tenant, body)
 
-    async def tokenizer_for(self, choice: AdapterChoice, tenant: str) -> BaseTokenizer:
+    async def tokenizer_for(self, choice: AdapterChoice, tenant: str, body: AdapterFields) -> BaseTokenizer:
         """Return the tokenizer of the adapters of a request. Raises StateConflictError."""
-        return (await self._parts_for(choice, tenant, None)).tokenizer
+        return (await self._parts_for(choice, tenant, body)).tokenizer
 
     async def _parts_for(self, choice: AdapterChoice, tenant: str, body: AdapterFields | None) -> OwnParts:
         """Return the tokenizer and the defaults of the adapters of a request. Raises StateConflictError."""
-        report, defaults = choice.report, None
+        report, defaults, form = choice.report, None, None
         if choice.weighted:
             return OwnParts(self._tokenizer)
         if report.get("defaults") and (body is None or body.adapter_defaults is not False):
-            defaults = msgspec.convert(report["defaults"], AdapterDefaults)
+            defaults, form = self._defaults_of(choice.refs[0].digest, report)
         template = None if defaults is None else defaults.chat_template
         if not (report.get("vocabulary") or report.get("tokenizer") or template):
-            return OwnParts(self._tokenizer, defaults)
+            return OwnParts(self._tokenizer, defaults, form)
         try:
             tokenizer = await self._threads.run_for(
                 tenant, self._tokenizers.of_version, choice.refs[0].digest, report, template
@@ -317,7 +323,20 @@ class Planner:
             raise StateConflictError(
                 f"{choice.named}: its tokenizer does not fit this base's: {error}.", code="version_not_ready"
             ) from error
-        return OwnParts(tokenizer, defaults)
+        return OwnParts(tokenizer, defaults, form)
+
+    def _defaults_of(self, digest: str, report: Mapping[str, Any]) -> tuple[AdapterDefaults, Form]:
+        """Return the defaults of a version and their form; those of the latest versions are kept: a long
+        schema takes 15 ms."""
+        found = self._defaults.get(digest)
+        if found is None:
+            defaults = msgspec.convert(report["defaults"], AdapterDefaults)
+            found = defaults, form_of(defaults)
+            self._defaults[digest] = found
+            if len(self._defaults) > _DEFAULTS:
+                self._defaults.popitem(last=False)
+        self._defaults.move_to_end(digest)
+        return found
 
     def deadline_of(self, body: AdapterFields, caller: Caller) -> float | None:
         """Return the time of the event loop at which a request that comes now ends; None: at none."""
@@ -363,7 +382,7 @@ class Planner:
     async def _plan_completion(
         self, body: CompletionRequest, caller: Caller, own: OwnParts
     ) -> GenerationRequest:
-        body, tokenizer = with_defaults(body, own.defaults), own.tokenizer
+        body, tokenizer = with_defaults(body, own.defaults, own.form), own.tokenizer
         wanted = _Wanted(
             kind="cmpl-",
             prompts=tuple(
@@ -432,7 +451,7 @@ class Planner:
         own: OwnParts,
     ) -> GenerationRequest:
         effort, tokenizer = body.reasoning_effort, own.tokenizer
-        body = with_defaults(body, own.defaults)
+        body = with_defaults(body, own.defaults, own.form)
         messages = conversation_of(body, messages, own.defaults)
         prompt = await self.chat_prompt(
             caller.tenant, body, messages, effort, tokenizer=tokenizer, invocation=own.invocation
@@ -926,6 +945,7 @@ class Planner:
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,
+            has_default_limit=wanted.max_tokens is None and wanted.default_tokens is not None,
             n=body.n or 1,
             stops=body.stops,
             echo=wanted.echo,
@@ -1018,7 +1038,7 @@ def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted, end_tokens: t
     _check_vocabulary("stop_token_ids", body.stop_token_ids or (), base)
     seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**SEED_BITS
     return Sampling(
-        temperature=_given(body.temperature, 1.0),
+        temperature=_given(body.temperature, body.default_temperature),
         top_k=max(_given(body.top_k, 0), 0),
         top_p=_given(body.top_p, 1.0),
         min_p=_given(body.min_p, 0.0),

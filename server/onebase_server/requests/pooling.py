@@ -287,7 +287,7 @@ class ReadingPlanner:
         model = body.model or self._planner.base_name
         jobs = [replace(job, deadline=deadline) for job in jobs]
         adapter = await self._planner.choose(model, body, jobs[0])
-        if await self._planner.tokenizer_for(adapter, jobs[0].tenant) is not tokenizer:
+        if await self._planner.tokenizer_for(adapter, jobs[0].tenant, body) is not tokenizer:
             raise UnavailableError(
                 "The adapter's active version has just changed, and has another tokenizer. Try again.",
                 code="adapter_unavailable",

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from onebase_edge.errors import UnknownConversationError, UnknownResponseError
+import msgspec
+
+from onebase_edge.errors import InvalidRequestError, UnknownConversationError, UnknownResponseError
+from onebase_server.inference.generation import new_id
 
 _CONVERSATION = "conversation/"
 """Beginning of the names under which conversations are stored, which no response has."""
 OVERHEAD = 1000
 """Bytes that a response takes besides its texts, at most."""
+_ID_OVERHEAD = 150
+"""Bytes that the id of a conversation's item takes besides the item, about."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,13 @@ class StoredResponse:
 
     response: bytes
     input: bytes
+    ids: frozenset[str] = frozenset()
+    """Ids of a conversation's items."""
 
     @property
     def size(self) -> int:
         """Size in bytes."""
-        return len(self.response) + len(self.input) + OVERHEAD
+        return len(self.response) + len(self.input) + OVERHEAD + _ID_OVERHEAD * len(self.ids)
 
 
 class _Shelf:
@@ -57,9 +65,11 @@ class StoredResponses:
         self._shelves: dict[str, _Shelf] = {}
         self.size = 0
 
-    def store_response(self, tenant: str, response_id: str, response: StoredResponse) -> None:
-        """Store a response as the most recently used, in place of one with this id. One that alone is over
-        the limit is dropped at once."""
+    def store_response(self, tenant: str, response_id: str, response: StoredResponse) -> bool:
+        """Store a response as the most recently used, in place of one with this id. Return False, with all
+        as it was, if it alone is over the limit."""
+        if response.size > self._limit:
+            return False
         shelf = self._shelves.get(tenant)
         if shelf is not None and response_id in shelf.responses:
             self._drop(tenant, response_id)
@@ -68,6 +78,7 @@ class StoredResponses:
         while self.size > self._limit:
             largest = max(self._shelves, key=lambda name: self._shelves[name].size)
             self._drop(largest, next(iter(self._shelves[largest].responses)))
+        return True
 
     def find(self, tenant: str, response_id: str, param: str) -> StoredResponse:
         """Return one of the tenant's responses and mark it as used. Raises UnknownResponseError."""
@@ -82,9 +93,26 @@ class StoredResponses:
         self.find(tenant, response_id, param)
         self._drop(tenant, response_id)
 
-    def store_conversation(self, tenant: str, conversation_id: str, conversation: StoredResponse) -> None:
-        """Store a conversation as a response is stored."""
-        self.store_response(tenant, _CONVERSATION + conversation_id, conversation)
+    def store_conversation(
+        self, tenant: str, conversation_id: str, conversation: StoredResponse, param: str
+    ) -> None:
+        """Store a conversation as a response is stored. Raises InvalidRequestError, with all as it was, if it
+        alone is over the limit. `param`: the request's field with what it is to have."""
+        if not self.store_response(tenant, _CONVERSATION + conversation_id, conversation):
+            raise self._too_large(param)
+
+    def check_growth(self, conversation: StoredResponse, size: int) -> None:
+        """Raise InvalidRequestError if a conversation would be over the limit with `size` bytes of input."""
+        if conversation.size + size > self._limit:
+            raise self._too_large("input")
+
+    def _too_large(self, param: str) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{param}: the conversation would be larger than {self._limit} bytes, which is all that this "
+            "server keeps (--response-memory). Begin a new one.",
+            param=param,
+            code="conversation_too_large",
+        )
 
     def find_conversation(self, tenant: str, conversation_id: str, param: str) -> StoredResponse:
         """Return one of the tenant's conversations and mark it as used. Raises UnknownConversationError."""
@@ -93,15 +121,26 @@ class StoredResponses:
         except UnknownResponseError:
             raise UnknownConversationError(conversation_id, param) from None
 
-    def append_items(self, tenant: str, conversation_id: str, items: bytes) -> None:
-        """Add a list of items, as JSON, to a conversation; nothing if it was deleted meanwhile."""
+    def append_items(self, tenant: str, conversation_id: str, items: Mapping[str, bytes]) -> None:
+        """Add items, as JSON by their ids, to a conversation; one whose id was added meanwhile gets another.
+        Add nothing if the conversation was deleted meanwhile, or would be over the limit."""
         try:
             kept = self.find_conversation(tenant, conversation_id, "conversation")
         except UnknownConversationError:
             return
-        lists = [one[1:-1] for one in (kept.input, items) if one != b"[]"]
-        joined = StoredResponse(kept.response, b"[" + b",".join(lists) + b"]")
-        self.store_conversation(tenant, conversation_id, joined)
+        added = {}
+        for item_id, item in items.items():
+            if item_id in kept.ids:
+                item_id = new_id("item_")
+                item = msgspec.json.encode(msgspec.json.decode(item) | {"id": item_id})
+            added[item_id] = item
+        before = [kept.input[1:-1]] if kept.input != b"[]" else []
+        joined = b"[" + b",".join([*before, *added.values()]) + b"]"
+        self.store_response(
+            tenant,
+            _CONVERSATION + conversation_id,
+            StoredResponse(kept.response, joined, kept.ids.union(added)),
+        )
 
     def delete_conversation(self, tenant: str, conversation_id: str, param: str) -> None:
         """Raises UnknownConversationError."""

@@ -99,7 +99,8 @@ class Adapters:
         max_tokens: int = 256,
         progress: Callable[[float], object] | None = None,
     ) -> AnswerComparison:
-        """Ask two adapters for the likeliest answers to held-out prompts.
+        """Ask two adapters for the likeliest answers to held-out prompts, each with its own defaults, as
+        others see it.
 
         Args:
             a, b: Each a name (its active version) or `name@version`; None: the base.

@@ -2150,6 +2150,11 @@ export interface components {
             thread?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
         };
         /**
          * ConversationUpdate
@@ -3090,11 +3095,16 @@ export interface components {
         /**
          * Parameters
          * @description Sampling parameters. The likeliest tokens are chosen unless `do_sample`, `temperature`, `top_k` or
-         *     `top_p` is given.
+         *     `top_p` is given, or the adapter's defaults have a temperature.
          */
         Parameters: {
             /** Adapter Id */
             adapter_id?: string | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
             /**
              * Adapter Source
              * @description LoRAX's: hub says that adapter_id is a repository of the Hugging Face Hub
@@ -3657,6 +3667,11 @@ export interface components {
             add_special_tokens?: boolean | null;
             /** Return Token Strs */
             return_token_strs?: boolean | null;
+            /**
+             * Adapter Defaults
+             * @description false: messages without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
         };
         /**
          * Tool

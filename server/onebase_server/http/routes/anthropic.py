@@ -15,6 +15,7 @@ from onebase_server.http.routes.models import find_model
 from onebase_server.http.views.anthropic import MessageView
 from onebase_server.inference.generation import new_id
 from onebase_server.requests.schemas.anthropic import ConversationRequest, MessagesRequest
+from onebase_server.requests.schemas.generation import AdapterFields
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthropic"])
 
@@ -46,9 +47,10 @@ async def count_tokens(
     """Count the tokens of a message's prompt; nothing is generated."""
     services.refuse_if_draining()
     find_model(services, caller, body.model)
-    format = await services.planner.thought_format(caller, body.model)
+    fields = AdapterFields(adapter_defaults=body.adapter_defaults)
+    format = await services.planner.thought_format(caller, body.model, fields)
     chat = await off_loop(request, body.chat, format)
-    own = await services.planner.parts_of(caller.tenant, body.model)
+    own = await services.planner.parts_of(caller.tenant, body.model, fields)
     tokens = await services.planner.chat_tokens(
         caller.tenant, chat, chat.messages, chat.reasoning_effort, own
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -25,7 +26,7 @@ from onebase_server.http.deps import (
 )
 from onebase_server.http.routes.responses import page_of
 from onebase_server.inference.generation import new_id
-from onebase_server.requests.schemas.items import Items, kept_items
+from onebase_server.requests.schemas.items import AnyItems, Items, kept_items
 from onebase_server.requests.schemas.messages import MAX_MESSAGES
 from onebase_server.requests.schemas.responses import Metadata
 from onebase_server.requests.schemas.wire import Wire
@@ -41,7 +42,7 @@ T = TypeVar("T")
 class NewConversation(Wire):
     """Body of POST /v1/conversations."""
 
-    items: Items | None = None
+    items: AnyItems | None = None
     metadata: Metadata | None = None
 
 
@@ -67,9 +68,9 @@ async def create_conversation(
     made = ConversationAnswer(
         id=new_id("conv_"), created_at=int(time.time()), metadata=dict(body.metadata or {})
     )
-    stored = StoredResponse(msgspec.json.encode(made), msgspec.json.encode(items))
-    services.responses.store_conversation(caller.tenant, made.id, stored)
-    _find(services, caller, made.id)  # one that is larger than all memory for such things is not kept
+    stored = StoredResponse(msgspec.json.encode(made), msgspec.json.encode(items), _ids(items))
+    services.responses.store_conversation(caller.tenant, made.id, stored, "items")
+    _find(services, caller, made.id)  # of a tenant that already has most, it may be the first to go
     return json_response(made)
 
 
@@ -89,8 +90,8 @@ async def update_conversation(
     kept = _find(services, caller, conversation_id)
     before = msgspec.json.decode(kept.response, type=ConversationAnswer)
     made = msgspec.structs.replace(before, metadata=dict(body.metadata))
-    stored = StoredResponse(msgspec.json.encode(made), kept.input)
-    services.responses.store_conversation(caller.tenant, conversation_id, stored)
+    stored = replace(kept, response=msgspec.json.encode(made))
+    services.responses.store_conversation(caller.tenant, conversation_id, stored, "metadata")
     return json_response(made)
 
 
@@ -183,20 +184,23 @@ async def _change(
     """Store what `change` makes of the items, and return what else it does. A response that has added its
     own meanwhile loses nothing: the change is made once more."""
 
-    def changed(items: bytes) -> tuple[bytes, T]:
-        made, more = change(_read(items))
-        return msgspec.json.encode(made), more
+    def changed(kept: StoredResponse) -> tuple[StoredResponse, T]:
+        made, more = change(_read(kept.input))
+        return StoredResponse(kept.response, msgspec.json.encode(made), _ids(made)), more
 
     while True:
         kept = _find(services, caller, conversation_id)
         if len(kept.input) <= LONG_BODY:
-            items, result = changed(kept.input)
+            stored, result = changed(kept)
         else:
-            items, result = await services.reading.run_for(caller.tenant, changed, kept.input)
+            stored, result = await services.reading.run_for(caller.tenant, changed, kept)
         if _find(services, caller, conversation_id) is kept:
-            stored = StoredResponse(kept.response, items)
-            services.responses.store_conversation(caller.tenant, conversation_id, stored)
+            services.responses.store_conversation(caller.tenant, conversation_id, stored, "items")
             return result
+
+
+def _ids(items: list[Json]) -> frozenset[str]:
+    return frozenset(item["id"] for item in items)
 
 
 def _added(before: list[Json], items: Items) -> list[Json]:

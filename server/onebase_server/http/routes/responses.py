@@ -63,7 +63,8 @@ async def respond(
             made = StoredResponse(msgspec.json.encode(response), msgspec.json.encode(asked))
             loop.call_soon_threadsafe(responses.store_response, caller.tenant, response["id"], made)
         if conversation_id is not None:
-            grown = msgspec.json.encode([*asked[-added:], *response["output"]])
+            new = [*asked[-added:], *response["output"]]
+            grown = {item["id"]: msgspec.json.encode(item) for item in new}
             loop.call_soon_threadsafe(responses.append_items, caller.tenant, conversation_id, grown)
 
     view = ResponseView(engine_request.tokenizer or services.tokenizer, body, keep)
@@ -96,11 +97,16 @@ async def _conversation_of(
     before = None
     if body.conversation_id is not None:
         before = services.responses.find_conversation(caller.tenant, body.conversation_id, "conversation")
+        services.responses.check_growth(before, await off_loop(request, _size, body.items))
     if body.previous_response_id is not None:
         before = services.responses.find(caller.tenant, body.previous_response_id, "previous_response_id")
     if before is None or len(before.input) + len(before.response) <= LONG_BODY:
         return await off_loop(request, _conversation, body, before)
     return await services.reading.run_for(caller.tenant, _conversation, body, before)
+
+
+def _size(items: Items) -> int:
+    return len(msgspec.json.encode(kept_items(items)))
 
 
 def _conversation(

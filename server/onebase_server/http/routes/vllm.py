@@ -30,7 +30,7 @@ from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response, off_loop
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
-from onebase_server.requests.planner import OwnParts
+from onebase_server.requests.schemas.generation import AdapterFields
 from onebase_server.requests.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from onebase_server.tenancy.access import Caller
 
@@ -160,10 +160,12 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
     if body.model is not None:
         find_model(services, caller, body.model)
     planner = services.planner
-    own = await planner.tokenizer_of(caller.tenant, body.model)
+    fields = AdapterFields(adapter_defaults=body.adapter_defaults)
+    parts = await planner.parts_of(caller.tenant, body.model, fields)
+    own = parts.tokenizer
     if body.messages is not None:
         chat = await off_loop(request, body.conversation)
-        tokens = await planner.chat_tokens(caller.tenant, chat, body.messages, own=OwnParts(own))
+        tokens = await planner.chat_tokens(caller.tenant, chat, body.messages, own=parts)
     else:
         special, texts = body.add_special_tokens is not False, [body.prompt or ""]
         (tokens,) = await planner.texts(caller.tenant, "prompt", texts, special=special, tokenizer=own)

@@ -199,7 +199,7 @@ class ResponseView(GenerationView):
     def _begin(self, job: GenerationRequest) -> None:
         self._output = _Output(job, self._tokenizer, self._body.namespaces)
         head = {"id": job.id, "object": "response", "created_at": job.created}
-        self._head = head | _asked(self._body)
+        self._head = head | _asked(self._body, job)
 
     def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
         self._begin(generation.request)
@@ -259,8 +259,10 @@ def _called(name: str, namespaces: Mapping[str, str]) -> Json:
     return {"namespace": namespace, "name": name.removeprefix(f"{namespace}.")}
 
 
-def _asked(body: ResponsesRequest) -> Json:
-    """Return the request's fields as the answer repeats them."""
+def _asked(body: ResponsesRequest, job: GenerationRequest) -> Json:
+    """Return the request's fields as the answer repeats them, with those that came from the adapter's
+    defaults."""
+    limited = job.has_default_limit or body.max_output_tokens is not None
     wanted, effort = body.text.format if body.text is not None else None, body.reasoning_effort
     choice = body.tool_choice
     return {
@@ -268,9 +270,9 @@ def _asked(body: ResponsesRequest) -> Json:
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
         **({} if body.conversation_id is None else {"conversation": {"id": body.conversation_id}}),
-        "max_output_tokens": body.max_output_tokens,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "max_output_tokens": job.sampling.max_tokens if limited else None,
+        "temperature": job.sampling.temperature,
+        "top_p": job.sampling.top_p,
         "top_logprobs": body.top_logprobs or 0,
         "tools": [
             {"type": "function", **function, **_called(function["name"], body.namespaces)}

@@ -389,6 +389,9 @@ class ConversationRequest(Tolerant):
     }
 
     thread: JsonSchema | None = Field(default=None, description="a conversation that is kept: refused")
+    adapter_defaults: bool | None = Field(
+        default=None, description="false: without the defaults that the adapter came with"
+    )
 
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:

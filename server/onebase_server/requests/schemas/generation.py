@@ -178,6 +178,9 @@ class SamplingBody(AdapterFields):
     A null counts as "not given".
     """
 
+    default_temperature: ClassVar[float] = 1.0
+    """Temperature where neither the request nor its adapter's defaults say one."""
+
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; 1 by default")
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=10_000_000, description="0 and -1 are off")
@@ -387,6 +390,9 @@ class ConversationFields(SamplingBody):
 
 class GenerateRequest(ConversationFields):
     """Body of POST /generate: a prompt or messages, an adapter or none, and how to sample."""
+
+    default_tokens: ClassVar[int | None] = None
+    """Limit of new tokens where neither the request nor its adapter says one; None: the server's."""
 
     prompt: str | None = None
     messages: Messages | None = None

@@ -189,7 +189,8 @@ Item = Annotated[
     of_type(*_KINDS, otherwise=f"only {', '.join(_KINDS)} are"),
 ]
 AnyItem = MessageItem | CallItem | CallOutputItem | ReasoningItem
-Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+AnyItems = Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+Items = Annotated[AnyItems, Field(min_length=1)]
 _ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
 
 

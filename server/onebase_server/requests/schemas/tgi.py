@@ -14,6 +14,14 @@ NEW_TOKENS = 100
 """Default of `max_new_tokens`, as TGI's."""
 
 
+class _Sampled(GenerateRequest):
+    default_tokens: ClassVar = NEW_TOKENS
+
+
+class _Greedy(_Sampled):
+    default_temperature: ClassVar = 0.0
+
+
 class TextGrammar(Wire):
     """Form of the text."""
 
@@ -30,9 +38,12 @@ class LoraxFormat(Wire):
 
 class Parameters(Tolerant):
     """Sampling parameters. The likeliest tokens are chosen unless `do_sample`, `temperature`, `top_k` or
-    `top_p` is given."""
+    `top_p` is given, or the adapter's defaults have a temperature."""
 
     adapter_id: Name | None = None
+    adapter_defaults: bool | None = Field(
+        default=None, description="false: without the defaults that the adapter came with"
+    )
     adapter_source: Literal["local", "hub"] | None = Field(
         default=None, description="LoRAX's: hub says that adapter_id is a repository of the Hugging Face Hub"
     )
@@ -97,15 +108,16 @@ class TgiRequest(Wire):
                 "repetition_penalty",
                 "frequency_penalty",
                 "seed",
-                "stop",
+                "temperature",
+                "adapter_defaults",
             },
             exclude_none=True,
         )
-        sampled = given.do_sample or given.temperature is not None or given.top_k or given.top_p
+        sampled = given.do_sample or given.top_k or given.top_p
         fields |= {
             "prompt": self.inputs,
-            "temperature": given.temperature if given.temperature is not None else 1.0 if sampled else 0.0,
-            "max_tokens": given.max_new_tokens or NEW_TOKENS,
+            "stop": given.stop or None,
+            "max_tokens": given.max_new_tokens,
             "logprobs": given.top_n_tokens or 0,
             "stream": self.stream,
             "ignore_eos": given.ignore_eos_token,
@@ -118,4 +130,4 @@ class TgiRequest(Wire):
         if given.grammar is not None:
             kind = "guided_regex" if given.grammar.type == "regex" else "guided_json"
             fields[kind] = given.grammar.value
-        return rebuilt(GenerateRequest, fields)
+        return rebuilt(_Sampled if sampled else _Greedy, fields)

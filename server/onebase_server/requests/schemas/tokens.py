@@ -27,6 +27,9 @@ class TokenizeRequest(Tolerant):
         default=None, description="those that the base expects around a prompt; true unless it is messages"
     )
     return_token_strs: bool | None = None
+    adapter_defaults: bool | None = Field(
+        default=None, description="false: messages without the defaults that the adapter came with"
+    )
 
     neutral: ClassVar = {"chat_template": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},)}
     reasons: ClassVar = {"chat_template": "the base's own is used"}
