@@ -342,6 +342,7 @@ ADAPTERS: list[dict[str, Any]] = [
         "lora_alpha": 16,
         "target_modules": [*ATTENTION, *MLP, "lm_head"],
         "alora_invocation_tokens": INVOCATION,
+        "exclude_modules": ["kv_b_proj"],  # of more dimensions, where PEFT's own forward fails
     },
 ]
 """Attention only; all linear layers; lm_head; embed_tokens; unlike ranks and alphas; rsLoRA; patterns; DoRA;

@@ -92,8 +92,8 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "context_length_exceeded kv_memory_exceeded slot_memory_exceeded too_many_adapters empty_prompt "
-        "prompt_logprobs_too_large vector_too_large",
+        "context_length_exceeded conversation_too_large kv_memory_exceeded slot_memory_exceeded "
+        "too_many_adapters empty_prompt prompt_logprobs_too_large vector_too_large",
         "it could not run even alone; the message names the limit and its option",
     ),
     _meaning(
@@ -158,9 +158,10 @@ ERROR_CODES = (
     _meaning(
         404,
         "adapter_not_found version_not_found model_not_found hub_not_found file_not_found job_not_found "
-        "checkpoint_gone batch_not_found key_not_found response_not_found generation_not_found",
-        "no such name, version, repository, file, job, checkpoint, batch, key, response or running text; "
-        "also if another tenant has it",
+        "checkpoint_gone batch_not_found key_not_found response_not_found conversation_not_found "
+        "item_not_found generation_not_found",
+        "no such name, version, repository, file, job, checkpoint, batch, key, response, conversation, item "
+        "or running text; also if another tenant has it",
     ),
     _meaning(
         404,
@@ -249,6 +250,11 @@ ERROR_CODES = (
         500,
         "step_failed",
         "computing failed for every request that ran, so that none of them is to blame",
+    ),
+    _meaning(
+        501,
+        "not_served",
+        "a route of OpenAI's that this server does not have; the message says what to do instead",
     ),
     _meaning(
         501,
