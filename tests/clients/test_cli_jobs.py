@@ -512,7 +512,7 @@ def test_a_setting_is_an_option_too_and_held_out_data_has_its_old_names(
         ("--vaildation=x", "there is no option --vaildation; did you mean --validation?"),
         ("--eval-dat", "there is no option --eval-dat; did you mean --validation?"),
         ("--metadta", "did you mean --metadata?"),
-        ("--xyz", "onebase: there is no option --xyz\n"),
+        ("--zzzzzz", "onebase: there is no option --zzzzzz\n"),
     ):
         with pytest.raises(SystemExit):
             main(["jobs", "create", str(train), "--name", "acme", wrong])

@@ -206,6 +206,7 @@ def test_what_routes_answer_is_what_the_reference_says_and_no_more(
             walk(method, path)
         for path in (
             "/server_info",
+            "/status/history",
             "/route_secret",
             "/get_world_size",
             "/v1/usage",
