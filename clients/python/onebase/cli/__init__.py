@@ -45,7 +45,7 @@ Talking to a server
   migrate    train again here what was fine-tuned at OpenAI
   batches    have a file of requests answered when the server has room
   files      what jobs and batches read, and what they leave
-  top        watch the server: rows, tokens, adapters, jobs, tenants
+  top        watch the server: sequences, tokens, adapters, jobs, tenants
   usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
   audit      list who changed what: adapters, files, jobs, batches, keys

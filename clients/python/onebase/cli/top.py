@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 _DESCRIPTION: Final = """\
-Watch the server: rows, tokens a second, the KV cache, adapters by tier, jobs and tenants. Tokens of
-an adapter and of a tenant are those of requests that ended. q or Ctrl-C ends it. Where the server
-has API keys, yours needs the scope admin.
+Watch the server: sequences, tokens a second, the KV cache, adapters by tier, jobs and tenants.
+Tokens of an adapter and of a tenant are those of requests that ended. q or Ctrl-C ends it. Where
+the server has API keys, yours needs the scope admin.
 """
 _EXAMPLES: Final = """\
   onebase top
@@ -418,7 +418,7 @@ def _figures(
     kept = f"{size(frame.host_used)} of {size(frame.host_limit)}"
     held = bar(frame.kv, 1, min(40, width - 17), ascii_only=ascii_only)
     lines = {
-        "rows": rows,
+        "sequences": rows,
         "tokens": f"{tokens}   {curve}".rstrip(),
         "KV cache": f"{frame.kv:.0%}  {held}".rstrip(),
         "p50 / p95": _latencies(frame),
@@ -471,7 +471,7 @@ _ADAPTERS: Final[tuple[Column[AdapterLoad], ...]] = (
 )
 _TENANTS: Final[tuple[Column[TenantLoad], ...]] = (
     Column("tenant", lambda one: one.tenant, shrink=True),
-    Column("rows", lambda one: str(one.rows), right=True),
+    Column("sequences", lambda one: str(one.rows), right=True),
     Column("tokens/s", lambda one: f"{one.tokens:,.0f}", right=True),
 )
 _JOBS: Final[tuple[Column[JobLoad], ...]] = (
