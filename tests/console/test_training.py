@@ -464,14 +464,14 @@ def test_of_runs_that_do_not_exist_it_is_said(words: Server, look: Look) -> None
         expect(alerts).to_have_count(0)
 
 
-def test_a_file_that_is_there_may_be_chosen_again(words: Server, look: Look) -> None:
-    client = openai_client(words)
-    file = add_file(client, "rows again", "again.jsonl")
-    with look(words) as visit:
+def test_a_file_that_is_there_may_be_chosen_again(serve_scripted: Starter, look: Look) -> None:
+    with serve_scripted("words") as server, look(server) as visit:
+        client = openai_client(server)
+        file = add_file(client, "rows again", "again.jsonl")
         page = visit.page
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
-        page.get_by_label("Or a file that is there").select_option(file)
+        page.get_by_label("Or use an uploaded file").select_option(file)
         page.get_by_label(FIRST).uncheck()
         page.get_by_role("dialog").get_by_role("button", name="Train").click()
         expect(page.locator("article .state")).to_have_text("Done")
