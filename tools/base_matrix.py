@@ -685,6 +685,8 @@ REASONS: Sequence[tuple[str, str, str]] = (
      "Models that want more than tokens and their positions", "Choose another base."),
     ("lack .* of the tensors", "Models that transformers does not read back as it saved them",
      "Choose another base."),
+    ("convolves over tokens", "Layers that mix neighbouring tokens in a way of their own",
+     "Choose another base."),
     ("no multiple of blocksize", "Inputs that NF4's blocks do not divide, on a CPU", "Choose int8 or none."),
     ("which part of", "Models whose decoder or head transformers does not name", "Choose another base."),
 )  # fmt: skip

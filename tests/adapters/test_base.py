@@ -353,7 +353,7 @@ def test_files_in_a_format_that_is_not_read_are_refused_by_its_name(
 def test_a_mixture_that_no_machine_holds_is_checked_without_its_memory() -> None:
     check_servable(tf.DeepseekV3Config(num_hidden_layers=4, n_routed_experts=1 << 20))
     with pytest.raises(UnsupportedBaseError, match=r"of its weights outside linear layers.*mixture"):
-        check_servable(tf.Llama4TextConfig(num_hidden_layers=4, num_local_experts=1 << 20))
+        check_servable(tf.JetMoeConfig(num_hidden_layers=4, num_local_experts=1 << 20))
 
 
 def test_a_config_of_which_no_model_can_be_made_is_refused_by_its_type(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The only file that imports the HTTP library: its requests, its forms, its failures as OneBase's errors."""
+"""The HTTP library, for OneBase's servers alone: requests, forms, and its failures as OneBase's errors."""
 
 from __future__ import annotations
 

@@ -107,6 +107,11 @@ def api_key_or_default(api_key: str | None) -> str | None:
     return api_key or os.environ.get("ONEBASE_API_KEY", "").strip() or None
 
 
+def openai_key() -> str | None:
+    """Return $OPENAI_API_KEY, with which `onebase migrate` asks OpenAI; None if there is none."""
+    return os.environ.get("OPENAI_API_KEY", "").strip() or None
+
+
 @cache
 def sdk_version() -> str:
     """The version of the installed `onebase`, or `unknown` when it runs from a bare source folder."""

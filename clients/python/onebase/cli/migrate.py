@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, Final, cast
 
 from onebase_protocol.command_line import add_validation
 
+from .._core.config import openai_key
 from .._core.rows import HeldOutRow, held_out_rows
 from .._sync.client import Client
 from .._sync.jobs import TrainingJob
@@ -201,8 +201,8 @@ def _record(made: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         model = args.model or _text(job.get("fine_tuned_model"))
         if model is None:
             raise ValueError("--model: name the old model, or give its job with --job")
-        key = os.environ.get("OPENAI_API_KEY", "")
-        if not key:
+        key = openai_key()
+        if key is None:
             raise ValueError("OPENAI_API_KEY is not set: the old model is asked with your key")
         rows = held_out_rows(args.record)
         held_out = held_out_rows(args.validation) if args.validation else ()
