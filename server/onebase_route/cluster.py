@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import count
@@ -208,7 +208,7 @@ class Child:
             return
         finally:
             self._started.set()
-        passing = threading.Thread(target=self._pass_on, args=[self._process], daemon=True)
+        passing = threading.Thread(target=self._pass_on, args=[self._process.stderr], daemon=True)
         passing.start()
         status = self._process.wait()
         passing.join(_LAST_LINE_SECONDS)  # its own children may write for longer
@@ -223,10 +223,9 @@ class Child:
         """Process id; 0 where it could not be started."""
         return 0 if self._process is None else self._process.pid
 
-    def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
+    def _pass_on(self, lines: Iterable[bytes]) -> None:
         """Write what the child and its children write to this process's log; keep the last line."""
-        assert process.stderr is not None
-        for line in process.stderr:
+        for line in lines:
             with contextlib.suppress(OSError):  # a full disk; unread, the child would wait at its next line
                 os.write(2, line)
             self.last_line = line.decode(errors="replace").strip() or self.last_line
