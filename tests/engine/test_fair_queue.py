@@ -23,6 +23,7 @@ from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Accounts,
 from onebase_engine.engine.scheduler import (
     BOUNDED_FRESH,
     BOUNDED_PART,
+    BOUNDED_TIME,
     CREDIT_STEPS,
     MAX_PASSED,
     MAX_TRIES,
@@ -397,7 +398,7 @@ def test_decodes_are_not_bounded_of_tenants_that_run_about_the_same(flood: int) 
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(0.014, 0.0007), (0.010, 0.00005), (0.002, 0.01), (0.01, 0.0)])
-def test_bounded_tokens_double_a_step_of_a_lighter_tenants_decodes(fixed: float, each: float) -> None:
+def test_bounded_tokens_make_a_step_of_a_lighter_tenants_decodes_longer_by_their_part_of_it(fixed: float, each: float) -> None:
     pace, guest = TenantPace(256), make_row(1, [7], 9)
     row, decode = make_row(0, list(range(300)), 1), Segment(guest, 0, 1)
     budgets = []
@@ -407,7 +408,7 @@ def test_bounded_tokens_double_a_step_of_a_lighter_tenants_decodes(fixed: float,
         decodes = pace.bounded - sum(one.length for one in prompts)
         pace.took(StepPlan([decode] * (1 + decodes), prompts, decodes), fixed + each * pace.bounded)
     assert budgets[::BOUNDED_FRESH] == [0] * 10, "steps without them are measured"
-    fits = min(256, fixed / each if each else 256)
+    fits = min(256, BOUNDED_TIME * fixed / each if each else 256)
     assert budgets[-1] == pytest.approx(max(fits, 256 // BOUNDED_PART), rel=0.1, abs=1)
 
 

@@ -89,6 +89,9 @@ BACKGROUND_FRESH = 32
 BOUNDED_PART = 32
 """Divisor of the step's token budget that gives the smallest budget of bounded tokens: a step with prompts
 has fixed costs of its own, and with fewer tokens it would compute little else."""
+BOUNDED_TIME = 0.6
+"""Largest part of the time of a step for lighter tenants alone by which bounded tokens may make it longer. It
+leaves room for what the heavy tenants' requests take of the processors outside of steps."""
 BOUNDED_FRESH = 32
 """Number of steps of which one has no bounded tokens, so that its time is known."""
 SNAPSHOT_TOKENS = 64
@@ -229,7 +232,7 @@ class BackgroundPace:
 
 
 class TenantPace:
-    """Token budget for heavy tenants in steps that decode for lighter ones: as many as double such a step.
+    """Token budget for heavy tenants in steps that decode for lighter ones, by BOUNDED_TIME.
 
     A step with bounded tokens is compared with one that has none, which is computed when there are some for
     the first time, and now and then again. Times are seconds. step_tokens: of any step.
@@ -264,7 +267,7 @@ class TenantPace:
         elif self._without is not None:
             each = max(0.0, seconds - self._without) / added
             self._each = each if self._each is None else (self._each + each) / 2
-            fitting = self._without / max(self._each, 1e-9)
+            fitting = BOUNDED_TIME * self._without / max(self._each, 1e-9)
             self._bounded = int(min(self._most, 2 * self._bounded, max(self._least, fitting)))
 
 

@@ -113,10 +113,11 @@ def run_engine(sock: socket.socket, base_fd: int | None = None) -> int:
 def _serve(engine: Engine, channel: EngineChannel) -> int:
     loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post, engine.model.kept)
     failures, reported, told, paused = 0, time.monotonic(), 0, False
+    waits_for_steps = not engine.model.kernels.asynchronous
 
     def report() -> None:
-        """Send the results of the last step; while an accelerator computes the next, since it need not
-        wait."""
+        """Send the results of the last step: before anything else, or, where an accelerator need not wait,
+        while it computes the next."""
         nonlocal reported, told
         _report_versions(engine, channel)
         outputs = engine.take_outputs()
@@ -128,7 +129,7 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
 
     while True:
         waits = paused or not engine.busy
-        if waits:
+        if waits or waits_for_steps:  # else the next step reports while it is computed
             report()
         for message in channel.arrived(IDLE_SECONDS if waits else 0):
             if isinstance(message, protocol.Shutdown):

@@ -1,5 +1,6 @@
-/* A waiting thread first looks again at once, then yields the processor each time it looks, and after
- * PATIENCE_NS sleeps: it takes nothing from a neighbour that has work, and is there at once where nobody has.
+/* A waiting thread looks again and again for PATIENCE_NS, and then sleeps until it is woken. It never yields the
+ * processor: who yields gives up the rest of its time slice, and Linux then runs even a thread of the lowest
+ * priority for milliseconds, while whom a futex wakes is run before such a thread at once.
  *
  * Parts are drawn one by one from a ticket that also names the task, so that a thread which sleeps, or which
  * the system does not run, holds nobody up and can never touch a task that has ended.
@@ -20,8 +21,8 @@
 #endif
 
 #define MOST_THREADS 256
-#define PATIENCE_NS 200000
-#define LOOKS 200
+#define PATIENCE_NS 100000
+#define LOOKS 50 /* between two readings of the clock */
 
 /* Ticket: the task's number (24 bits), how many parts it has (20), how many are drawn (20). */
 #define DRAWN(ticket) ((int64_t)((ticket) & ONEBASE_MOST_PARTS))
@@ -32,6 +33,8 @@ static struct {
   _Alignas(64) _Atomic int64_t ended;
   _Alignas(64) _Atomic uint32_t bell; /* what sleepers watch */
   _Atomic int32_t asleep;
+  _Alignas(64) _Atomic uint32_t ends; /* what the thread that shares a task watches, asleep */
+  _Atomic int32_t awaited;
   _Atomic int stopping;
   onebase_part run;
   void *task;
@@ -55,20 +58,20 @@ static int64_t now_ns(void) {
   return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-static void sleep_while(uint32_t seen) {
+static void sleep_while(_Atomic uint32_t *bell, uint32_t seen) {
 #ifdef __linux__
-  syscall(SYS_futex, &pool.bell, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+  syscall(SYS_futex, bell, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
 #else
-  (void)seen;
+  (void)bell, (void)seen;
   struct timespec while_ = {0, 100000};
   nanosleep(&while_, NULL);
 #endif
 }
 
-static void ring(void) {
-  atomic_fetch_add(&pool.bell, 1);
+static void ring(_Atomic uint32_t *bell, _Atomic int32_t *asleep) {
+  atomic_fetch_add(bell, 1);
 #ifdef __linux__
-  if (atomic_load(&pool.asleep)) syscall(SYS_futex, &pool.bell, FUTEX_WAKE_PRIVATE, MOST_THREADS, NULL, NULL, 0);
+  if (atomic_load(asleep)) syscall(SYS_futex, bell, FUTEX_WAKE_PRIVATE, MOST_THREADS, NULL, NULL, 0);
 #endif
 }
 
@@ -80,36 +83,43 @@ static void work(int64_t thread) {
                                                memory_order_acquire))
       continue;
     pool.run(pool.task, DRAWN(ticket), thread);
-    atomic_fetch_add_explicit(&pool.ended, 1, memory_order_acq_rel);
+    int64_t ended = atomic_fetch_add_explicit(&pool.ended, 1, memory_order_acq_rel) + 1;
+    if (thread && ended == PARTS(ticket)) ring(&pool.ends, &pool.awaited);
     ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
   }
 }
 
-static int has_work(void) {
+static int has_work(int64_t unused) {
+  (void)unused;
   uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
   return DRAWN(ticket) < PARTS(ticket) || atomic_load_explicit(&pool.stopping, memory_order_acquire);
 }
 
-static void wait_for_work(void) {
-  for (int look = 0; look < LOOKS; look++) {
-    if (has_work()) return;
-    relax();
-  }
-  int64_t until = now_ns() + PATIENCE_NS;
+static int has_ended(int64_t parts) { return atomic_load_explicit(&pool.ended, memory_order_acquire) >= parts; }
+
+/* Returns once `is_over` of the argument is true; whoever makes it true rings the bell. */
+static void wait_until(int (*is_over)(int64_t), int64_t argument, _Atomic uint32_t *bell, _Atomic int32_t *asleep) {
+  int64_t until = 0;
   do {
-    if (has_work()) return;
-    sched_yield();
+    for (int look = 0; look < LOOKS; look++) {
+      if (is_over(argument)) return;
+      relax();
+    }
+    if (!until) until = now_ns() + PATIENCE_NS;
   } while (now_ns() < until);
-  uint32_t seen = atomic_load(&pool.bell);
-  atomic_fetch_add(&pool.asleep, 1);
-  if (!has_work()) sleep_while(seen);
-  atomic_fetch_sub(&pool.asleep, 1);
+  atomic_fetch_add(asleep, 1);
+  for (;;) {
+    uint32_t seen = atomic_load(bell);
+    if (is_over(argument)) break;
+    sleep_while(bell, seen);
+  }
+  atomic_fetch_sub(asleep, 1);
 }
 
 static void *live(void *thread) {
   while (!atomic_load_explicit(&pool.stopping, memory_order_acquire)) {
     work((intptr_t)thread);
-    wait_for_work();
+    wait_until(has_work, 0, &pool.bell, &pool.asleep);
   }
   return NULL;
 }
@@ -117,11 +127,12 @@ static void *live(void *thread) {
 static void stop_threads(void) {
   if (pool.process == getpid()) {
     atomic_store(&pool.stopping, 1);
-    ring();
+    ring(&pool.bell, &pool.asleep);
     for (int64_t i = 1; i < pool.count; i++) pthread_join(pool.threads[i], NULL);
     atomic_store(&pool.stopping, 0);
   } else {
     atomic_store(&pool.asleep, 0);
+    atomic_store(&pool.awaited, 0);
   }
   pool.count = 1;
 }
@@ -171,10 +182,7 @@ void onebase_share(onebase_part run, void *task, int64_t parts) {
   atomic_store_explicit(&pool.ended, 0, memory_order_relaxed);
   uint64_t number = (atomic_load_explicit(&pool.ticket, memory_order_relaxed) >> 40) + 1;
   atomic_store_explicit(&pool.ticket, number << 40 | (uint64_t)parts << 20, memory_order_release);
-  ring();
+  ring(&pool.bell, &pool.asleep);
   work(0);
-  for (int look = 0; atomic_load_explicit(&pool.ended, memory_order_acquire) < parts; look++) {
-    if (look < LOOKS) relax();
-    else sched_yield();
-  }
+  wait_until(has_ended, parts, &pool.ends, &pool.awaited);
 }
