@@ -346,7 +346,7 @@ class Replica:
         missed: looks in a row that failed; why: the last one did.
         silent: when the first look timed out, of those in a row that did; None: the last one was answered.
         open: requests that were sent to it and have not ended.
-        awaited: what waits for its bytes now, with the time since which it does.
+        awaited: scopes that wait for its bytes now, each with the time at which the wait began.
         secret: text with which it believes our headers; "" if it gives none, None until it was asked.
         needs_no_key: whether it must not be used, since it needs none.
     """
@@ -399,7 +399,7 @@ class Route:
         key: of a server's operator, with which its metrics and its secret are read.
         keyed: whether only servers are used that need an API key.
         max_body: bytes of a body that is read for its adapter; larger ones of other kinds pass through.
-        listed: the servers from now on, asked before each look; None where they stay the same.
+        listed: returns the URLs of the servers, before each look; None if they have not changed.
         wait: seconds that a request waits for a server where there is none.
         resume: seconds that a broken stream waits for a server that resumes it.
         most_held: bytes of bodies, and of streams' transcripts, that are held at once.
@@ -518,7 +518,7 @@ class Route:
             replica.note_silence(self.clock())
             self._is_away(replica, "does not answer in time", at_once=False)
             return
-        except Exception as error:  # of a text and a server that may be anything: looking continues
+        except Exception as error:  # the text may be anything, and looking has to continue
             self._is_away(replica, str(error) or type(error).__name__, at_once=False)
             return
         if self.replicas.get(replica.url) is not replica:

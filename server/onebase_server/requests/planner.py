@@ -173,11 +173,10 @@ class Planner:
     async def generate(
         self, body: GenerateRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
-        """Return the job of a request to /generate.
+        """Return the planned form of a request to /generate.
 
-        transcript: transcript of a stream that another server began, here and in the methods that follow. Its
-        versions
-        are used, whichever are active now.
+        transcript: transcript of a stream that another server began, here and in the methods that follow. The
+        versions in it are used, whichever are active now.
         """
         self.base()
         self._check_room(body, caller)
@@ -226,8 +225,13 @@ class Planner:
     ) -> GenerationRequest:
         """Return a request that is planned with the tokenizer and the defaults of its adapter.
 
-        The adapter is looked up last. If it turns out to have others than those of the names known before,
-        such as one pulled for this request, the request is planned again.
+        A request is planned before its adapter is chosen, with the tokenizer and the defaults that the name has
+        by then. If the chosen version has others, because it was pulled or activated meanwhile, the request is
+        planned again.
+
+        Args:
+            plan: makes the request, given a tokenizer and defaults.
+            choose: returns the adapter of a planned request; it may pull one first.
         """
         tenant, deadline = caller.tenant, self.deadline_of(body, caller)
         versions = () if transcript is None else transcript.opening.adapters
@@ -416,7 +420,10 @@ class Planner:
         caller: Caller,
         transcript: Transcript | None = None,
     ) -> GenerationRequest:
-        """messages: the request's instructions, what was said before, and its input."""
+        """Return the planned form of a request to /v1/responses.
+
+        messages: the request's instructions, what was said before, and its input.
+        """
         try:
             return await self._conversation("resp_", body, messages, caller, transcript)
         except InvalidRequestError as error:
