@@ -104,7 +104,7 @@ def parse_options() -> argparse.Namespace:
 
 
 async def demo(options: argparse.Namespace, console: Console) -> None:
-    """The whole show, until the answers are there (`--once`) or somebody presses Ctrl-C."""
+    """Run the whole show, until the answers are there (`--once`) or somebody presses Ctrl-C."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -561,8 +561,8 @@ def _of(one: Asked, tenant: str) -> Asked:
 
 
 def memory(setup: Setup, found: Findings) -> None:
-    """A cache that is sized as a server's leaves room for its steps. A prompt whose step does not fit into
-    memory: the rows beside it get the bits that they get alone."""
+    """Check that a cache which is sized as a server's leaves room for its steps. A prompt whose step does not
+    fit into memory: the rows beside it get the bits that they get alone."""
     kernels = own_kernels(setup, found)
     base = new_base(setup)
     _sized(setup, found, base)

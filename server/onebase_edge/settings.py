@@ -45,7 +45,7 @@ class SettingsError(ValueError):
 
 
 def parse_size(text: str) -> int:
-    """Bytes from text such as `2GB`, `512MiB` or `1000000`.
+    """Return bytes from text such as `2GB`, `512MiB` or `1000000`.
 
     Decimal suffixes (kB, MB, GB, TB) are powers of 1000 and binary ones (KiB, MiB, ...) of 1024.
     Raises SettingsError for anything else.
@@ -58,7 +58,8 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds from text such as `90d`, `12h`, `30m` or `45s`. Raises SettingsError for anything else."""
+    """Return seconds from text such as `90d`, `12h`, `30m` or `45s`. Raises SettingsError for anything
+    else."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         raise SettingsError(f"{text!r} is not a time: write days, hours or minutes, as in 90d, 12h or 30m")
@@ -539,19 +540,20 @@ def _check(item: Field[Any], value: Any, kind: Any) -> None:
 
 
 def option_name(name: str) -> str:
-    """The command-line flag of a setting."""
+    """Return the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def inherited_listener() -> int | None:
-    """The descriptor of a socket that listens on `host` and `port` already, which whoever has started this
-    process holds, so that nobody else can be there before it. Given once: no child of this process has it."""
+    """Return the descriptor of a socket that listens on `host` and `port` already, which whoever has started
+    this process holds, so that nobody else can be there before it. Given once: no child of this process has
+    it."""
     given = os.environ.pop(LISTENER, "")
     return int(given) if given.isdecimal() else None
 
 
 def environment_name(name: str) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return ENVIRONMENT_PREFIX + name.upper()
 
 

@@ -393,7 +393,7 @@ class BaseTokenizer:
             ) from error
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
-        """The text of all tokens together. special: with the names of special ones, else without."""
+        """Return the text of all tokens together. special: with the names of special ones, else without."""
         text: str = self._tokenizer.decode(
             list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
@@ -414,7 +414,7 @@ class BaseTokenizer:
         return {"tokenizer_class": type(self._tokenizer).__name__, **special, "chat_template": template}
 
     def pieces(self, shown: frozenset[int] = frozenset()) -> PieceDecoder:
-        """A new incremental decoder whose pieces add up to `decode` of the tokens.
+        """Return a new incremental decoder whose pieces add up to `decode` of the tokens.
 
         shown: special tokens whose names are part of the text.
         """
@@ -434,14 +434,15 @@ class BaseTokenizer:
         return b"" if token in self.special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for, special ones by their name; empty for an unused id."""
+        """Return the bytes that a token stands for, special ones by their name; empty for an unused id."""
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._read_bytes(token)
         return known
 
     def token_text(self, token: int) -> str:
-        """A token as OpenAI writes it in logprobs: its text, or `bytes:\\xf0\\x9f` where it is none."""
+        """Return a token as OpenAI writes it in logprobs: its text, or `bytes:\\xf0\\x9f` where it is
+        none."""
         raw = self.token_bytes(token)
         try:
             return raw.decode("utf-8")

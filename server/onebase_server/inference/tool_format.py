@@ -273,7 +273,7 @@ class ToolDefinition:
         return {key: self.schema[key] for key in ("$defs", "definitions") if key in self.schema}
 
     def resolved(self, schema: Any) -> Schema:
-        """The schema that a reference stands for; one that says nothing where that is not found."""
+        """Return the schema that a reference stands for; one that says nothing where that is not found."""
         for _ in range(_MOST_REFERENCES):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 break
@@ -400,7 +400,7 @@ class _BareGrammar:
         return f'"{{" {self._members(pairs, schema, _BRACE)}'
 
     def _members(self, pairs: dict[str, str], schema: Schema, end: str) -> str:
-        """The pairs of keys and values that there may be, each once and in this order, and the end."""
+        """Return the pairs of keys and values that there may be, each once and in this order, and the end."""
         required = schema.get("required") or ()
         # After each key, and whether one is written already: what may follow.
         follows = {False: end, True: end}

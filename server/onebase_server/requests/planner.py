@@ -586,7 +586,7 @@ class Planner:
     async def text_of(
         self, tenant: str, tokens: Sequence[int], tokenizer: BaseTokenizer | None = None
     ) -> str:
-        """The text that tokens stand for, special ones by their names."""
+        """Return the text that tokens stand for, special ones by their names."""
         own = tokenizer or self._tokenizer
         base = self.base_of(own)
         if len(tokens) > base.max_length:
@@ -722,7 +722,7 @@ class Planner:
         *,
         special: bool = True,
     ) -> list[Prompt]:
-        """The prompts of a request, of which each is text or tokens. special: see `texts`."""
+        """Return the prompts of a request, of which each is text or tokens. special: see `texts`."""
         texts = [one for one in given if isinstance(one, str)]
         tokens = iter(await self.texts(tenant, "prompt", texts, special=special, tokenizer=tokenizer))
         return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
@@ -995,7 +995,7 @@ def check_generates(choice: AdapterChoice) -> AdapterChoice:
 
 
 def _in_words_of_responses(error: InvalidRequestError) -> InvalidRequestError:
-    """The error, with the field's name of /v1/responses."""
+    """Return the error, with the field's name of /v1/responses."""
     param = error.param or ""
     name = {"messages": "input", "max_tokens": "max_output_tokens"}.get(param.partition("[")[0])
     if name is None:

@@ -144,7 +144,7 @@ class ReadingPlanner:
     async def _inputs(
         self, tenant: str, given: str | list[str] | list[int] | list[list[int]], tokenizer: BaseTokenizer
     ) -> tuple[list[Prompt], list[str]]:
-        """The prompts, and the fields that they are from."""
+        """Return the prompts, and the fields that they are from."""
         found = inputs_of(given)
         texts = [one for one in found if isinstance(one, str)]
         tokens = iter(await self._planner.texts(tenant, "input", texts, tokenizer=tokenizer))

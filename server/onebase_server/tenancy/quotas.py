@@ -368,7 +368,7 @@ class QuotaReservation:
         self._sequences = 0
 
     def settle(self, tokens: int) -> None:
-        """The request is over, and took so many tokens. Once."""
+        """Record that the request is over, and how many tokens it took. Only the first call counts."""
         now = self._clock()
         for owner, charge in zip(self._owners, self._tokens, strict=False):
             owner.account.correct("tokens", charge, tokens, now)

@@ -368,7 +368,7 @@ def _measured_as(gate: Gate) -> dict[str, Any]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """A job as OpenAI's API gives it. Raises ValueError, OSError."""
+    """Return a job as OpenAI's API gives it. Raises ValueError, OSError."""
     with path.open("rb") as file:
         content = file.read(MOST_JOB_BYTES + 1)
     if len(content) > MOST_JOB_BYTES:
@@ -384,7 +384,7 @@ def read_job(path: Path) -> dict[str, Any]:
 
 
 def method_of_rows(path: Path) -> TrainingMethod:
-    """The method that the first row is for; `supervised` if it says nothing."""
+    """Return the method that the first row is for; `supervised` if it says nothing."""
     with path.open("rb") as file:
         for _ in range(100):
             text = file.readline(_MOST_ROW_BYTES).strip()
@@ -466,7 +466,7 @@ def _all_hyperparameters(job: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _name(job: Mapping[str, Any]) -> str:
-    """The suffix that the job was given, as an adapter's name; "" if it had none."""
+    """Return the suffix that the job was given, as an adapter's name; "" if it had none."""
     given = _text(job.get("user_provided_suffix")) or _text(job.get("suffix"))
     parts = (_text(job.get("fine_tuned_model")) or "").split(":")
     if not given and len(parts) > 3 and parts[0] == "ft":
@@ -654,7 +654,7 @@ def _silent(client: Client, job: TrainingJob) -> int:
 
 
 def _print_changes(url: str, job: TrainingJob, wanted: Wanted, *, active: bool) -> None:
-    """The lines of client code that change."""
+    """Print the lines of client code that change."""
     model = job.name if active else job.fine_tuned_model
     base_url, key = json.dumps(f"{url}/v1"), 'os.getenv("ONEBASE_API_KEY", "none")'
     out = console()

@@ -156,7 +156,7 @@ class Watch:
         return frame
 
     def look(self) -> Frame | None:
-        """The time since the last look; None at the first one. Raises what Client.metrics raises."""
+        """Return the time since the last look; None at the first one. Raises what Client.metrics raises."""
         now = self._client.metrics()
         moment, before = time.monotonic(), self._before
         passed = moment - self._looked
@@ -365,7 +365,7 @@ def picture(
     trouble: str = "",
     whole: bool = False,
 ) -> RenderableType:
-    """A screen for the terminal `out`; tables are cut to its height unless `whole`."""
+    """Return a screen for the terminal `out`; tables are cut to its height unless `whole`."""
     from rich.console import Group
 
     if frame is None:

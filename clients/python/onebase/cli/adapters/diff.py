@@ -243,7 +243,7 @@ def _ranks(mine: dict[str, ModuleReport], yours: dict[str, ModuleReport]) -> Ite
 
 
 def print_diff(out: Console, found: Diff) -> None:
-    """The facts, then the layers with their bars, then what only one of them changes.
+    """Print the facts, then the layers with their bars, then what only one of them changes.
 
     A pipe gets the columns separated by tabs, and no bars.
     """
@@ -285,7 +285,7 @@ def _facts(found: Diff) -> Table:
 
 
 def _chart(out: Console, found: Diff) -> Table:
-    """A row for each layer with two bars, all on one scale."""
+    """Return a row for each layer with two bars, all on one scale."""
     from rich.table import Table
     from rich.text import Text
 
