@@ -80,7 +80,7 @@ MEASURES: dict[str, dict[str, Callable[[str, str], bool]]] = {
 
 @torch.inference_mode()
 def held_out_loss(model, tokenizer, conversations: list) -> float:
-    """Nats per supervised token, over all conversations."""
+    """Return the loss in nats per supervised token, over all conversations."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("\n".join(json.dumps({"messages": messages}) for messages in conversations))

@@ -459,7 +459,8 @@ def _syncs(setup: Setup, running: Engine, steps: int, places: Counter[str]) -> f
 
 
 def _profiled(setup: Setup, running: Engine, found: Findings) -> tuple[float | None, float | None]:
-    """Kernels and copies a step, and the part of the time in which one runs; None where nothing is seen."""
+    """Return the kernels and copies of a step, and the part of the time in which one runs; None where
+    nothing is seen."""
     if setup.device != "cuda":
         return None, None
     try:

@@ -121,7 +121,7 @@ def parse_adapters(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def parse_patterns(text: str) -> tuple[str, ...]:
-    """Patterns of `org/repo`, separated by commas."""
+    """Return patterns of `org/repo`, separated by commas."""
     patterns = tuple(part.strip() for part in text.split(",") if part.strip())
     for pattern in patterns:
         if pattern.count("/") != 1 or pattern.startswith("/") or pattern.endswith("/"):
@@ -130,12 +130,12 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Names or addresses, separated by commas."""
+    """Return names or addresses, separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_origins(text: str) -> tuple[str, ...]:
-    """Origins of web pages, separated by commas."""
+    """Return origins of web pages, separated by commas."""
     origins = parse_names(text)
     for origin in origins:
         if not _ORIGIN.fullmatch(origin):
@@ -144,7 +144,7 @@ def parse_origins(text: str) -> tuple[str, ...]:
 
 
 def parse_addresses(text: str) -> tuple[str, ...]:
-    """Addresses or networks, separated by commas."""
+    """Return addresses or networks, separated by commas."""
     addresses = parse_names(text)
     for address in addresses:
         try:
@@ -570,7 +570,7 @@ def setting_fields() -> Iterator[tuple[Field[Any], Any]]:
 
 
 def load_settings(options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
-    """Settings from command-line options (by field name; None is "not given") and the environment.
+    """Return the settings from command-line options (by field name; None is "not given") and the environment.
 
     Raises SettingsError naming the option or variable that cannot be used.
     """

@@ -185,7 +185,7 @@ def server_events(response: httpx2.Response) -> httpx2.EventSource:
 
 @contextmanager
 def translated(request: httpx2.Request) -> Iterator[None]:
-    """Raises the library's failures as OneBase's errors."""
+    """Raise the library's failures as OneBase's errors."""
     server = f"{request.url.scheme}://{request.url.netloc.decode()}"
     try:
         yield

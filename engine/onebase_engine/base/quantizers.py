@@ -1,4 +1,4 @@
-"""Quantizers that transformers loads a base with, where bitsandbytes' own do not do: for experts, MXFP4 and fp8.
+"""Quantizers with which transformers loads a base that has experts, or whose files hold MXFP4 or fp8.
 
 Importing this module registers them, and imports transformers.
 """
@@ -143,7 +143,9 @@ class _Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[Any]:
         names = {one.name for one in self.places.values()} if self.quantization_config.from_mxfp4 else ()
-        own = (WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [_UnpackMxfp4()]) for name in names)
+        own = (
+            WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [_UnpackMxfp4()]) for name in names
+        )
         return [*super().get_weight_conversions(), *own]
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:

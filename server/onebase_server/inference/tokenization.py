@@ -342,7 +342,8 @@ class BaseTokenizer:
         return text
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a plain prompt, with the special tokens that the base expects around it, or without.
+        """Return the ids of a plain prompt, with the special tokens that the base expects around it, or
+        without.
 
         Raises InvalidRequestError where control tokens are to be letters, and this base cannot write them.
         """
@@ -361,7 +362,7 @@ class BaseTokenizer:
         return made
 
     def encode_chat(self, chat: TemplateInput) -> list[int]:
-        """Ids of a conversation, ready for the assistant's next words.
+        """Return the ids of a conversation, ready for the assistant's next words.
 
         The template writes all special tokens itself, so that none is there twice; in a message they are
         letters. Raises InvalidRequestError when the base has no template, the template refuses the messages,
@@ -684,7 +685,8 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: each byte that is no printable Latin-1 character gets one from 256 on."""
+    """Return GPT-2's printable stand-ins: each byte that is no printable Latin-1 character gets one from
+    256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))

@@ -130,7 +130,7 @@ class ToolFormat:
         parallel: bool,
         content: Schema | None = None,
     ) -> Grammar:
-        """Keeps an answer to calls of these tools, by their schemas, or under `auto` to text without calls.
+        """Keep an answer to calls of these tools, by their schemas, or under `auto` to text without calls.
 
         content: what an answer without calls must be; None is any text. Raises ValueError for what a strict
         tool asks for and this format cannot keep to, for names of arguments that it cannot write, for tools
@@ -288,7 +288,7 @@ _MOST_REFERENCES = 32
 
 
 def kinds(schema: Schema) -> frozenset[str]:
-    """JSON's names of the types that a value may have; all where the schema does not say."""
+    """Return JSON's names of the types that a value may have; all where the schema does not say."""
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return frozenset("string" if isinstance(value, str) else "other" for value in values)

@@ -116,8 +116,8 @@ class KeptFiles:
         await self._delete(left)
 
     def _put(self, path: str, source: Path) -> str:
-        """Store a file, and return its hash. A checkpoint on the same disk, which nobody writes to again, is not
-        copied."""
+        """Store a file, and return its hash. A checkpoint on the same disk, which nobody writes to again, is
+        not copied."""
         part = self._store.scratch() / f"{uuid.uuid4().hex}.part"
         try:
             if not _part_of(path):

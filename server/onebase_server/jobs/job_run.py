@@ -162,8 +162,8 @@ class TrainerPool:
 
     async def _parent(self, job: TrainingJob) -> ParentFiles | None:
         """Return the files of the version that the job continues from. They are the job's own from its check
-        on: the version may be deleted while the job waits for its turn, as a checkpoint is at the end of its job.
-        Raises FileGoneError, StoreError."""
+        on: the version may be deleted while the job waits for its turn, as a checkpoint is at the end of its
+        job. Raises FileGoneError, StoreError."""
         if job.parent is None:
             return None
         try:

@@ -225,9 +225,9 @@ class Planner:
     ) -> GenerationRequest:
         """Return a request that is planned with the tokenizer and the defaults of its adapter.
 
-        A request is planned before its adapter is chosen, with the tokenizer and the defaults that the name has
-        by then. If the chosen version has others, because it was pulled or activated meanwhile, the request is
-        planned again.
+        A request is planned before its adapter is chosen, with the tokenizer and the defaults that the name
+        has by then. If the chosen version has others, because it was pulled or activated meanwhile, the
+        request is planned again.
 
         Args:
             plan: makes the request, given a tokenizer and defaults.
@@ -1078,7 +1078,8 @@ def _check_vocabulary(param: str, tokens: Sequence[int] | dict[int, float], base
 
 
 def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
-    """Tokens to generate. What the caller asked for must fit; a default is cut to what fits."""
+    """Return the number of tokens to generate. What the caller asked for must fit; a default is cut to
+    what fits."""
     prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
     room = base.max_length - prompt
     if wanted.max_tokens is None:

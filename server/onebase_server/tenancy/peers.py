@@ -42,7 +42,7 @@ class LeaseHolder(Protocol):
         ...
 
     def room(self) -> int:
-        """Trainers that could start now."""
+        """Return the number of trainers that could start now."""
         ...
 
     def lease_lost(self) -> None:

@@ -357,7 +357,8 @@ class AsyncClient:
         group_by: Sequence[str] = ("day", "tenant", "adapter"),
         tenant: str | None = None,
     ) -> tuple[TenantUsage, ...]:
-        """Requests, tokens and training of all tenants for a key with the scope `admin`, for others theirs.
+        """Return requests, tokens and training: of all tenants for a key with the scope `admin`, for others
+        theirs.
 
         Args:
             start, end: The first and the last day, in UTC: a date, or as "2026-11-26". By default the last

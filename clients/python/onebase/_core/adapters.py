@@ -123,7 +123,8 @@ def _config_of(folder: Path) -> Mapping[str, object]:
 
 
 def _has_token_rows(config: Mapping[str, object], weights: Path) -> bool:
-    """Whether the adapter may have rows of its own for tokens, so that the server reads its tokenizer."""
+    """Return True if the adapter may have rows of its own for tokens, so that the server reads its
+    tokenizer."""
     if config.get("trainable_token_indices") or config.get("modules_to_save"):
         return True
     with weights.open("rb") as file:

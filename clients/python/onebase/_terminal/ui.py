@@ -292,7 +292,7 @@ def can_move(out: Console) -> bool:
 
 
 def bars(out: Console, *, transient: bool = False) -> Bars:
-    """Bars: each has a description, plain text, and a field `figures`, which may have rich's markup.
+    """Return bars: each has a description, plain text, and a field `figures`, which may have rich's markup.
 
     Args:
         transient: Whether they vanish in the end.

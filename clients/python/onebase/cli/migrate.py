@@ -411,7 +411,7 @@ def _method(job: Mapping[str, Any]) -> TrainingMethod | None:
 
 
 def _hyperparameters(job: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """OpenAI's, of both places that they have been in; "auto" is left to this server."""
+    """Return OpenAI's, of both places that they have been in; "auto" is left to this server."""
     found: dict[str, Any] = {}
     method = job.get("method")
     inside = method.get(kind) if isinstance(method, dict) else None

@@ -208,7 +208,7 @@ def by_target(modules: Iterable[ModuleReport]) -> dict[str, list[ModuleReport]]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Targets in the order of a block, then others, `lm_head` last."""
+    """Return the targets in the order of a block, then others, `lm_head` last."""
     known = {name: number for number, name in enumerate(_BLOCK)}
     return sorted(names, key=lambda name: (name == "lm_head", known.get(name, len(known)), name))
 

@@ -320,7 +320,7 @@ def _print_data(out: Console, data: Mapping[str, Any]) -> None:
 
 
 def _print_examples(out: Console, examples: Sequence[Mapping[str, Any]], word: str) -> None:
-    """Rows as the model reads them. word: what they are named by, "line" or "row"."""
+    """Print rows as the model reads them. word: what they are named by, "line" or "row"."""
     left, right = (">>", "<<") if out.options.ascii_only else ("«", "»")
     if examples:
         out.print()
