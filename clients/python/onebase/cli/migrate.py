@@ -31,7 +31,7 @@ from .openai_answers import (
     HELD_OUT,
     OPENAI_URL,
     TRAIN,
-    Gate,
+    QualityGate,
     Old,
     OpenAIError,
     Recorded,
@@ -241,7 +241,7 @@ def _record(made: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return _say_recorded(folder, recorded, gate, args)
 
 
-def _say_recorded(folder: Path, recorded: Recorded, gate: Gate, args: argparse.Namespace) -> int:
+def _say_recorded(folder: Path, recorded: Recorded, gate: QualityGate, args: argparse.Namespace) -> int:
     used = [answer["usage"] for answer in recorded.answers.values()]
     sent, answered = (sum(one[name] for one in used) for name in ("prompt_tokens", "completion_tokens"))
     if args.json:
@@ -308,7 +308,7 @@ def _metrics_for(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
     return ("json_valid", "exact_match") if is_object else _METRICS
 
 
-def _use_recorded(args: argparse.Namespace) -> Gate | None:
+def _use_recorded(args: argparse.Namespace) -> QualityGate | None:
     """Point the options at a folder of recorded answers, and return its gate. Raises ValueError."""
     if not args.recorded:
         return None
@@ -321,7 +321,7 @@ def _use_recorded(args: argparse.Namespace) -> Gate | None:
 # ---- what was there ----------------------------------------------------------------------------------
 
 
-def read_wanted(args: argparse.Namespace, gate: Gate | None = None) -> Wanted:
+def read_wanted(args: argparse.Namespace, gate: QualityGate | None = None) -> Wanted:
     """Return the job that the options, the rows and the job at OpenAI describe.
 
     gate: the old model's figures, if its answers are trained on; the same metrics are measured, besides those
@@ -360,7 +360,7 @@ def read_wanted(args: argparse.Namespace, gate: Gate | None = None) -> Wanted:
     )
 
 
-def _measured_as(gate: Gate) -> dict[str, Any]:
+def _measured_as(gate: QualityGate) -> dict[str, Any]:
     """Return settings by which an adapter is measured on the rows that the old model was measured on."""
     longest = min(8192, max(32, gate.longest * 2))
     metrics = list(gate.metrics) or ["exact_match", "word_f1"]
@@ -502,7 +502,7 @@ def _is_number(value: object) -> bool:
 # ---- training it here --------------------------------------------------------------------------------
 
 
-def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: Gate | None) -> int:
+def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: QualityGate | None) -> int:
     say = console(stderr=True)
     say.print(line(f"{wanted.was} becomes the adapter {wanted.name} of {client.url}"), soft_wrap=True)
     for sentence in wanted.lost:
@@ -535,19 +535,19 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: Gat
     return _train(client, job, args, wanted, gate)
 
 
-def _decides(gate: Gate | None, args: argparse.Namespace) -> bool:
+def _decides(gate: QualityGate | None, args: argparse.Namespace) -> bool:
     """Return True if the old model's figures decide on the activation."""
     return gate is not None and bool(gate.metrics) and args.activate == "if_better"
 
 
-def _passed(gate: Gate, report: TrainingReport) -> bool:
+def _passed(gate: QualityGate, report: TrainingReport) -> bool:
     """Return True if the adapter reaches the old model's figures, all measured, and is better than the active
     version."""
     reached = all(report.metrics_after[name] >= value for name, value in gate.metrics.items())
     return reached and report.better_than.get("active", True) is True
 
 
-def _judge(client: Client, job: TrainingJob, gate: Gate, args: argparse.Namespace) -> bool:
+def _judge(client: Client, job: TrainingJob, gate: QualityGate, args: argparse.Namespace) -> bool:
     """Show the old model's figures next to the adapter's, and activate the adapter if it reaches them. Return
     True if it is active."""
     found = job.info.report
@@ -625,7 +625,7 @@ def _taken_back(client: Client, job: TrainingJob, kept: Set[str]) -> int:
 
 
 def _train(
-    client: Client, job: TrainingJob, args: argparse.Namespace, wanted: Wanted, gate: Gate | None
+    client: Client, job: TrainingJob, args: argparse.Namespace, wanted: Wanted, gate: QualityGate | None
 ) -> int:
     if args.json:
         status = _silent(client, job)
