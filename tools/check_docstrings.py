@@ -22,8 +22,8 @@ ARTICLES = {"A", "An", "The"}
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str, bool]]:
-    """Yield the line and the text of each docstring, those of attributes and constants too, and whether it is a
-    function's."""
+    """Yield the line and the text of each docstring, those of attributes and constants too, and whether it is
+    a function's."""
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
         called = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not any(
@@ -33,7 +33,7 @@ def docstrings(source: str) -> Iterator[tuple[int, str, bool]]:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 text = statement.value.value
                 if isinstance(text, str) and text.strip():
-                    yield statement.lineno, text.strip(), called
+                    yield statement.lineno, text.strip(), called and statement is body[0]
 
 
 def is_fragment(text: str, called: bool) -> bool:
