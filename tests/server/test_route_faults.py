@@ -20,7 +20,7 @@ from onebase_edge.cross_site import CrossSiteMiddleware
 from onebase_edge.listener import QuietServer, bind, uvicorn_config
 from onebase_edge.settings import Settings
 from onebase_route import proxy
-from onebase_route.proxy import Route, read_report, target_in
+from onebase_route.proxy import Route, read_needs, read_report, target_in
 
 from .support import told_statuses
 from .test_route import wait
