@@ -29,11 +29,11 @@ def docstrings(source: str) -> Iterator[tuple[int, str, bool]]:
         called = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not any(
             "property" in ast.unparse(decorator) for decorator in node.decorator_list
         )
-        for statement in body if isinstance(body, list) else ():
+        for place, statement in enumerate(body if isinstance(body, list) else ()):
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 text = statement.value.value
                 if isinstance(text, str) and text.strip():
-                    yield statement.lineno, text.strip(), called and statement is body[0]
+                    yield statement.lineno, text.strip(), called and place == 0
 
 
 def is_fragment(text: str, called: bool) -> bool:
