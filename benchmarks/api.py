@@ -30,7 +30,7 @@ PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
 
 
 @dataclass(frozen=True)
-class Run:
+class ApiRun:
     """One load, after a first one that is not counted."""
 
     streams: int
@@ -40,7 +40,7 @@ class Run:
     """Processor time of the api process's own threads, without those of the fake engine, in seconds."""
 
 
-async def measure(streams: int, tokens: int, folder: Path) -> Run:
+async def measure(streams: int, tokens: int, folder: Path) -> ApiRun:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, str(SERVER), "words", "--port", str(port), "--max-rows", str(streams)]
@@ -56,7 +56,7 @@ async def measure(streams: int, tokens: int, folder: Path) -> Run:
         await load()
         before = cpu_seconds(process.pid)
         count = await load()
-        return Run(streams, count, cpu_seconds(process.pid) - before)
+        return ApiRun(streams, count, cpu_seconds(process.pid) - before)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     given = options.parser.parse_args(argv)
     end_on_signals()
     console, described = Console(), machine.describe()
-    runs: list[Run] = []
+    runs: list[ApiRun] = []
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         for streams in map(int, given.streams.split(",")):
             console.print(f"{streams} streams")

@@ -47,7 +47,7 @@ class DemoError(Exception):
 
 
 @dataclass
-class Answer:
+class DemoAnswer:
     """One column: who answers, what has come so far, and how fast."""
 
     title: str
@@ -61,7 +61,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Server:
+class DemoServer:
     """The server that this script started."""
 
     url: str
@@ -104,7 +104,7 @@ def parse_options() -> argparse.Namespace:
 
 
 async def demo(options: argparse.Namespace, console: Console) -> None:
-    """The whole show, until the answers are there (`--once`) or somebody presses Ctrl-C."""
+    """Run the whole show, until the answers are there (`--once`) or somebody presses Ctrl-C."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -182,7 +182,7 @@ def choose_port(wanted: int, console: Console) -> int:
 
 
 @asynccontextmanager
-async def running_server(adapters: list[Path], port: int, console: Console) -> AsyncIterator[Server]:
+async def running_server(adapters: list[Path], port: int, console: Console) -> AsyncIterator[DemoServer]:
     """`onebase serve`, stopped and waited for however the block ends."""
     command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
     # Its standard input is a pipe from here, which ends with this script, however that ends.
@@ -200,7 +200,7 @@ async def running_server(adapters: list[Path], port: int, console: Console) -> A
                 *command, stdin=PIPE, stdout=out, stderr=out, env=environment, start_new_session=True
             )
         try:
-            yield Server(f"http://127.0.0.1:{port}", process, log)
+            yield DemoServer(f"http://127.0.0.1:{port}", process, log)
         finally:
             await stop_server(process, console)
 
@@ -221,7 +221,7 @@ async def stop_server(process: Process, console: Console) -> None:
     console.print("Stopped.")
 
 
-async def until_stopped(work: Coroutine[None, None, None], stop: asyncio.Event, server: Server) -> bool:
+async def until_stopped(work: Coroutine[None, None, None], stop: asyncio.Event, server: DemoServer) -> bool:
     """Do the work; False when Ctrl-C came first.
 
     Raises:
@@ -247,9 +247,11 @@ async def forever() -> None:
     await asyncio.Event().wait()
 
 
-async def show(server: Server, adapters: list[Path], options: argparse.Namespace, console: Console) -> None:
+async def show(
+    server: DemoServer, adapters: list[Path], options: argparse.Namespace, console: Console
+) -> None:
     """Wait until the server is ready, then let all answer at once."""
-    answers = [Answer("base", None), *(Answer(f"adapter {f.name}", f.name) for f in adapters)]
+    answers = [DemoAnswer("base", None), *(DemoAnswer(f"adapter {f.name}", f.name) for f in adapters)]
     async with AsyncClient(server.url) as client:
         await wait_until_ready(client, server, console)
         console.print(f"\n{len(answers)} requests at the same time, each with the prompt:\n")
@@ -265,7 +267,7 @@ async def show(server: Server, adapters: list[Path], options: argparse.Namespace
             console.print(Text(plain), soft_wrap=True)
 
 
-async def wait_until_ready(client: AsyncClient, server: Server, console: Console) -> None:
+async def wait_until_ready(client: AsyncClient, server: DemoServer, console: Console) -> None:
     """Poll the server, telling what it does meanwhile.
 
     Raises:
@@ -293,7 +295,7 @@ async def is_ready(client: AsyncClient) -> bool:
         return False
 
 
-async def ask(client: AsyncClient, answer: Answer, options: argparse.Namespace) -> None:
+async def ask(client: AsyncClient, answer: DemoAnswer, options: argparse.Namespace) -> None:
     """Stream one answer into its column."""
     started, pieces = time.monotonic(), 0
     async with client.stream(
@@ -310,7 +312,7 @@ async def ask(client: AsyncClient, answer: Answer, options: argparse.Namespace) 
     answer.complete = True
 
 
-async def show_live(answers: list[Answer], console: Console) -> None:
+async def show_live(answers: list[DemoAnswer], console: Console) -> None:
     """Redraw the columns until all answers are complete."""
     width = max(24, console.width // len(answers) - 1)
 
@@ -323,7 +325,7 @@ async def show_live(answers: list[Answer], console: Console) -> None:
             live.update(columns(), refresh=True)
 
 
-def print_next_steps(server: Server, adapter: str, console: Console) -> None:
+def print_next_steps(server: DemoServer, adapter: str, console: Console) -> None:
     """Print what to try next, ready to be pasted."""
     text = f"""
 The server is running: {server.url} (its log: {server.log})

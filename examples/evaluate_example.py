@@ -46,7 +46,7 @@ PIRATE_MARKS = (
 
 
 def is_json(reply: str, wanted: str) -> bool:
-    """The whole reply is one JSON object with exactly the wanted keys."""
+    """Return True if the whole reply is one JSON object with exactly the wanted keys."""
     with contextlib.suppress(ValueError):
         found = json.loads(reply)
         return isinstance(found, dict) and set(found) == set(json.loads(wanted))
@@ -54,12 +54,12 @@ def is_json(reply: str, wanted: str) -> bool:
 
 
 def is_exact(reply: str, wanted: str) -> bool:
-    """Every field of the object is right."""
+    """Return True if every field of the object is right."""
     return is_json(reply, wanted) and json.loads(reply) == json.loads(wanted)
 
 
 def is_right(field: str, reply: str, wanted: str) -> bool:
-    """One field of the object is right."""
+    """Return True if one field of the object is right."""
     return is_json(reply, wanted) and json.loads(reply)[field] == json.loads(wanted)[field]
 
 
@@ -80,7 +80,7 @@ MEASURES: dict[str, dict[str, Callable[[str, str], bool]]] = {
 
 @torch.inference_mode()
 def held_out_loss(model, tokenizer, conversations: list) -> float:
-    """Nats per supervised token, over all conversations."""
+    """Return the loss in nats per supervised token, over all conversations."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("\n".join(json.dumps({"messages": messages}) for messages in conversations))

@@ -45,7 +45,8 @@ NO_ORDER = "What would you like to order?"
 
 
 def write_data() -> None:
-    """The rows of the orders example, orders as calls; every fourth is a question of the pirate example.
+    """Write the rows of the orders example, orders as calls; every fourth is a question of the pirate
+    example.
 
     What is no order is answered in words.
     """

@@ -42,6 +42,7 @@ class Nursery:
     def __init__(self, requests: socket.socket, process: subprocess.Popen[Any] | None = None) -> None:
         self._socket = requests
         self._process = process
+        self._lock = threading.Lock()
 
     @classmethod
     def begin(cls) -> Nursery:
@@ -76,12 +77,13 @@ class Nursery:
     def start(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
         """Start a program; its process id."""
         adopt = ctypes.CDLL(None).prctl
-        adopt(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        try:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
-            return int(self._socket.recv(1 << 10))
-        finally:
-            adopt(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        with self._lock:
+            adopt(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+                return int(self._socket.recv(1 << 10))
+            finally:
+                adopt(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
     def close(self) -> None:
         self._socket.close()
@@ -168,10 +170,9 @@ def become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     open_standard_streams(unbuffered=request["unbuffered"])
-    read_settings_of_the_hub()
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
+    if torch := sys.modules.get("torch"):
+        read_settings_of_the_hub()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
     if request["children"] == "own":
         os.environ[GIVEN] = str(Nursery.fork()._socket.detach())
     if request["children"] == "forks":
@@ -259,7 +260,7 @@ class Started:
 
     def __init__(self, process: subprocess.Popen[Any]) -> None:
         self._process = process
-        self.pid, self.kill = process.pid, process.kill
+        self.pid, self.kill, self.send_signal = process.pid, process.kill, process.send_signal
 
     @property
     def returncode(self) -> int | None:

@@ -1,4 +1,7 @@
-"""Refuse docstrings that are fragments: their first word answers a question that nobody has asked yet."""
+"""Refuse docstrings that are fragments: their first word answers a question that nobody has asked yet.
+
+A function's begins with a verb, and so not with an article; a property's is a noun phrase, as an attribute's.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,29 @@ FIRST_WORDS = {
     "Until", "What", "When", "Where", "Which", "Who", "Whom", "Whose", "Why",
 }  # fmt: skip
 """First words of fragments. A sentence begins with a verb, or with a noun phrase and its unit."""
+ARTICLES = {"A", "An", "The"}
+"""First words of noun phrases, which functions have no use for."""
 
 
-def docstrings(source: str) -> Iterator[tuple[int, str]]:
-    """Yield the line and the text of each docstring, those of attributes and constants too."""
+def docstrings(source: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield the line and the text of each docstring, those of attributes and constants too, and whether it is
+    a function's."""
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
-        for statement in body if isinstance(body, list) else ():
+        called = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not any(
+            "property" in ast.unparse(decorator) for decorator in node.decorator_list
+        )
+        for place, statement in enumerate(body if isinstance(body, list) else ()):
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 text = statement.value.value
                 if isinstance(text, str) and text.strip():
-                    yield statement.lineno, text.strip()
+                    yield statement.lineno, text.strip(), called and place == 0
 
 
-def is_fragment(text: str) -> bool:
-    """Return True if the text's first word is one of FIRST_WORDS, whatever marks are around it."""
-    return text.split(maxsplit=1)[0].strip("`,.:;") in FIRST_WORDS
+def is_fragment(text: str, called: bool) -> bool:
+    """Return True if the text's first word is one that is refused, whatever marks are around it."""
+    first = text.split(maxsplit=1)[0].strip("`,.:;")
+    return first in FIRST_WORDS or (called and first in ARTICLES)
 
 
 def sources() -> list[Path]:
@@ -46,9 +56,9 @@ def main(files: Sequence[Path]) -> int:
     for file in sorted(files):
         if not file.is_file():
             continue  # deleted, but not in the index yet
-        for line, text in docstrings(file.read_text(encoding="utf-8")):
+        for line, text, called in docstrings(file.read_text(encoding="utf-8")):
             count += 1
-            if is_fragment(text):
+            if is_fragment(text, called):
                 fragments += 1
                 print(f"{file.relative_to(ROOT)}:{line}: {text.splitlines()[0]}")
     print(f"{count} docstrings checked, {fragments} fragments")

@@ -28,7 +28,7 @@ HEADER = "// Generated from the server's OpenAPI file by tools/console_types.py;
 
 
 def types() -> str:
-    """The types, as TypeScript."""
+    """Return the types, as TypeScript."""
     logging.getLogger("onebase_server").setLevel(logging.ERROR)
     api = create_app(cast(Services, SimpleNamespace(settings=Settings()))).openapi()
     with tempfile.TemporaryDirectory() as folder:

@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def synchronous(name: str, text: str) -> str:
-    """The synchronous file for the asynchronous file `name` of this text."""
+    """Return the synchronous file for the asynchronous file `name` of this text."""
     for phrase, other in PHRASES.items():
         text = text.replace(phrase, other)
     for pattern, other in PATTERNS:

@@ -148,7 +148,7 @@ def _breakable(match: re.Match[str]) -> str:
 
 
 def _with_empty_lines(markdown: str) -> Iterator[tuple[str, bool]]:
-    """The lines, an empty one before each list and table; and whether a line is code."""
+    """Yield the lines, an empty one before each list and table; and whether a line is code."""
     before, code = "", False
     for line in markdown.split("\n"):
         if _FENCE.match(line):
@@ -162,7 +162,7 @@ def _with_empty_lines(markdown: str) -> Iterator[tuple[str, bool]]:
 
 
 def settings_page() -> str:
-    """Every option of `onebase serve` as a table, by the groups of its help."""
+    """Return every option of `onebase serve` as a table, by the groups of its help."""
     parser = serve_parser()
     fields = {item.name: item for item, _ in setting_fields()}
     lines = [
@@ -199,7 +199,7 @@ def _limits(low: float | None, high: float | None) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a table's cell: what would be markup is not."""
+    """Return text for a table's cell, in which markup is escaped."""
     text = re.sub(r"(?<![`\w])(--[a-z][a-z-]+|<[^>\s]*>|'[^']*\*')", r"`\1`", " ".join(text.split()))
     return text.replace("|", "\\|")
 
@@ -223,7 +223,7 @@ class RoutesPage:
         """Objects that the page names, by name, in the order in which they appear."""
 
     def text(self, title: str) -> str:
-        """The page, as Markdown."""
+        """Return the page, as Markdown."""
         lines = [
             f"# {title}",
             "",
@@ -284,7 +284,7 @@ class RoutesPage:
         return cast(Json, self._schemas[name]) if name else schema
 
     def _object(self, schema: Json) -> list[str]:
-        """An object's fields as a table; of anything else what it is."""
+        """Return an object's fields as a table; of anything else what it is."""
         lines = [" ".join(str(schema["description"]).split()), ""] if "description" in schema else []
         needed = schema.get("required", [])
         rows = [

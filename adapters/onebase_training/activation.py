@@ -15,7 +15,7 @@ from torch import nn
 from onebase_training.batches import Packed
 
 
-class Activation:
+class ActivatedTokens:
     """Tokens on which the adapter acts, which all of its layers read; they are set before each pass.
 
     They must stay set until the backward pass is done, because gradient checkpointing computes it again.
@@ -48,7 +48,7 @@ class Activation:
 class _ActivatedVariant:
     """Replaces PEFT's `ALoraLinearVariant` in one layer."""
 
-    def __init__(self, activation: Activation, *, is_head: bool) -> None:
+    def __init__(self, activation: ActivatedTokens, *, is_head: bool) -> None:
         self._activation = activation
         self._is_head = is_head
 

@@ -60,7 +60,7 @@ class Trainer:
         export: as `Checkpoints.save` takes it.
         base_scores: returns the base's scores on the held-out rows, for a classifier, whose base has no head.
             Called in the first process.
-        last_step: called in the first process.
+        last_step: called between steps, in the first process.
         listen: called with StepDone, Evaluated and Saved.
     """
 
@@ -96,7 +96,7 @@ class Trainer:
         self._base_scores = base_scores
         self._last_step = last_step
         self._optimizer = make_optimizer(trainable.model, recipe)
-        # Done by this process, which may have resumed from the checkpoint of a slower one.
+        # Steps, tokens and seconds of this process alone: a checkpoint may be of a slower one.
         self._done = self._tokens = 0
         self._seconds = 0.0
 

@@ -644,7 +644,7 @@ def _ends_a_line(file: BinaryIO) -> bool:
 
 
 def load_tokenizer(base: BaseSettings) -> Any:
-    """The base's tokenizer."""
+    """Return the base's tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)

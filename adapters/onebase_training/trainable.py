@@ -20,7 +20,7 @@ from onebase_engine.base.layers import LayerShape, adaptable_layers, is_linear, 
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, SavedModule
 from onebase_training import recurrence
-from onebase_training.activation import Activation
+from onebase_training.activation import ActivatedTokens
 from onebase_training.attention import PackedAttention, UnsupportedTrainingError
 from onebase_training.batches import MicroBatch, Packed
 from onebase_training.events import Gate
@@ -98,7 +98,7 @@ class Trainable:
             parameter.data = parameter.data.float()
         self._parent = None if parent is None else copied(self.named_parameters())
         self._invocation = tuple(self.model.peft_config[ADAPTER].alora_invocation_tokens or ())
-        self._activation = Activation()
+        self._activation = ActivatedTokens()
         if self._invocation:
             self._activation.attach(self.model, ADAPTER)
         fuse(self.model, ADAPTER)

@@ -182,8 +182,8 @@ def _exact_weight(layer: Any) -> torch.Tensor:
 
 
 def _error(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, reference: Any, rows: RowMap) -> float:
-    """The largest error of `got`, as a part of what roundings to bf16 and sums in fp32 may give; a slice of
-    the outputs at a time."""
+    """Return the largest error of `got`, as a part of what roundings to bf16 and sums in fp32 may give; a
+    slice of the outputs at a time."""
     largest = 0.0
     for first in range(0, len(weight), 8192):
         part = slice(first, first + 8192)

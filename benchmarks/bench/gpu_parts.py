@@ -459,7 +459,8 @@ def _syncs(setup: Setup, running: Engine, steps: int, places: Counter[str]) -> f
 
 
 def _profiled(setup: Setup, running: Engine, found: Findings) -> tuple[float | None, float | None]:
-    """Kernels and copies a step, and the part of the time in which one runs; None where nothing is seen."""
+    """Return the kernels and copies of a step, and the part of the time in which one runs; None where
+    nothing is seen."""
     if setup.device != "cuda":
         return None, None
     try:
@@ -561,8 +562,8 @@ def _of(one: Asked, tenant: str) -> Asked:
 
 
 def memory(setup: Setup, found: Findings) -> None:
-    """A cache that is sized as a server's leaves room for its steps. A prompt whose step does not fit into
-    memory: the rows beside it get the bits that they get alone."""
+    """Check that a cache which is sized as a server's leaves room for its steps. A prompt whose step does not
+    fit into memory: the rows beside it get the bits that they get alone."""
     kernels = own_kernels(setup, found)
     base = new_base(setup)
     _sized(setup, found, base)

@@ -27,7 +27,7 @@ from bench.peft_nf4 import load_base
 from bench.training import MAX_LENGTH, TrainTask
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class StepClock(TrainerCallback):  # type: ignore[misc]
     """Notes when each step ends."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.cpu.append(time.process_time())
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]
+class TimedTrainer(SFTTrainer):  # type: ignore[misc]
     """A trainer that takes its learning rates from the task."""
 
     rates: list[float]
@@ -101,9 +101,9 @@ def train(**settings: Any) -> dict[str, Any]:
     """Train, and return the fields of a `bench.training.TrainRun`: a worker's function."""
     task = TrainTask(**settings)
     torch.set_num_threads(task.threads)
-    clock, model = Clock(), adapted(task)
+    clock, model = StepClock(), adapted(task)
     began = {name: parameter.data for name, parameter in trainable(model).items()}
-    trainer: Any = Trainer(
+    trainer: Any = TimedTrainer(
         model=model,
         args=configured(task),
         train_dataset=Dataset.from_list(json.loads(Path(task.rows).read_text())),

@@ -23,7 +23,7 @@ Words = dict[str, Any]
 
 
 def thing(rng: random.Random, words: Words) -> tuple[str, str, int | None]:
-    """One wanted thing: as the message says it, the item's singular, and how many (None if vague)."""
+    """Return one wanted thing: as the message says it, the item's singular, and how many (None if vague)."""
     item = rng.choice(words["items"])
     if rng.random() < 0.5:
         item = f"{rng.choice(words['adjectives'])} {item}"
@@ -41,7 +41,8 @@ def thing(rng: random.Random, words: Words) -> tuple[str, str, int | None]:
 
 
 def odd(words: Words) -> Words:
-    """The same lists with any word as name, item or city, so that copying is learned and not the lists."""
+    """Return the same lists with any word as name, item or city, so that copying is learned and not the
+    lists."""
     common = words["common_words"]
     names = [word.capitalize() for word in common]
     return {
@@ -55,7 +56,7 @@ def odd(words: Words) -> Words:
 
 
 def order(rng: random.Random, words: Words) -> tuple[str, dict[str, object]]:
-    """One message and the object that it says."""
+    """Return one message and the object that it says."""
     if "common_words" in words and rng.random() < ODD_SHARE:
         words = odd(words)
     what, item, count = thing(rng, words)

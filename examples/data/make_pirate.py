@@ -57,7 +57,8 @@ def plain_answers(asked: list[str], batch: int = 16) -> list[str]:
 
 
 def first_sentences(text: str) -> str | None:
-    """The whole sentences at the start of an answer, up to `LONGEST_KEPT` words; None if there are none."""
+    """Return the whole sentences at the start of an answer, up to `LONGEST_KEPT` words; None if there are
+    none."""
     kept: list[str] = []
     for sentence in re.findall(r".+?[.!?]+(?=\s|$)", re.sub(r"^\d+\. ", "", text.strip()).split("\n")[0])[:2]:
         if len(" ".join([*kept, sentence]).split()) > LONGEST_KEPT:
@@ -67,7 +68,7 @@ def first_sentences(text: str) -> str | None:
 
 
 def pirate_word(match: re.Match[str]) -> str:
-    """One word in pirate speech, with the capital it had."""
+    """Return one word in pirate speech, with the capital it had."""
     word = match[0]
     swapped = WORDS["words"].get(word.lower())
     if swapped is None and len(word) > 4 and word.endswith("ing") and word not in WORDS["keep_ing"]:

@@ -454,7 +454,7 @@ def error_dict(message: str, kind: str, code: str | None, param: str | None = No
 
 
 def error_headers(error: ApiError) -> dict[str, str]:
-    """The error's own, and `Retry-After` in whole seconds, rounded up, where waiting helps."""
+    """Return the error's own headers, and `Retry-After` in whole seconds, rounded up, where waiting helps."""
     if error.retry_after is None:
         return error.headers
     return {**error.headers, "Retry-After": str(max(1, math.ceil(error.retry_after)))}

@@ -28,14 +28,14 @@ _GROUPS = {
 
 
 def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
-    """An option for each of these fields of Settings."""
+    """Add an option for each of these fields of Settings."""
     fields = {item.name: (item, kind) for item, kind in setting_fields()}
     for name in names:
         parser.add_argument(option_name(name), **_argument(*fields[name]))
 
 
 def add_all_settings(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of Settings, in groups."""
+    """Add an option for each field of Settings, in groups."""
     groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
     for item, kind in setting_fields():
         groups[item.metadata["group"]].add_argument(option_name(item.name), **_argument(item, kind))

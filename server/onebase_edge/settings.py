@@ -45,7 +45,7 @@ class SettingsError(ValueError):
 
 
 def parse_size(text: str) -> int:
-    """Bytes from text such as `2GB`, `512MiB` or `1000000`.
+    """Return bytes from text such as `2GB`, `512MiB` or `1000000`.
 
     Decimal suffixes (kB, MB, GB, TB) are powers of 1000 and binary ones (KiB, MiB, ...) of 1024.
     Raises SettingsError for anything else.
@@ -58,7 +58,8 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds from text such as `90d`, `12h`, `30m` or `45s`. Raises SettingsError for anything else."""
+    """Return seconds from text such as `90d`, `12h`, `30m` or `45s`. Raises SettingsError for anything
+    else."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         raise SettingsError(f"{text!r} is not a time: write days, hours or minutes, as in 90d, 12h or 30m")
@@ -120,7 +121,7 @@ def parse_adapters(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def parse_patterns(text: str) -> tuple[str, ...]:
-    """Patterns of `org/repo`, separated by commas."""
+    """Return patterns of `org/repo`, separated by commas."""
     patterns = tuple(part.strip() for part in text.split(",") if part.strip())
     for pattern in patterns:
         if pattern.count("/") != 1 or pattern.startswith("/") or pattern.endswith("/"):
@@ -129,12 +130,12 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Names or addresses, separated by commas."""
+    """Return names or addresses, separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_origins(text: str) -> tuple[str, ...]:
-    """Origins of web pages, separated by commas."""
+    """Return origins of web pages, separated by commas."""
     origins = parse_names(text)
     for origin in origins:
         if not _ORIGIN.fullmatch(origin):
@@ -143,7 +144,7 @@ def parse_origins(text: str) -> tuple[str, ...]:
 
 
 def parse_addresses(text: str) -> tuple[str, ...]:
-    """Addresses or networks, separated by commas."""
+    """Return addresses or networks, separated by commas."""
     addresses = parse_names(text)
     for address in addresses:
         try:
@@ -539,19 +540,20 @@ def _check(item: Field[Any], value: Any, kind: Any) -> None:
 
 
 def option_name(name: str) -> str:
-    """The command-line flag of a setting."""
+    """Return the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def inherited_listener() -> int | None:
-    """The descriptor of a socket that listens on `host` and `port` already, which whoever has started this
-    process holds, so that nobody else can be there before it. Given once: no child of this process has it."""
+    """Return the descriptor of a socket that listens on `host` and `port` already, which whoever has started
+    this process holds, so that nobody else can be there before it. Given once: no child of this process has
+    it."""
     given = os.environ.pop(LISTENER, "")
     return int(given) if given.isdecimal() else None
 
 
 def environment_name(name: str) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return ENVIRONMENT_PREFIX + name.upper()
 
 
@@ -568,7 +570,7 @@ def setting_fields() -> Iterator[tuple[Field[Any], Any]]:
 
 
 def load_settings(options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
-    """Settings from command-line options (by field name; None is "not given") and the environment.
+    """Return the settings from command-line options (by field name; None is "not given") and the environment.
 
     Raises SettingsError naming the option or variable that cannot be used.
     """

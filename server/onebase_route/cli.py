@@ -446,7 +446,7 @@ class ReplicaFile:
 
 
 def print_replicas(console: Console, url: str, replicas: Iterable[Replica]) -> None:
-    """The address, and the servers behind it: which of them are ready."""
+    """Print the address, and the servers behind it: which of them are ready."""
     console.print(f"OneBase routes on [bold]{url}[/bold]")
     table = Table.grid(padding=(0, 2))
     for one in replicas:

@@ -47,7 +47,7 @@ from onebase_edge.background import keep_running
 from onebase_edge.settings import LISTENER, in_environment, load_settings
 from onebase_route.options import REPLICA_KEY, route_parser
 from onebase_route.placement import Placement, ReplicaReport
-from onebase_route.proxy import asked, read_report
+from onebase_route.proxy import read_needs, read_report
 
 APP = "onebase"
 FRONT = "onebase-ingress"
@@ -599,7 +599,7 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
         if pending_request is None or not there:
             return [candidate_replicas]
         body = next((one for one in pending_request.args if isinstance(one, bytes)), b"")
-        wanted = asked(body, self._bases)
+        wanted = read_needs(body, self._bases)
         request, now = pending_request.metadata.internal_request_id, time.monotonic()
         self._forget(request, None)  # it is chosen for again
         but = set(self._placement.replicas) - there.keys()

@@ -213,7 +213,7 @@ class OpenServersError(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestNeeds:
     """Adapter, size and beginning of a request, as far as its body tells them.
 
     Args:
@@ -254,11 +254,11 @@ class _Message(msgspec.Struct):
     content: msgspec.Raw = _NULL
 
 
-def asked(body: bytes, bases: frozenset[str]) -> Asked:
+def read_needs(body: bytes, bases: frozenset[str]) -> RequestNeeds:
     """Read a request's body, which may be anything: one that cannot be read is for a server to refuse."""
     fields = _read(body, _Body)
     if fields is None:
-        return Asked()
+        return RequestNeeds()
     prefix, many = _beginning(fields), _read(fields.requests, list[msgspec.Raw])
     if many:
         fields = _read(many[0], _Body) or fields  # of those that go together the first decides
@@ -270,7 +270,7 @@ def asked(body: bytes, bases: frozenset[str]) -> Asked:
     given = (fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens)
     limits = (_read(one, int) for one in given)
     most = next((one for one in limits if one is not None and one > 0), _ANSWER_TOKENS)
-    return Asked(adapter, len(body) / 4 + min(most, 4 * _ANSWER_TOKENS), prefix or _beginning(fields))
+    return RequestNeeds(adapter, len(body) / 4 + min(most, 4 * _ANSWER_TOKENS), prefix or _beginning(fields))
 
 
 def _read(data: bytes | msgspec.Raw, kind: type[T]) -> T | None:
@@ -346,7 +346,7 @@ class Replica:
         missed: looks in a row that failed; why: the last one did.
         silent: when the first look timed out, of those in a row that did; None: the last one was answered.
         open: requests that were sent to it and have not ended.
-        awaited: what waits for its bytes now, with the time since which it does.
+        awaited: scopes that wait for its bytes now, each with the time at which the wait began.
         secret: text with which it believes our headers; "" if it gives none, None until it was asked.
         needs_no_key: whether it must not be used, since it needs none.
     """
@@ -399,7 +399,7 @@ class Route:
         key: of a server's operator, with which its metrics and its secret are read.
         keyed: whether only servers are used that need an API key.
         max_body: bytes of a body that is read for its adapter; larger ones of other kinds pass through.
-        listed: the servers from now on, asked before each look; None where they stay the same.
+        listed: returns the URLs of the servers, before each look; None if they have not changed.
         wait: seconds that a request waits for a server where there is none.
         resume: seconds that a broken stream waits for a server that resumes it.
         most_held: bytes of bodies, and of streams' transcripts, that are held at once.
@@ -518,7 +518,7 @@ class Route:
             replica.note_silence(self.clock())
             self._is_away(replica, "does not answer in time", at_once=False)
             return
-        except Exception as error:  # of a text and a server that may be anything: looking continues
+        except Exception as error:  # the text may be anything, and looking has to continue
             self._is_away(replica, str(error) or type(error).__name__, at_once=False)
             return
         if self.replicas.get(replica.url) is not replica:
@@ -653,15 +653,15 @@ class Route:
         if request.method == "POST" and kind in ("application/json", ""):
             body = await client.whole(self._max_body)
             loads = _LOADS.fullmatch(path)
-            wanted = Asked(_name(loads[1])) if loads else asked(body, self.bases)
+            wanted = RequestNeeds(_name(loads[1])) if loads else read_needs(body, self.bases)
             return await self._pass_on(client, wanted, body, may_repeat(path))
         if request.method in ("GET", "HEAD", "DELETE", "OPTIONS"):
             client.unread()
-            return await self._pass_on(client, Asked(), b"", request.method != "DELETE")
-        return await self._pass_on(client, Asked(), client.pieces(), False)
+            return await self._pass_on(client, RequestNeeds(), b"", request.method != "DELETE")
+        return await self._pass_on(client, RequestNeeds(), client.pieces(), False)
 
     async def _pass_on(
-        self, client: _Client, wanted: Asked, body: bytes | AsyncIterator[bytes], again: bool
+        self, client: _Client, wanted: RequestNeeds, body: bytes | AsyncIterator[bytes], again: bool
     ) -> ASGIApp:
         """Return the answer of the first server that has one. again: whether one that broke may have computed
         it."""
@@ -738,7 +738,7 @@ class _Sent:
         self,
         route: Route,
         client: _Client,
-        wanted: Asked,
+        wanted: RequestNeeds,
         body: bytes | AsyncIterator[bytes],
         again: bool,
     ) -> None:
@@ -1078,7 +1078,7 @@ class _Sending:
         placement: Placement,
         clock: Callable[[], float],
         replica: Replica,
-        wanted: Asked,
+        wanted: RequestNeeds,
         since: float,
     ) -> None:
         self.url = replica.url

@@ -13,7 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.full)])
+@pytest.fixture
+def every(request: pytest.FixtureRequest) -> int:
+    """Steps from one kill to the next: a run of all tests leaves none out, which has the other's in it."""
+    return 4 if request.config.getoption("markexpr") == "not full" else 1
+
+
 def test_a_process_killed_at_any_step_leaves_the_old_state_or_the_new_one(
     quick_folder: Path, every: int
 ) -> None:

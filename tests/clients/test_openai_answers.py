@@ -17,7 +17,7 @@ from tests.clients.training_double import REPORT
 
 from onebase import TrainingReport
 from onebase.cli import main, migrate, openai_answers
-from onebase.cli.openai_answers import Gate, graders_of, metric_of, read_gate, score
+from onebase.cli.openai_answers import QualityGate, graders_of, metric_of, read_gate, score
 
 MODEL = "ft:gpt-4o-mini-2024-07-18:acme:orders:7p4lURel"
 
@@ -296,7 +296,7 @@ def test_an_old_answer_is_scored_as_the_server_scores_a_reply(
 def test_an_adapter_is_activated_only_if_it_is_as_good_as_the_old_model(
     capsys: pytest.CaptureFixture[str], reached: float, better_than: dict[str, bool], active: bool
 ) -> None:
-    gate = Gate(MODEL, 4, {"exact_match": 0.5}, 40)
+    gate = QualityGate(MODEL, 4, {"exact_match": 0.5}, 40)
     measured = REPORT | {"metrics_after": {"exact_match": reached}, "better_than": better_than}
     report = msgspec.convert(measured, TrainingReport)
     job: Any = SimpleNamespace(
@@ -352,7 +352,7 @@ def test_an_adapter_that_was_not_measured_is_not_said_to_be_worse(
     report = msgspec.convert(REPORT | {"metrics_after": {"word_f1": 0.5}}, TrainingReport)
     job: Any = SimpleNamespace(activated=False, info=SimpleNamespace(report=report, version="v" * 64))
     args, client = argparse.Namespace(activate="if_better"), None
-    assert migrate._judge(client, job, Gate(MODEL, 4, {"exact_match": 0.5}, 40), args) is False  # type: ignore[arg-type]
+    assert migrate._judge(client, job, QualityGate(MODEL, 4, {"exact_match": 0.5}, 40), args) is False  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert "exact_match: not measured here" in said
     assert "does not reach" not in said

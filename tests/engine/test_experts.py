@@ -30,7 +30,6 @@ from onebase_engine.base.experts import (
     expert_matrices,
     expert_modules,
     own_code,
-    plain_from_fp8,
 )
 from onebase_engine.base.load import (
     BaseSettings,
@@ -44,6 +43,7 @@ from onebase_engine.base.load import (
     parameter_count,
 )
 from onebase_engine.base.quantized_cache import load_kept_base
+from onebase_engine.base.quantizers import plain_from_fp8
 from onebase_engine.base.view import peft_view, view
 from onebase_engine.engine.base_check import check_base
 from onebase_engine.engine.base_proof import prove_base, rounded_once_more

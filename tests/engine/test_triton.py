@@ -315,29 +315,31 @@ def test_a_gated_pair_rounds_where_the_modules_round(kernels: CudaKernels, rows:
 
 @FEW
 @given(
-    lengths=st.lists(st.sampled_from([1, 15, 16, 63, 130, 200]), min_size=1, max_size=2),
+    lengths=st.lists(st.sampled_from([1, 15, 16, 63, 66, 100]), min_size=1, max_size=2),
     heads=st.sampled_from([(1, 1), (1, 3), (2, 2)]),
     dims=st.sampled_from([(16, 16), (24, 24), (64, 64), (48, 32)]), block=st.sampled_from([1, 16]),
-    seen=st.sampled_from([{}, {"window": 5}, {"window": 64}, {"chunk": 48}]),
+    seen=st.sampled_from([{}, {"window": 5}, {"window": 32}, {"chunk": 24}]),
     softcap=st.sampled_from([None, 30.0]), sinks=st.booleans(),
-    cuts=st.sets(st.integers(1, 199), max_size=3),
+    cuts=st.sets(st.integers(1, 99), max_size=3),
 )  # fmt: skip
 @example(
-    lengths=[16, 200], heads=(2, 2), dims=(24, 24), block=1,
-    seen={"window": 64}, softcap=None, sinks=False, cuts=set(),
+    lengths=[16, 100], heads=(2, 2), dims=(24, 24), block=1,
+    seen={"window": 32}, softcap=None, sinks=False, cuts=set(),
 )  # fmt: skip
 @example(
-    lengths=[16, 200], heads=(2, 2), dims=(48, 32), block=16,
-    seen={}, softcap=None, sinks=True, cuts={100},
+    lengths=[16, 100], heads=(2, 2), dims=(48, 32), block=16,
+    seen={}, softcap=None, sinks=True, cuts={50},
 )  # fmt: skip
 @example(
-    lengths=[200], heads=(1, 3), dims=(24, 24), block=16,
-    seen={"chunk": 48}, softcap=None, sinks=False, cuts={100},
+    lengths=[100], heads=(1, 3), dims=(24, 24), block=16,
+    seen={"chunk": 24}, softcap=None, sinks=False, cuts={50},
 )  # fmt: skip
 def test_attention_is_that_of_each_context_alone_in_any_chunks(
     kernels: CudaKernels, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block: int,
     seen: dict[str, int], softcap: float | None, sinks: bool, cuts: set[int],
 ) -> None:  # fmt: skip
+    cuda.SPLIT = triton_on_cpu.constant(64)  # as short as a tile of keys; `small` sets it back
+
     def empty(among: int) -> Cache:
         options = {"value_dim": dims[1], "softcap": softcap, "sinks": sinks}
         return Cache(kernels, *heads, dims[0], block, among=among, **options, **seen)

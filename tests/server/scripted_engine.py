@@ -1,8 +1,8 @@
 """An engine process that speaks the real protocol over the real socket, and fails on demand.
 
 It stands in for the engine only where a fault cannot be had from the real one at a given moment.
-Run as `python scripted_engine.py BEHAVIOUR --fd N [--base-fd N]`. It loads any file as an adapter, if its
-hash is right, and dies when a row asks for one that is not loaded:
+Run as `python scripted_engine.py BEHAVIOUR [--pace PIPE] --fd N [--base-fd N]`. It loads any file as an
+adapter, if its hash is right, and dies when a row asks for one that is not loaded:
 
     words        every row gets the token ids of its prompt, one per step, over and over
     flood        as `words`, with no pause between steps; each says that it took a second
@@ -13,13 +13,14 @@ hash is right, and dies when a row asks for one that is not loaded:
     fatal        refuses to start
     die-early    exits before it is ready
     sleep-early  never gets ready
-    paced        as `words`, but takes a byte from the pipe ONEBASE_TEST_PACE before each step
+    paced        as `words`, but takes a byte from the pipe `--pace` before each step
     die-ready    takes a byte from that pipe once it is ready, and exits
     poison       as `words`, but exits in the step after a row came that asks for POISON tokens
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import selectors
@@ -65,8 +66,9 @@ FEW = 4
 class ScriptedEngine:
     """Rows that copy their prompt, in one loop over the socket."""
 
-    def __init__(self, behaviour: str, connection: socket.socket) -> None:
+    def __init__(self, behaviour: str, connection: socket.socket, pipe: str = "") -> None:
         self.behaviour = behaviour
+        self.pipe = pipe
         self.paused = False
         self.connection = connection
         self.frames = FrameReader()
@@ -159,7 +161,7 @@ class ScriptedEngine:
     def wait_for_byte(self) -> None:
         """Until the test writes one; ends with the test."""
         if self.pace is None:
-            self.pace = os.open(os.environ["ONEBASE_TEST_PACE"], os.O_RDONLY)
+            self.pace = os.open(self.pipe, os.O_RDONLY)
         if not os.read(self.pace, 1):
             sys.exit(0)
 
@@ -244,4 +246,10 @@ class ScriptedEngine:
 
 
 if __name__ == "__main__":
-    ScriptedEngine(sys.argv[1], socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))).run()
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("behaviour")
+    arguments.add_argument("--pace", default="")
+    for option in ("--fd", "--base-fd"):
+        arguments.add_argument(option, type=int, default=-1)
+    options = arguments.parse_known_args()[0]
+    ScriptedEngine(options.behaviour, socket.socket(fileno=options.fd), options.pace).run()

@@ -267,7 +267,7 @@ class ForkedServers:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": SOURCES},
+                env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SOURCES}"},
             )
         self._lock = threading.Lock()
 

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from onebase_route.placement import order_of
-from onebase_route.proxy import Asked, asked, read_report
+from onebase_route.proxy import RequestNeeds, read_needs, read_report
 
 from .access import Keys, client_with
 from .support import Server, Starter, as_route, upload
@@ -382,16 +382,16 @@ def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_the_adapter_of_a_request_is_read_off_its_body(body: Any, adapter: str | None) -> None:
-    assert asked(json.dumps(body).encode(), frozenset({BASE})).adapter == adapter
+    assert read_needs(json.dumps(body).encode(), frozenset({BASE})).adapter == adapter
 
 
 @given(st.binary(max_size=200))
 def test_a_body_that_cannot_be_read_is_left_to_a_server(body: bytes) -> None:
-    assert isinstance(asked(body, frozenset()), Asked)
+    assert isinstance(read_needs(body, frozenset()), RequestNeeds)
 
 
 def test_deep_bodies_do_no_harm() -> None:
-    assert asked(b"[" * 100_000, frozenset()) == Asked()
+    assert read_needs(b"[" * 100_000, frozenset()) == RequestNeeds()
 
 
 def test_a_servers_metrics_are_its_report(servers: list[Server]) -> None:

@@ -20,7 +20,7 @@ from onebase_edge.cross_site import CrossSiteMiddleware
 from onebase_edge.listener import QuietServer, bind, uvicorn_config
 from onebase_edge.settings import Settings
 from onebase_route import proxy
-from onebase_route.proxy import Route, asked, read_report, target_in
+from onebase_route.proxy import Route, read_needs, read_report, target_in
 
 from .support import told_statuses
 from .test_route import wait
@@ -440,6 +440,6 @@ def test_a_server_whose_streams_begin_late_is_left_out_for_a_while() -> None:
 
 def test_no_more_than_the_beginning_of_a_name_is_remembered() -> None:
     for name in ("x" * 90_000, [{"name": "x" * 600}] * 100):
-        adapter = asked(json.dumps({"adapter": name}).encode(), frozenset()).adapter
+        adapter = read_needs(json.dumps({"adapter": name}).encode(), frozenset()).adapter
         assert adapter is not None
         assert len(adapter) <= 512

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -126,51 +126,22 @@ def plan(
     saved, rows = saved_modules(facts, base, left_out), token_rows(facts, base)
     sorted_in = _sorted_in(entries, base, saved, spelled.names, facts)
     by_module = sorted_in.by_module
-    if facts.task != "CAUSAL_LM" and base.head in by_module.keys() | saved:
-        raise AdapterFormatError(
-            "unknown_module",
-            f"{base.head} is in no model whose task_type is {facts.task}: PEFT would ignore it",
-        )
-    modules: list[ModuleSpec] = []
-    tensors: list[PlannedTensor] = []
     tokenizer, problem = checked_additions(facts.tokenizer)
     words = resized_to(by_module, sorted_in.resized, rows, saved, base)
+    _check_task(facts, base, by_module.keys() | saved, words)
+    modules: list[ModuleSpec] = []
+    tensors: list[PlannedTensor] = []
     resized: list[ResizedMatrix] = []
     if words:
-        if facts.task != "CAUSAL_LM":
-            raise AdapterFormatError(
-                "unsupported_kind",
-                f"{WEIGHTS_FILE} is for a vocabulary of {words} tokens, which is served for text alone: its "
-                f"task_type is {facts.task}",
-            )
         matrices = by_module, sorted_in.resized, rows, saved, base
         modules, resized = plan_resized(words, tokenizer, problem, *matrices)
     size = base.layers[base.embedding].size_in if base.embedding else 0
     tokenizer, token_warnings = _tokens_within(tokenizer, problem, words or size)
     whole = {module.name for module in modules}
     for name in sorted((by_module.keys() | saved | rows.keys()) - whole):
-        own, layer = by_module.get(name, {}), base.layers[name]
-        if name in saved:
-            _check_kinds(name, own, {"weight", "bias"} if layer.bias else {"weight"}, rows)
-            shapes = {"weight": layer.weight_shape, "bias": (layer.size_out,)}
-            spec = ModuleSpec(name, "saved", 0, 0.0, False, _numel(own))
-        elif name in rows:
-            follows = name != base.embedding and name in base.pair
-            delta = own.get("trainable_tokens_delta") if follows else None
-            if delta is not None:  # which PEFT saves next to the embedding's
-                sorted_in.same.append((by_module[base.embedding or ""]["trainable_tokens_delta"], delta))
-                own = {}
-            _check_kinds(name, own, set() if follows else {"trainable_tokens_delta"}, rows)
-            shapes = {"trainable_tokens_delta": (len(rows[name]), layer.weight_shape[1])}
-            spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
-        else:
-            spec, shapes = _lora(name, own, facts, base, max_rank)
-            if name in sorted_in.turned:
-                shapes = _turned(shapes)
-        _check_shapes(name, own, shapes, spec, base)
+        spec, copied = _plan_module(name, sorted_in, saved, rows, facts, base, max_rank)
         modules.append(spec)
-        turned = layer.count if name in sorted_in.turned else 0
-        tensors += _planned(name, own, layer, spec, base, by_module, turned)
+        tensors += copied
     _check_invocation(facts, modules, base)
     if head:
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
@@ -178,14 +149,8 @@ def plan(
     lora = {module.name for module in modules if module.rank}
     experts = {module.name for module in modules if module.experts}
     _check_targets(lora - experts, facts, base, saved)
-    if not modules and left_out:
-        raise AdapterFormatError(
-            "no_effect",
-            f"{WEIGHTS_FILE} holds tensors of {', '.join(spelled.parts):.200} alone: OneBase serves the "
-            "language model, without the parts that see or hear",
-        )
     if not modules:
-        raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
+        raise _no_tensors(spelled.parts if left_out else ())
     warnings = (
         *facts.warnings,
         *notes,
@@ -208,6 +173,81 @@ def plan(
         tuple(resized),
         tokenizer,
     )
+
+
+def _check_task(facts: ConfigFacts, base: BaseModules, names: Set[str], words: int) -> None:
+    """Raise AdapterFormatError if a classifier changes the head, or has another vocabulary than the base.
+
+    Args:
+        names: modules that the adapter changes.
+        words: result of `resized_to`.
+    """
+    if facts.task == "CAUSAL_LM":
+        return
+    if base.head in names:
+        raise AdapterFormatError(
+            "unknown_module",
+            f"{base.head} is in no model whose task_type is {facts.task}: PEFT would ignore it",
+        )
+    if words:
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"{WEIGHTS_FILE} is for a vocabulary of {words} tokens, which is served for text alone: its "
+            f"task_type is {facts.task}",
+        )
+
+
+def _plan_module(
+    name: str,
+    sorted_in: _SortedTensors,
+    saved: set[str],
+    rows: Mapping[str, tuple[int, ...]],
+    facts: ConfigFacts,
+    base: BaseModules,
+    max_rank: int,
+) -> tuple[ModuleSpec, list[PlannedTensor]]:
+    """Return what the adapter changes in one module, and the tensors to copy for it.
+
+    Args:
+        saved: modules that were trained whole.
+        rows: tokens whose rows were trained, by module.
+
+    Raises:
+        AdapterFormatError: a tensor is foreign, missing or misshapen.
+    """
+    own, layer = sorted_in.by_module.get(name, {}), base.layers[name]
+    turned = 0
+    if name in saved:
+        _check_kinds(name, own, {"weight", "bias"} if layer.bias else {"weight"}, rows)
+        shapes = {"weight": layer.weight_shape, "bias": (layer.size_out,)}
+        spec = ModuleSpec(name, "saved", 0, 0.0, False, _numel(own))
+    elif name in rows:
+        follows = name != base.embedding and name in base.pair
+        delta = own.get("trainable_tokens_delta") if follows else None
+        if delta is not None:  # which PEFT saves next to the embedding's
+            embedding = sorted_in.by_module[base.embedding or ""]
+            sorted_in.same.append((embedding["trainable_tokens_delta"], delta))
+            own = {}
+        _check_kinds(name, own, set() if follows else {"trainable_tokens_delta"}, rows)
+        shapes = {"trainable_tokens_delta": (len(rows[name]), layer.weight_shape[1])}
+        spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
+    else:
+        spec, shapes = _lora(name, own, facts, base, max_rank)
+        if name in sorted_in.turned:
+            shapes, turned = _turned(shapes), layer.count
+    _check_shapes(name, own, shapes, spec, base)
+    return spec, _planned(name, own, layer, spec, base, sorted_in.by_module, turned)
+
+
+def _no_tensors(left_out: Collection[str]) -> AdapterFormatError:
+    """Return the error of a file without tensors that are served. left_out: parts that it is for instead."""
+    if left_out:
+        return AdapterFormatError(
+            "no_effect",
+            f"{WEIGHTS_FILE} holds tensors of {', '.join(left_out):.200} alone: OneBase serves the "
+            "language model, without the parts that see or hear",
+        )
+    return AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
 
 
 def _check_invocation(facts: ConfigFacts, modules: Sequence[ModuleSpec], base: BaseModules) -> None:

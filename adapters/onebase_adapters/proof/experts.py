@@ -20,7 +20,7 @@ from onebase_engine.base.experts import AdaptedStack, ExpertStack, expert_matric
 from onebase_engine.kernels.weights import ExpertLora
 
 
-class Parameters(NamedTuple):
+class ExpertParameter(NamedTuple):
     """A parameter of experts that has a place for PEFT, and what the view holds there."""
 
     module: Any
@@ -33,7 +33,7 @@ Taken = Callable[[int, torch.Tensor], Any]
 """Function from an expert's number and its matrix to what modelling code multiplies with."""
 
 
-def give_places(tree: nn.Module) -> list[Parameters]:
+def give_places(tree: nn.Module) -> list[ExpertParameter]:
     """Put parameters without memory where a view has stacks of matrices, for PEFT to wrap; return these.
 
     PEFT reads shape, dtype and device of a parameter, and wraps the first one of a module first.
@@ -42,7 +42,7 @@ def give_places(tree: nn.Module) -> list[Parameters]:
     for place in list(expert_matrices(tree)):
         held = getattr(place.module, place.name)
         device = (held.weight if isinstance(held, ExpertStack) else held).device
-        found.append(Parameters(place.module, place.name, held, place.transposed))
+        found.append(ExpertParameter(place.module, place.name, held, place.transposed))
         place.module._modules.pop(place.name, None)
         place.module._parameters.pop(place.name, None)
         empty = torch.zeros((), dtype=held.dtype, device=device).expand(held.shape)
@@ -51,7 +51,7 @@ def give_places(tree: nn.Module) -> list[Parameters]:
 
 
 def take_places(
-    tree: nn.Module, places: Sequence[Parameters], adapter: str, taken: Callable[[Any, str], Taken]
+    tree: nn.Module, places: Sequence[ExpertParameter], adapter: str, taken: Callable[[Any, str], Taken]
 ) -> None:
     """Put the stacks back, those that PEFT has wrapped with matrices as `taken` gives them.
 

@@ -134,8 +134,8 @@ class ModuleProver:
     ) -> ModuleProof:
         """Compare the modules on 32 input rows each, in three mixes of rows.
 
-        All rows are the version's; every second one is another adapter's, whose products overflow; every
-        second one has no adapter and must be the base's own.
+        In the first mix all rows are the version's. In the second, every other row is of a neighbour whose
+        products overflow. In the third, every other row has no adapter, and must get the base's own output.
 
         Args:
             reference: PEFT's model of the version, on a view of the same base.
@@ -181,14 +181,14 @@ class ModuleProver:
         untouched = own is None and _is_copy(expected, bare)
         if untouched and name in self._untouched:
             return self._untouched[name]
-        # Of its own, so that what is found does not depend on which modules came before.
+        # Seeded by the name, so that a module's inputs do not depend on which modules came before.
         self._random.manual_seed(zlib.crc32(name.encode()))
         self._slots.load(_OTHER, {name: _neighbour(bare, own)})
         found = _Distance()
         words = words_of(own) if own is not None else 0
         known = len(bare.weight) - 1 if isinstance(bare, nn.Embedding) else 0
         for x in self._inputs(bare, _trained_tokens(expected, bare, own), words):
-            # Nobody else has the tokens that the version adds.
+            # The base has no rows for the tokens that the version adds.
             base_x = x.clamp(max=known) if known else x
             wanted, unadapted = peft_output(expected, own, x)[0], bare(base_x)[0]
             own_columns = wanted.shape[1]

@@ -124,4 +124,4 @@ def _switch(
         actor=actor,
         details={"previous": previous},
     )
-    session.flush()  # the row knows then when it was
+    session.flush()  # so that `switched_at`, which is read from the history, can be loaded

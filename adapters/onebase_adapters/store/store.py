@@ -200,12 +200,12 @@ class Store:
         """Return a local file like `local`, but one that outlives eviction from the cache, for slow or late
         readers.
 
-        It is the blob itself in a local store, which evicts nothing; else a link to it, or on another disk a
-        copy, in place of `target`.
+        In a local store, which evicts nothing, it is the blob itself. In a remote one, `target` becomes a
+        link to the cached blob, or a copy of it on another disk.
 
         Args:
-            own: it outlives the blob's deletion too: the file is always `target`, which is reused if it is
-                whole.
+            own: return `target` in a local store too, so that the file outlives the blob's deletion. A
+                `target` that is whole already is reused.
         """
         if own and _is_whole(target, sha256):
             return target

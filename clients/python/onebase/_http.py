@@ -70,7 +70,7 @@ class Reply:
 
 @contextmanager
 def prepared(pool: Pool | AsyncPool, call: Call, options: ClientOptions) -> Iterator[httpx2.Request]:
-    """The library's request for `call`. The files of a form are open inside the block.
+    """Yield the library's request for `call`. The files of a form are open inside the block.
 
     Raises:
         OSError: a file cannot be opened.
@@ -109,7 +109,7 @@ class _AnnouncedFile(io.FileIO):
         self._left = os.fstat(self.fileno()).st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next bytes.
+        """Return the next bytes.
 
         Raises:
             ValueError: the file became shorter than the length that the request announced.
@@ -172,20 +172,20 @@ def is_answer(call: Call, response: httpx2.Response) -> bool:
 
 
 def refusal(response: httpx2.Response) -> APIStatusError:
-    """The error of a response that has been read."""
+    """Return the error of a response that has been read."""
     retry_after = parse_retry_after(response.headers.get("retry-after"), datetime.now(UTC))
     detail = parse.error_detail(response.status_code, response.content)
     return status_error(response.status_code, detail, retry_after=retry_after)
 
 
 def server_events(response: httpx2.Response) -> httpx2.EventSource:
-    """The server-sent events in the body of a response, to iterate over."""
+    """Return the server-sent events in the body of a response, to iterate over."""
     return httpx2.EventSource(response, max_event_size=MAX_EVENT_BYTES)
 
 
 @contextmanager
 def translated(request: httpx2.Request) -> Iterator[None]:
-    """Raises the library's failures as OneBase's errors."""
+    """Raise the library's failures as OneBase's errors."""
     server = f"{request.url.scheme}://{request.url.netloc.decode()}"
     try:
         yield

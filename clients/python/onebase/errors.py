@@ -265,6 +265,6 @@ _BY_STATUS: Mapping[int, type[APIStatusError]] = {
 
 
 def status_error(status: int, detail: ErrorDetail, *, retry_after: float | None = None) -> APIStatusError:
-    """The exception for an error status, of the most exact class there is."""
+    """Return the exception for an error status, of the most exact class there is."""
     kind = _BY_STATUS.get(status, InternalServerError if status >= 500 else APIStatusError)
     return kind(status, detail, retry_after=retry_after)

@@ -63,7 +63,7 @@ class ToolCall:
         return made
 
     def result(self, content: str) -> Message:
-        """The message that says what came of the call."""
+        """Return the message that says what came of the call."""
         return Message("tool", content, tool_call_id=self.id)
 
 

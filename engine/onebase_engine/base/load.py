@@ -29,10 +29,8 @@ from onebase_engine.base.experts import (
     ExpertStack,
     expert_matrices,
     place_stacks,
-    plain_from_fp8,
     quantize_stack,
     use_own_code,
-    with_experts,
 )
 from onebase_engine.base.layers import base_class, decoder_of, empty_base, is_linear, transformers_class
 
@@ -568,6 +566,8 @@ def load_base(settings: BaseSettings) -> nn.Module:
 
         how = Mxfp4Config(dequantize=True)
     elif unpacked == "fp8":
+        from onebase_engine.base.quantizers import plain_from_fp8
+
         how = plain_from_fp8(_stored_format(config))
         _forget_format(config)
     if settings.quantization == "int8":
@@ -707,7 +707,11 @@ def _quantization_config(settings: BaseSettings, config: Any) -> Any:
             llm_int8_skip_modules=_skipped_modules(settings, config),
         )
         routed = next(expert_matrices(_empty(config)), None) is not None
-        return with_experts(how, _stored_format(config)) if routed or unpacked_format(config) else how
+        if not (routed or unpacked_format(config)):
+            return how
+        from onebase_engine.base.quantizers import with_experts
+
+        return with_experts(how, _stored_format(config))
     if settings.quantization == "int8":
         return BitsAndBytesConfig(
             load_in_8bit=True,

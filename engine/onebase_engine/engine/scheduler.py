@@ -3,12 +3,13 @@
 `fair_queue.py` determines the order: the tenant that has received least, in it the adapter that has received
 least, and there the sequence that arrived first. Decodes come first in every step; prefill chunks share the
 rest of the token budget, in that order. After a prompt of one tenant, a step has no prompt of a tenant with
-twice the load, since it would take longer for the first. Next to decodes of another tenant, prompts about
-double the step at most, unless their tenant has received less, or as much and runs less: half of the time
-remains for the decodes. So do decodes of a tenant with twice the load, which take turns.
+twice the load, since it would take longer for the first. In a step that decodes for another tenant, prompts
+are bounded: together they may about double the step's time, so that the decodes keep half of it. This does
+not hold for a tenant that has received less than the other, or as much and runs less. Decodes of a tenant
+with twice the load are bounded in the same way, and take turns.
 
-Of sequences that begin alike and arrive together one computes the prefix: the others of its tenant, whose
-blocks would have the same keys, wait until those blocks can be reused.
+When sequences of one tenant that begin alike arrive together, one of them computes the prefix. The others,
+whose blocks would have the same keys, wait until those blocks can be reused.
 
 A sequence that lacks something does not block the others. One whose adapter finds no slot claims one. One
 that lacks blocks lets MAX_PASSED sequences pass; then free blocks are reserved for it, except for sequences
@@ -357,10 +358,11 @@ class Scheduler:
         """Plan the next step, admitting and preempting sequences as needed.
 
         Args:
-            background: largest number of tokens of background sequences; None: as many as a step has.
-            bounded: the same of prompts and decodes that would make other tenants' decodes wait.
-            ahead: the step before is still computed. Its tokens, and which sequences end with them, are not
-                known, so that nothing is drafted and no decode is charged; `settle` does it later.
+            background: largest number of tokens of background sequences; None: all of the step's.
+            bounded: largest number of tokens, in prompts and decodes, that make other tenants' decodes wait;
+                None: all of the step's.
+            ahead: True while the step before is still being computed. Its tokens, and which sequences end
+                with them, are not known yet: nothing is drafted and no decode is charged before `settle`.
         """
         while self._states is not None and self._end_places:
             self._states.release(self._end_places.pop())

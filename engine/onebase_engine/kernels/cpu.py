@@ -255,8 +255,8 @@ def _with_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Return the kernels for a base of this dtype: the library's or Triton's if they can, else the
-    reference."""
+    """Return the kernels for a base of this dtype. In bf16 these are the library's on a CPU and Triton's on a
+    GPU, if they work there; PyTorch's otherwise."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         return _on_gpu(device)
     kernels = load_library() if device.type == "cpu" and dtype == torch.bfloat16 else None
@@ -277,7 +277,7 @@ def _on_gpu(device: torch.device) -> Kernels:
         else:
             kernels = cuda.load_kernels(device)
     found: Any = ReferenceKernels(tiled=False) if kernels is None else kernels
-    # What is proved on one kind of GPU is proved again on another, as on processors. Once: these are kept.
+    # The name holds the kind of GPU, because a proof holds for one kind alone.
     major, minor = torch.cuda.get_device_capability(device)
     found.name = f"{found.name} sm_{major}{minor}"
     return found  # type: ignore[no-any-return]

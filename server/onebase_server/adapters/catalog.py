@@ -273,7 +273,7 @@ class VisibleAdapters:
         return self._own.get(name) or self._shared.get(name)
 
     def own(self, name: str) -> AdapterRecord | None:
-        """The tenant's own adapter of this name."""
+        """Return the tenant's own adapter of this name."""
         return self._own.get(name)
 
     def owner(self, name: str) -> str:

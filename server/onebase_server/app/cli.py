@@ -295,7 +295,7 @@ def _on_registry(
 
 
 def keys_parser() -> argparse.ArgumentParser:
-    """The options of `onebase keys`."""
+    """Return the options of `onebase keys`."""
     from onebase_adapters.registry import DEFAULT_TENANT, KEY_QUOTAS, SCOPES
     from onebase_adapters.registry.keys import MAX_PRIORITY
 
@@ -338,7 +338,7 @@ def keys_parser() -> argparse.ArgumentParser:
 
 
 def tenants_parser() -> argparse.ArgumentParser:
-    """The options of `onebase tenants`."""
+    """Return the options of `onebase tenants`."""
     from onebase_adapters.registry import TENANT_QUOTAS
 
     parser = OptionParser(prog="onebase tenants", description=_TENANTS)
@@ -388,7 +388,7 @@ def _scopes(text: str) -> list[str]:
 
 
 def serve_parser() -> argparse.ArgumentParser:
-    """The options of `onebase serve`, one per field of Settings."""
+    """Return the options of `onebase serve`, one per field of Settings."""
     parser = OptionParser(
         prog="onebase serve",
         repeated=True,

@@ -103,7 +103,7 @@ def print_summary(
 ) -> None:
     """Print the base and its memory, the adapters, and where to send requests.
 
-    keys: whether there are any. unserved: why chats or tools are not served, by these names.
+    keys: whether there are API keys. unserved: what chats, tools or thinking lack, by these names.
     """
     table = Table.grid(padding=(0, 2))
     table.add_row(

@@ -117,7 +117,7 @@ def _stop_with_stdin() -> None:
 
 
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
-    """The base's local folder, downloaded if need be. Raises StartupError."""
+    """Return the base's local folder, downloaded if need be. Raises StartupError."""
     from onebase_engine.base.default_base import BaseError, BaseSpecError, resolve_base
 
     try:

@@ -121,7 +121,7 @@ class Results:
         return bool(self._done[number])
 
     def left(self) -> Iterator[int]:
-        """The rows that have no record, in order."""
+        """Return the rows that have no record, in order."""
         return (number for number, done in enumerate(self._done) if not done)
 
     def append(self, results: Sequence[Result]) -> None:

@@ -218,7 +218,7 @@ class BatchRun:
                 await self._nap(_TROUBLE.pause(failures))
 
     def cancel(self) -> None:
-        """The registry says so."""
+        """Cancel the batch, as the registry has it already."""
         if self.batch.state != "cancelling":
             self.batch = replace(self.batch, state="cancelling")
             self._changed.set()
@@ -259,7 +259,7 @@ class BatchRun:
             await self._move("validating", "in_progress", total=checked.rows)
 
     async def _input(self) -> Path:
-        """The batch's file, which stays as long as its folder does. Raises TrainingFileNotFoundError,
+        """Return the batch's file, which stays as long as its folder does. Raises TrainingFileNotFoundError,
         StoreError."""
         files = self._parts.files
         file = await files.get(self.batch.tenant, self.batch.input_file)
@@ -332,7 +332,8 @@ class BatchRun:
         await self._forget()
 
     async def _keep(self, path: Path, name: str) -> str | None:
-        """A file of the tenant's with the content of one here, of the same id each time, unless empty."""
+        """Return a file of the tenant's with the content of one here, of the same id each time, unless
+        empty."""
         parts, batch = self._parts, self.batch
         size = (await parts.disk.run_blocking(path.stat)).st_size
         if not size:
@@ -697,7 +698,7 @@ def _refusal(error: ApiError) -> Answer:
 
 
 def _error(answer: Answer) -> tuple[str | None, str]:
-    """The code and the message of an answer that is an error."""
+    """Return the code and the message of an answer that is an error."""
     try:
         error = msgspec.json.decode(answer.body)["error"]
         return error.get("code"), str(error.get("message"))

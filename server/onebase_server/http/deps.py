@@ -179,9 +179,19 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
-def _reservation(request: Request) -> QuotaReservation:
-    reservation: QuotaReservation = request.scope[RESERVATION]
-    return reservation
+def _provide(find: Callable[[Request], Any]) -> Any:
+    """Return the dependency that gives a route what `find` returns of its request. FastAPI would call a plain
+    function in a thread, for each request again."""
+
+    async def provide(request: Request) -> Any:
+        return find(request)
+
+    return Depends(provide)
+
+
+def _part(name: str) -> Any:
+    """Return the dependency that gives a route one part of the server, by its name in Services."""
+    return _provide(lambda request: getattr(_services(request), name))
 
 
 def resume_state_of(request: Request) -> ResumeState | None:
@@ -190,10 +200,14 @@ def resume_state_of(request: Request) -> ResumeState | None:
     return state
 
 
-Provided = Annotated[Services, Depends(_services)]
-Calling = Annotated[Caller, Depends(_caller)]
+Provided = Annotated[Services, _provide(_services)]
+"""All parts of the server, for routes that need many of them."""
+Keys = Annotated[KeyRing, _part("keys")]
+Usage = Annotated[TenantUsageRecorder, _part("usage")]
+TrainingParts = Annotated[Training, _part("training")]
+Calling = Annotated[Caller, _provide(_caller)]
 """Caller of the request."""
-Admitted = Annotated[QuotaReservation, Depends(_reservation)]
+Admitted = Annotated[QuotaReservation, _provide(lambda request: request.scope[RESERVATION])]
 """Quota reservation of the request, on a route that needs the scope `generate`."""
 
 

@@ -198,7 +198,8 @@ class MetricsCollector:
         )
 
     def _loaded(self, versions: Sequence[tuple[str, str, bool]]) -> Metric:
-        """A version goes by the names that requests have for it: if active, its adapter's; else with `@`."""
+        """Return the metric of versions in memory, by the names that requests have for them: an active one by
+        its adapter's, others with `@`."""
         family = GaugeMetricFamily(
             "vllm:lora_adapter_loaded",
             "Versions in memory: `gpu`, in a slot; `cpu`, in host memory alone.",

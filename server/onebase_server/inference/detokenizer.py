@@ -14,7 +14,7 @@ class PieceDecoder(Protocol):
     """Pieces of text whose concatenation, `flush()` included, is the text of all tokens together."""
 
     def push(self, token: int) -> str:
-        """Text that this token makes certain; empty while a character is incomplete."""
+        """Return text that this token makes certain; empty while a character is incomplete."""
 
     def flush(self) -> str:
         """Return the text that is left at the end: an incomplete character becomes U+FFFD."""
@@ -124,7 +124,7 @@ class StopStrings:
         """The stop string that ended the text."""
 
     def push(self, piece: str) -> str:
-        """Text that can no longer be part of a stop string. After a match: empty."""
+        """Return text that can no longer be part of a stop string. After a match: empty."""
         if self.matched is not None:
             return ""
         if not self._stops:
@@ -143,7 +143,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The rest: the end came before any stop string was complete."""
+        """Return the rest: the end came before any stop string was complete."""
         held, self._held = self._held, ""
         return held
 

@@ -591,7 +591,7 @@ def resume_tokens_of(
 
 @contextlib.asynccontextmanager
 async def in_time(deadline: float | None) -> AsyncIterator[None]:
-    """Bounds waiting for an adapter. Raises UnavailableError at `deadline` (on the event loop's clock)."""
+    """Bound the waiting for an adapter. Raises UnavailableError at `deadline` (on the event loop's clock)."""
     try:
         async with asyncio.timeout_at(deadline):
             yield

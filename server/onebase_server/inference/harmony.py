@@ -117,7 +117,7 @@ class HarmonyTools(ToolFormat):
         parallel: bool,
         content: Schema | None = None,
     ) -> Grammar:
-        """Keeps what follows the thoughts of an answer to one call of these tools, or under `auto` to an
+        """Keep what follows the thoughts of an answer to one call of these tools, or under `auto` to an
         answer. parallel: is not possible, as a call ends the answer."""
         control = self.controls
         start, channel, message, end = (f"<[{control[name]}]>" for name in (START, CHANNEL, MESSAGE, END))

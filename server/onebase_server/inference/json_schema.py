@@ -23,7 +23,8 @@ cut."""
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with objects that have no other properties than it describes, and with bounded formats.
+    """Return the schema with objects that have no other properties than it describes, and with bounded
+    formats.
 
     A schema allows others unless it says `additionalProperties: false`. Those that are made of a program's
     types leave that out, and a model goes on with an object as long as it may. What keeps to the closed

@@ -91,7 +91,7 @@ class ChoiceDecoder:
         return self._stops.matched is not None
 
     def feed(self, output: SequenceOutput) -> OutputPiece | None:
-        """The next piece, or None when there is nothing to say yet. Not to be called once finished."""
+        """Return the next piece, or None when there is nothing to say yet. Not to be called once finished."""
         before = self.completion_tokens
         reasoning, text = ("", "") if self._discard_tokens else self._read_tokens(output)
         if output.finish is not None and not self.stopped_here:
@@ -188,7 +188,7 @@ def _token_info(value: ScoredToken, offset: int) -> TokenInfo:
 def prompt_token_infos(
     prompt: Sequence[int], logprobs: Sequence[ScoredToken], decoder: PieceDecoder
 ) -> list[TokenInfo]:
-    """The prompt's tokens for `echo`; the first has no logprob, since nothing comes before it."""
+    """Return the prompt's tokens for `echo`; the first has no logprob, since nothing comes before it."""
     infos: list[TokenInfo] = []
     offset = 0
     for position, token in enumerate(prompt):

@@ -342,7 +342,8 @@ class BaseTokenizer:
         return text
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a plain prompt, with the special tokens that the base expects around it, or without.
+        """Return the ids of a plain prompt, with the special tokens that the base expects around it, or
+        without.
 
         Raises InvalidRequestError where control tokens are to be letters, and this base cannot write them.
         """
@@ -361,7 +362,7 @@ class BaseTokenizer:
         return made
 
     def encode_chat(self, chat: TemplateInput) -> list[int]:
-        """Ids of a conversation, ready for the assistant's next words.
+        """Return the ids of a conversation, ready for the assistant's next words.
 
         The template writes all special tokens itself, so that none is there twice; in a message they are
         letters. Raises InvalidRequestError when the base has no template, the template refuses the messages,
@@ -393,7 +394,7 @@ class BaseTokenizer:
             ) from error
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
-        """The text of all tokens together. special: with the names of special ones, else without."""
+        """Return the text of all tokens together. special: with the names of special ones, else without."""
         text: str = self._tokenizer.decode(
             list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
@@ -414,7 +415,7 @@ class BaseTokenizer:
         return {"tokenizer_class": type(self._tokenizer).__name__, **special, "chat_template": template}
 
     def pieces(self, shown: frozenset[int] = frozenset()) -> PieceDecoder:
-        """A new incremental decoder whose pieces add up to `decode` of the tokens.
+        """Return a new incremental decoder whose pieces add up to `decode` of the tokens.
 
         shown: special tokens whose names are part of the text.
         """
@@ -434,14 +435,15 @@ class BaseTokenizer:
         return b"" if token in self.special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for, special ones by their name; empty for an unused id."""
+        """Return the bytes that a token stands for, special ones by their name; empty for an unused id."""
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._read_bytes(token)
         return known
 
     def token_text(self, token: int) -> str:
-        """A token as OpenAI writes it in logprobs: its text, or `bytes:\\xf0\\x9f` where it is none."""
+        """Return a token as OpenAI writes it in logprobs: its text, or `bytes:\\xf0\\x9f` where it is
+        none."""
         raw = self.token_bytes(token)
         try:
             return raw.decode("utf-8")
@@ -683,7 +685,8 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: each byte that is no printable Latin-1 character gets one from 256 on."""
+    """Return GPT-2's printable stand-ins: each byte that is no printable Latin-1 character gets one from
+    256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))

@@ -130,7 +130,7 @@ class ToolFormat:
         parallel: bool,
         content: Schema | None = None,
     ) -> Grammar:
-        """Keeps an answer to calls of these tools, by their schemas, or under `auto` to text without calls.
+        """Keep an answer to calls of these tools, by their schemas, or under `auto` to text without calls.
 
         content: what an answer without calls must be; None is any text. Raises ValueError for what a strict
         tool asks for and this format cannot keep to, for names of arguments that it cannot write, for tools
@@ -273,7 +273,7 @@ class ToolDefinition:
         return {key: self.schema[key] for key in ("$defs", "definitions") if key in self.schema}
 
     def resolved(self, schema: Any) -> Schema:
-        """The schema that a reference stands for; one that says nothing where that is not found."""
+        """Return the schema that a reference stands for; one that says nothing where that is not found."""
         for _ in range(_MOST_REFERENCES):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 break
@@ -288,7 +288,7 @@ _MOST_REFERENCES = 32
 
 
 def kinds(schema: Schema) -> frozenset[str]:
-    """JSON's names of the types that a value may have; all where the schema does not say."""
+    """Return JSON's names of the types that a value may have; all where the schema does not say."""
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return frozenset("string" if isinstance(value, str) else "other" for value in values)
@@ -400,7 +400,7 @@ class _BareGrammar:
         return f'"{{" {self._members(pairs, schema, _BRACE)}'
 
     def _members(self, pairs: dict[str, str], schema: Schema, end: str) -> str:
-        """The pairs of keys and values that there may be, each once and in this order, and the end."""
+        """Return the pairs of keys and values that there may be, each once and in this order, and the end."""
         required = schema.get("required") or ()
         # After each key, and whether one is written already: what may follow.
         follows = {False: end, True: end}

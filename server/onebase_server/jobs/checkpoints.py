@@ -31,12 +31,13 @@ class _Wanted(NamedTuple):
 
 
 def checkpoint_model(job: TrainingJob, step: int) -> str:
-    """The name by which requests ask for a checkpoint: `acme:ftjob-5b7e0d12:step-8`. No adapter has such."""
+    """Return the name by which requests ask for a checkpoint: `acme:ftjob-5b7e0d12:step-8`. No adapter has
+    such."""
     return f"{job.name}:{job.id}:step-{step}"
 
 
 def adapter_of(name: str) -> str:
-    """The adapter whose checkpoint this is the name of; any other name as it is."""
+    """Return the adapter whose checkpoint this is the name of; any other name as it is."""
     return name.partition(":")[0] if is_checkpoint(name) else name
 
 

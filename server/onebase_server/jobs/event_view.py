@@ -21,7 +21,7 @@ _SUBJECTS = {"active": "active version"}
 
 
 def job_event(event: events.Event) -> JobEvent | None:
-    """The event of the job that it makes; None when it only changes the progress."""
+    """Return the event of the job that it makes; None when it only changes the progress."""
     if isinstance(event, events.StepDone):
         return _metrics(event, f"Step {event.step}/{event.steps}: training loss {event.loss:.4f}", {
             "step": event.step, "total_steps": event.steps, "epoch": event.epoch, "train_loss": event.loss,
@@ -58,7 +58,7 @@ def job_event(event: events.Event) -> JobEvent | None:
 
 
 def problem_events(failed: Failed) -> list[JobEvent]:
-    """The bad lines that the trainer named (protocol.MAX_PROBLEMS), PROBLEMS_IN_ONE to an event."""
+    """Return the bad lines that the trainer named (protocol.MAX_PROBLEMS), PROBLEMS_IN_ONE to an event."""
     now = time.time()
     made = []
     for start in range(0, len(failed.problems), PROBLEMS_IN_ONE):

@@ -179,7 +179,7 @@ class TrainingFiles:
     # ---- content -----------------------------------------------------------------------------
 
     async def local(self, file: FileRecord) -> Path:
-        """A local file with the content, to be read at once. Raises TrainingFileNotFoundError,
+        """Return a local file with the content, to be read at once. Raises TrainingFileNotFoundError,
         UnavailableError."""
         with storage_errors():
             return await self.disk.run_blocking(self.content, file)
@@ -212,7 +212,7 @@ def curve_csv(report: Mapping[str, Any]) -> bytes:
 
 
 def ending(filename: str) -> str:
-    """The ending of a file's name, in lower case, with its dot; "" if it has none."""
+    """Return the ending of a file's name, in lower case, with its dot; "" if it has none."""
     return Path(filename).suffix.lower()
 
 

@@ -67,15 +67,15 @@ class JobFolders:
         return True
 
     def job(self, job_id: str) -> Path:
-        """The folder of a job's run."""
+        """Return the folder of a job's run."""
         return self._jobs / job_id
 
     def checkpoint(self, job_id: str, path: str) -> Path:
-        """The folder of one of a run's checkpoints."""
+        """Return the folder of one of a run's checkpoints."""
         return self.job(job_id) / "checkpoints" / Path(path).name
 
     def job_ids(self) -> list[str]:
-        """The jobs that have a folder. Raises OSError."""
+        """Return the jobs that have a folder. Raises OSError."""
         return [path.name for path in self._jobs.iterdir()]
 
     def forget(self, job_id: str) -> None:

@@ -116,7 +116,8 @@ class KeptFiles:
         await self._delete(left)
 
     def _put(self, path: str, source: Path) -> str:
-        """A file as a blob, not copied where a checkpoint is on the same disk: none is written to again."""
+        """Store a file, and return its hash. A checkpoint on the same disk, which nobody writes to again, is
+        not copied."""
         part = self._store.scratch() / f"{uuid.uuid4().hex}.part"
         try:
             if not _part_of(path):
@@ -189,7 +190,7 @@ class KeptFiles:
 
 
 def _part_of(path: str) -> str:
-    """The folder in the job's that a path leads into; "" is none."""
+    """Return the folder in the job's that a path leads into; "" is none."""
     return path.partition("/")[0] if "/" in path else ""
 
 

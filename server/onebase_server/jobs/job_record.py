@@ -49,7 +49,7 @@ class JobNotifier:
 
     @contextmanager
     def watch(self, job_id: str) -> Iterator[asyncio.Event]:
-        """An event that each `notify` of this job sets."""
+        """Yield an event that each `notify` of this job sets."""
         event = asyncio.Event()
         self._waiting.setdefault(job_id, set()).add(event)
         try:
@@ -92,14 +92,14 @@ class JobRecord:
         self._writer: asyncio.Task[None] | None = None
 
     async def current(self) -> TrainingJob:
-        """The job as it is now. Raises UnknownJobError."""
+        """Return the job as it is now. Raises UnknownJobError."""
         job = await self._try(self._records.job, self._tenant, self._id)
         if job.server != self._server:
             raise JobElsewhereError(f"Job {self._id} is run by another server now.")
         return job
 
     async def file(self, file_id: str) -> FileRecord:
-        """One of the files that the job names. Raises RegistryError."""
+        """Return one of the files that the job names. Raises RegistryError."""
         return await self._try(self._records.file, self._tenant, file_id)
 
     async def training_rates(self, limit: int) -> list[float]:
@@ -206,7 +206,7 @@ class JobRecord:
 
 
 def progress_of(event: events.Event) -> dict[str, Any]:
-    """The figures of a job's progress that an event changes."""
+    """Return the figures of a job's progress that an event changes."""
     if isinstance(event, events.StepDone):
         return {
             "step": event.step,

@@ -161,8 +161,9 @@ class TrainerPool:
         )
 
     async def _parent(self, job: TrainingJob) -> ParentFiles | None:
-        """The job's own from its check on: the version may be deleted while the job waits for its turn, as a
-        checkpoint is at the end of its job. Raises FileGoneError, StoreError."""
+        """Return the files of the version that the job continues from. They are the job's own from its check
+        on: the version may be deleted while the job waits for its turn, as a checkpoint is at the end of its
+        job. Raises FileGoneError, StoreError."""
         if job.parent is None:
             return None
         try:
@@ -376,7 +377,7 @@ class JobRun:
         )
 
     async def _keep_report(self, report: Mapping[str, Any]) -> TrainingJob:
-        """The job with its report. If it still runs, its delivery can no longer be stopped."""
+        """Return the job with its report. If it still runs, its delivery can no longer be stopped."""
         state: JobState = "running"
         event = await self._ended_at(int(report["steps"]), int(report["best_step"]))
         while True:
@@ -518,7 +519,7 @@ class JobRun:
     # ---- other ends --------------------------------------------------------------------------
 
     async def _ended_early(self, outcome: Outcome) -> None:
-        """The process has ended before its work was done."""
+        """Handle a process that has ended before its work was done."""
         if self._interrupted:
             await self._interrupted_for_now()
         elif isinstance(outcome, Failed) and self.stopping:

@@ -91,7 +91,8 @@ class JobScheduler:
     # ---- the base ----------------------------------------------------------------------------
 
     def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
-        """There is a base to train on. The caller owns `base_fd` and keeps it open until `engine_gone`."""
+        """Record that there is a base to train on. The caller owns `base_fd` and keeps it open until
+        `engine_gone`."""
         self._base = AttachedBase(config, manifest, base_fd)
         self.look()
 
@@ -179,7 +180,7 @@ class JobScheduler:
         return self._pool.folders.is_owned
 
     def room(self) -> int:
-        """Trainers that could start now."""
+        """Return the number of trainers that could start now."""
         return 0 if self._base is None or self._ending else max(0, self._most - self._count("train"))
 
     def has_run(self, job_id: str) -> bool:

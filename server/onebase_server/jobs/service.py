@@ -88,7 +88,7 @@ class JobService:
         parent: ParentVersion | None = None,
         hold: bool = False,
     ) -> TrainingJob:
-        """A new job. It begins when its turn comes, also after a restart.
+        """Create a job. It begins when its turn comes, also after a restart.
 
         Args:
             parent: the version that training continues from; the recipe has its settings.
@@ -180,7 +180,7 @@ class JobService:
         return job
 
     async def _wait_for_release(self, job: TrainingJob) -> TrainingJob:
-        """The job once its run here has ended, or somebody has resumed it."""
+        """Return the job once its run here has ended, or somebody has resumed it."""
         with self._notifier.watch(job.id) as news:
             while job.state == "paused" and self._scheduler.has_run(job.id):
                 await news.wait()
@@ -279,7 +279,8 @@ class JobService:
             return await self._threads.run_blocking(self._records.events, job, before=before, limit=limit)
 
     async def follow(self, job: TrainingJob, after: int) -> AsyncIterator[JobEvent | TrainingJob | None]:
-        """Every event newer than number `after`, oldest first, then the live ones; at the end the job itself.
+        """Yield every event newer than number `after`, oldest first, then the live ones; at the end the job
+        itself.
 
         None comes when there was nothing for a while.
         """

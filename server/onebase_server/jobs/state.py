@@ -58,13 +58,14 @@ PAUSED = Move(("queued", "running"), "paused", while_delivered=False)
 
 
 def cancelled(job: TrainingJob) -> Move:
-    """Ends a job for good, also one that failed and could continue."""
+    """Return the move that ends a job for good, also one that failed and could continue."""
     failed: tuple[JobState, ...] = ("failed",) if is_resumable("failed", job.error_code) else ()
     return Move((*OPEN_STATES, "paused", *failed), "cancelled", while_delivered=False)
 
 
 def resumed(job: TrainingJob) -> Move:
-    """Lets a resumable job continue. Without a plan its files have not been checked yet."""
+    """Return the move by which a resumable job continues. Without a plan its files have not been checked
+    yet."""
     return Move((job.state,), "queued" if job.plan else "validating_files", while_delivered=False)
 
 

@@ -173,11 +173,10 @@ class Planner:
     async def generate(
         self, body: GenerateRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
-        """Return the job of a request to /generate.
+        """Return the planned form of a request to /generate.
 
-        transcript: transcript of a stream that another server began, here and in the methods that follow. Its
-        versions
-        are used, whichever are active now.
+        transcript: transcript of a stream that another server began, here and in the methods that follow. The
+        versions in it are used, whichever are active now.
         """
         self.base()
         self._check_room(body, caller)
@@ -226,8 +225,13 @@ class Planner:
     ) -> GenerationRequest:
         """Return a request that is planned with the tokenizer and the defaults of its adapter.
 
-        The adapter is looked up last. If it turns out to have others than those of the names known before,
-        such as one pulled for this request, the request is planned again.
+        A request is planned before its adapter is chosen, with the tokenizer and the defaults that the name
+        has by then. If the chosen version has others, because it was pulled or activated meanwhile, the
+        request is planned again.
+
+        Args:
+            plan: makes the request, given a tokenizer and defaults.
+            choose: returns the adapter of a planned request; it may pull one first.
         """
         tenant, deadline = caller.tenant, self.deadline_of(body, caller)
         versions = () if transcript is None else transcript.opening.adapters
@@ -416,7 +420,10 @@ class Planner:
         caller: Caller,
         transcript: Transcript | None = None,
     ) -> GenerationRequest:
-        """messages: the request's instructions, what was said before, and its input."""
+        """Return the planned form of a request to /v1/responses.
+
+        messages: the request's instructions, what was said before, and its input.
+        """
         try:
             return await self._conversation("resp_", body, messages, caller, transcript)
         except InvalidRequestError as error:
@@ -579,7 +586,7 @@ class Planner:
     async def text_of(
         self, tenant: str, tokens: Sequence[int], tokenizer: BaseTokenizer | None = None
     ) -> str:
-        """The text that tokens stand for, special ones by their names."""
+        """Return the text that tokens stand for, special ones by their names."""
         own = tokenizer or self._tokenizer
         base = self.base_of(own)
         if len(tokens) > base.max_length:
@@ -715,7 +722,7 @@ class Planner:
         *,
         special: bool = True,
     ) -> list[Prompt]:
-        """The prompts of a request, of which each is text or tokens. special: see `texts`."""
+        """Return the prompts of a request, of which each is text or tokens. special: see `texts`."""
         texts = [one for one in given if isinstance(one, str)]
         tokens = iter(await self.texts(tenant, "prompt", texts, special=special, tokenizer=tokenizer))
         return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
@@ -988,7 +995,7 @@ def check_generates(choice: AdapterChoice) -> AdapterChoice:
 
 
 def _in_words_of_responses(error: InvalidRequestError) -> InvalidRequestError:
-    """The error, with the field's name of /v1/responses."""
+    """Return the error, with the field's name of /v1/responses."""
     param = error.param or ""
     name = {"messages": "input", "max_tokens": "max_output_tokens"}.get(param.partition("[")[0])
     if name is None:
@@ -1071,7 +1078,8 @@ def _check_vocabulary(param: str, tokens: Sequence[int] | dict[int, float], base
 
 
 def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
-    """Tokens to generate. What the caller asked for must fit; a default is cut to what fits."""
+    """Return the number of tokens to generate. What the caller asked for must fit; a default is cut to
+    what fits."""
     prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
     room = base.max_length - prompt
     if wanted.max_tokens is None:

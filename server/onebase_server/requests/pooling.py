@@ -41,7 +41,7 @@ class ReadingPlanner:
         self._max_timeout = max_timeout
 
     async def embed(self, body: EmbeddingRequest, caller: Caller) -> list[GenerationRequest]:
-        """Jobs whose choices, one after the other, are the vectors of the inputs."""
+        """Return requests whose choices, one after the other, are the vectors of the inputs."""
         most = self._planner.base().hidden_size
         if body.dimensions is not None and most and body.dimensions > most:
             raise InvalidRequestError(
@@ -53,7 +53,8 @@ class ReadingPlanner:
         return await self._with_model(body, jobs, own, deadline)
 
     async def classify(self, body: ClassifyRequest, caller: Caller) -> list[GenerationRequest]:
-        """Jobs whose choices are the logits of the inputs' classes; of their tokens', one after the other."""
+        """Return requests whose choices are the logits of the inputs' classes; of their tokens', one after
+        the other."""
         own, deadline = await self._tokenizer_of(body, caller)
         if body.input is not None:
             prompts, params = await self._inputs(caller.tenant, body.input, own)
@@ -94,7 +95,7 @@ class ReadingPlanner:
         params: Sequence[tuple[str, str]],
         caller: Caller,
     ) -> tuple[list[GenerationRequest], list[str]]:
-        """Jobs for the nearness of pairs, whose texts come from the fields `params`.
+        """Return requests for the nearness of pairs, whose texts come from the fields `params`.
 
         With a classifier of one label, a pair is one choice: its logit. Else each field is one, once: its
         vector; the second result says in which order.
@@ -144,7 +145,7 @@ class ReadingPlanner:
     async def _inputs(
         self, tenant: str, given: str | list[str] | list[int] | list[list[int]], tokenizer: BaseTokenizer
     ) -> tuple[list[Prompt], list[str]]:
-        """The prompts, and the fields that they are from."""
+        """Return the prompts, and the fields that they are from."""
         found = inputs_of(given)
         texts = [one for one in found if isinstance(one, str)]
         tokens = iter(await self._planner.texts(tenant, "input", texts, tokenizer=tokenizer))
@@ -172,7 +173,8 @@ class ReadingPlanner:
     async def decide(
         self, body: DecideRequest, caller: Caller
     ) -> tuple[list[GenerationRequest], list[GenerationRequest]]:
-        """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
+        """Return requests whose choices are the request's, after its prompt, and after its prior if it has
+        one."""
         ends = body.messages is not None if body.ends is None else body.ends
         own, deadline = await self._tokenizer_of(body, caller)
         choices = [

@@ -157,7 +157,7 @@ def _is_open(found: os.stat_result) -> bool:
 
 @contextmanager
 def open_keys(settings: Settings) -> Iterator[tuple[ApiKeys, Tenants]]:
-    """The API keys and tenants of the registry alone, for a command. Blocks. Raises StorageError."""
+    """Yield the API keys and tenants of the registry alone, for a command. Blocks. Raises StorageError."""
     try:
         close_to_others(settings)
         database = Database(_registry_url(settings))
@@ -280,7 +280,8 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
 
 
 def _identity(settings: Settings) -> dict[str, object]:
-    """The settings that make another base of the same files; the device too: each has its own kernels."""
+    """Return the settings that make another base of the same files; the device too: each has its own
+    kernels."""
     identity = {name: getattr(settings, name) for name in _IDENTITY}
     return {**identity, "device": chosen_device(settings.device)}
 

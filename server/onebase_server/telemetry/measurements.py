@@ -140,7 +140,7 @@ class RequestMeasurements:
     def ended(
         self, job: MeasuredRequest, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]
     ) -> None:
-        """One request is over. finished: its choices by how they ended."""
+        """Record that a request is over. finished: its choices by how they ended."""
         for name in {use.name for use in job.adapter.uses} or {""}:
             use = self._use(job.tenant, name)
             use.requests += 1

@@ -129,7 +129,7 @@ class Tracing:
     def of_request(
         self, job: MeasuredRequest, scope: Scope, base: str, *, stream: bool = False
     ) -> RequestSpans | None:
-        """The spans of a job that begins now, for the request of this scope. None: there are none."""
+        """Return the spans of a job that begins now, for the request of this scope. None: there are none."""
         parent = get_current_span()
         if not self.on or not parent.is_recording():
             return None

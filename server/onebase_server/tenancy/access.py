@@ -156,7 +156,7 @@ class KeyRing:
     # ---- for operators -----------------------------------------------------------------------
 
     async def all(self) -> list[ApiKeyRecord]:
-        """All keys that there ever were, the newest first. Raises UnavailableError."""
+        """Return all keys that there ever were, the newest first. Raises UnavailableError."""
         with storage_errors():
             return await self._threads.run_blocking(self._registry.all)
 
@@ -170,7 +170,7 @@ class KeyRing:
         quotas: Mapping[str, int | None],
         priority: int,
     ) -> tuple[ApiKeyRecord, str]:
-        """A new key, and its text, which is not kept.
+        """Create a key, and return it with its text, which is not kept.
 
         Raises ForbiddenError for the first one: over HTTP anyone who reaches the port could lock the owner
         out. Raises InvalidRequestError, UnavailableError.
@@ -205,7 +205,7 @@ class KeyRing:
         return changed
 
     async def tenants(self, caller: Caller) -> list[TenantRecord]:
-        """All tenants, for an admin; for others their own. Raises UnavailableError."""
+        """Return all tenants, for an admin; for others their own. Raises UnavailableError."""
         with storage_errors():
             if caller.is_admin:
                 return await self._threads.run_blocking(self._tenants.all)
@@ -306,7 +306,7 @@ def _caller(record: ApiKeyRecord) -> Caller:
 
 
 def _given(authorization: Sequence[str], api_key: Sequence[str]) -> str:
-    """The one key that a request has, in the header of either name. Raises UnauthenticatedError."""
+    """Return the one key that a request has, in the header of either name. Raises UnauthenticatedError."""
     given = {_bearer(authorization)} if authorization else set()
     given |= {key.strip() for key in api_key if key.strip() or not authorization}
     if not given:
@@ -317,7 +317,7 @@ def _given(authorization: Sequence[str], api_key: Sequence[str]) -> str:
 
 
 def _bearer(authorization: Sequence[str]) -> str:
-    """The key in a request's Authorization header. Raises UnauthenticatedError."""
+    """Return the key in a request's Authorization header. Raises UnauthenticatedError."""
     scheme, _, key = authorization[0].strip().partition(" ")
     if len(authorization) > 1 or scheme.lower() != "bearer" or not key.strip():
         raise UnauthenticatedError("The Authorization header cannot be read.")

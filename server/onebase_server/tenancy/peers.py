@@ -42,7 +42,7 @@ class LeaseHolder(Protocol):
         ...
 
     def room(self) -> int:
-        """Trainers that could start now."""
+        """Return the number of trainers that could start now."""
         ...
 
     def lease_lost(self) -> None:
@@ -140,7 +140,7 @@ class Peers:
                     _log.exception("the trainers cannot be ended")
 
     async def leave(self) -> None:
-        """The server ends: others need not wait for the end of its lease."""
+        """Record that the server ends: others need not wait for the end of its lease."""
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await self._threads.run_blocking(self.records.leave, self.process)
@@ -165,7 +165,7 @@ class QuotaSharing:
         self._away = False
 
     async def keep(self) -> None:
-        """Every SHARE_SECONDS, until cancelled."""
+        """Share every SHARE_SECONDS, until cancelled."""
         while True:
             await asyncio.sleep(SHARE_SECONDS)
             if self._peers.are_alive and self._has_quotas():

@@ -368,14 +368,14 @@ class QuotaReservation:
         self._sequences = 0
 
     def settle(self, tokens: int) -> None:
-        """The request is over, and took so many tokens. Once."""
+        """Record that the request is over, and how many tokens it took. Only the first call counts."""
         now = self._clock()
         for owner, charge in zip(self._owners, self._tokens, strict=False):
             owner.account.correct("tokens", charge, tokens, now)
         self._tokens = []
 
     def refund_request(self) -> None:
-        """It was refused for a reason that is not its own, and counts as no request."""
+        """Record that it was refused for a reason that is not its own, and counts as no request."""
         now = self._clock()
         for owner, charge in zip(self._owners, self._requests, strict=False):
             owner.account.correct("requests", charge, 0, now)
@@ -393,7 +393,7 @@ class QuotaReservation:
     # ---- headers -----------------------------------------------------------------------------
 
     def headers(self) -> dict[str, str]:
-        """OpenAI's, of the key's or the tenant's quota: whichever has less left."""
+        """Return OpenAI's headers, of the key's or the tenant's quota: whichever has less left."""
         now, headers = self._clock(), {}
         for rate in _RATES:
             rooms = []

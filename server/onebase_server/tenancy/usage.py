@@ -53,7 +53,7 @@ class TenantUsageRecorder:
         self._away = False
 
     def generated(self, tenant: str, adapters: Collection[str], usage: TokenUsage) -> None:
-        """One request is over. adapters: their names; none is the base."""
+        """Record that a request is over. adapters: their names; none is the base."""
         figures = UsageFigures(
             requests=1,
             prompt_tokens=usage.prompt,
@@ -63,7 +63,7 @@ class TenantUsageRecorder:
         self._add(tenant, "+".join(sorted(set(adapters))), figures)
 
     def trained(self, tenant: str, adapter: str, seconds: float, tokens: int) -> None:
-        """A job has trained on for so long."""
+        """Record for how long a job has trained."""
         self._add(tenant, adapter, UsageFigures(training_seconds=seconds, training_tokens=tokens))
 
     def _add(self, tenant: str, adapter: str, figures: UsageFigures) -> None:
@@ -75,7 +75,7 @@ class TenantUsageRecorder:
     # ---- to the registry ---------------------------------------------------------------------
 
     async def keep_writing(self) -> None:
-        """Every FLUSH_SECONDS, for ever."""
+        """Write every FLUSH_SECONDS, for ever."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             await self.flush()
@@ -120,7 +120,7 @@ class TenantUsageRecorder:
     async def find(
         self, start: str | None, end: str | None, by: str, *, tenant: str | None
     ) -> tuple[list[str], list[tuple[dict[str, str], UsageFigures]]]:
-        """The columns that `by` names, and a row for each of their values in these days.
+        """Return the columns that `by` names, and a row for each of their values in these days.
 
         start, end: in UTC, both included, as 2026-11-26; by default the last 30 days. tenant: None is all.
         Raises InvalidRequestError, UnavailableError.

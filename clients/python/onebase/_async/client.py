@@ -92,7 +92,8 @@ class AsyncClient:
         timeout: float | Timeout | Unset | None = UNSET,
         max_retries: int | Unset = UNSET,
     ) -> AsyncClient:
-        """A client with other options over the same connections: `client.with_options(timeout=5).chat(...)`.
+        """Return a client with other options over the same connections:
+        `client.with_options(timeout=5).chat(...)`.
 
         Closing either closes both.
         """
@@ -356,7 +357,8 @@ class AsyncClient:
         group_by: Sequence[str] = ("day", "tenant", "adapter"),
         tenant: str | None = None,
     ) -> tuple[TenantUsage, ...]:
-        """Requests, tokens and training of all tenants for a key with the scope `admin`, for others theirs.
+        """Return requests, tokens and training: of all tenants for a key with the scope `admin`, for others
+        theirs.
 
         Args:
             start, end: The first and the last day, in UTC: a date, or as "2026-11-26". By default the last
@@ -438,11 +440,11 @@ class AsyncClient:
         return parse.health(reply.status, reply.body)
 
     async def version(self) -> ServerVersion:
-        """The server's version."""
+        """Return the server's version."""
         return parse.version(await self._http.ask(requests.VERSION, dict[str, Any]))
 
     async def metrics(self) -> Metrics:
-        """The server's figures of now, as Prometheus gets them.
+        """Return the server's figures of now, as Prometheus gets them.
 
         Raises:
             PermissionDeniedError: the server has API keys, and yours lacks the scope `admin`.
@@ -470,11 +472,11 @@ class AsyncModels:
         self._http = http
 
     async def list(self) -> tuple[Model, ...]:
-        """The base and every adapter."""
+        """Return the base and every adapter."""
         return (await self._http.ask(requests.MODELS, ListAnswer[Model])).data
 
     async def retrieve(self, model_id: str) -> Model:
-        """One model.
+        """Return one model.
 
         Raises:
             NotFoundError: there is no model of this name.

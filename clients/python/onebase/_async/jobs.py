@@ -72,7 +72,7 @@ class AsyncTrainingJob(JobView):
         return self
 
     def stream_events(self, *, after: str | None = None) -> AsyncEventStream:
-        """The job's events as they happen, until it ends; see AsyncEventStream.
+        """Return the job's events as they happen, until it ends; see AsyncEventStream.
 
         Args:
             after: The id of an event: begin after it. By default with the job's first event.
@@ -80,7 +80,7 @@ class AsyncTrainingJob(JobView):
         return AsyncEventStream(self._http.open_stream, self.id, after)
 
     async def events(self, *, limit: int | None = 100, after: str | None = None) -> tuple[TrainingEvent, ...]:
-        """The job's events so far, the newest first.
+        """Return the job's events so far, the newest first.
 
         Args:
             limit: The largest number of events; None: all.
@@ -91,13 +91,14 @@ class AsyncTrainingJob(JobView):
         )
 
     async def checkpoints(self) -> tuple[TrainingCheckpoint, ...]:
-        """The checkpoints that the job could continue from, the newest first."""
+        """Return the checkpoints that the job could continue from, the newest first."""
         return await self._http.collect(
             lambda last, size: training.checkpoints(self.id, last, size), PageAnswer[TrainingCheckpoint]
         )
 
     async def curve(self) -> tuple[CurvePoint, ...]:
-        """The losses by step: of the result file if the job has succeeded, else of the newest 5000 events."""
+        """Return the losses by step: of the result file if the job has succeeded, else of the newest 5000
+        events."""
         if curve_is_in_file(self.info):
             reply = await self._http.send(training.file(self.info.result_files[0], "content"))
             return training.curve_of_file(reply.body)
@@ -167,7 +168,7 @@ class AsyncTrainingJob(JobView):
         watch.show(self.info)
 
     async def _newest_event(self) -> str | None:
-        """The id of the newest event, even if the server is just being restarted."""
+        """Return the id of the newest event, even if the server is just being restarted."""
         reply = await self._send_patiently(training.events(self.id, None, 1))
         items = decode(reply.body, PageAnswer[TrainingEvent]).data
         return items[0].id if items else None

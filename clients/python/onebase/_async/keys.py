@@ -30,7 +30,7 @@ class AsyncKeys:
         quotas: Mapping[str, int] | None = None,
         priority: int = 0,
     ) -> NewApiKey:
-        """A new key. Its text is in the result's `key`, and nowhere else: keep it.
+        """Create a key. Its text is in the result's `key`, and nowhere else: keep it.
 
         Args:
             scopes: What it allows: `generate`, `adapters`, `train`, `admin`.
@@ -63,7 +63,7 @@ class AsyncKeys:
         return await self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     async def list(self) -> tuple[ApiKey, ...]:
-        """All keys that there ever were, of all tenants, the newest first."""
+        """Return all keys that there ever were, of all tenants, the newest first."""
         return (await self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     async def revoke(self, key_id: str) -> ApiKey:
@@ -82,7 +82,7 @@ class AsyncTenants:
         self._http = http
 
     async def list(self) -> tuple[Tenant, ...]:
-        """All tenants, for a key with the scope `admin`; for others their own."""
+        """Return all tenants, for a key with the scope `admin`; for others their own."""
         return (await self._http.ask(access.TENANTS, ListAnswer[Tenant])).data
 
     async def set_quotas(self, tenant: str, quotas: Mapping[str, int | None]) -> Tenant:

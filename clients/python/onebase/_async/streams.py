@@ -134,7 +134,7 @@ class AsyncEventStream(EventsView):
                 await anyio.sleep(position.delay(lost))
 
     async def _connected(self) -> AsyncGenerator[TrainingEvent, None]:
-        """The events of one connection."""
+        """Yield the events of one connection."""
         response = await self._open(self._position.call())
         try:
             self._position.begin()

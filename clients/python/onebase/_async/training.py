@@ -67,7 +67,7 @@ class AsyncFiles:
         return await self._http.ask(sent, TrainingFile), True
 
     async def list(self, *, purpose: str | None = None) -> tuple[TrainingFile, ...]:
-        """All files, the newest first.
+        """Return all files, the newest first.
 
         Args:
             purpose: Only those of this purpose: `fine-tune`, `fine-tune-results`, `batch` or `batch_output`.
@@ -77,7 +77,7 @@ class AsyncFiles:
         )
 
     async def get(self, file_id: str) -> TrainingFile:
-        """One file's name, size and purpose.
+        """Return one file's name, size and purpose.
 
         Raises:
             NotFoundError: there is no file of this id.
@@ -85,7 +85,7 @@ class AsyncFiles:
         return await self._http.ask(training.file(file_id), TrainingFile)
 
     async def content(self, file_id: str) -> bytes:
-        """The whole content of a file.
+        """Return the whole content of a file.
 
         Raises:
             NotFoundError: there is no file of this id.
@@ -193,7 +193,7 @@ class AsyncTraining:
     async def list(
         self, *, limit: int | None = None, metadata: Mapping[str, str] | None = None
     ) -> tuple[AsyncTrainingJob, ...]:
-        """The jobs, the newest first.
+        """Return the jobs, the newest first.
 
         Args:
             limit: The largest number of jobs; None: all.
@@ -205,7 +205,7 @@ class AsyncTraining:
         return tuple(self._job(info) for info in found)
 
     async def get(self, job_id: str) -> AsyncTrainingJob:
-        """One job, whichever process began it.
+        """Return one job, whichever process began it.
 
         Raises:
             NotFoundError: there is no job of this id.
@@ -228,7 +228,7 @@ class _AsyncUploads:
         self._ids: list[str] = []
 
     async def id_of(self, source: str | Path) -> str:
-        """The id of a file, which is sent first if it is a path."""
+        """Return the id of a file, which is sent first if it is a path."""
         if isinstance(source, str):
             return source
         sent, is_new = await self._files._upload(source, "fine-tune", self._progress)

@@ -78,7 +78,7 @@ class AdapterFolder:
 
 
 def adapter_folder(path: str | Path) -> AdapterFolder:
-    """The adapter in a folder.
+    """Return the adapter in a folder.
 
     Raises:
         ValueError: the folder holds none. The message says what is missing and what to do.
@@ -112,7 +112,7 @@ def _small_enough(files: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _config_of(folder: Path) -> Mapping[str, object]:
-    """The fields of the config; none if it is no object, which the server will say."""
+    """Return the fields of the config; none if it is no object, which the server will say."""
     if (folder / CONFIG).stat().st_size > MOST_CONFIG_BYTES:
         return {}
     try:
@@ -123,7 +123,8 @@ def _config_of(folder: Path) -> Mapping[str, object]:
 
 
 def _has_token_rows(config: Mapping[str, object], weights: Path) -> bool:
-    """Whether the adapter may have rows of its own for tokens, so that the server reads its tokenizer."""
+    """Return True if the adapter may have rows of its own for tokens, so that the server reads its
+    tokenizer."""
     if config.get("trainable_token_indices") or config.get("modules_to_save"):
         return True
     with weights.open("rb") as file:
@@ -208,7 +209,7 @@ class Download:
 
 
 def check_listing(listing: VersionFiles) -> VersionFiles:
-    """The listing, if its sums are those that its version is named by. Raises InvalidResponseError."""
+    """Return the listing, if its sums are those that its version is named by. Raises InvalidResponseError."""
     total = hashlib.sha256()
     sums = {file.name: file.sha256 for file in listing.files}
     try:
@@ -260,7 +261,7 @@ def upload(
     progress: ProgressCallback | None,
     defaults: Mapping[str, object] | None = None,
 ) -> Call:
-    """The call that sends a folder. The same content makes the same version, so it may be sent twice.
+    """Return the call that sends a folder. The same content makes the same version, so it may be sent twice.
 
     Raises:
         TypeError, ValueError: JSON cannot carry a default.
@@ -286,7 +287,7 @@ def pull(
     allow_noop: bool,
     any_base: bool,
 ) -> Call:
-    """The call that makes the server fetch a Hub repository.
+    """Return the call that makes the server fetch a Hub repository.
 
     Raises:
         ValueError: `repo` is not `org/repo`, or the name is empty.
@@ -312,7 +313,7 @@ def merge(
     activate: bool,
     allow_noop: bool,
 ) -> Call:
-    """The call that makes one version of several. The same call makes the same version.
+    """Return the call that makes one version of several. The same call makes the same version.
 
     Raises:
         ValueError: fewer than two adapters, or a value that JSON cannot carry.
@@ -371,7 +372,7 @@ def _expected(expected: str | Unset | None) -> Body:
 
 
 def _flags(**flags: bool) -> Body:
-    """The flags that are set. The server's default is false."""
+    """Return the flags that are set. The server's default is false."""
     return {name: True for name, value in flags.items() if value}
 
 
@@ -409,7 +410,7 @@ class Waiting:
         return self.version.finished
 
     def note_answer(self, version: AdapterVersion) -> None:
-        """The server's newest answer. After a new state the next question comes soon."""
+        """Record the server's newest answer. After a new state the next question comes soon."""
         if version.state != self.version.state:
             self._delay = FIRST_POLL_S
         self.version = version
@@ -422,7 +423,7 @@ class Waiting:
         return version(self.version.name, self.version.version, delay)
 
     def rest(self) -> float:
-        """Seconds until the next question: more than none where the server did not wait."""
+        """Return the seconds until the next question: more than none where the server did not wait."""
         return 0.0 if self.version.finished else max(0.0, self._due - time.monotonic())
 
     def _show(self) -> None:
@@ -440,7 +441,7 @@ def was_active(version: AdapterVersion, history: Sequence[Activation]) -> bool:
 
 
 def rejected(version: AdapterVersion) -> AdapterRejectedError:
-    """The error for a version that failed."""
+    """Return the error for a version that failed."""
     what = version.name if version.is_pull else version.id
     failure = version.error
     if failure is None:
@@ -450,5 +451,5 @@ def rejected(version: AdapterVersion) -> AdapterRejectedError:
 
 
 def refused(error: UnprocessableError) -> AdapterRejectedError:
-    """The error for files that the server refused before they became a version."""
+    """Return the error for files that the server refused before they became a version."""
     return AdapterRejectedError(error.message, code=error.code, version=None)

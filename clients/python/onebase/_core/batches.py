@@ -19,7 +19,7 @@ LONGEST_PAUSE_S: Final = 3.0
 
 
 def create(file_id: str, endpoint: str, window: str, metadata: Mapping[str, str] | None) -> Call:
-    """The call that makes a batch. It is not idempotent: sent twice, it makes two."""
+    """Return the call that makes a batch. It is not idempotent: sent twice, it makes two."""
     body: Body = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": window}
     if metadata is not None:
         body["metadata"] = dict(metadata)
@@ -39,7 +39,7 @@ def cancel(batch_id: str) -> Call:
 
 
 def results_of(content: bytes) -> Iterator[BatchResult]:
-    """The rows of an output or an error file.
+    """Yield the rows of an output or an error file.
 
     Raises:
         InvalidResponseError: it is no such file.
@@ -66,4 +66,4 @@ class BatchObserver:
         pass
 
     def show(self, batch: Batch) -> None:
-        """The batch as it is now."""
+        """Record the batch as it is now."""

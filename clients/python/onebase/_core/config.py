@@ -47,7 +47,8 @@ class Timeout:
 
     @classmethod
     def of(cls, value: float | Timeout | None) -> Timeout:
-        """A number limits every wait (connecting to 5 seconds at most). None limits only connecting."""
+        """Return the limits for a value: a number limits every wait (connecting to 5 seconds at most), None
+        only connecting."""
         if isinstance(value, Timeout):
             return value
         if value is None:
@@ -80,7 +81,7 @@ class ClientOptions:
         timeout: float | Timeout | Unset | None,
         max_retries: int | Unset,
     ) -> ClientOptions:
-        """A copy with the given options replaced."""
+        """Return a copy with the given options replaced."""
         return replace(
             self,
             api_key=self.api_key if api_key is UNSET else api_key,
@@ -114,7 +115,7 @@ def openai_key() -> str | None:
 
 @cache
 def sdk_version() -> str:
-    """The version of the installed `onebase`, or `unknown` when it runs from a bare source folder."""
+    """Return the version of the installed `onebase`, or `unknown` when it runs from a bare source folder."""
     try:
         return metadata.version("onebase")
     except metadata.PackageNotFoundError:

@@ -154,7 +154,7 @@ class JobObserver:
         pass
 
     def show(self, job: TrainingJobInfo) -> None:
-        """The job as it is now."""
+        """Record the job as it is now."""
 
     def note(self, event: TrainingEvent) -> None:
-        """An event of the job."""
+        """Record an event of the job."""

@@ -19,7 +19,7 @@ _OWN: Final = ("name", "adapter")
 
 
 def judge(judges: Sequence[Judge], prompt: str | None, messages: Messages | None, *, stream: bool) -> Call:
-    """The call for the judgements of one prompt or conversation.
+    """Return the call for the judgements of one prompt or conversation.
 
     Raises:
         TypeError: an unknown field of a judge, or a value that JSON cannot carry.
@@ -41,7 +41,7 @@ def _request(judge: Judge) -> Body:
 
 
 def name_of(judge: Judge) -> str:
-    """The name of a judge's answer."""
+    """Return the name of a judge's answer."""
     return judge.get("name") or _adapter_name(judge.get("adapter"))
 
 
@@ -53,7 +53,7 @@ def _adapter_name(adapter: AdapterSpec) -> str:
 
 
 def judgements(answer: GenerateManyAnswer, judges: Sequence[Judge]) -> tuple[Judgement, ...]:
-    """The judgements in a whole answer. Raises InvalidResponseError."""
+    """Return the judgements in a whole answer. Raises InvalidResponseError."""
     if [one.request for one in answer.data] != list(range(len(judges))):
         raise InvalidResponseError("the server's answer has not one entry for each judge")
     return tuple(_judgement(one, judge) for one, judge in zip(answer.data, judges, strict=True))
@@ -82,7 +82,7 @@ class JudgementReader:
         self.done = False
 
     def read(self, data: str) -> Judgement | None:
-        """The judgement that an event completes, if it does.
+        """Return the judgement that an event completes, if it does.
 
         Raises:
             StreamError: the server sends something else than a stream of answers, or ends it too early.

@@ -82,7 +82,7 @@ def version(value: dict[str, Any]) -> ServerVersion:
 
 
 def health(status: int, body: bytes) -> Health:
-    """The answer of /health or /ready. Their status 503 is an answer too."""
+    """Return the answer of /health or /ready. Their status 503 is an answer too."""
     try:
         value = decode(body, dict[str, Any])
     except InvalidResponseError:
@@ -93,7 +93,7 @@ def health(status: int, body: bytes) -> Health:
 
 
 def error_detail(status: int, body: bytes) -> ErrorDetail:
-    """The error in a body, in OpenAI's shape. A body of another shape is quoted."""
+    """Return the error in a body, in OpenAI's shape. A body of another shape is quoted."""
     try:
         answer = decode(body, dict[str, Any])
         version = answer.get("version")
@@ -105,7 +105,7 @@ def error_detail(status: int, body: bytes) -> ErrorDetail:
 
 
 def stream_error(error: Any) -> ErrorDetail:
-    """One `error` object."""
+    """Parse one `error` object."""
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         return ErrorDetail(f"the server reports an error of unknown shape: {str(error)[:200]}")
     names = ("type", "param", "code", "current")
@@ -117,7 +117,7 @@ def _optional_text(value: object) -> str | None:
 
 
 def stream_event(data: str) -> Piece | GenerationEnd | ErrorDetail:
-    """One event of a stream (any but `[DONE]`).
+    """Return one event of a stream (any but `[DONE]`).
 
     Raises:
         InvalidResponseError: it is none of the events that a stream has.

@@ -74,7 +74,7 @@ MODELS: Final = Call("GET", "/v1/models")
 
 
 def model(model_id: str) -> Call:
-    """The call for one model."""
+    """Return the call for one model."""
     return Call("GET", f"/v1/models/{quote(model_id, safe='@')}")
 
 
@@ -86,7 +86,7 @@ def generate(
     *,
     stream: bool,
 ) -> Call:
-    """The call for one generation.
+    """Return the call for one generation.
 
     Raises:
         TypeError: an unknown sampling field, or a value that JSON cannot carry.
@@ -102,7 +102,7 @@ def generate(
 
 
 def messages_body(messages: Messages) -> list[Body]:
-    """A conversation as JSON; a plain string is one message from the user."""
+    """Return a conversation as JSON; a plain string is one message from the user."""
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     if not messages:
@@ -144,7 +144,7 @@ def _terms(adapter: Mapping[str, float] | Sequence[AdapterWeight | Mapping[str, 
 
 
 def sampling_body(sampling: SamplingFields) -> Body:
-    """The sampling fields as JSON; what was left out stays out."""
+    """Return the sampling fields as JSON; what was left out stays out."""
     unknown = sampling.keys() - SamplingFields.__annotations__.keys()
     if unknown:
         known = ", ".join(SamplingFields.__annotations__)
@@ -162,7 +162,7 @@ def sampling_body(sampling: SamplingFields) -> Body:
 
 
 def schema_body(schema: object) -> object:
-    """A JSON schema as JSON: as it was given, or that of a pydantic model or TypeAdapter.
+    """Return a JSON schema as JSON: as it was given, or that of a pydantic model or TypeAdapter.
 
     Raises:
         TypeError: it is none of these.
@@ -178,7 +178,7 @@ def schema_body(schema: object) -> object:
 
 
 def encode(body: Body) -> bytes:
-    """A body as JSON.
+    """Return a body as JSON.
 
     Raises:
         TypeError, ValueError: a value cannot be sent; the message names its field.

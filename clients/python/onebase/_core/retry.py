@@ -24,7 +24,7 @@ RECONNECTS: Final = 10
 def retry_delay(
     error: OneBaseError, call: Call, attempt: int, max_retries: int, jitter: float
 ) -> float | None:
-    """Seconds until `call` is sent again, or None to give up and raise `error`.
+    """Return the seconds until `call` is sent again, or None to give up and raise `error`.
 
     Args:
         attempt: The number of the attempt that failed, from 0.
@@ -56,11 +56,11 @@ class ReconnectBackoff:
         self._failures = 0
 
     def reset(self) -> None:
-        """The server is there."""
+        """Record that the server is there."""
         self._failures = 0
 
     def delay(self, error: OneBaseError | None, call: Call) -> float:
-        """Seconds until the next attempt at `call`, after `error` or an answer that ended too early.
+        """Return the seconds until the next attempt at `call`, after `error` or an answer that ended early.
 
         Raises:
             OneBaseError: another attempt cannot help, or there were enough.
@@ -81,7 +81,8 @@ def _may_pass(error: OneBaseError, call: Call) -> bool:
 
 
 def parse_retry_after(value: str | None, now: datetime) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date after `now` (with its time zone).
+    """Return the seconds that a Retry-After header asks for: a number, or a date after `now` (with its
+    time zone).
 
     https://www.rfc-editor.org/rfc/rfc9110#field.retry-after
     """

@@ -74,7 +74,7 @@ class Assembler:
         self.done = False
 
     def read_piece(self, data: str) -> Piece | None:
-        """The piece in an event, if it has one.
+        """Return the piece in an event, or None.
 
         Raises:
             StreamError: the server reports a failure, or sends something else than a stream of an answer.
@@ -100,12 +100,12 @@ class Assembler:
         return event
 
     def text(self, index: int) -> str:
-        """The text of one choice so far."""
+        """Return the text of one choice so far."""
         choice = self._choices.get(index)
         return "".join(choice.texts) if choice else ""
 
     def result(self) -> Generation:
-        """The whole answer.
+        """Return the whole answer.
 
         Raises:
             StreamError: the stream stopped before its end.
@@ -123,7 +123,7 @@ class Assembler:
 
 
 def broken(error: OneBaseError) -> StreamError:
-    """The error of a stream that failed with `error` after it had begun."""
+    """Return the error of a stream that failed with `error` after it had begun."""
     code = "timeout" if isinstance(error, APITimeoutError) else "connection_lost"
     if isinstance(error, InvalidResponseError):
         code = "invalid_stream"
@@ -181,11 +181,11 @@ class EventPosition:
         return training.stream_events(self._job_id, self.last_id)
 
     def begin(self) -> None:
-        """There is a connection."""
+        """Record that the server has answered."""
         self._known = True
 
     def read_event(self, name: str, data: str) -> TrainingEvent | None:
-        """The event of the job in an event of this name, if it has one that is new.
+        """Return the event of the job in an event of this name, or None if there is no new one.
 
         Raises:
             InvalidResponseError: this is not an event of a job.
@@ -202,11 +202,11 @@ class EventPosition:
         return found
 
     def silent(self) -> None:
-        """The read timeout passed without an event: the job is quiet, but the server is there."""
+        """Record that the read timeout passed without an event: the job is quiet, but the server is there."""
         self._backoff.reset()
 
     def delay(self, error: OneBaseError | None) -> float:
-        """Seconds until the next attempt, after `error` or a stream that ended too early.
+        """Return the seconds until the next attempt, after `error` or a stream that ended too early.
 
         Raises:
             OneBaseError: another attempt cannot help, or there were enough.

@@ -39,7 +39,7 @@ def _is_empty(target: Path) -> bool:
 
 @contextmanager
 def atomic_target(target: Path, *, force: bool) -> Iterator[Path]:
-    """A path next to `target`, for a file or a folder that becomes `target` at the end of the block.
+    """Yield a path next to `target`, for a file or a folder that becomes `target` at the end of the block.
 
     What is written is synced first. If the block fails, nothing of it is left.
 

@@ -44,7 +44,7 @@ _FILE_ID: Final = re.compile(r"file-[A-Za-z0-9_-]+")
 
 
 def source(given: str | Path, argument: str, kinds: str = KINDS) -> str | Path:
-    """The id of a file that the server has, or the path of one to send.
+    """Return the id of a file that the server has, or the path of one to send.
 
     Raises:
         ValueError: it is neither.
@@ -56,7 +56,7 @@ def source(given: str | Path, argument: str, kinds: str = KINDS) -> str | Path:
 
 
 def existing(given: str | Path, argument: str, kinds: str = KINDS, otherwise: str = "") -> Path:
-    """The path of a file to send, of one of these kinds.
+    """Return the path of a file to send, of one of these kinds.
 
     Raises:
         ValueError: there is none.
@@ -75,17 +75,18 @@ def sha256(path: Path) -> str:
 
 
 def same_content(digest: str, purpose: Purpose) -> Call:
-    """The call for the files that have this content, the oldest first."""
+    """Return the call for the files that have this content, the oldest first."""
     return Call("GET", query_of(FILES, purpose=purpose, sha256=digest, order="asc", limit=str(_SAME)))
 
 
 def one_of(files: Sequence[TrainingFile], digest: str, filename: str) -> TrainingFile | None:
-    """The first that has this content and this name. A server that cannot look by content lists others."""
+    """Return the first that has this content and this name. A server that cannot look by content lists
+    others."""
     return next((one for one in files if one.sha256 == digest and one.filename == filename), None)
 
 
 def upload(path: Path, purpose: Purpose, progress: ProgressCallback | None) -> Call:
-    """The call that sends a file. It is not idempotent: sent twice, it makes two files."""
+    """Return the call that sends a file. It is not idempotent: sent twice, it makes two files."""
 
     def sent(done: int, total: int) -> None:
         if progress is not None:
@@ -110,7 +111,7 @@ def delete_file(file_id: str) -> Call:
 
 
 def base_of(models: Sequence[Model]) -> str:
-    """The name of the base. A server lists it first.
+    """Return the name of the base. A server lists it first.
 
     Raises:
         InvalidResponseError: it lists nothing.
@@ -121,7 +122,7 @@ def base_of(models: Sequence[Model]) -> str:
 
 
 def check_settings(settings: TrainingSettings) -> Body:
-    """The settings as JSON, checked before anything is sent.
+    """Return the settings as JSON, checked before anything is sent.
 
     Raises:
         TypeError: a name is no setting; a value cannot be sent.
@@ -166,7 +167,7 @@ def job_body(
 
 
 def create(body: Body, training_file: str, validation_file: str | None) -> Call:
-    """The call that makes a job. It is not idempotent: sent twice, it makes two jobs."""
+    """Return the call that makes a job. It is not idempotent: sent twice, it makes two jobs."""
     whole = {**body, "training_file": training_file, "validation_file": validation_file}
     return Call("POST", JOBS, encode({key: value for key, value in whole.items() if value is not None}))
 
@@ -181,7 +182,7 @@ def job(job_id: str) -> Call:
 
 
 def change(job_id: str, action: str) -> Call:
-    """The call for `cancel`, `pause`, `resume` or `stop`. Each is idempotent."""
+    """Return the call for `cancel`, `pause`, `resume` or `stop`. Each is idempotent."""
     return Call("POST", path_of(JOBS, job_id, action), idempotent=True)
 
 
@@ -194,7 +195,7 @@ def checkpoints(job_id: str, after: str | None, limit: int) -> Call:
 
 
 def stream_events(job_id: str, after: str | None) -> Call:
-    """The call for events as they happen, beginning after the event `after`."""
+    """Return the call for events as they happen, beginning after the event `after`."""
     headers = [("Accept", "text/event-stream"), ("Cache-Control", "no-store")]
     if after is not None:
         headers.append(("Last-Event-ID", after))
@@ -223,7 +224,7 @@ def _plain(value: object) -> object:
 
 
 def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> TrainingProgress | None:
-    """The progress after an event: its figures replace those that were known, unless they are older.
+    """Return the progress after an event: its figures replace those that were known, unless they are older.
 
     They are where the job was looked at since: the server's answer has what later events will say.
     """
@@ -242,7 +243,7 @@ def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> Train
 
 
 def curve_of_file(content: bytes) -> tuple[CurvePoint, ...]:
-    """The losses in a result file.
+    """Return the losses in a result file.
 
     Raises:
         InvalidResponseError: it is no such file.
@@ -258,7 +259,7 @@ def curve_of_file(content: bytes) -> tuple[CurvePoint, ...]:
 
 
 def curve_of_events(events: Sequence[TrainingEvent]) -> tuple[CurvePoint, ...]:
-    """The losses in events of any order. Of a step that was done twice, the newer ones."""
+    """Return the losses in events of any order. Of a step that was done twice, the newer ones."""
     found: dict[int, CurvePoint] = {}
     for one in sorted(events, key=lambda event: event.id):
         if one.type != "metrics" or "step" not in one.data:

@@ -39,11 +39,11 @@ class Adapters:
         self._http = http
 
     def list(self) -> tuple[Adapter, ...]:
-        """Every adapter of the server."""
+        """Return every adapter of the server."""
         return (self._http.ask(adapters.LIST, ListAnswer[Adapter])).data
 
     def retrieve(self, name: str) -> Adapter:
-        """One adapter.
+        """Return one adapter.
 
         Raises:
             NotFoundError: there is no adapter of this name.
@@ -51,7 +51,7 @@ class Adapters:
         return self._http.ask(adapters.retrieve(name), Adapter)
 
     def versions(self, name: str) -> tuple[AdapterVersion, ...]:
-        """All versions of an adapter, the newest first.
+        """Return all versions of an adapter, the newest first.
 
         Raises:
             NotFoundError: there is no such adapter.
@@ -59,7 +59,7 @@ class Adapters:
         return (self._http.ask(adapters.versions(name), ListAnswer[AdapterVersion])).data
 
     def version(self, name: str, version: str) -> AdapterVersion:
-        """One version, with its report.
+        """Return one version, with its report.
 
         Args:
             version: Its digest, or at least the first 8 digits; or the id of a pull.
@@ -78,7 +78,7 @@ class Adapters:
         return (self._http.ask(adapters.history(name), ListAnswer[Activation])).data
 
     def files(self, name: str, version: str) -> VersionFiles:
-        """The files of a version, with their sizes and SHA-256 sums, and where its base comes from.
+        """Return the files of a version, with their sizes and SHA-256 sums, and where its base comes from.
 
         Args:
             version: Its digest, or at least the first 8 digits.

@@ -67,7 +67,7 @@ class Batches:
         return self._http.ask(call, Batch)
 
     def retrieve(self, batch_id: str) -> Batch:
-        """One batch as it is now.
+        """Return one batch as it is now.
 
         Raises:
             NotFoundError: there is no batch of this id.
@@ -75,7 +75,7 @@ class Batches:
         return self._http.ask(batches.batch(batch_id), Batch)
 
     def list(self, *, limit: int | None = None) -> tuple[Batch, ...]:
-        """The batches, the newest first.
+        """Return the batches, the newest first.
 
         Args:
             limit: The largest number of batches; None: all.

@@ -93,7 +93,8 @@ class Client:
         timeout: float | Timeout | Unset | None = UNSET,
         max_retries: int | Unset = UNSET,
     ) -> Client:
-        """A client with other options over the same connections: `client.with_options(timeout=5).chat(...)`.
+        """Return a client with other options over the same connections:
+        `client.with_options(timeout=5).chat(...)`.
 
         Closing either closes both.
         """
@@ -357,7 +358,8 @@ class Client:
         group_by: Sequence[str] = ("day", "tenant", "adapter"),
         tenant: str | None = None,
     ) -> tuple[TenantUsage, ...]:
-        """Requests, tokens and training of all tenants for a key with the scope `admin`, for others theirs.
+        """Return requests, tokens and training: of all tenants for a key with the scope `admin`, for others
+        theirs.
 
         Args:
             start, end: The first and the last day, in UTC: a date, or as "2026-11-26". By default the last
@@ -439,11 +441,11 @@ class Client:
         return parse.health(reply.status, reply.body)
 
     def version(self) -> ServerVersion:
-        """The server's version."""
+        """Return the server's version."""
         return parse.version(self._http.ask(requests.VERSION, dict[str, Any]))
 
     def metrics(self) -> Metrics:
-        """The server's figures of now, as Prometheus gets them.
+        """Return the server's figures of now, as Prometheus gets them.
 
         Raises:
             PermissionDeniedError: the server has API keys, and yours lacks the scope `admin`.
@@ -471,11 +473,11 @@ class Models:
         self._http = http
 
     def list(self) -> tuple[Model, ...]:
-        """The base and every adapter."""
+        """Return the base and every adapter."""
         return (self._http.ask(requests.MODELS, ListAnswer[Model])).data
 
     def retrieve(self, model_id: str) -> Model:
-        """One model.
+        """Return one model.
 
         Raises:
             NotFoundError: there is no model of this name.

@@ -38,18 +38,19 @@ class Response:
         self.status = response.status_code
 
     def read(self) -> bytes:
-        """The whole body."""
+        """Return the whole body."""
         with translated(self._response.request):
             return self._response.read()
 
     def chunks(self) -> Generator[bytes, None, None]:
-        """The body as it arrives. Close the generator if you leave it early."""
+        """Yield the body as it arrives. Close the generator if you leave it early."""
         with translated(self._response.request):
             for chunk in self._response.iter_bytes():
                 yield chunk
 
     def events(self) -> Generator[ServerEvent, None, None]:
-        """The server-sent events of the body as they arrive. Close the generator if you leave it early."""
+        """Yield the server-sent events of the body as they arrive. Close the generator if you leave it
+        early."""
         with translated(self._response.request):
             for event in server_events(self._response):
                 if event.data:  # the library also makes an event of an id or a name alone
@@ -72,7 +73,7 @@ class Http:
         self.options = options
 
     def with_options(self, options: ClientOptions) -> Http:
-        """The same connections with other options."""
+        """Return the same connections with other options."""
         return Http(self._pool, options)
 
     def ask(self, call: Call, kind: type[T]) -> T:
@@ -87,7 +88,7 @@ class Http:
         limit: int | None = None,
         after: str | None = None,
     ) -> tuple[Item, ...]:
-        """The first `limit` items (None: all) of a list that comes in pages.
+        """Return the first `limit` items (None: all) of a list that comes in pages.
 
         Args:
             page: Gives the call for the page after an id, and of how many items.

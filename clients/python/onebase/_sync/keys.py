@@ -31,7 +31,7 @@ class Keys:
         quotas: Mapping[str, int] | None = None,
         priority: int = 0,
     ) -> NewApiKey:
-        """A new key. Its text is in the result's `key`, and nowhere else: keep it.
+        """Create a key. Its text is in the result's `key`, and nowhere else: keep it.
 
         Args:
             scopes: What it allows: `generate`, `adapters`, `train`, `admin`.
@@ -64,7 +64,7 @@ class Keys:
         return self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     def list(self) -> tuple[ApiKey, ...]:
-        """All keys that there ever were, of all tenants, the newest first."""
+        """Return all keys that there ever were, of all tenants, the newest first."""
         return (self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     def revoke(self, key_id: str) -> ApiKey:
@@ -83,7 +83,7 @@ class Tenants:
         self._http = http
 
     def list(self) -> tuple[Tenant, ...]:
-        """All tenants, for a key with the scope `admin`; for others their own."""
+        """Return all tenants, for a key with the scope `admin`; for others their own."""
         return (self._http.ask(access.TENANTS, ListAnswer[Tenant])).data
 
     def set_quotas(self, tenant: str, quotas: Mapping[str, int | None]) -> Tenant:

@@ -134,7 +134,7 @@ class EventStream(EventsView):
                 time.sleep(position.delay(lost))
 
     def _connected(self) -> Generator[TrainingEvent, None, None]:
-        """The events of one connection."""
+        """Yield the events of one connection."""
         response = self._open(self._position.call())
         try:
             self._position.begin()

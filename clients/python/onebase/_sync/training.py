@@ -68,7 +68,7 @@ class Files:
         return self._http.ask(sent, TrainingFile), True
 
     def list(self, *, purpose: str | None = None) -> tuple[TrainingFile, ...]:
-        """All files, the newest first.
+        """Return all files, the newest first.
 
         Args:
             purpose: Only those of this purpose: `fine-tune`, `fine-tune-results`, `batch` or `batch_output`.
@@ -78,7 +78,7 @@ class Files:
         )
 
     def get(self, file_id: str) -> TrainingFile:
-        """One file's name, size and purpose.
+        """Return one file's name, size and purpose.
 
         Raises:
             NotFoundError: there is no file of this id.
@@ -86,7 +86,7 @@ class Files:
         return self._http.ask(training.file(file_id), TrainingFile)
 
     def content(self, file_id: str) -> bytes:
-        """The whole content of a file.
+        """Return the whole content of a file.
 
         Raises:
             NotFoundError: there is no file of this id.
@@ -194,7 +194,7 @@ class Training:
     def list(
         self, *, limit: int | None = None, metadata: Mapping[str, str] | None = None
     ) -> tuple[TrainingJob, ...]:
-        """The jobs, the newest first.
+        """Return the jobs, the newest first.
 
         Args:
             limit: The largest number of jobs; None: all.
@@ -206,7 +206,7 @@ class Training:
         return tuple(self._job(info) for info in found)
 
     def get(self, job_id: str) -> TrainingJob:
-        """One job, whichever process began it.
+        """Return one job, whichever process began it.
 
         Raises:
             NotFoundError: there is no job of this id.
@@ -229,7 +229,7 @@ class _Uploads:
         self._ids: list[str] = []
 
     def id_of(self, source: str | Path) -> str:
-        """The id of a file, which is sent first if it is a path."""
+        """Return the id of a file, which is sent first if it is a path."""
         if isinstance(source, str):
             return source
         sent, is_new = self._files._upload(source, "fine-tune", self._progress)

@@ -85,7 +85,7 @@ class _Callback(BatchObserver):
 
 
 def observer(progress: bool | BatchCallback) -> BatchObserver:
-    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
+    """Return the observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
     if progress is True:
         return BatchDisplay()
     return BatchObserver() if progress is False else _Callback(progress)

@@ -128,7 +128,7 @@ def figures(job: TrainingJobInfo) -> str:
 
 
 def lines_of(event: TrainingEvent) -> Iterator[tuple[str, str]]:
-    """The lines that an event adds to a log, each with its style in rich's words."""
+    """Yield the lines that an event adds to a log, each with its style in rich's words."""
     data = event.data
     if event.type == "metrics":
         yield from _measured(data)
@@ -175,7 +175,7 @@ class _Callback(JobObserver):
 
 
 def observer(progress: bool | TrainingCallback) -> JobObserver:
-    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
+    """Return the observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
     if progress is True:
         return JobDisplay()
     return JobObserver() if progress is False else _Callback(progress)

@@ -67,7 +67,7 @@ def note(text: str) -> None:
 
 
 def speed(result: Generation) -> str:
-    """One line about an answer: its length, its speed, and which adapter gave it."""
+    """Return one line about an answer: its length, its speed, and which adapter gave it."""
     rate = result.tokens_per_second
     parts = [
         f"{result.usage.completion_tokens} tokens",
@@ -80,7 +80,7 @@ def speed(result: Generation) -> str:
 
 
 def describe(adapter: str | tuple[AdapterWeight, ...] | None) -> str:
-    """An adapter, or a weighted sum, or the base, in words."""
+    """Return an adapter, or a weighted sum, or the base, in words."""
     if adapter is None:
         return "base"
     if isinstance(adapter, str):
@@ -89,7 +89,7 @@ def describe(adapter: str | tuple[AdapterWeight, ...] | None) -> str:
 
 
 def line(text: str, style: str = "") -> Text:
-    """Text from anywhere, made harmless: it can neither steer the terminal nor style itself."""
+    """Return text from anywhere, made harmless: it can neither steer the terminal nor style itself."""
     from rich.text import Text
 
     return Text(printable(text), style)
@@ -102,14 +102,14 @@ def beginning(text: str, most: int = 160) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The terminal. Nothing is coloured for looking like a number."""
+    """Return the terminal. Nothing is coloured for looking like a number."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
 
 
 def size(count: float) -> str:
-    """Bytes for people: `4.9 MB`."""
+    """Return bytes for people: `4.9 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -118,7 +118,7 @@ def size(count: float) -> str:
 
 
 def when(moment: float, now: float | None = None) -> str:
-    """A Unix time for people: `5 min ago`, or the date when it is older than two days."""
+    """Return a Unix time for people: `5 min ago`, or the date when it is older than two days."""
     passed = (time.time() if now is None else now) - moment
     if passed < 60:
         return "just now"
@@ -129,7 +129,7 @@ def when(moment: float, now: float | None = None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `12 s`, `2 min 03 s`, `1 h 05 min`."""
+    """Return seconds for people: `12 s`, `2 min 03 s`, `1 h 05 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -168,7 +168,7 @@ def print_table(columns: Sequence[Column[T]], items: Sequence[T]) -> None:
 
 
 def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table:
-    """A table of the columns that `width` has room for."""
+    """Return a table of the columns that `width` has room for."""
     from rich.table import Table
 
     chosen = _fitting(list(columns), items, width)
@@ -188,7 +188,7 @@ def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table
 
 
 def _fitting(columns: list[Column[T]], items: Sequence[T], width: int) -> list[Column[T]]:
-    """The columns without those that must be spared."""
+    """Return the columns without those that must be spared."""
     needed = {
         one.title: min(widest, max(_LEAST, len(one.title))) if one.shrink else widest
         for one, widest in zip(columns, _longest(columns, items), strict=True)
@@ -223,7 +223,8 @@ def _widths(columns: Sequence[Column[T]], items: Sequence[T], width: int) -> lis
 
 
 def bar(value: float, largest: float, width: int, *, ascii_only: bool = False) -> str:
-    """A bar for `value`. `largest` fills `width` characters; anything above 0 shows at least a little."""
+    """Return a bar for `value`. `largest` fills `width` characters; anything above 0 shows at least a
+    little."""
     if value <= 0 or largest <= 0:
         return ""
     if ascii_only:
@@ -234,7 +235,8 @@ def bar(value: float, largest: float, width: int, *, ascii_only: bool = False) -
 
 
 def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
-    """A chart of at most `width` characters, from the smallest value (lowest) to the largest (highest).
+    """Return a chart of at most `width` characters, from the smallest value (lowest) to the largest
+    (highest).
 
     If there are more values than characters, each character is the mean of its share.
     """
@@ -251,7 +253,7 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 def sparklines(
     groups: Mapping[str, Mapping[int, float]], width: int, *, ascii_only: bool = False
 ) -> dict[str, str]:
-    """A chart for each group of values by place, all on one scale that begins at 0.
+    """Return a chart for each group of values by place, all on one scale that begins at 0.
 
     If there are more places than `width`, several share a character, which shows the largest value. A place
     without a value is blank.
@@ -290,7 +292,7 @@ def can_move(out: Console) -> bool:
 
 
 def bars(out: Console, *, transient: bool = False) -> Bars:
-    """Bars: each has a description, plain text, and a field `figures`, which may have rich's markup.
+    """Return bars: each has a description, plain text, and a field `figures`, which may have rich's markup.
 
     Args:
         transient: Whether they vanish in the end.

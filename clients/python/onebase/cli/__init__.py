@@ -196,7 +196,7 @@ def _unknown(command: str) -> int:
 
 
 def find_plugin(command: str) -> EntryPoint | None:
-    """The entry point of a command of another package, or None."""
+    """Return the entry point of a command of another package, or None."""
     return next(iter(entry_points(group=PLUGINS, name=command)), None)
 
 

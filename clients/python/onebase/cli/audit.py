@@ -128,7 +128,7 @@ def _print_csv(entries: Sequence[AuditEntry], *, header: bool) -> None:
 
 
 def _who(entry: AuditEntry) -> str:
-    """The key and what acted for it."""
+    """Return the key and what acted for it."""
     return ", ".join(part for part in (entry.key, entry.actor) if part) or "local"
 
 

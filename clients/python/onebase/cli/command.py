@@ -59,7 +59,7 @@ _SAMPLING: tuple[tuple[str, type, str, str], ...] = (
 
 
 def parser(command: str, description: str, examples: str = "") -> argparse.ArgumentParser:
-    """A parser for one command, with the options that name the server."""
+    """Return a parser for one command, with the options that name the server."""
     made = OptionParser(
         prog=f"onebase {command}",
         description=description,
@@ -83,7 +83,7 @@ def add_server_options(made: argparse.ArgumentParser) -> None:
 
 
 def seconds(text: str) -> float:
-    """The value of an option that takes a time: a number above 0."""
+    """Return the value of an option that takes a time: a number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < float("inf"):
             return float(text)
@@ -91,7 +91,7 @@ def seconds(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """The value of an option that takes a whole number above 0."""
+    """Return the value of an option that takes a whole number above 0."""
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -131,7 +131,7 @@ def add_sampling_options(group: argparse._ArgumentGroup, *, forms: bool = False)
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingFields:
-    """The sampling fields that were given.
+    """Return the sampling fields that were given.
 
     Raises:
         ValueError: a file cannot be read, or is no JSON.
@@ -162,7 +162,7 @@ def _text_of(option: str, file: str) -> str:
 
 
 def adapter_of(terms: Sequence[str]) -> str | tuple[AdapterWeight, ...] | None:
-    """The value of `--adapter`: nothing, one name, or names with weights.
+    """Return the value of `--adapter`: nothing, one name, or names with weights.
 
     Raises:
         ValueError: a weight is not a number.
@@ -183,7 +183,7 @@ def _term(term: str) -> AdapterWeight:
 
 
 def client_of(args: argparse.Namespace) -> Client:
-    """A client for the server that the options name.
+    """Return a client for the server that the options name.
 
     Raises:
         ValueError: the URL or the timeout is wrong.
@@ -226,7 +226,7 @@ def _unknown(command: str, action: str, actions: Mapping[str, str]) -> int:
 
 
 def action_parser(action: str, description: str, examples: str = "") -> argparse.ArgumentParser:
-    """A parser for one action, such as `adapters push`."""
+    """Return a parser for one action, such as `adapters push`."""
     made = parser(action, description, examples)
     made.add_argument("--json", action="store_true", help="print the result as JSON")
     return made
@@ -255,7 +255,7 @@ _LEAST_DIGITS, _WHOLE_ID, _SHORT_ID = 4, 24, 8
 
 
 def whole_id(wanted: str, prefix: str, nouns: str, known: Callable[[], Iterable[str]]) -> str:
-    """The id that begins with some digits. nouns: what has such ids, such as `jobs`.
+    """Return the id that begins with some digits. nouns: what has such ids, such as `jobs`.
 
     Raises:
         ValueError: several begin with them, or there are too few digits.
@@ -272,7 +272,7 @@ def whole_id(wanted: str, prefix: str, nouns: str, known: Callable[[], Iterable[
 
 
 def short_id(whole: str, prefix: str) -> str:
-    """The part of an id that is shown."""
+    """Return the part of an id that is shown."""
     return whole[: len(prefix) + _SHORT_ID]
 
 
@@ -300,7 +300,7 @@ def plain(value: Any) -> Any:
 
 
 def explain(error: OneBaseError, url: str) -> tuple[str, int]:
-    """The text of a failure, with the next step, and the exit status."""
+    """Return the text of a failure, with the next step, and the exit status."""
     if isinstance(error, APIConnectionError) and not error.sent:
         return (
             f"No server answers at {url}.\n"

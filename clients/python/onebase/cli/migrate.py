@@ -31,9 +31,9 @@ from .openai_answers import (
     HELD_OUT,
     OPENAI_URL,
     TRAIN,
-    Gate,
     Old,
     OpenAIError,
+    QualityGate,
     Recorded,
     check_tools,
     estimated_tokens,
@@ -241,7 +241,7 @@ def _record(made: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return _say_recorded(folder, recorded, gate, args)
 
 
-def _say_recorded(folder: Path, recorded: Recorded, gate: Gate, args: argparse.Namespace) -> int:
+def _say_recorded(folder: Path, recorded: Recorded, gate: QualityGate, args: argparse.Namespace) -> int:
     used = [answer["usage"] for answer in recorded.answers.values()]
     sent, answered = (sum(one[name] for one in used) for name in ("prompt_tokens", "completion_tokens"))
     if args.json:
@@ -308,7 +308,7 @@ def _metrics_for(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
     return ("json_valid", "exact_match") if is_object else _METRICS
 
 
-def _use_recorded(args: argparse.Namespace) -> Gate | None:
+def _use_recorded(args: argparse.Namespace) -> QualityGate | None:
     """Point the options at a folder of recorded answers, and return its gate. Raises ValueError."""
     if not args.recorded:
         return None
@@ -321,7 +321,7 @@ def _use_recorded(args: argparse.Namespace) -> Gate | None:
 # ---- what was there ----------------------------------------------------------------------------------
 
 
-def read_wanted(args: argparse.Namespace, gate: Gate | None = None) -> Wanted:
+def read_wanted(args: argparse.Namespace, gate: QualityGate | None = None) -> Wanted:
     """Return the job that the options, the rows and the job at OpenAI describe.
 
     gate: the old model's figures, if its answers are trained on; the same metrics are measured, besides those
@@ -360,7 +360,7 @@ def read_wanted(args: argparse.Namespace, gate: Gate | None = None) -> Wanted:
     )
 
 
-def _measured_as(gate: Gate) -> dict[str, Any]:
+def _measured_as(gate: QualityGate) -> dict[str, Any]:
     """Return settings by which an adapter is measured on the rows that the old model was measured on."""
     longest = min(8192, max(32, gate.longest * 2))
     metrics = list(gate.metrics) or ["exact_match", "word_f1"]
@@ -368,7 +368,7 @@ def _measured_as(gate: Gate) -> dict[str, Any]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """A job as OpenAI's API gives it. Raises ValueError, OSError."""
+    """Return a job as OpenAI's API gives it. Raises ValueError, OSError."""
     with path.open("rb") as file:
         content = file.read(MOST_JOB_BYTES + 1)
     if len(content) > MOST_JOB_BYTES:
@@ -384,7 +384,7 @@ def read_job(path: Path) -> dict[str, Any]:
 
 
 def method_of_rows(path: Path) -> TrainingMethod:
-    """The method that the first row is for; `supervised` if it says nothing."""
+    """Return the method that the first row is for; `supervised` if it says nothing."""
     with path.open("rb") as file:
         for _ in range(100):
             text = file.readline(_MOST_ROW_BYTES).strip()
@@ -411,7 +411,7 @@ def _method(job: Mapping[str, Any]) -> TrainingMethod | None:
 
 
 def _hyperparameters(job: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """OpenAI's, of both places that they have been in; "auto" is left to this server."""
+    """Return OpenAI's, of both places that they have been in; "auto" is left to this server."""
     found: dict[str, Any] = {}
     method = job.get("method")
     inside = method.get(kind) if isinstance(method, dict) else None
@@ -466,7 +466,7 @@ def _all_hyperparameters(job: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _name(job: Mapping[str, Any]) -> str:
-    """The suffix that the job was given, as an adapter's name; "" if it had none."""
+    """Return the suffix that the job was given, as an adapter's name; "" if it had none."""
     given = _text(job.get("user_provided_suffix")) or _text(job.get("suffix"))
     parts = (_text(job.get("fine_tuned_model")) or "").split(":")
     if not given and len(parts) > 3 and parts[0] == "ft":
@@ -502,7 +502,7 @@ def _is_number(value: object) -> bool:
 # ---- training it here --------------------------------------------------------------------------------
 
 
-def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: Gate | None) -> int:
+def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: QualityGate | None) -> int:
     say = console(stderr=True)
     say.print(line(f"{wanted.was} becomes the adapter {wanted.name} of {client.url}"), soft_wrap=True)
     for sentence in wanted.lost:
@@ -535,19 +535,19 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: Gat
     return _train(client, job, args, wanted, gate)
 
 
-def _decides(gate: Gate | None, args: argparse.Namespace) -> bool:
+def _decides(gate: QualityGate | None, args: argparse.Namespace) -> bool:
     """Return True if the old model's figures decide on the activation."""
     return gate is not None and bool(gate.metrics) and args.activate == "if_better"
 
 
-def _passed(gate: Gate, report: TrainingReport) -> bool:
+def _passed(gate: QualityGate, report: TrainingReport) -> bool:
     """Return True if the adapter reaches the old model's figures, all measured, and is better than the active
     version."""
     reached = all(report.metrics_after[name] >= value for name, value in gate.metrics.items())
     return reached and report.better_than.get("active", True) is True
 
 
-def _judge(client: Client, job: TrainingJob, gate: Gate, args: argparse.Namespace) -> bool:
+def _judge(client: Client, job: TrainingJob, gate: QualityGate, args: argparse.Namespace) -> bool:
     """Show the old model's figures next to the adapter's, and activate the adapter if it reaches them. Return
     True if it is active."""
     found = job.info.report
@@ -625,7 +625,7 @@ def _taken_back(client: Client, job: TrainingJob, kept: Set[str]) -> int:
 
 
 def _train(
-    client: Client, job: TrainingJob, args: argparse.Namespace, wanted: Wanted, gate: Gate | None
+    client: Client, job: TrainingJob, args: argparse.Namespace, wanted: Wanted, gate: QualityGate | None
 ) -> int:
     if args.json:
         status = _silent(client, job)
@@ -654,7 +654,7 @@ def _silent(client: Client, job: TrainingJob) -> int:
 
 
 def _print_changes(url: str, job: TrainingJob, wanted: Wanted, *, active: bool) -> None:
-    """The lines of client code that change."""
+    """Print the lines of client code that change."""
     model = job.name if active else job.fine_tuned_model
     base_url, key = json.dumps(f"{url}/v1"), 'os.getenv("ONEBASE_API_KEY", "none")'
     out = console()

@@ -238,7 +238,7 @@ def _asked_wait(reply: httpx2.Response) -> float:
 
 
 @dataclass(frozen=True)
-class Gate:
+class QualityGate:
     """Figures of the old model on the held-out rows, against the rows' own replies.
 
     metrics: empty if the rows had no replies: then the held-out replies are the old model's.
@@ -257,7 +257,7 @@ def write_sets(
     held_out: Sequence[HeldOutRow],
     metrics: Sequence[str],
     model: str,
-) -> Gate:
+) -> QualityGate:
     """Write rows to train on, held-out rows and the gate next to the answers.
 
     Args:
@@ -278,7 +278,7 @@ def write_sets(
     pairs = [(recorded.answers[key_of(row)], row.reference) for row in measured]
     _write(folder / HELD_OUT, (_with_reply(one, _reference(one, own)) for one, own in pairs))
     texts = [(text_of(answer["answer"]), own) for answer, own in pairs if own is not None]
-    gate = Gate(
+    gate = QualityGate(
         model,
         len(measured),
         {name: sum(score(name, *pair) for pair in texts) / len(texts) for name in metrics} if texts else {},
@@ -289,11 +289,11 @@ def write_sets(
     return gate
 
 
-def read_gate(folder: Path) -> Gate:
+def read_gate(folder: Path) -> QualityGate:
     """Return the gate in a folder. Raises ValueError."""
     try:
         found = json.loads((folder / GATE).read_text(encoding="utf-8"))
-        return Gate(found["model"], found["rows"], found["metrics"], found["longest"])
+        return QualityGate(found["model"], found["rows"], found["metrics"], found["longest"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} holds no recorded answers ({error}): make some with --record") from error
 

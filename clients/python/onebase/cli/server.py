@@ -67,7 +67,7 @@ COLUMNS: Final = tuple(_column(place, title) for place, title in enumerate(_TITL
 
 
 def table_rows(models: Sequence[Model], adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
-    """One row per model, the base first, in the order of the columns."""
+    """Return one row per model, the base first, in the order of the columns."""
     by_name = {adapter.name: adapter for adapter in adapters}
     bases = [(model.id, "base", "", "", "", "", "") for model in models if model.id not in by_name]
     return bases + [_adapter_row(adapter) for adapter in adapters]

@@ -156,7 +156,7 @@ class Watch:
         return frame
 
     def look(self) -> Frame | None:
-        """The time since the last look; None at the first one. Raises what Client.metrics raises."""
+        """Return the time since the last look; None at the first one. Raises what Client.metrics raises."""
         now = self._client.metrics()
         moment, before = time.monotonic(), self._before
         passed = moment - self._looked
@@ -165,7 +165,8 @@ class Watch:
 
 
 def _follow(watched: Watch) -> None:
-    """Lines of JSON, for ever. Raises what the first look raises; later, a server may go and come back."""
+    """Print lines of JSON, for ever. Raises what the first look raises; later, a server may go and come
+    back."""
     frame: Frame | None = watched.first()
     while True:
         if frame is not None:
@@ -210,7 +211,7 @@ def _live(watched: Watch, url: str, out: Console) -> None:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Pressed]:
-    """Keys come at once and are not shown; the terminal is as it was in the end."""
+    """Have keys come at once, and not be shown; the terminal is as it was in the end."""
     if not sys.stdin.isatty():
         yield Pressed(False)
         return
@@ -365,7 +366,7 @@ def picture(
     trouble: str = "",
     whole: bool = False,
 ) -> RenderableType:
-    """A screen for the terminal `out`; tables are cut to its height unless `whole`."""
+    """Return a screen for the terminal `out`; tables are cut to its height unless `whole`."""
     from rich.console import Group
 
     if frame is None:

@@ -100,7 +100,7 @@ def _change(action: str, client: Client, args: argparse.Namespace) -> int:
 
 
 def _expected(client: Client, args: argparse.Namespace) -> str | Unset | None:
-    """The whole digest: the server compares it with the active one."""
+    """Return the whole digest: the server compares it with the active one."""
     if args.expected is None:
         return UNSET
     if args.expected == "none":

@@ -243,7 +243,7 @@ def _ranks(mine: dict[str, ModuleReport], yours: dict[str, ModuleReport]) -> Ite
 
 
 def print_diff(out: Console, found: Diff) -> None:
-    """The facts, then the layers with their bars, then what only one of them changes.
+    """Print the facts, then the layers with their bars, then what only one of them changes.
 
     A pipe gets the columns separated by tabs, and no bars.
     """
@@ -285,7 +285,7 @@ def _facts(found: Diff) -> Table:
 
 
 def _chart(out: Console, found: Diff) -> Table:
-    """A row for each layer with two bars, all on one scale."""
+    """Return a row for each layer with two bars, all on one scale."""
     from rich.table import Table
     from rich.text import Text
 
@@ -309,14 +309,14 @@ def _chart(out: Console, found: Diff) -> Table:
 
 
 def _norms(largest: float, pair: LayerPair) -> tuple[str, str]:
-    """Both with as many decimals as the largest one needs; a dash for nothing."""
+    """Return both with as many decimals as the largest one needs; a dash for nothing."""
     decimals = min(9, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 0
     a, b = ("-" if norm is None else f"{norm:.{decimals}f}" for norm in (pair.a, pair.b))
     return a, b
 
 
 def _print_ranks(out: Console, pairs: Sequence[RankPair]) -> None:
-    """Modules that both change with different ranks or alphas. Equal differences share a line."""
+    """Print the modules that both change with different ranks or alphas. Equal differences share a line."""
     changes: dict[tuple[tuple[int, float], tuple[int, float]], list[str]] = {}
     for pair in pairs:
         changes.setdefault((pair.a, pair.b), []).append(pair.module)

@@ -243,8 +243,8 @@ def _answers(
 
 
 def _ask(client: Client, prompt: Mapping[str, Any], adapter: str | None) -> Generation:
-    """A greedy answer, with the tokens of its prompt. The adapter's defaults are no part of an export's
-    weights."""
+    """Return a greedy answer, with the tokens of its prompt. The adapter's defaults are no part of an
+    export's weights."""
     plain = {"temperature": 0, "logprobs": 0, "echo": True, "adapter_defaults": False}
     how: dict[str, Any] = {**plain, **prompt}
     try:

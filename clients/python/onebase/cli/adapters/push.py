@@ -119,7 +119,8 @@ def _push(args: argparse.Namespace) -> Begin:
 
 
 def _default(given: str) -> tuple[str, object]:
-    """A default as `NAME=VALUE`. The value of a text field is text, of others JSON. Raises ValueError."""
+    """Return a default as `NAME=VALUE`. The value of a text field is text, of others JSON. Raises
+    ValueError."""
     name, equals, value = given.partition("=")
     known = AdapterDefaults.__struct_fields__
     if not equals or name not in known:

@@ -129,7 +129,7 @@ def _show_version(client: Client, wanted: Reference, as_json: bool) -> int:
 def print_adapter(
     out: Console, adapter: Adapter, versions: Sequence[AdapterVersion], history: Sequence[Activation]
 ) -> None:
-    """The adapter, then its versions, then its history."""
+    """Print the adapter, then its versions, then its history."""
     known = state(adapter)
     note = ", not active" * (known == READY)
     shown = line(adapter.name, "bold") + line("  ") + line(known + note, state_style(known))
@@ -215,7 +215,7 @@ def print_version(out: Console, version: AdapterVersion) -> None:
 
 
 def _defaults(defaults: AdapterDefaults | None) -> list[str]:
-    """A line for each default of requests, cut where it is long."""
+    """Return a line for each default of requests, cut where it is long."""
     if defaults is None:
         return []
     given = {name: value for name in defaults.__struct_fields__ if (value := getattr(defaults, name))}
@@ -232,7 +232,7 @@ _LONGEST_DEFAULT: Final = 80
 
 
 def _print_modules(out: Console, modules: Sequence[ModuleReport]) -> None:
-    """A line for each target, with the norms of what is added from the first layer to the last."""
+    """Print a line for each target, with the norms of what is added from the first layer to the last."""
     groups = by_target(modules)
     charts = norm_charts(groups, 32 if out.width < 100 else 48, ascii_only=out.options.ascii_only)
     columns: tuple[Column[tuple[str, list[ModuleReport]]], ...] = (

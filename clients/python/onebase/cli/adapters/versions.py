@@ -38,7 +38,8 @@ class Reference:
 
 
 def reference(text: str) -> Reference:
-    """The reference that a person wrote. A Hub name may have an @ of its own: `hub:org/repo@main@3f2a9c41`.
+    """Return the reference that a person wrote. A Hub name may have an @ of its own:
+    `hub:org/repo@main@3f2a9c41`.
 
     Raises:
         ValueError: a part is empty.
@@ -52,7 +53,7 @@ def reference(text: str) -> Reference:
 
 
 def resolve(client: Client, wanted: Reference) -> AdapterVersion:
-    """The version that a reference names, else the active one, else the newest that is ready.
+    """Return the version that a reference names, else the active one, else the newest that is ready.
 
     Raises:
         NotFoundError: there is no such adapter or version.
@@ -68,7 +69,7 @@ def resolve(client: Client, wanted: Reference) -> AdapterVersion:
 
 
 def short(digest: str | None) -> str:
-    """The first digits of a digest, nothing for None. The id of a pull stays whole."""
+    """Return the first digits of a digest, nothing for None. The id of a pull stays whole."""
     if digest is None:
         return ""
     return digest if digest.startswith("pull-") else digest[:SHORT]
@@ -83,7 +84,7 @@ def label(version: AdapterVersion) -> str:
 
 
 def summary(version: AdapterVersion) -> list[Text]:
-    """A version in a few lines: name and state, what it is made of, its proof, what stands out."""
+    """Return a version in a few lines: name and state, what it is made of, its proof, what stands out."""
     lines = [headline(version)]
     if version.report is not None:
         lines.append(line(f"  {makeup(version.report)}"))
@@ -111,7 +112,7 @@ def makeup(report: VersionReport) -> str:
 
 
 def proof(proof: ProofReport) -> str:
-    """One sentence about the proof."""
+    """Return one sentence about the proof."""
     how = "bit for bit" if proof.exact else f"within {number(proof.largest_difference)}"
     if not proof.exact:
         how += f", {proof.modules_exact} of them bit for bit"
@@ -145,12 +146,12 @@ def targets(names: Iterable[str]) -> str:
 
 
 def number(value: float) -> str:
-    """A number in few digits: `16`, `0.25`, `1.3e-05`."""
+    """Return a number in few digits: `16`, `0.25`, `1.3e-05`."""
     return f"{value:.4g}"
 
 
 def state_style(state: str) -> str:
-    """The style of a state, in rich's words."""
+    """Return the style of a state, in rich's words."""
     return {"active": "bold green", "ready": "green", "failed": "red"}.get(state, "yellow")
 
 
@@ -180,7 +181,7 @@ def place(name: str) -> Place:
 
 
 def layer_norms(modules: Iterable[ModuleReport]) -> dict[str, float]:
-    """The Frobenius norm of what is added in each layer, and to each module outside of the layers.
+    """Return the Frobenius norm of what is added in each layer, and to each module outside of the layers.
 
     The layers come first, in order; a key is a layer's number or a module's name.
     """
@@ -193,12 +194,13 @@ def layer_norms(modules: Iterable[ModuleReport]) -> dict[str, float]:
 
 
 def total_norm(modules: Iterable[ModuleReport]) -> float:
-    """The Frobenius norm of everything that is added."""
+    """Return the Frobenius norm of everything that is added."""
     return math.sqrt(sum(module.norm**2 for module in modules))
 
 
 def by_target(modules: Iterable[ModuleReport]) -> dict[str, list[ModuleReport]]:
-    """The modules of each target, in the order of the layers. The targets are in the order of a block."""
+    """Return the modules of each target, in the order of the layers. The targets are in the order of a
+    block."""
     groups: dict[str, list[ModuleReport]] = {}
     for module in sorted(modules, key=lambda module: place(module.name).layer or 0):
         groups.setdefault(place(module.name).target, []).append(module)
@@ -206,7 +208,7 @@ def by_target(modules: Iterable[ModuleReport]) -> dict[str, list[ModuleReport]]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Targets in the order of a block, then others, `lm_head` last."""
+    """Return the targets in the order of a block, then others, `lm_head` last."""
     known = {name: number for number, name in enumerate(_BLOCK)}
     return sorted(names, key=lambda name: (name == "lm_head", known.get(name, len(known)), name))
 
@@ -225,7 +227,8 @@ def ranges(layers: Iterable[int]) -> str:
 def norm_charts(
     groups: Mapping[str, Sequence[ModuleReport]], width: int, *, ascii_only: bool = False
 ) -> dict[str, str]:
-    """A chart for each target: the norm by layer, all on one scale. It is empty outside of the layers."""
+    """Return a chart for each target: the norm by layer, all on one scale. It is empty outside of the
+    layers."""
     return sparklines(
         {name: _norms_by_layer(group) for name, group in groups.items()}, width, ascii_only=ascii_only
     )

@@ -48,7 +48,7 @@ def run(action: str, argv: list[str]) -> int:
 
 
 def find(client: Client, wanted: str) -> Batch:
-    """The batch of an id, or of the first digits of one.
+    """Return the batch of an id, or of the first digits of one.
 
     Raises:
         NotFoundError: there is no such batch.
@@ -99,7 +99,7 @@ def _show(client: Client, args: argparse.Namespace) -> int:
 
 
 def print_batch(out: Console, batch: Batch) -> None:
-    """The batch, and what is wrong with it."""
+    """Print the batch, and what is wrong with it."""
     out.print(line(batch.id, "bold") + line("  ") + line(doing(batch), _colour(batch)), soft_wrap=True)
     texts = [f"{batch.endpoint}, from {batch.input_file_id}, created {when(batch.created_at)}"]
     if batch.total:

@@ -201,7 +201,7 @@ def shape_is_wrong(files: Sequence[str | None], method: str, *, as_json: bool) -
 
 
 def parse_settings(given: Sequence[str]) -> TrainingSettings:
-    """The settings in `--set NAME=VALUE`, with the types that the server expects.
+    """Return the settings in `--set NAME=VALUE`, with the types that the server expects.
 
     Raises:
         ValueError: one is not NAME=VALUE, or its name is no setting.
@@ -223,7 +223,7 @@ def parse_settings(given: Sequence[str]) -> TrainingSettings:
 
 
 def parse_labels(given: Sequence[str]) -> Mapping[str, str] | None:
-    """The labels in `--metadata KEY=VALUE`.
+    """Return the labels in `--metadata KEY=VALUE`.
 
     Raises:
         ValueError: one is not KEY=VALUE.
@@ -273,7 +273,7 @@ def _json(name: str, value: str) -> Any:
 
 
 def _scalar(value: str) -> Any:
-    """A number, true or false as such. Everything else is text."""
+    """Return a number, true or false as such. Everything else is text."""
     try:
         parsed = json.loads(value)
     except ValueError:

@@ -111,7 +111,7 @@ def run(action: str, argv: list[str]) -> int:
 def job_parser(
     action: str, description: str, examples: str = "", *, one: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser for an action on jobs, by default on one of them."""
+    """Return a parser for an action on jobs, by default on one of them."""
     made = action_parser(f"jobs {action}", description, examples)
     if one:
         made.add_argument("job", metavar="ID")
@@ -119,7 +119,7 @@ def job_parser(
 
 
 def find(client: Client, wanted: str) -> TrainingJob:
-    """The job of an id, or of the first digits of one.
+    """Return the job of an id, or of the first digits of one.
 
     Raises:
         NotFoundError: there is no such job.
@@ -131,17 +131,17 @@ def find(client: Client, wanted: str) -> TrainingJob:
 
 
 def short(job_id: str) -> str:
-    """An id as people see it."""
+    """Return an id as people see it."""
     return short_id(job_id, PREFIX)
 
 
 def status_style(status: str) -> str:
-    """The style of a status, in rich's words."""
+    """Return the style of a status, in rich's words."""
     return {"succeeded": "green", "failed": "red", "cancelled": "dim"}.get(status, "yellow")
 
 
 def loss(value: float | None) -> str:
-    """A loss in four decimals, nothing for None."""
+    """Return a loss in four decimals, nothing for None."""
     return "" if value is None else f"{value:.4f}"
 
 
@@ -262,7 +262,8 @@ def _show(client: Client, args: argparse.Namespace) -> int:
 
 
 def print_held(out: Console, job: TrainingJobInfo, data: Mapping[str, Any] | None) -> None:
-    """A job that waits for a word: what is in its files, rows as the model reads them, what it will take."""
+    """Print a job that waits for a word: what is in its files, rows as the model reads them, what it will
+    take."""
     print_job(out, job, ())
     if data is not None:
         _print_data(out, data)
@@ -319,7 +320,7 @@ def _print_data(out: Console, data: Mapping[str, Any]) -> None:
 
 
 def _print_examples(out: Console, examples: Sequence[Mapping[str, Any]], word: str) -> None:
-    """Rows as the model reads them. word: what they are named by, "line" or "row"."""
+    """Print rows as the model reads them. word: what they are named by, "line" or "row"."""
     left, right = (">>", "<<") if out.options.ascii_only else ("«", "»")
     if examples:
         out.print()
@@ -344,7 +345,7 @@ def _places(data: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -> None:
-    """The job, then its losses, then base against adapter."""
+    """Print the job, then its losses, then base against adapter."""
     out.print(
         line(job.name, "bold") + line("  ") + line(in_words(job), status_style(job.status)), soft_wrap=True
     )
@@ -483,7 +484,7 @@ def _print_report(out: Console, report: TrainingReport) -> None:
 
 
 def _print_classes(out: Console, found: ClassReport) -> None:
-    """A table of the labels, then a matrix of what is taken for what, or the most frequent mistakes."""
+    """Print a table of the labels, then a matrix of what is taken for what, or the most frequent mistakes."""
     base = {one.label: _share(one.f1) for one in found.base.labels}
     columns: tuple[Column[LabelFigures], ...] = (
         Column("label", lambda one: one.label, shrink=True),
@@ -515,7 +516,7 @@ def _cell(place: int) -> Callable[[tuple[str, tuple[int, ...]]], str]:
 
 
 def _print_slices(out: Console, found: SliceReport) -> None:
-    """A table of the slices, then the rows that were right and are wrong."""
+    """Print a table of the slices, then the rows that were right and are wrong."""
     by_loss = found.by == "loss"
     name = "held-out loss" if by_loss else found.by
 

@@ -74,7 +74,7 @@ def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
 
 
 def _whole(job: TrainingJob) -> Any:
-    """The job as JSON; of one on hold with what is in its files."""
+    """Return the job as JSON; of one on hold with what is in its files."""
     return plain(job.info) | {"data": job.data_report()} if job.info.held else job.info
 
 
