@@ -45,8 +45,8 @@ CLOSE = 0.01
 
 
 @dataclass(frozen=True)
-class TypeResult:
-    """TypeResult for one type, or for one variant of it that people download."""
+class Result:
+    """Result for one type, or for one variant of it that people download."""
 
     title: str
     type: str
@@ -526,7 +526,7 @@ def _logits(model: Any, prompt: list[int], text: list[int]) -> Any:
     return logits[0, len(prompt) - 1 :].float()
 
 
-def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> TypeResult:
+def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> Result:
     """Check, load, serve and compare one type; `changes`: fields of a variant, None for the type itself."""
     from transformers import CONFIG_MAPPING
 
@@ -542,13 +542,13 @@ def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> TypeRe
             refusal = None
         # A default config may be incomplete, as no published one is.
         if refusal is not None and "transformers cannot make a model" not in refusal:
-            return TypeResult(title, name, "refused", _line(refusal))
+            return Result(title, name, "refused", _line(refusal))
     with tempfile.TemporaryDirectory(prefix="base-") as place:
         folder, adapter = Path(place) / "base", Path(place) / "adapter"
         try:
             save_tiny(name, changes or {}, folder)
         except Exception as error:
-            return TypeResult(title, name, "untried", _line(f"{type(error).__name__}: {error}"))
+            return Result(title, name, "untried", _line(f"{type(error).__name__}: {error}"))
         stage = "load"
         try:
             base = load_base(BaseSettings(folder))
@@ -562,20 +562,20 @@ def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> TypeRe
             regret, off, noise = differences(folder, adapter, rows, quantized=True)
             near = max(0.12, 4 * noise)
             if regret == 0 and off <= near:
-                return TypeResult(title, name, "equal", off=round(off, 3))
+                return Result(title, name, "equal", off=round(off, 3))
             stage = "fp32"
             base = load_base(BaseSettings(folder, quantization="none", dtype=_fp32()))
             _, exact, _ = differences(folder, adapter, serve(base, weights), quantized=False)
             state = "near" if exact <= CLOSE else "wrong"
-            return TypeResult(title, name, state, off=round(off, 3), exact=round(exact, 5))
+            return Result(title, name, state, off=round(off, 3), exact=round(exact, 5))
         except UnsupportedBaseError as error:
             # What some composites save of a tiny model is its text part, which transformers does not read.
             state = "untried" if "TextConfig has no" in str(error) else "refused"
-            return TypeResult(title, name, state, _line(str(error)))
+            return Result(title, name, state, _line(str(error)))
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{stage}: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
-            return TypeResult(title, name, "crash", _line(reason))
+            return Result(title, name, "crash", _line(reason))
 
 
 def _fp32() -> Any:
@@ -589,7 +589,7 @@ def _line(text: str) -> str:
     return " ".join(re.sub(r"/\S*/base-[^\s/]*/", "", text).split())[:400]
 
 
-def try_apart(title: str, name: str, changes: Mapping[str, Any] | None) -> TypeResult:
+def try_apart(title: str, name: str, changes: Mapping[str, Any] | None) -> Result:
     """Try a type in a process of its own, which may hang or die."""
     reading, writing = os.pipe()
     process = os.fork()
@@ -606,7 +606,7 @@ def try_apart(title: str, name: str, changes: Mapping[str, Any] | None) -> TypeR
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     _, status = os.waitpid(process, 0)
-    return TypeResult(**json.loads(text)) if text else TypeResult(title, name, "crash", f"status {status}")
+    return Result(**json.loads(text)) if text else Result(title, name, "crash", f"status {status}")
 
 
 def all_types() -> list[str]:
@@ -657,7 +657,7 @@ def run_all(types: Sequence[str], jobs: int) -> None:
     print(f"{len(todo)} in {time.monotonic() - began:.0f} s")
 
 
-def _write(known: Mapping[str, TypeResult], order: Sequence[str], versions: Mapping[str, str]) -> None:
+def _write(known: Mapping[str, Result], order: Sequence[str], versions: Mapping[str, str]) -> None:
     results = [asdict(known[title]) for title in order if title in known]
     results = [{key: value for key, value in one.items() if value not in ("", None)} for one in results]
     DATA.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")
@@ -693,9 +693,9 @@ REASONS: Sequence[tuple[str, str, str]] = (
 """Pattern in a refusal, heading, and advice."""
 
 
-def read_results() -> list[TypeResult]:
+def read_results() -> list[Result]:
     """Return the results of the last run."""
-    return [TypeResult(**one) for one in json.loads(DATA.read_text())["results"]]
+    return [Result(**one) for one in json.loads(DATA.read_text())["results"]]
 
 
 def read_versions() -> dict[str, str]:
@@ -747,26 +747,24 @@ def page() -> str:
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def _names(results: Sequence[TypeResult]) -> str:
+def _names(results: Sequence[Result]) -> str:
     return ", ".join(
         f"`{one.type}`{'*' if one.state == 'near' else ''}" for one in sorted(results, key=_by_name)
     )
 
 
-def _by_name(result: TypeResult) -> str:
+def _by_name(result: Result) -> str:
     return result.type
 
 
-def _state(result: TypeResult) -> str:
+def _state(result: Result) -> str:
     words = {"equal": "served", "near": "served*", "untried": "not tried"}
     return words.get(result.state, f"{result.state}: {result.reason}" if result.reason else result.state)
 
 
-def _grouped(refused: Sequence[TypeResult]) -> list[tuple[str, str, str]]:
+def _grouped(refused: Sequence[Result]) -> list[tuple[str, str, str]]:
     """Return heading, advice and names of each group of refused types that has any."""
-    groups: dict[tuple[str, str], list[TypeResult]] = {
-        (heading, advice): [] for _, heading, advice in REASONS
-    }
+    groups: dict[tuple[str, str], list[Result]] = {(heading, advice): [] for _, heading, advice in REASONS}
     others = ("Others", "The error says why.")
     for one in refused:
         found = ((heading, advice) for pattern, heading, advice in REASONS if re.search(pattern, one.reason))

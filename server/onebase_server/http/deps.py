@@ -189,11 +189,6 @@ def _provide(find: Callable[[Request], Any]) -> Any:
     return Depends(provide)
 
 
-def _part(name: str) -> Any:
-    """Return the dependency that gives a route one part of the server, by its name in Services."""
-    return _provide(lambda request: getattr(_services(request), name))
-
-
 def resume_state_of(request: Request) -> ResumeState | None:
     """Return the transcript of a request whose stream is to send one, else None."""
     state: ResumeState | None = request.scope.get(TRANSCRIPT)
@@ -201,10 +196,6 @@ def resume_state_of(request: Request) -> ResumeState | None:
 
 
 Provided = Annotated[Services, _provide(_services)]
-"""All parts of the server, for routes that need many of them."""
-Keys = Annotated[KeyRing, _part("keys")]
-Usage = Annotated[TenantUsageRecorder, _part("usage")]
-TrainingParts = Annotated[Training, _part("training")]
 Calling = Annotated[Caller, _provide(_caller)]
 """Caller of the request."""
 Admitted = Annotated[QuotaReservation, _provide(lambda request: request.scope[RESERVATION])]

@@ -81,7 +81,7 @@ _ADDED = answer(AdapterVersion, 404, 409, 422, 429, 507, description="It is read
 )
 
 
-def _adapter_name(name: str) -> str:
+async def _adapter_name(name: str) -> str:
     return name.replace(SLASH, "/")
 
 

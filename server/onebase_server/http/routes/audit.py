@@ -12,7 +12,7 @@ from onebase_protocol import access as wire
 from onebase_protocol.common import PageAnswer, page_of
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
-from onebase_server.http.deps import Calling, StrictRoute, TrainingParts, json_response
+from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.views.jobs import number_of
 from onebase_server.storage.calls import storage_errors
 
@@ -25,7 +25,7 @@ _ID = "audit-"
 @router.get("", responses=answer(PageAnswer[wire.AuditEntry]))
 @needs("adapters")
 async def list_entries(
-    training: TrainingParts,
+    services: Provided,
     caller: Calling,
     tenant: Annotated[str | None, Query(max_length=512, description="for admins: of one tenant")] = None,
     action: Annotated[str | None, Query(description="as in adapter.activated, or a kind: job")] = None,
@@ -48,9 +48,10 @@ async def list_entries(
         raise InvalidRequestError(f"after: {after!r} is no id of an entry.", param="after")
     if not caller.is_admin and tenant not in (None, caller.tenant):
         return json_response(PageAnswer[wire.AuditEntry](data=()))
+    storage = services.training.storage
     with storage_errors():
-        found = await training.threads.run_blocking(
-            training.storage.registry.audit.entries,
+        found = await services.training.threads.run_blocking(
+            storage.registry.audit.entries,
             tenant=tenant if caller.is_admin else caller.tenant,
             action=action,
             target=target,

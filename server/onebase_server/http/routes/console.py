@@ -37,7 +37,7 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 @router.get("/console")
 @needs("open")
 async def console(request: Request) -> Response:
-    """Serve the page. A link may name a view behind `#`; opening one sends no prompt."""
+    """Serve the page. A link to it may say what it shows, behind `#`; being opened asks for nothing."""
     page = await asyncio.to_thread(_read, FOLDER / "index.html")
     if page is None:
         raise ConsoleMissingError

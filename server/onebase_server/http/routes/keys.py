@@ -14,7 +14,7 @@ from onebase_protocol import access as wire
 from onebase_protocol.common import ListAnswer
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
-from onebase_server.http.deps import Calling, Keys, StrictRoute, json_response
+from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.routes.usage import Limits
 from onebase_server.requests.schemas.wire import Wire
 
@@ -54,10 +54,10 @@ async def own_key(caller: Calling) -> Response:
 
 @router.post("/keys", responses=answer(wire.NewApiKey, 507))
 @needs("admin")
-async def create_key(body: CreateKeyRequest, keys: Keys) -> Response:
+async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     """Create a key. Its text is in this answer alone."""
     expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
-    made, key = await keys.create(
+    made, key = await services.keys.create(
         body.tenant,
         body.scopes,
         name=body.name,
@@ -72,23 +72,23 @@ async def create_key(body: CreateKeyRequest, keys: Keys) -> Response:
 
 @router.get("/keys", responses=answer(ListAnswer[wire.ApiKey]))
 @needs("admin")
-async def list_keys(keys: Keys) -> Response:
+async def list_keys(services: Provided) -> Response:
     """List all keys that there ever were, of all tenants, the newest first."""
-    return json_response(ListAnswer(data=tuple(_view(key) for key in await keys.all())))
+    return json_response(ListAnswer(data=tuple(_view(key) for key in await services.keys.all())))
 
 
 @router.post("/keys/{key_id}", responses=answer(wire.ApiKey, 404, 507))
 @needs("admin")
-async def change_key(key_id: str, body: ChangeKeyRequest, keys: Keys) -> Response:
+async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
     """Change a key's quotas and priority, at once here and within a second on other servers."""
-    return json_response(_view(await keys.change(key_id, body.quotas, body.priority)))
+    return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
 
 
 @router.delete("/keys/{key_id}", responses=answer(wire.ApiKey, 404, 507))
 @needs("admin")
-async def revoke_key(key_id: str, keys: Keys) -> Response:
+async def revoke_key(key_id: str, services: Provided) -> Response:
     """Revoke a key, at once here and within a second on other servers."""
-    return json_response(_view(await keys.revoke(key_id)))
+    return json_response(_view(await services.keys.revoke(key_id)))
 
 
 def _view(key: ApiKeyRecord) -> wire.ApiKey:

@@ -14,7 +14,7 @@ from onebase_protocol.access import Tenant, TenantUsage, UsageAnswer
 from onebase_protocol.common import ListAnswer
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
-from onebase_server.http.deps import Calling, Keys, StrictRoute, Usage, json_response
+from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.requests.schemas.wire import Wire
 from onebase_server.tenancy.usage import usage_csv
 
@@ -31,26 +31,26 @@ class QuotasRequest(Wire):
 
 @router.get("/tenants", responses=answer(ListAnswer[Tenant]))
 @needs("any")
-async def list_tenants(keys: Keys, caller: Calling) -> Response:
+async def list_tenants(services: Provided, caller: Calling) -> Response:
     """List tenants, their quotas and what they have: all of them for an admin, for others their own."""
-    found = await keys.tenants(caller)
+    found = await services.keys.tenants(caller)
     return json_response(ListAnswer(data=tuple(map(_tenant_view, found))))
 
 
 @router.post("/tenants/{tenant}", responses=answer(Tenant, 507))
 @needs("admin")
 async def set_quotas(
-    tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, keys: Keys
+    tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, services: Provided
 ) -> Response:
     """Change a tenant's quotas, at once here and within a second on other servers."""
-    return json_response(_tenant_view(await keys.set_quotas(tenant, body.quotas)))
+    return json_response(_tenant_view(await services.keys.set_quotas(tenant, body.quotas)))
 
 
 @router.get("/usage", responses=answer(UsageAnswer, also=(CSV,)))
 @needs("any")
 async def get_usage(
     request: Request,
-    usage: Usage,
+    services: Provided,
     caller: Calling,
     start: Annotated[str | None, Query(max_length=32)] = None,
     end: Annotated[str | None, Query(max_length=32)] = None,
@@ -67,7 +67,7 @@ async def get_usage(
                 param="tenant",
             )
         tenant = caller.tenant
-    columns, rows = await usage.find(start, end, group_by, tenant=tenant)
+    columns, rows = await services.usage.find(start, end, group_by, tenant=tenant)
     wants_csv = CSV in request.headers.get("accept", "") if format is None else format == "csv"
     if wants_csv:
         return Response(usage_csv(columns, rows), media_type=CSV, headers={"Cache-Control": "no-store"})
