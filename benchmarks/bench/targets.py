@@ -105,8 +105,8 @@ async def onebase(setup: Setup, log: Path, extra: Sequence[str] = ()) -> AsyncIt
     options += ["--max-slots", str(max(1, len(setup.adapters))), "--max-rank", str(setup.rank)]
     for name, folder in setup.adapters.items():
         options += ["--adapter", f"{name}={folder}"]
-    with tempfile.TemporaryDirectory(prefix="onebase-data-") as folder:
-        options += ["--data-dir", str(setup.data or folder), *extra]
+    with tempfile.TemporaryDirectory(prefix="onebase-data-") as fresh:
+        options += ["--data-dir", str(setup.data or fresh), *extra]
         async with onebase_server(log, *options, timeout=setup.start_seconds) as (url, _):
             yield await _http_session(url, setup)
 
