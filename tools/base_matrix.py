@@ -786,11 +786,13 @@ def page() -> str:
         lines += [
             f"## Adapters on experts: {len(adapted)} types",
             "A LoRA on the parameters of experts ([target_parameters](adapters.md#on-experts)) was "
-            "tried in the same way. It is served and equal to PEFT on",
+            "tried in the same way. It is served, and equal to PEFT but for rounding (in fp32 there is "
+            "no difference), on",
             ", ".join(f"`{one.type}`" for one in sorted(adapted, key=_by_name)),
             "Mixtures on which adapters act on layers alone: " + ", ".join(f"`{one.type}`" for one in others)
             if others
             else "",
+            "On mixtures in neither list it was not tried by this tool.",
         ]
     if variants:
         rows = [f"| {one.title} | `{one.type}` | {_state(one)} |" for one in variants]
