@@ -3,8 +3,10 @@
 llama.cpp in Q4_1.
 
 Its weights are random, the same ones for all three, and its tokenizer is the default base's. The loads and
-the table are those of serve.py, which gets all further options.
+the table are those of serve.py, which gets all further options. With --folder, the base and what OneBase has
+proved about its adapters are kept for the next time; --prepare writes the base and ends.
 
+  python benchmarks/mixture.py --folder ~/olmoe --prepare             # 18 GB on disk
   python benchmarks/mixture.py --folder ~/olmoe --targets onebase,peft,llama.cpp --install-peers
   python benchmarks/mixture.py --layers 2 --rounds 1 --tokens 16      # a quick look
 """
@@ -19,16 +21,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
+from rich.console import Console
 from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
 import serve
+from bench.command import positive
 from bench.random_base import SHAPES
 from onebase_engine.base.default_base import fetch_default_base, fetch_gguf
 from onebase_engine.user_cache import default_cache
@@ -36,6 +40,11 @@ from onebase_engine.user_cache import default_cache
 Q4_1 = GGMLQuantizationType.Q4_1
 BLOCK, BLOCKS = 32, 1 << 17
 """Weights in a block of Q4_1, and blocks that are drawn; tensors are put together from them."""
+GGUF, DONE = "Q4_1.gguf", "written"
+"""Files of the mixture: for llama.cpp, and the number of layers once everything is written."""
+START_SECONDS, LOAD_SECONDS = 3600, 1800
+"""Limits of a target's start and of a load. At its first start OneBase quantizes the base and proves its
+adapters."""
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -50,8 +59,70 @@ NAMES = {
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
 
-def write_mixture(folder: Path, layers: int) -> Path:
-    """Write a random mixture as Hugging Face's files in bf16, and return it as a GGUF in Q4_1."""
+class Planned(NamedTuple):
+    """One tensor of the mixture: its name in Hugging Face's files, * for an expert's number, and in GGUF."""
+
+    name: str
+    gguf: str
+    shape: tuple[int, ...]
+
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether the GGUF holds it in Q4_1: everything but norms and routers."""
+        return len(self.shape) > 1 and not self.gguf.endswith("ffn_gate_inp")
+
+
+def write_mixture(folder: Path, layers: int, console: Console) -> None:
+    """Write a random mixture as Hugging Face's files in bf16, and as a GGUF in Q4_1.
+
+    One layer is in memory at a time. What an interrupted call has left is written again.
+
+    Raises:
+        SystemExit: the disk has no room.
+    """
+    (folder / DONE).unlink(missing_ok=True)
+    for old in [*folder.glob("model*.safetensors"), folder / GGUF]:
+        old.unlink(missing_ok=True)
+    config = _write_settings(folder, layers)
+    parts = {f"{number:02}": _layer(config, number) for number in range(layers)}
+    parts["rest"] = _rest(config)
+    planned = [one for part in parts.values() for one in part]
+    size = sum(2 * math.prod(one.shape) + _bytes_in_gguf(one) for one in planned)
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise SystemExit(f"The mixture takes {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
+    bank = torch.randn(BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    in_4_bits = quantize(bank.float().numpy(), Q4_1)
+    draw = np.random.default_rng(0)
+    writer = _begin(folder / GGUF, config)
+    for one in planned:
+        kind = np.dtype(np.float16 if one.in_4_bits else np.float32)  # with a raw dtype, only its name counts
+        raw = Q4_1 if one.in_4_bits else None
+        writer.add_tensor_info(f"{one.gguf}.weight", one.shape, kind, _bytes_in_gguf(one), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    places: dict[str, str] = {}
+    for part, ones in parts.items():
+        console.print(f"writing the mixture ({size / 1e9:.1f} GB): part {part} of {layers} layers and rest")
+        tensors: dict[str, torch.Tensor] = {}
+        for one in ones:
+            name, shape = one.name, one.shape
+            chosen = draw.integers(0, BLOCKS, math.prod(shape) // BLOCK)
+            many = len(shape) > 1
+            made = bank[torch.from_numpy(chosen)].view(shape) if many else torch.ones(shape).bfloat16()
+            singles = enumerate(made) if "*" in name else [(0, made)]
+            tensors |= {f"{name.replace('*', str(at))}.weight": single.clone() for at, single in singles}
+            writer.write_tensor_data(in_4_bits[chosen] if one.in_4_bits else made.float().numpy())
+        file = f"model-{part}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, file))
+    writer.close()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / DONE).write_text(str(layers))
+
+
+def _write_settings(folder: Path, layers: int) -> Any:
+    """Write the config and the default base's tokenizer; return the config."""
     base = fetch_default_base()
     for file in [*base.glob("*token*"), *base.glob("*.jinja"), *base.glob("vocab*"), *base.glob("merges*")]:
         shutil.copy(file, folder)
@@ -61,57 +132,37 @@ def write_mixture(folder: Path, layers: int) -> Path:
         **fields | {"num_hidden_layers": layers}, pad_token_id=0, architectures=["OlmoeForCausalLM"]
     )
     config.save_pretrained(folder)
-    file = folder / "Q4_1.gguf"
-    writer = _begin(file, config)
-    bank = torch.randn(BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    in_4_bits = quantize(bank.float().numpy(), Q4_1)
-    draw = np.random.default_rng(0)
-    places: dict[str, str] = {}
+    return config
 
-    def put(name: str, gguf: str, *shape: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Make a tensor for both files of drawn blocks; experts are [experts, out, in], one for each."""
-        chosen = draw.integers(0, BLOCKS, math.prod(shape) // BLOCK)
-        made = bank[torch.from_numpy(chosen)].view(shape) if len(shape) > 1 else torch.ones(shape).bfloat16()
-        parts = enumerate(made) if "*" in name else [(0, made)]
-        tensors |= {f"{name.replace('*', str(number))}.weight": one.clone() for number, one in parts}
-        if len(shape) == 1 or gguf.endswith("ffn_gate_inp"):
-            writer.add_tensor(f"{gguf}.weight", made.float().numpy())
-        else:
-            packed = in_4_bits[chosen].reshape(*shape[:-1], -1)
-            writer.add_tensor(f"{gguf}.weight", packed, raw_dtype=Q4_1)
 
-    def save(tensors: dict[str, torch.Tensor], part: str) -> None:
-        save_file(tensors, folder / f"model-{part}.safetensors", metadata={"format": "pt"})
-        places.update(dict.fromkeys(tensors, f"model-{part}.safetensors"))
-
+def _layer(config: Any, number: int) -> list[Planned]:
     size, inner, count = config.hidden_size, config.intermediate_size, config.num_experts
-    for number in range(layers):
-        tensors: dict[str, torch.Tensor] = {}
-        for name, gguf in NAMES.items():
-            shape = (size,) if "norm" in name else (count, size) if name == "mlp.gate" else (size, size)
-            path = f"model.layers.{number}.{name}"
-            put(path, f"blk.{number}.{gguf}", *shape, tensors=tensors)
-        for name, gguf in EXPERTS.items():
-            matrix = (size, inner) if name == "down_proj" else (inner, size)
-            path = f"model.layers.{number}.mlp.experts.*.{name}"
-            put(path, f"blk.{number}.{gguf}", count, *matrix, tensors=tensors)
-        save(tensors, f"{number:02}")
-    tensors = {}
-    put("model.embed_tokens", "token_embd", config.vocab_size, size, tensors=tensors)
-    put("lm_head", "output", config.vocab_size, size, tensors=tensors)
-    put("model.norm", "output_norm", size, tensors=tensors)
-    save(tensors, "rest")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    found = []
+    for name, gguf in NAMES.items():
+        shape = (size,) if "norm" in name else (count, size) if name == "mlp.gate" else (size, size)
+        found.append(Planned(f"model.layers.{number}.{name}", f"blk.{number}.{gguf}", shape))
+    for name, gguf in EXPERTS.items():
+        matrix = (size, inner) if name == "down_proj" else (inner, size)
+        path = f"model.layers.{number}.mlp.experts.*.{name}"
+        found.append(Planned(path, f"blk.{number}.{gguf}", (count, *matrix)))
+    return found
+
+
+def _rest(config: Any) -> list[Planned]:
+    rows = (config.vocab_size, config.hidden_size)
+    head, norm = Planned("lm_head", "output", rows), Planned("model.norm", "output_norm", rows[1:])
+    return [Planned("model.embed_tokens", "token_embd", rows), head, norm]
+
+
+def _bytes_in_gguf(one: Planned) -> int:
+    """Return the size in GGUF: 20 bytes for a block of Q4_1, 4 for a number otherwise."""
+    numbers = math.prod(one.shape)
+    return numbers // BLOCK * 20 if one.in_4_bits else 4 * numbers
 
 
 def _begin(file: Path, config: Any) -> GGUFWriter:
     """Return the writer of a GGUF with the fields of a config, and the default base's tokenizer."""
-    writer = GGUFWriter(file, "olmoe", use_temp_file=True)
+    writer = GGUFWriter(file, "olmoe")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -130,18 +181,34 @@ def _begin(file: Path, config: Any) -> GGUFWriter:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Return the exit status: 0 when every target was measured, else 1."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--layers", type=int, default=16, help="of the mixture; OLMoE has 16 (14 GB on disk)")
+    parser.add_argument(
+        "--layers", type=positive, default=16, help="of the mixture; OLMoE has 16 (default: 16)"
+    )
     parser.add_argument("--folder", type=Path, help="folder in which it is kept for the next time")
+    parser.add_argument("--prepare", action="store_true", help="write the mixture to --folder, and end")
     options, rest = parser.parse_known_args(argv)
+    if options.prepare and options.folder is None:
+        parser.error("--prepare needs --folder")
     with tempfile.TemporaryDirectory(prefix="onebase-mixture-") as folder:
         kept = options.folder or Path(folder)
-        file = kept / "Q4_1.gguf"
-        if not (kept / "model.safetensors.index.json").exists():
-            kept.mkdir(parents=True, exist_ok=True)
-            write_mixture(kept, options.layers)
-        return serve.main(["--base", str(kept), "--gguf", str(file), *rest])
+        kept.mkdir(parents=True, exist_ok=True)
+        done = kept / DONE
+        if not done.exists() or done.read_text() != str(options.layers):
+            write_mixture(kept, options.layers, Console())
+        if options.prepare:
+            return 0
+        usual = [
+            "--start-seconds",
+            START_SECONDS,
+            "--load-seconds",
+            LOAD_SECONDS,
+            "--data-dir",
+            kept / "data",
+        ]
+        return serve.main(["--base", str(kept), "--gguf", str(kept / GGUF), *map(str, usual), *rest])
 
 
 if __name__ == "__main__":

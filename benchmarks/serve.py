@@ -36,8 +36,6 @@ from bench.targets import FAILURES, Session, Setup
 
 TARGETS = ("onebase", "engine", "peft", "vllm", "llama.cpp")
 WARM_UP_TOKENS = 8
-RUN_SECONDS = 300.0
-"""Limit of one load on one target, in seconds."""
 LLAMA_DRAFTS = ("--spec-type", "ngram-simple")
 
 
@@ -75,7 +73,7 @@ class Bench:
                 await self._warm_up(session, block)
                 for scenario in block.scenarios:
                     requests = workload.requests_of(scenario, self.prompts, number)
-                    async with asyncio.timeout(RUN_SECONDS):
+                    async with asyncio.timeout(self.options.load_seconds):
                         samples = await _send(session, scenario, requests)
                     speed = sum(sample.tokens for sample in samples) / _busy_seconds(samples, scenario)
                     self.runs.append(figures.Run(name, scenario.key, number, speed, samples))
@@ -88,7 +86,16 @@ class Bench:
         options, log = self.options, self.folder / f"{name}.log"
         adapters = {f"a{index}": self._adapters(rank)[f"a{index}"] for index, rank in enumerate(block.ranks)}
         rank = max(block.ranks, default=1)
-        setup = Setup(options.base, adapters, rank, options.threads, block.streams, block.context)
+        setup = Setup(
+            options.base,
+            adapters,
+            rank,
+            options.threads,
+            block.streams,
+            block.context,
+            options.start_seconds,
+            options.data_dir,
+        )
         if name == "vllm":
             return targets.vllm(setup, log, options.vllm_python, shlex.split(options.vllm_args))
         if name == "llama.cpp":
@@ -120,7 +127,7 @@ class Bench:
             for index in range(count)
         ]
         alone = workload.Request(self.prompts.make("warm-up", count), adapters[0], WARM_UP_TOKENS)
-        async with asyncio.timeout(RUN_SECONDS):
+        async with asyncio.timeout(self.options.load_seconds):
             await session.run(requests)
             await session.run([alone])
 
@@ -192,6 +199,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     sweeps = ", ".join(workload.SWEEPS)
     add("--sweeps", type=names(*workload.SWEEPS), default=[], help=f"comma-separated: {sweeps}; or all")
     options.count("sweep-rounds", 1, "rounds in which sweeps are measured")
+    options.count("start-seconds", 300, "limit of the start of a target")
+    options.count("load-seconds", 300, "limit of a load on a target")
+    add(
+        "--data-dir", type=Path, help="OneBase's folder of adapters and proofs (default: a new one each time)"
+    )
     options.threads()
     options.seed("adapters and prompts")
     add("--peft-attention", default="sdpa", choices=["sdpa", "eager"], help="for the peft target")

@@ -9,7 +9,8 @@ A type's default config, which is the size that is published, is checked first. 
 the type is saved, loaded in NF4 and served: four sequences in one batch, prompts longer than a step, two of
 the sequences with a random LoRA on every linear layer. Each token is compared with transformers' and PEFT's
 own pass over the whole model. A type that is not equal is served again unquantized in fp32, where only logic
-can differ. No network is used and no GPU. It takes some 5 seconds of a core for each type.
+can differ. Of a mixture the same is done with a LoRA on the parameters of its experts. No network is used and
+no GPU. It takes some 5 seconds of a core for each type.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ class Result:
     """Largest difference from PEFT's log-probabilities, in nats."""
     exact: float | None = None
     """The same in fp32, where it was asked."""
+    experts: str | None = None
+    """State of a LoRA on the parameters of a mixture's experts: `equal`, `near`, `wrong`, `none` (no
+    parameters that can be adapted), or why it failed."""
 
 
 # ---- tiny configs ------------------------------------------------------------------------------------
@@ -395,6 +399,33 @@ def save_adapter(base: Any, folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | exact))
 
 
+def save_on_experts(base: Any, folder: Path) -> bool:
+    """Save a random LoRA on the parameters of experts; return False if none can be adapted."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from onebase_adapters.proof.experts import give_places
+    from onebase_engine.base.layers import adaptable_layers
+    from onebase_engine.base.view import peft_view
+
+    names = [name for name, layer in adaptable_layers(base).items() if layer.kind == "experts"]
+    if not names:
+        return False
+    tree = peft_view(base)
+    give_places(tree)
+    torch.manual_seed(4)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=[], target_parameters=names
+    )
+    model = get_peft_model(tree, settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.02 if "lora_B" in name else 0.2)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return True
+
+
 def serve(base: Any, weights: Any) -> list[tuple[list[int], list[float], list[int], bool]]:
     """Serve all sequences in one batch.
 
@@ -530,8 +561,7 @@ def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> Result
     """Check, load, serve and compare one type; `changes`: fields of a variant, None for the type itself."""
     from transformers import CONFIG_MAPPING
 
-    from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
-    from onebase_adapters.proof.loader import load_adapter
+    from onebase_engine.base.experts import expert_matrices
     from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
     from onebase_engine.engine.base_check import check_base
 
@@ -554,20 +584,12 @@ def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> Result
             base = load_base(BaseSettings(folder))
             stage = "adapter"
             save_adapter(base, adapter)
-            files = adapter / CONFIG_FILE, adapter / WEIGHTS_FILE
-            weights = load_adapter(base, *files, 64).weights
-            stage = "serve"
-            rows = serve(base, weights)
-            stage = "compare"
-            regret, off, noise = differences(folder, adapter, rows, quantized=True)
-            near = max(0.12, 4 * noise)
-            if regret == 0 and off <= near:
-                return Result(title, name, "equal", off=round(off, 3))
-            stage = "fp32"
-            base = load_base(BaseSettings(folder, quantization="none", dtype=_fp32()))
-            _, exact, _ = differences(folder, adapter, serve(base, weights), quantized=False)
-            state = "near" if exact <= CLOSE else "wrong"
-            return Result(title, name, state, off=round(off, 3), exact=round(exact, 5))
+            state, off, exact = try_adapter(base, folder, adapter)
+            experts = None
+            if next(expert_matrices(base), None) is not None:
+                stage = "experts"
+                experts = _try_experts(base, folder, Path(place) / "experts")
+            return Result(title, name, state, off=off, exact=exact, experts=experts)
         except UnsupportedBaseError as error:
             # What some composites save of a tiny model is its text part, which transformers does not read.
             state = "untried" if "TextConfig has no" in str(error) else "refused"
@@ -576,6 +598,33 @@ def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> Result
             last = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{stage}: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
             return Result(title, name, "crash", _line(reason))
+
+
+def try_adapter(base: Any, folder: Path, adapter: Path) -> tuple[str, float, float | None]:
+    """Serve and compare one adapter; return `equal`, `near` or `wrong`, and the differences.
+
+    Args:
+        base: the base of `folder` in NF4.
+    """
+    from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+    from onebase_adapters.proof.loader import load_adapter
+    from onebase_engine.base.load import BaseSettings, load_base
+
+    weights = load_adapter(base, adapter / CONFIG_FILE, adapter / WEIGHTS_FILE, 64).weights
+    regret, off, noise = differences(folder, adapter, serve(base, weights), quantized=True)
+    if regret == 0 and off <= max(0.12, 4 * noise):
+        return "equal", round(off, 3), None
+    plain = load_base(BaseSettings(folder, quantization="none", dtype=_fp32()))
+    _, exact, _ = differences(folder, adapter, serve(plain, weights), quantized=False)
+    return "near" if exact <= CLOSE else "wrong", round(off, 3), round(exact, 5)
+
+
+def _try_experts(base: Any, folder: Path, adapter: Path) -> str:
+    """Return the state of a LoRA on experts (`Result.experts`)."""
+    try:
+        return try_adapter(base, folder, adapter)[0] if save_on_experts(base, adapter) else "none"
+    except Exception as error:
+        return _line(f"{type(error).__name__}: {error}")
 
 
 def _fp32() -> Any:
@@ -731,6 +780,20 @@ def page() -> str:
         "counted, images and sound are refused, and tensors of an adapter for the towers are left out with a "
         "warning.",
     ]
+    adapted = [one for one in served if one.experts in ("equal", "near")]
+    if adapted:
+        others = [one for one in served if one.experts not in (None, "equal", "near")]
+        lines += [
+            f"## Adapters on experts: {len(adapted)} types",
+            "A LoRA on the parameters of experts ([target_parameters](adapters.md#on-experts)) was "
+            "tried in the same way. It is served, and equal to PEFT but for rounding (in fp32 there is "
+            "no difference), on",
+            ", ".join(f"`{one.type}`" for one in sorted(adapted, key=_by_name)),
+            "Mixtures on which adapters act on layers alone: " + ", ".join(f"`{one.type}`" for one in others)
+            if others
+            else "",
+            "On mixtures in neither list it was not tried by this tool.",
+        ]
     if variants:
         rows = [f"| {one.title} | `{one.type}` | {_state(one)} |" for one in variants]
         lines += ["## Models by name", "\n".join(["| model | type | |", "|---|---|---|", *rows])]

@@ -79,11 +79,13 @@ async def server(
 
 
 @asynccontextmanager
-async def onebase_server(log: Path, *options: object) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+async def onebase_server(
+    log: Path, *options: object, timeout: float = 300.0
+) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run `onebase serve`, as installed next to this Python, on a free port; yield its URL and process."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [ONEBASE, "serve", "--port", str(port), *map(str, options)]
-    async with server(command, f"{url}/ready", log) as process:
+    async with server(command, f"{url}/ready", log, timeout=timeout) as process:
         yield url, process
 
 

@@ -41,6 +41,10 @@ class Setup:
     """Largest number of streams at the same time."""
     context: int = 1024
     """Length of the longest sequence, in tokens."""
+    start_seconds: float = 300.0
+    """Limit of the start, in seconds."""
+    data: Path | None = None
+    """Folder in which OneBase keeps adapters and proofs for its next start."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,9 @@ async def onebase(setup: Setup, log: Path, extra: Sequence[str] = ()) -> AsyncIt
     options += ["--max-slots", str(max(1, len(setup.adapters))), "--max-rank", str(setup.rank)]
     for name, folder in setup.adapters.items():
         options += ["--adapter", f"{name}={folder}"]
-    with tempfile.TemporaryDirectory(prefix="onebase-data-") as data:
-        async with onebase_server(log, *options, "--data-dir", data, *extra) as (url, _):
+    with tempfile.TemporaryDirectory(prefix="onebase-data-") as fresh:
+        options += ["--data-dir", str(setup.data or fresh), *extra]
+        async with onebase_server(log, *options, timeout=setup.start_seconds) as (url, _):
             yield await _http_session(url, setup)
 
 
@@ -128,7 +133,7 @@ async def vllm(
     # vLLM's own advice for the CPU; the library comes with its wheel's dependencies.
     openmp = python.parents[1] / "lib" / "libiomp5.so"
     environment |= {"LD_PRELOAD": str(openmp)} if openmp.exists() else {}
-    async with server([*command, *extra], f"{url}/health", log, environment):
+    async with server([*command, *extra], f"{url}/health", log, environment, setup.start_seconds):
         yield await _http_session(url, setup)
 
 
@@ -150,7 +155,7 @@ async def llama_cpp(
             command += ["--lora", str(path)]
         libraries = {"LD_LIBRARY_PATH": str(program.parent)}
         numbers = {name: number for number, name in enumerate(setup.adapters)}
-        async with server([*command, *extra], f"{url}/health", log, libraries):
+        async with server([*command, *extra], f"{url}/health", log, libraries, setup.start_seconds):
             yield HttpSession(url, numbers=numbers)
 
 
@@ -163,7 +168,7 @@ def _keywords(setup: Setup) -> dict[str, Any]:
 async def peft(setup: Setup, log: Path, attention: str = "sdpa") -> AsyncIterator[Session]:
     """Run transformers + PEFT in NF4, without a server between. A batch starts and ends as one."""
     keywords = {**_keywords(setup), "attention": attention}
-    async with started("bench.peft_nf4:session", keywords, log) as worker:
+    async with started("bench.peft_nf4:session", keywords, log, seconds=setup.start_seconds) as worker:
         yield WorkerSession(worker)
 
 
@@ -172,5 +177,8 @@ async def engine(setup: Setup, log: Path, drafts: bool) -> AsyncIterator[Session
     """Run OneBase's engine without the server: what HTTP and the api cost is the difference."""
     keywords = {**_keywords(setup), "rank": setup.rank, "draft_tokens": 7 if drafts else 0}
     # As the server starts its engine.
-    async with started("bench.engines:session", keywords, log, computing_environment()) as worker:
+    seconds = setup.start_seconds
+    async with started(
+        "bench.engines:session", keywords, log, computing_environment(), seconds=seconds
+    ) as worker:
         yield WorkerSession(worker)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from tests.adapters.format_support import CONFIG, PREFIX, WEIGHTS, read, train
 from torch import nn
 
 from onebase_adapters.format.canonical import AdapterFormatError, AdapterSpec
+from onebase_adapters.format.config import MAX_HEADER_BYTES
+from onebase_adapters.format.strict_json import is_dense
 from onebase_engine.base.experts import use_own_code
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.view import peft_view, view
@@ -42,6 +46,7 @@ _SIZES: dict[str, Any] = {
 BASES: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_SIZES, num_experts=3),
     "gpt_oss": lambda: tf.GptOssConfig(**_SIZES, num_local_experts=3),
+    "mixtral": lambda: tf.MixtralConfig(**_SIZES, num_local_experts=3),
 }
 
 
@@ -55,7 +60,7 @@ def model_of(kind: str, **sizes: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def base(request: pytest.FixtureRequest) -> nn.Module:
     return model_of(request.param)
 
@@ -236,18 +241,167 @@ def test_what_is_not_such_an_adapter_is_refused_by_name(
     assert named in str(refused.value)
 
 
-def test_an_adapter_of_a_linear_layer_for_each_expert_is_refused(base: nn.Module, tmp_path: Path) -> None:
-    folder = made(base, tmp_path, target_modules=["q_proj"], target_parameters=None)
-    name = f"{OUTER}.1.gate_proj"
-    changed(
-        folder,
-        lambda tensors: tensors.update(
-            {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(24, 2)}
-        ),
+# ---- experts that were layers ----------------------------------------------------------------------
+
+SPELLINGS = {
+    "qwen3_moe": ("mlp.experts", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+    "mixtral": ("block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
+}
+"""Names that transformers 4 had for the experts of a layer, and for the layers of one."""
+RANK, ALPHA = 2, 6.0
+
+
+def saved_singly(
+    kind: str,
+    folder: Path,
+    adapted: Sequence[str] = ("gate", "up", "down"),
+    change: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
+    **fields: Any,
+) -> Path:
+    """An adapter of each single expert, as PEFT saved it on transformers 4."""
+    mixture, names = SPELLINGS[kind]
+    draw = torch.Generator().manual_seed(5)
+    tensors = {}
+    for layer, expert, what in itertools.product(range(2), range(3), adapted):
+        size_in, size_out = (24, 16) if what == "down" else (16, 24)
+        name = f"{PREFIX}model.layers.{layer}.{mixture}.{expert}.{names[what]}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, size_in, generator=draw)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(size_out, RANK, generator=draw)
+    change(tensors)
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": [names[what] for what in adapted],
+        "peft_version": "0.17.1",
+    }
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+    return folder
+
+
+@torch.no_grad()
+def with_differences(base: nn.Module, kind: str, folder: Path, scale: float) -> torch.Tensor:
+    """Logits of the base with each expert's B @ A added to its rows, without PEFT."""
+    mixture, names = SPELLINGS[kind]
+    tensors, model = load_file(folder / WEIGHTS), copy.deepcopy(base)
+    rows = {"gate": slice(0, 24), "up": slice(24, 48), "down": slice(None)}
+    for layer, expert, (what, name) in itertools.product(range(2), range(3), names.items()):
+        path = f"{PREFIX}model.layers.{layer}.{mixture}.{expert}.{name}"
+        if f"{path}.lora_A.weight" in tensors:
+            own = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+            stack: Any = own.down_proj if what == "down" else own.gate_up_proj
+            delta = tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]
+            stack[expert, rows[what]] += scale * delta
+    logits: torch.Tensor = model(torch.arange(9)[None]).logits
+    return logits
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("adapted", [("gate", "up", "down"), ("gate", "up"), ("down",), ("up",)], ids=str)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_matrices_of_single_experts_add_what_they_added(
+    kind: str, adapted: Sequence[str], rslora: bool, tmp_path: Path
+) -> None:
+    base, target = model_of(kind), tmp_path / "ours"
+    folder = saved_singly(kind, tmp_path / "theirs", adapted, use_rslora=rslora)
+    target.mkdir()
+    spec = read_for(base, folder, target)
+    scale = ALPHA / (RANK**0.5 if rslora else RANK)
+    found = answer(base, target)
+    torch.testing.assert_close(found, with_differences(base, kind, folder, scale), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, view(base)(torch.arange(9)[None]).logits, atol=1e-2)
+    ranks = {module.name.rpartition(".")[2]: module.rank for module in spec.modules}
+    halves = len(set(adapted) & {"gate", "up"})
+    expected = ({"gate_up_proj": halves * RANK} if halves else {}) | (
+        {"down_proj": RANK} if "down" in adapted else {}
     )
-    with pytest.raises(AdapterFormatError, match=r"experts\.1\.gate_proj") as refused:
-        read_for(base, folder)
-    assert refused.value.code == "unknown_module"
+    assert ranks == expected
+    assert any("single experts" in warning for warning in spec.warnings)
+    assert not any("no tensors" in warning for warning in spec.warnings)
+    # PEFT's own conversion, which with rsLoRA adds sqrt(2) of it, and loads all three or `down` alone.
+    if not rslora and len(adapted) != 2 and "down" in adapted:
+        peft = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+        torch.testing.assert_close(found, peft(torch.arange(9)[None]).logits, rtol=1e-5, atol=1e-5)
+
+
+def _without(*ends: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(ends)]:
+            del tensors[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "fields", "code", "named"),
+    [
+        pytest.param(
+            "mixtral", _without("experts.1.w3.lora_B.weight"), {}, "incomplete", "expert 1", id="no B"
+        ),
+        pytest.param(
+            "qwen3_moe",
+            _without("1.mlp.experts.2.down_proj.lora_A.weight", "1.mlp.experts.2.down_proj.lora_B.weight"),
+            {}, "incomplete", "layers.1.mlp.experts.down_proj", id="no expert",
+        ),
+        pytest.param(
+            "qwen3_moe",
+            lambda tensors: tensors.update(
+                {name.replace("experts.0", "experts.7"): one.clone() for name, one in tensors.items()}
+            ),
+            {}, "unknown_module", "3 experts, and no 7", id="too many",
+        ),
+        pytest.param(
+            "qwen3_moe",
+            lambda tensors: tensors.update(
+                {f"{PREFIX}model.layers.0.mlp.gate.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+            ),
+            {}, "unknown_module", "router", id="router",
+        ),
+        pytest.param("mixtral", keep, {"use_dora": True}, "unsupported_kind", "DoRA", id="dora"),
+        pytest.param("mixtral", keep, {"r": 3}, "bad_shape", "rank 3", id="rank"),
+        pytest.param(
+            "mixtral", keep, {"alpha_pattern": {"experts.1.w1": 9}}, "unsupported_kind", "differ in rank",
+            id="alphas",
+        ),
+    ],
+)  # fmt: skip
+def test_matrices_of_single_experts_that_no_parameter_can_have_are_refused(
+    kind: str,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    fields: dict[str, Any],
+    code: str,
+    named: str,
+    tmp_path: Path,
+) -> None:
+    folder = saved_singly(kind, tmp_path / "adapter", change=change, **fields)
+    with pytest.raises(AdapterFormatError) as refused:
+        read_for(model_of(kind), folder)
+    assert refused.value.code == code
+    assert named in str(refused.value)
+
+
+def test_the_header_of_an_adapter_of_each_expert_of_a_large_mixture_is_read() -> None:
+    header: dict[str, Any] = {}
+    names = itertools.product(range(48), range(128), ("gate_proj", "up_proj", "down_proj"), "AB")
+    for number, (layer, expert, name, part) in enumerate(names):  # of Qwen3-30B-A3B, of rank 32 in bf16
+        tensor = f"{PREFIX}model.layers.{layer}.mlp.experts.{expert}.{name}.lora_{part}.weight"
+        shape = [32, 2048] if part == "A" else [2048, 32]
+        offsets = [number * 131072, (number + 1) * 131072]
+        header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    assert len(text) < MAX_HEADER_BYTES
+    assert not is_dense(text)
+    assert is_dense(json.dumps([[]] * (1 << 20)).encode())
+
+
+def test_single_experts_of_a_base_with_another_layout_are_refused(tmp_path: Path) -> None:
+    folder = saved_singly("qwen3_moe", tmp_path / "adapter")
+    with pytest.raises(AdapterFormatError, match="another way than Mixtral") as refused:
+        read_for(model_of("gpt_oss"), folder)
+    assert refused.value.code == "unsupported_kind"
 
 
 ACCIDENTS: dict[str, list[Any]] = {

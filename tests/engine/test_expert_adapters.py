@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, Request, run
-from tests.tiny import load_folder, plain_experts, save_base, save_on_experts
+from tests.tiny import ON_EXPERTS, load_folder, plain_experts, save_base, save_on_experts
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from onebase_adapters.export import gguf_lora, gguf_model, merged
 from onebase_adapters.export.base_files import ExportError
@@ -22,7 +27,8 @@ from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
 from onebase_adapters.proof.modules import ModuleProver
 from onebase_adapters.proof.report import ProofError
 from onebase_adapters.proof.verifier import Verifier
-from onebase_engine.base.experts import expert_modules
+from onebase_engine.base.default_base import fetch_default_base
+from onebase_engine.base.experts import expert_matrices, expert_modules
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
@@ -283,15 +289,223 @@ def test_adapters_on_experts_are_not_merged_into_one(folders: Callable[[str], Pa
     assert refused.value.code == "adapter_not_composable"
 
 
-@pytest.mark.parametrize("export", [merged.export, gguf_lora.export, gguf_model.export])
-def test_adapters_on_experts_are_exported_as_peft_alone(
-    export: Any, folders: Callable[[str], Path], tmp_path: Path
+# ---- exports ---------------------------------------------------------------------------------------
+
+
+def _half(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def bases(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A mixture in 16 bit, as it is published."""
+
+    @functools.cache
+    def make(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"half-{kind}")
+        _half(folders(kind)).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def _exported(export: Any, adapter: Path, target: Path, base: Path) -> Path:
+    export(adapter, target, base=str(base), options={"name": "mine"}, progress=lambda stage, share: None)
+    return target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"target_parameters": ["experts.down_proj"], "use_rslora": True}], ids=str
+)
+def test_a_merged_mixture_is_what_peft_merges(
+    kind: str, settings: dict[str, Any], bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = load_base(BaseSettings(folders("mixtral")))
-    folder = save_on_experts(base, tmp_path / "adapter")
-    with pytest.raises(ExportError, match="export it as peft"):
-        export(
-            folder, tmp_path / "out", base=str(folders("mixtral")), options={"name": "mine"},
-            progress=lambda stage, part: None,
-        )  # fmt: skip
-    assert not (tmp_path / "out").exists()
+    from peft import PeftModel
+
+    base = bases(kind)
+    adapter = save_on_experts(_half(base), tmp_path / "adapter", **settings)
+    merged_by_peft = PeftModel.from_pretrained(_half(base), str(adapter)).merge_and_unload()
+    want = dict(merged_by_peft.named_parameters())
+
+    have = dict(_half(_exported(merged.export, adapter, tmp_path / "merged", base)).named_parameters())
+
+    before = dict(_half(base).named_parameters())
+    changed = [name for name in want if not torch.equal(want[name], before[name])]
+    assert {name.rpartition(".")[2] for name in changed} == {
+        one.rpartition(".")[2] for one in settings.get("target_parameters", ON_EXPERTS)
+    }
+    assert [name for name in want if name not in changed and not torch.equal(want[name], have[name])] == []
+    for name in changed:
+        # PEFT sums all experts' differences in one product, whose order may be another.
+        torch.testing.assert_close(have[name], want[name], rtol=2**-7, atol=1e-6)
+        assert (have[name] == want[name]).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_served_experts_are_those_that_a_server_computes_with(
+    kind: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = bases(kind)
+    served = load_base(BaseSettings(base))
+    path = next(place.path for place in expert_matrices(served) if place.name == "down_proj")
+    adapter = save_on_experts(_half(base), tmp_path / "adapter", target_parameters=[path])
+    merged.export(
+        adapter, tmp_path / "merged", base=str(base), progress=lambda stage, share: None,
+        options={"name": "mine", "quantization": "nf4"},
+    )  # fmt: skip
+    have = dict(_half(tmp_path / "merged").named_parameters())
+    for place in expert_matrices(served):
+        stack = getattr(place.module, place.name)
+        wanted = torch.stack([stack[number] for number in range(stack.count)])
+        assert torch.equal(have[place.path], wanted) == (place.path != path), place.path
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_lora_on_experts_in_gguf_adds_what_peft_adds(
+    kind: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    base = bases(kind)
+    settings = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}}
+    adapter = save_on_experts(_half(base), tmp_path / "adapter", **settings)
+    file = gguf.GGUFReader(_exported(gguf_lora.export, adapter, tmp_path / "lora.gguf", base))
+
+    tensors = {one.name: torch.from_numpy(one.data.copy()) for one in file.tensors}
+    alpha = file.fields["adapter.lora.alpha"].contents()
+    peft = PeftModel.from_pretrained(_half(base).float(), str(adapter))
+    for layer in range(2):
+        wrapper: Any = peft.get_submodule(f"base_model.model.model.layers.{layer}.mlp.experts")
+        for one in (wrapper, wrapper.base_layer):
+            parts = ["gate", "up"] if one.parameter_name == "gate_up_proj" else ["down"]
+            deltas = []
+            for part in parts:
+                a, b = (tensors.pop(f"blk.{layer}.ffn_{part}_exps.weight.lora_{side}") for side in "ab")
+                deltas.append(b @ a * (alpha / b.shape[2]))  # as llama.cpp has it
+            torch.testing.assert_close(
+                torch.cat(deltas, 1), one.get_delta_weight("default"), rtol=1e-5, atol=1e-6
+            )
+    assert not tensors
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_mixture_in_gguf_has_the_weights_that_are_merged(
+    kind: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(bases(kind), tmp_path / "base")
+    _add_tokenizer(base)
+    adapter = save_on_experts(_half(base), tmp_path / "adapter")
+    file = gguf.GGUFReader(_exported(gguf_model.export, adapter, tmp_path / "model.gguf", base))
+    want = dict(_half(_exported(merged.export, adapter, tmp_path / "merged", base)).named_parameters())
+
+    have = {one.name: one for one in file.tensors}
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        gate, up = want[f"{experts}.gate_up_proj"].chunk(2, dim=1)
+        for part, matrix in (("gate", gate), ("up", up), ("down", want[f"{experts}.down_proj"])):
+            held = have.pop(f"blk.{layer}.ffn_{part}_exps.weight")
+            assert torch.equal(torch.from_numpy(held.data.copy()).view(torch.bfloat16), matrix)
+        router = have[f"blk.{layer}.ffn_gate_inp.weight"]
+        assert router.tensor_type == gguf.GGMLQuantizationType.F32
+        assert torch.equal(
+            torch.from_numpy(router.data.copy()), want[f"model.layers.{layer}.mlp.gate.weight"].float()
+        )
+    fields = {name: field.contents() for name, field in file.fields.items()}
+    name = fields["general.architecture"]
+    assert name == {"mixtral": "llama", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}[kind]
+    assert (fields[f"{name}.expert_count"], fields[f"{name}.expert_used_count"]) == (
+        want["model.layers.0.mlp.gate.weight"].shape[0],
+        2,
+    )
+
+
+def _add_tokenizer(folder: Path) -> None:
+    """Give a base as many tokens of the default base's as it has rows."""
+    default = fetch_default_base()
+    count = json.loads((folder / "config.json").read_text())["vocab_size"] - 3
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(default / name, folder / name)
+    tokenizer = json.loads((default / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    model["vocab"] = {text: number for text, number in model["vocab"].items() if number < count}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_experts_that_gguf_has_no_names_for_are_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("granitemoe")
+    adapter = save_on_experts(_half(base), tmp_path / "adapter")
+    with pytest.raises(ExportError, match="not among the architectures"):
+        _exported(gguf_lora.export, adapter, tmp_path / "lora.gguf", base)
+
+
+# ---- neighbours at realistic sizes -----------------------------------------------------------------
+
+_REALISTIC = {"num_hidden_layers": 1, "vocab_size": 320, "num_experts_per_tok": 8, "num_experts": 64}
+
+
+@pytest.fixture(scope="module")
+def wide_mixture(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Kernels], Callable[..., torch.Tensor]]:
+    """A layer's mixture of OLMoE-1B-7B's shape with two adapters on its experts, as a function of rows."""
+    from bench.random_base import random_base, write_folder
+
+    folder = tmp_path_factory.mktemp("wide")
+    write_folder("olmoe", folder, **_REALISTIC)
+    base = random_base(folder, torch.device("cpu"))
+
+    @functools.cache
+    def served(kernels: Kernels) -> Callable[..., torch.Tensor]:
+        tree, step = view(base), StepRows()
+        slots = attach_experts(tree, kernels, step, 2)
+        draw = torch.Generator().manual_seed(1)
+        for name, layer in adaptable_layers(base).items():
+            for slot, rank in enumerate((16, 5)):
+                if layer.kind == "experts" and (slot == 0 or name.endswith("down_proj")):
+                    a = torch.randn(layer.count, rank, layer.size_in, generator=draw) * layer.size_in**-0.5
+                    b = 0.05 * torch.randn(layer.count, layer.size_out, rank, generator=draw)
+                    slots[name].put(slot, ExpertLora(a, b, 2.0))
+        mixture: Any = tree.get_submodule("model.layers.0.mlp")
+
+        def compute(x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+            step.tokens = rows
+            padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % kernels.row_multiple))
+            with torch.inference_mode():
+                result: torch.Tensor = mixture(padded[None])[0, : len(x)]
+            return result
+
+        return compute
+
+    return served
+
+
+@pytest.mark.parametrize("rows", [2, 7, 16, 33, 70])
+def test_a_row_of_a_realistic_mixture_has_its_bits_beside_any_neighbours(
+    rows: int, wide_mixture: Callable[[Kernels], Callable[..., torch.Tensor]], kernels: Kernels
+) -> None:
+    if kernels.name == "reference" and rows > 16:
+        pytest.skip("dequantizes every expert")
+    compute = wide_mixture(kernels)
+    draw = torch.Generator().manual_seed(rows)
+    terms = [(), ((0, 1.0),), ((1, 1.0),), ((0, 0.5), (1, -0.7))]
+    x = torch.randn(rows, 2048, generator=draw).bfloat16()
+    x[rows // 2 :: 2] = x[0]  # neighbours that choose the same experts
+    kinds = torch.randint(len(terms), (rows,), generator=draw).tolist()
+
+    def mapped(numbers: Sequence[int]) -> RowMap:
+        groups: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            groups.setdefault(kinds[number], []).append(place)
+        return RowMap(
+            tuple(RowGroup(tuple(some), terms[kind]) for kind, some in groups.items() if terms[kind])
+        )
+
+    together = compute(x, mapped(range(rows)))
+    assert torch.isfinite(together).all()
+    for number in {0, 1, rows // 2, rows - 1}:
+        alone = compute(x[number : number + 1], mapped([number]))
+        assert torch.equal(together[number], alone[0])
+        some = [number, *(other for other in range(0, rows, 3) if other != number)]
+        assert torch.equal(together[number], compute(x[some], mapped(some))[0])

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -34,6 +34,19 @@ OnProgress = Callable[[str, float], None]
 
 class ExportError(ValueError):
     """The export is not possible in this form; the message says why, and what works."""
+
+
+class ExpertPart(NamedTuple):
+    """The part of a parameter with the matrices of all experts that one tensor of the files holds."""
+
+    parameter: str
+    """Full name."""
+    expert: int | None
+    """Number of the expert, or None if the tensor is the whole parameter."""
+    part: int = 0
+    parts: int = 1
+    """Place among, and number of, the tensors whose rows make up an expert's matrix: its gate and what it
+    gates are two in most files."""
 
 
 class BaseFiles:
@@ -65,10 +78,11 @@ class BaseFiles:
                 f"the files of {name} hold {lacking[0]} under another name, so it cannot be rounded as the "
                 "server rounds it: use --weights original"
             )
-        if served is not None and next(expert_matrices(self._model), None) is not None:
+        stacked = {place.parameter for place in self.expert_parts.values()} if served is not None else set()
+        if served is not None and any(one.path not in stacked for one in expert_matrices(self._model)):
             raise ExportError(
-                f"{name} has experts, which are not rounded here as the server rounds them: use --weights "
-                "original"
+                f"the files of {name} hold experts in a form that is not rounded here as the server rounds "
+                "them: use --weights original"
             )
 
     def _read_shards(self) -> Mapping[str, tuple[str, ...]]:
@@ -112,6 +126,54 @@ class BaseFiles:
         return adaptable_layers(self._model)
 
     @cached_property
+    def expert_parts(self) -> Mapping[str, ExpertPart]:
+        """Tensors of experts, by name, as transformers puts them together when it loads the files.
+
+        Those that it changes in another way than by stacking them are not there.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            Concatenate,
+            MergeModulelist,
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        shapes = {one.path: one.sizes for one in expert_matrices(self._model)}
+        if not shapes:
+            return {}
+        changes = get_model_conversion_mapping(self._model)
+        renamings = [one for one in changes if isinstance(one, WeightRenaming)]
+        converters = [one for one in changes if isinstance(one, WeightConverter)]
+        by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+        found: dict[str, ExpertPart] = {}
+        counts: dict[tuple[str, str], int] = {}
+        for name in sorted(self._shard_of, key=dot_natural_key):
+            parameter, pattern = rename_source_key(name, renamings, converters)
+            if parameter not in shapes:
+                continue
+            if pattern is None:
+                found[name] = ExpertPart(parameter, None)
+                continue
+            converter = by_pattern[pattern]
+            number = counts[parameter, pattern] = counts.get((parameter, pattern), -1) + 1
+            kinds = [type(operation) for operation in converter.operations]
+            if kinds in ([MergeModulelist], [MergeModulelist, Concatenate]):
+                sources = converter.source_patterns
+                found[name] = ExpertPart(parameter, number, sources.index(pattern), len(sources))
+        return found
+
+    @cached_property
+    def _by_expert(self) -> Mapping[tuple[str, int | None], list[str]]:
+        """Names of the tensors that make up an expert's matrix, in the order of its rows."""
+        found: dict[tuple[str, int | None], list[str]] = {}
+        for name, place in sorted(self.expert_parts.items(), key=lambda item: item[1].part):
+            found.setdefault((place.parameter, place.expert), []).append(name)
+        return found
+
+    @cached_property
     def _model(self) -> nn.Module:
         """The model's tree, without weights."""
         found: nn.Module = empty_base(self._loaded_config, whole_class(self._loaded_config))
@@ -141,7 +203,24 @@ class BaseFiles:
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor, in memory of its own or mapped from its file; rounded if a server rounds it."""
         found = self._stored(name)
-        return rounded(found, self._served) if self._served and name in self._rounded else found
+        if self._served is None:
+            return found
+        if (place := self.expert_parts.get(name)) is not None:
+            return self._rounded_experts(found, place, self._served)
+        return rounded(found, self._served) if name in self._rounded else found
+
+    def _rounded_experts(self, found: torch.Tensor, place: ExpertPart, served: BaseSettings) -> torch.Tensor:
+        """Return a tensor of experts, each of whose matrices is rounded as a whole, [out, in]."""
+        if place.expert is not None:
+            whole = torch.cat([self._stored(name) for name in self._by_expert[place.parameter, place.expert]])
+            return rounded(whole, served).chunk(place.parts)[place.part]
+        made = torch.empty_like(found, dtype=served.dtype)
+        for matrix, target in zip(found, made, strict=True):
+            if self.layers[place.parameter].transposed:
+                target.copy_(rounded(matrix.T.contiguous(), served).T)
+            else:
+                target.copy_(rounded(matrix, served))
+        return made
 
     def _stored(self, name: str) -> torch.Tensor:
         with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
@@ -152,6 +231,17 @@ class BaseFiles:
         """Return a tensor's shape, from the header alone."""
         with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
             return tuple(opened.get_slice(name).get_shape())
+
+    def in_fp32(self, name: str) -> bool:
+        """Return True if the files hold a tensor in fp32, and transformers keeps it so in any model.
+
+        These are routers of some mixtures, and what is added to their scores.
+        """
+        kept = getattr(self._model, "_keep_in_fp32_modules_strict", None) or ()
+        if not any(one in name for one in kept):
+            return False
+        with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
+            return bool(opened.get_slice(name).get_dtype() == "F32")
 
     def parameter(self, name: str) -> torch.Tensor | None:
         """Return a parameter for the checks of an adapter's files; None for a tied head's weight.

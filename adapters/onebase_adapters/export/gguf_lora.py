@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from onebase_adapters.export.adapter_parts import AdapterParts, opened_adapter
 from onebase_adapters.export.base_files import BaseFiles, ExportError, OnProgress, open_base
@@ -82,16 +83,34 @@ def matrices(
 
     The embedding's `lora_a` is [vocabulary, rank].
     """
+    if module.experts:
+        yield from _of_experts(adapter, names, module)
+        return
     parameter = f"{module.name}.weight"
     a, b = adapter.part(module.name, "lora_A"), adapter.part(module.name, "lora_B")
-    said = _alpha(adapter) / module.rank
-    if (ratio := adapter.scale(module.name) / said) != 1.0:
-        b = b * ratio
+    b = _scaled(adapter, module, b)
     if module.name == base.embedding:
         a = a.T.contiguous()
     name = names.of(parameter)
     yield f"{name}.lora_a", a.numpy()
     yield f"{name}.lora_b", names.rows(parameter, b).numpy()
+
+
+def _of_experts(
+    adapter: AdapterParts, names: GgufNames, module: ModuleSpec
+) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield `lora_a` [experts, rank, in] and `lora_b` [experts, out, rank]; gate and up have A in common."""
+    a, b = adapter.expert_matrices(module.name)
+    found = names.of_experts(module.name)
+    for name, own in zip(found, _scaled(adapter, module, b).chunk(len(found), dim=1), strict=True):
+        yield f"{name}.lora_a", a.numpy()
+        yield f"{name}.lora_b", own.contiguous().numpy()
+
+
+def _scaled(adapter: AdapterParts, module: ModuleSpec, b: torch.Tensor) -> torch.Tensor:
+    """Return B, multiplied by what the file's alpha and the module's rank do not say."""
+    ratio = adapter.scale(module.name) / (_alpha(adapter) / module.rank)
+    return b if ratio == 1.0 else b * ratio
 
 
 def _alpha(adapter: AdapterParts) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from onebase_adapters.export.base_files import BaseFiles, ExportError, OnProgres
 from onebase_adapters.export.gguf_names import GgufNames, names_of
 from onebase_adapters.export.gguf_vocabulary import read_vocabulary
 from onebase_adapters.export.merged import MergedModel, MergedTensor, check_room
+from onebase_engine.base.experts import experts_per_token
 
 _INSTEAD = "export it as merged"
+_ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight")
+"""Ends of the names of routers, which llama.cpp reads in fp32."""
 _ROTARY = ("default", "linear", "llama3")
 """transformers' kinds of rotary embedding that can be exported."""
 
@@ -35,7 +39,7 @@ class _Planned:
     name: str
     tensor: MergedTensor
     exact: bool
-    """Whether it is written in fp32, as tensors of one dimension are."""
+    """Whether it is written in fp32, as tensors of one dimension and routers are."""
 
 
 def export(
@@ -49,11 +53,7 @@ def export(
         names, model = names_of(files), MergedModel(files, parts)
         check_base(files)
         vocabulary = read_vocabulary(files.folder, files.text_config.vocab_size)
-        planned = [
-            _Planned(names.of(tensor.name), tensor, len(tensor.shape) == 1)
-            for tensors in model.shards().values()
-            for tensor in tensors
-        ]
+        planned = _plan(model, names)
         half = (
             gguf.GGMLQuantizationType.F16 if model.dtype == torch.float16 else gguf.GGMLQuantizationType.BF16
         )
@@ -72,6 +72,34 @@ def export(
     return {"base": files.name, "base_folder": str(files.folder), "bytes": target.stat().st_size}
 
 
+def _plan(model: MergedModel, names: GgufNames) -> list[_Planned]:
+    """Return the tensors to write; of experts, which the files have one by one, one tensor for all."""
+    found: list[_Planned] = []
+    experts: dict[tuple[str, int], dict[int, MergedTensor]] = {}
+    for tensors in model.shards().values():
+        for tensor in tensors:
+            place = model.base.expert_parts.get(tensor.name)
+            if place is None:
+                exact = len(tensor.shape) == 1 or tensor.name.endswith(_ROUTERS)
+                found.append(_Planned(names.of(tensor.name), tensor, exact))
+            elif place.expert is None:
+                raise ExportError(
+                    f"{tensor.name}: the experts of one file are not written as GGUF: {_INSTEAD}"
+                )
+            else:
+                experts.setdefault((place.parameter, place.part), {})[place.expert] = tensor
+    for (parameter, part), by_number in experts.items():
+        ordered = [by_number[number] for number in sorted(by_number)]
+        shape = len(ordered), *ordered[0].shape
+        stacked = MergedTensor(parameter, shape, partial(_stack, ordered), model.dtype)
+        found.append(_Planned(names.of_experts(parameter)[part], stacked, exact=False))
+    return found
+
+
+def _stack(tensors: list[MergedTensor]) -> torch.Tensor:
+    return torch.stack([tensor.make() for tensor in tensors])
+
+
 def check_base(base: BaseFiles) -> None:
     """Raise ExportError if llama.cpp would compute the base in another way than transformers."""
     config, rotary = base.text_config, _rotary(base)
@@ -81,12 +109,26 @@ def check_base(base: BaseFiles) -> None:
         raise ExportError(f"rope_type: {rotary['rope_type']} is not written as GGUF: {_INSTEAD}")
     if rotary.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(f"partial_rotary_factor: a part of the head is not written as GGUF: {_INSTEAD}")
+    _check_experts(base)
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:
         raise ExportError(
             f"sliding_window: {base.name} looks at the last {window} tokens, and llama.cpp would at all: "
             f"{_INSTEAD}"
         )
+
+
+def _check_experts(base: BaseFiles) -> None:
+    """Raise ExportError if llama.cpp would route tokens in another way than transformers."""
+    config = base.text_config
+    normalizes = {"qwen3_moe": True, "olmoe": False}.get(config.model_type)
+    if normalizes is not None and config.norm_topk_prob != normalizes:
+        raise ExportError(f"norm_topk_prob: {config.norm_topk_prob} is not written as GGUF: {_INSTEAD}")
+    if getattr(config, "clip_qkv", None) is not None:
+        raise ExportError(f"clip_qkv is not written as GGUF: {_INSTEAD}")
+    layers = {place.parameter for place in base.expert_parts.values()}
+    if layers and len(layers) != 2 * config.num_hidden_layers:
+        raise ExportError(f"layers without experts in {base.name} are not written as GGUF: {_INSTEAD}")
 
 
 def _rotary(base: BaseFiles) -> dict[str, Any]:
@@ -108,6 +150,11 @@ def _add_settings(writer: Any, base: BaseFiles, gguf: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head)
     writer.add_value_length(head)
+    if experts := experts_per_token(config):
+        writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+        writer.add_expert_used_count(experts)
+        if size := getattr(config, "moe_intermediate_size", None):
+            writer.add_expert_feed_forward_length(size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head)

@@ -18,6 +18,9 @@ _ARCHITECTURES = {
     "MistralForCausalLM": "LLAMA",
     "Qwen2ForCausalLM": "QWEN2",
     "Qwen3ForCausalLM": "QWEN3",
+    "MixtralForCausalLM": "LLAMA",
+    "OlmoeForCausalLM": "OLMOE",
+    "Qwen3MoeForCausalLM": "QWEN3MOE",
 }
 """Names in gguf.MODEL_ARCH, by transformers' class."""
 
@@ -45,6 +48,19 @@ class GgufNames:
                 f"GGUF has no name for {parameter} of {self.base.architecture}: export it as peft or merged"
             )
         return str(found)
+
+    def of_experts(self, parameter: str) -> tuple[str, ...]:
+        """Return the GGUF names of a parameter of experts: of the gate and of what it gates, or of one."""
+        import gguf
+
+        kinds = gguf.MODEL_TENSOR
+        owner, _, name = parameter.rpartition(".")
+        layer = next(part for part in reversed(owner.split(".")) if part.isdigit())
+        parts = {
+            "gate_up_proj": (kinds.FFN_GATE_EXP, kinds.FFN_UP_EXP),
+            "down_proj": (kinds.FFN_DOWN_EXP,),
+        }
+        return tuple(f"{gguf.TENSOR_NAMES[kind].format(bid=layer)}.weight" for kind in parts[name])
 
     def rows(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a weight, a bias or the B of a LoRA, [rows, ...], with its rows in llama.cpp's order."""

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from onebase_adapters.export.adapter_parts import AdapterParts, opened_adapter
-from onebase_adapters.export.base_files import INDEX_FILE, BaseFiles, ExportError, OnProgress, open_base
+from onebase_adapters.export.base_files import (
+    INDEX_FILE,
+    BaseFiles,
+    ExpertPart,
+    ExportError,
+    OnProgress,
+    open_base,
+)
 from onebase_adapters.format.safetensors_file import TensorToWrite, write_tensors
 from onebase_adapters.format.spec import ModuleSpec
 
@@ -34,6 +41,7 @@ class MergedTensor:
     name: str
     shape: tuple[int, ...]
     make: Callable[[], torch.Tensor]
+    dtype: torch.dtype
 
 
 class MergedModel:
@@ -60,6 +68,13 @@ class MergedModel:
 
     def _check(self, module: ModuleSpec) -> None:
         base = self.base
+        if module.experts:
+            if not any(place.parameter == module.name for place in base.expert_parts.values()):
+                raise ExportError(
+                    f"the files of {base.name} hold the experts of {module.name} in a form that the adapter "
+                    "cannot be merged into: export it as peft"
+                )
+            return
         tied_head = base.tied and module.name == base.head
         if not tied_head and not base.has(f"{module.name}.weight"):
             raise ExportError(
@@ -78,18 +93,23 @@ class MergedModel:
         found: dict[str, list[MergedTensor]] = {}
         for shard, names in base.shards.items():
             kept = [name for name in names if not (base.tied and name == head)]
-            found[shard] = [MergedTensor(name, base.shape(name), self._maker(name)) for name in kept]
+            found[shard] = [
+                MergedTensor(name, base.shape(name), self._maker(name), self._dtype_of(name)) for name in kept
+            ]
             if self.unties and f"{base.embedding}.weight" in kept:
                 shape = base.shape(f"{base.embedding}.weight")
-                found[shard].append(MergedTensor(head, shape, self._maker(head)))
+                found[shard].append(MergedTensor(head, shape, self._maker(head), self.dtype))
         return found
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if self.base.in_fp32(name) else self.dtype
 
     def _maker(self, name: str) -> Callable[[], torch.Tensor]:
         return lambda: self.tensor(name)
 
     @torch.inference_mode()
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor of the merged model, in `dtype`."""
+        """Return one tensor of the merged model."""
         module, _, parameter = name.rpartition(".")
         stored = f"{self.base.embedding}.weight" if not self.base.has(name) or self._is_tied(name) else name
         plain = self.base.tensor(stored)
@@ -97,7 +117,10 @@ class MergedModel:
             raise ExportError(
                 f"{name} in the files of {self.base.name} holds {plain.dtype}, no 16-bit weights"
             )
-        found, spec = plain.to(self.dtype), self._adapter.modules.get(module)
+        found, spec = plain.to(self._dtype_of(stored)), self._adapter.modules.get(module)
+        place = self.base.expert_parts.get(name)
+        if place is not None and place.parameter in self._adapter.modules:
+            return self._with_experts(found, place)
         if spec is None:
             return found
         if spec.kind == "saved":
@@ -109,6 +132,24 @@ class MergedModel:
 
     def _is_tied(self, name: str) -> bool:
         return self.base.tied and name == f"{self.base.head}.weight"
+
+    def _with_experts(self, found: torch.Tensor, place: ExpertPart) -> torch.Tensor:
+        """Return a tensor of experts plus its difference, which PEFT rounds before it adds it."""
+        layer = self.base.layers[place.parameter]
+        a, b = self._adapter.expert_matrices(place.parameter)
+        scale, rows = self._adapter.scale(place.parameter), layer.size_out // place.parts
+        own = b[:, place.part * rows : (place.part + 1) * rows]
+
+        def difference(number: int) -> torch.Tensor:
+            delta = (own[number] @ a[number] * scale).to(found.dtype)
+            return delta.T if layer.transposed else delta
+
+        if place.expert is not None:
+            return found + difference(place.expert)
+        made = found.clone()
+        for number, matrix in enumerate(made):
+            matrix += difference(number)
+        return made
 
     def _with_matrices(self, found: torch.Tensor, spec: ModuleSpec, parameter: str) -> torch.Tensor:
         adapter, scale = self._adapter, self._adapter.scale(spec.name)
@@ -159,12 +200,12 @@ def export(
     with opened_adapter(adapter, files) as parts:
         model = MergedModel(files, parts)
         shards = model.shards()
-        size = sum(_bytes(tensor, model.dtype) for tensors in shards.values() for tensor in tensors)
+        size = sum(_bytes(tensor) for tensors in shards.values() for tensor in tensors)
         check_room(target, size)
         target.mkdir()
         written = _Counter(size, progress)
         for shard, tensors in shards.items():
-            write_tensors(target / shard, [_to_write(tensor, model.dtype, written) for tensor in tensors])
+            write_tensors(target / shard, [_to_write(tensor, written) for tensor in tensors])
     _write_others(model, target, shards, size)
     return {"base": files.name, "base_folder": str(files.folder), "bytes": size}
 
@@ -190,17 +231,17 @@ class _Counter:
         self._progress("merging", self._done / self._size)
 
 
-def _bytes(tensor: MergedTensor, dtype: torch.dtype) -> int:
-    return torch.Size(tensor.shape).numel() * dtype.itemsize
+def _bytes(tensor: MergedTensor) -> int:
+    return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
 
 
-def _to_write(tensor: MergedTensor, dtype: torch.dtype, written: _Counter) -> TensorToWrite:
+def _to_write(tensor: MergedTensor, written: _Counter) -> TensorToWrite:
     def pieces() -> Iterator[torch.Tensor]:
         for piece in torch.split(tensor.make().reshape(-1), _PIECE):
             yield piece
             written.add(piece.nbytes)
 
-    return TensorToWrite(tensor.name, dtype, tensor.shape, pieces)
+    return TensorToWrite(tensor.name, tensor.dtype, tensor.shape, pieces)
 
 
 def _write_others(

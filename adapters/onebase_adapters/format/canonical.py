@@ -192,6 +192,9 @@ def _to_write(file: TensorFile, tensor: PlannedTensor) -> TensorToWrite:
 
 def _usable(file: TensorFile, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
     """Yield the tensor's chunks. Raises AdapterFormatError if one overflows in the base's dtype."""
+    if tensor.gathered is not None:
+        yield from torch.split(tensor.gathered.tensor(file).reshape(-1), _PIECE)
+        return
     if tensor.experts:
         for _ in file.chunks(tensor.entry):  # which refuses what is not finite
             pass

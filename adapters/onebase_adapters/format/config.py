@@ -23,9 +23,9 @@ NOTE = "onebase_note"
 MODEL_CONFIG_FILE = "config.json"
 """Config of a classifier's model, as transformers writes it, with the label names that PEFT does not save."""
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 2 << 20
-"""Limit of a weights file's header: three times that of a 405B model's DoRA. Parsed JSON takes up to fifty
-times its text in memory."""
+MAX_HEADER_BYTES = 8 << 20
+"""Limit of a weights file's header: a little more than that of a LoRA of each single expert of Qwen3-30B-A3B,
+with 37,000 tensors."""
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6
 """Limit of |alpha| and of dropout, far above any use."""

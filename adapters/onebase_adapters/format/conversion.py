@@ -28,7 +28,7 @@ from onebase_adapters.format.config import (
     AdapterFormatError,
 )
 from onebase_adapters.format.spellings import PREFIX, unwrapped
-from onebase_adapters.format.strict_json import parse_json, shown
+from onebase_adapters.format.strict_json import is_dense, parse_json, shown
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _UNSIGNED: Mapping[int, type[np.unsignedinteger[Any]]] = {4: np.uint32, 2: np.uint16}
@@ -205,6 +205,8 @@ def _read_header(weights: Path) -> list[_Tensor]:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise _bad("has no header, or one that is too long")
         raw = file.read(length)
+    if is_dense(raw):
+        raise _bad("has a header of too many values")
     try:
         header = parse_json(raw)
     except (ValueError, RecursionError):

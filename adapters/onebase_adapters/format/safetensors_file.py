@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from onebase_adapters.format.config import MAX_HEADER_BYTES, NOTE, WEIGHTS_FILE, AdapterFormatError
-from onebase_adapters.format.strict_json import parse_json, shown
+from onebase_adapters.format.strict_json import is_dense, parse_json, shown
 
 CHUNK_BYTES = 4 << 20
 _CHUNK_ELEMENTS = CHUNK_BYTES // 4
@@ -173,6 +173,8 @@ def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
 
 
 def _entries(raw: bytes, data: int, size: int) -> tuple[tuple[TensorEntry, ...], str]:
+    if is_dense(raw):
+        raise _bad("has a header of too many values")
     try:
         header = parse_json(raw)
     except (ValueError, RecursionError) as error:

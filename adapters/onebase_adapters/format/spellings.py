@@ -6,7 +6,7 @@ another name in each release of transformers. A reading is taken only if it fits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -262,6 +262,15 @@ def unnested(module: str) -> tuple[str, int]:
     parts = module.split(".")
     depth = next((depth for depth, part in enumerate(reversed(parts)) if part != "base_layer"), 0)
     return ".".join(parts[: len(parts) - depth]), depth
+
+
+def wrapper_of(name: str, adapted: Sequence[str]) -> str:
+    """Return PEFT's name of what wraps a parameter of experts.
+
+    adapted: full names of those of the same module that are adapted, in the order in which PEFT wraps them.
+    """
+    outer = len(adapted) - 1 - adapted.index(name)
+    return f"{name.rpartition('.')[0]}{'.base_layer' * outer}"
 
 
 def _notes(by_module: Mapping[str, str], parts: tuple[str, ...], left_out: int) -> Iterator[str]:

@@ -29,8 +29,9 @@ from onebase_adapters.format.names import (
 from onebase_adapters.format.patterns import PatternError, endings
 from onebase_adapters.format.resized import ResizedMatrix, plan_resized, resized_to
 from onebase_adapters.format.safetensors_file import TensorEntry
+from onebase_adapters.format.single_experts import GatheredMatrix, gather
 from onebase_adapters.format.spec import ModuleSpec
-from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unnested, unwrapped
+from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unnested, unwrapped, wrapper_of
 from onebase_engine.base.layers import LayerShape
 from onebase_protocol.adapters import TokenizerAdditions
 
@@ -52,6 +53,8 @@ _ENDS: dict[str, tuple[str, bool | None]] = {
 
 _RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?")
 """Beginning of a release's name, as PEFT writes it."""
+_ROUTERS = frozenset({"mlp.gate", "block_sparse_moe.gate"})
+"""Ends of the names that routers had as layers."""
 _TURNED = (
     "Matrices of experts are on the sides where PEFT had them before 0.19.1, and are written where it has "
     "them now."
@@ -72,6 +75,8 @@ class PlannedTensor:
     experts: int = 0
     """Number of experts of a tensor that was B and is written as A, or the other way round; 0: it is copied.
     """
+    gathered: GatheredMatrix | None = None
+    """The matrix that is written, if it is put together from tensors of the file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,8 +117,10 @@ def plan(
     Raises:
         AdapterFormatError: a tensor is foreign, missing, misshapen, or of a kind that is not served.
     """
+    names: Mapping[str, TensorName]
     names, notes = unwrapped(entry.name for entry in entries)
     head, entries = _head(entries, facts, base, names)
+    entries, names, facts, gathered, single_experts, notes_on_experts = gather(entries, names, facts, base)
     spelled = spelling(
         {entry.name: names[entry.name] for entry in entries},
         base.layers,
@@ -124,7 +131,7 @@ def plan(
     entries = tuple(entry for entry in entries if entry.name not in spelled.left_out)
     left_out = set(spelled.left_out.values())
     saved, rows = saved_modules(facts, base, left_out), token_rows(facts, base)
-    sorted_in = _sorted_in(entries, base, saved, spelled.names, facts)
+    sorted_in = _sorted_in(entries, base, saved, spelled.names, facts, gathered)
     by_module = sorted_in.by_module
     tokenizer, problem = checked_additions(facts.tokenizer)
     words = resized_to(by_module, sorted_in.resized, rows, saved, base)
@@ -154,16 +161,17 @@ def plan(
     warnings = (
         *facts.warnings,
         *notes,
+        *notes_on_experts,
         *spelled.notes,
         *([_TURNED] if sorted_in.turned else []),
         *token_warnings,
-        *unmet_names(facts, {module.name for module in modules}, base, left_out),
+        *unmet_names(facts, {module.name for module in modules}, base, left_out | single_experts),
     )
     used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
     planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
     return TensorPlan(
         tuple(modules),
-        tuple(tensors),
+        tuple(replace(tensor, gathered=gathered.get(tensor.entry.name)) for tensor in tensors),
         tuple(sorted_in.of_base),
         by_module,
         frozenset(saved),
@@ -340,6 +348,7 @@ def _sorted_in(
     saved: set[str],
     names: Mapping[str, TensorName],
     facts: ConfigFacts,
+    gathered: Container[str],
 ) -> _SortedTensors:
     found = _SortedTensors()
     by_module = found.by_module
@@ -374,7 +383,11 @@ def _sorted_in(
             found.same.append((by_module[name][what], entry))
         by_module[name][what] = entry
     experts = _of_experts(nested, facts, base)
-    found.turned.update(_turned_ones(experts, facts, base))
+    # What was put together here is on PEFT's sides of today, whichever release has saved it.
+    saved_so = {
+        name: own for name, own in experts.items() if not any(one.name in gathered for one in own.values())
+    }
+    found.turned.update(_turned_ones(saved_so, facts, base))
     by_module |= experts
     return found
 
@@ -523,6 +536,12 @@ def _unknown(name: str, module: str, base: BaseModules, facts: ConfigFacts) -> A
         of = parameter.rpartition(".")[0]
         if not of or of in ends:
             return _of_parameter(name, parameter)
+    if base.mixtures and ends & _ROUTERS:
+        raise AdapterFormatError(
+            "unknown_module",
+            f"{WEIGHTS_FILE}: {name:.150} is of a mixture's router, which is no layer in transformers 5. "
+            "Train without it: name layers in target_modules instead of all-linear",
+        )
     example = next((layer for layer, shape in base.layers.items() if shape.kind == "linear"), "none")
     return AdapterFormatError(
         "unknown_module",
@@ -670,15 +689,6 @@ def _planned(
     return [
         PlannedTensor(f"{PREFIX}{name}.{what}", entry, entry.dtype, used_as) for what, entry in own.items()
     ]
-
-
-def wrapper_of(name: str, adapted: Sequence[str]) -> str:
-    """Return PEFT's name of what wraps a parameter of experts.
-
-    adapted: full names of those of the same module that are adapted, in the order in which PEFT wraps them.
-    """
-    outer = len(adapted) - 1 - adapted.index(name)
-    return f"{name.rpartition('.')[0]}{'.base_layer' * outer}"
 
 
 def _fits(embedding: bool | None, layer: LayerShape) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from onebase_engine.base.experts import expert_matrices, takes_rows_in_order
+from onebase_engine.base.experts import expert_matrices, is_usual, takes_rows_in_order
 
 _BUILDING = threading.Lock()
 """Guards a function of transformers that is replaced while a composite is built."""
@@ -30,7 +30,8 @@ class LayerShape:
 
     `size_in` of an embedding is its vocabulary; of a norm both sizes are the hidden size. `bias`: whether
     the module has one. Of the kind `experts` it is a parameter that holds `count` matrices of these sizes,
-    one for each expert of a mixture; `transposed`: they are [in, out].
+    one for each expert of a mixture; `transposed`: they are [in, out]; `gate_first`: the first half of the
+    outputs is the gate's, and the second is what it gates.
     """
 
     size_in: int
@@ -39,6 +40,7 @@ class LayerShape:
     bias: bool = False
     count: int = 1
     transposed: bool = False
+    gate_first: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -292,8 +294,14 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
         count, size_in, size_out = place.sizes
         # PEFT takes a parameter of one expert for a linear layer.
         if count > 1 and takes_rows_in_order(kind):
-            sizes = size_in, size_out
-            layers[place.path] = LayerShape(*sizes, "experts", count=count, transposed=place.transposed)
+            layers[place.path] = LayerShape(
+                size_in,
+                size_out,
+                "experts",
+                count=count,
+                transposed=place.transposed,
+                gate_first=place.name == "gate_up_proj" and is_usual(kind),
+            )
     return layers
 
 
