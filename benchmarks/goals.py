@@ -124,6 +124,7 @@ GOALS = [
     Goal("upload to active, p50", "1.5 s", 1.0, UPLOAD, 1500.0, at_most=True),
     Goal("training, tokens/s", "trl", 2.4, _training("onebase"), _training("trl")),
     Goal("judges by aLoRA, time", "as LoRA", 10.0, _judges("LoRA"), _judges("aLoRA")),
+    Goal("judges by aLoRA, time", "vllm, LoRA", 15.0, _judges("vllm, LoRA"), _judges("aLoRA")),
 ]
 
 
@@ -171,7 +172,7 @@ def _commands(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
         "serve": [*serve, *(["--rounds", "1"] if quick else [])],
         "adapters": ["--adapters", "20", "--requests", "60"] if quick else [],
         "train": ["--steps", "6", "--repeats", "1"] if quick else [],
-        "judges": ["--judges", "5", "--rounds", "1"] if quick else [],
+        "judges": ["--install-peers", *(["--judges", "5", "--rounds", "1"] if quick else [])],
     }
     missing = []
     for part, peer in (("adapters", "vllm"), ("train", "trl")):

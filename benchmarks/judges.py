@@ -1,137 +1,224 @@
 #!/usr/bin/env python3
-"""Time of many short judgements of one conversation: by activated LoRAs, by plain ones, and one by one.
+"""Time of many short judgements of one conversation: by activated LoRAs, by plain ones, one by one, by peers.
 
 The base has just answered in the conversation, whose keys and values are in its cache. Each judge is an
-adapter of its own, asked for 1 to 16 tokens. In the engine itself, without HTTP, which costs all the same.
+adapter of its own, asked for 1 to 16 tokens over HTTP, all at once unless one by one. A way that takes longer
+than LONG_SECONDS is measured once: plain LoRAs compute the conversation again for each judge.
 
-  python benchmarks/judges.py                                  # 20 judges, 2,000 tokens
+  python benchmarks/judges.py                                  # 20 judges, 2,000 tokens, OneBase alone
+  python benchmarks/judges.py --install-peers                  # and llama.cpp's aLoRA, and vLLM's LoRA
   python benchmarks/judges.py --judges 4 --tokens 200 --busy   # a look
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import random
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 
-from bench import engines, machine
+from bench import machine, targets
 from bench.command import Options, base_of
 from bench.lora import make_adapters
+from bench.peers import fill_in_programs, gguf_of
+from bench.processes import end_on_signals
 from bench.report import markdown, table, write
-from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
+from bench.targets import FAILURES, HttpSession, Session, Setup
+from bench.workload import Request
 
 INVOCATION = [64, 65, 66]
 LOWEST, HIGHEST = 100, 10_000
 """Token ids of conversations, which are random."""
-MODES = {"aLoRA": ("alora", False), "LoRA": ("lora", False), "LoRA, one by one": ("lora", True)}
-"""Kind of the adapters by the mode's name, and whether each judge waits for the one before."""
+RANK = 16
+WARM_UP_TOKENS = 32
+"""Tokens of the conversation that is judged first, and not measured."""
+LONG_SECONDS = 15.0
+"""Time of a round, in seconds, after which no further one of its mode is measured."""
+RUN_SECONDS = 1800.0
+"""Limit of one round, in seconds."""
 
 
-def judge(engine: Engine, kind: str, judges: int, text: list[int], *, apart: bool) -> dict[str, float]:
-    """Return the seconds to all answers, and the tokens that were computed for them."""
-    _ask(engine, [_submit("base", None, text, 1)])
-    submits = [
-        _submit(str(n), f"{kind}{n}", [*text, *INVOCATION], 1 + 15 * n // max(judges - 1, 1))
+class Mode(NamedTuple):
+    """A way to ask all judges. kind: of the adapters. apart: each judge waits for the one before."""
+
+    target: str
+    kind: str
+    apart: bool = False
+
+
+MODES = {
+    "aLoRA": Mode("onebase", "alora"),
+    "LoRA": Mode("onebase", "lora"),
+    "LoRA, one by one": Mode("onebase", "lora", apart=True),
+    "llama.cpp, aLoRA": Mode("llama.cpp", "alora"),
+    "vllm, LoRA": Mode("vllm", "lora"),
+}
+
+
+async def judge(session: Session, mode: Mode, judges: int, text: list[int]) -> dict[str, float]:
+    """Return the seconds to all answers and to the base's answer before them, and the tokens computed."""
+    started = time.perf_counter()
+    await session.run([Request(text, None, 1)])
+    before = time.perf_counter() - started
+    requests = [
+        Request([*text, *INVOCATION], f"{mode.kind}{n}", 1 + 15 * n // max(judges - 1, 1))
         for n in range(judges)
     ]
-    before, started = _computed(engine), time.perf_counter()
-    for some in [[one] for one in submits] if apart else [submits]:
-        _ask(engine, some)
-    return {"seconds": time.perf_counter() - started, "tokens": _computed(engine) - before}
+    started, computed = time.perf_counter(), 0
+    for some in [[one] for one in requests] if mode.apart else [requests]:
+        for request, sample in zip(some, await session.run(some), strict=True):
+            computed += len(request.prompt) - sample.cached + sample.tokens
+    return {"seconds": time.perf_counter() - started, "tokens": computed, "base_seconds": before}
 
 
-def _submit(name: str, adapter: str | None, prompt: list[int], tokens: int) -> Submit:
-    sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    return Submit(
-        id=name, prompt=prompt, sampling=sampling, adapters=[AdapterRef(adapter)] if adapter else []
-    )
-
-
-def _ask(engine: Engine, submits: list[Submit]) -> None:
-    for _ in engines.outputs(engine, submits):
-        pass
-
-
-def _computed(engine: Engine) -> int:
-    counters = engine.counters
-    return counters.prompt_tokens - counters.cached_tokens + counters.generated_tokens
-
-
-def adapters_of(base: Path, folder: Path, judges: int) -> dict[str, str]:
+def adapters_of(base: Path, folder: Path, judges: int) -> dict[str, Path]:
     """Write the same random adapters twice, as plain and as activated ones; return their folders by name."""
     found = {}
     for kind in ("lora", "alora"):
-        for number, path in enumerate(make_adapters(base, folder / kind, judges).values()):
+        for number, path in enumerate(make_adapters(base, folder / kind, judges, RANK).values()):
             config = path / "adapter_config.json"
             if kind == "alora":
                 fields = json.loads(config.read_text())
                 config.write_text(json.dumps(fields | {"alora_invocation_tokens": INVOCATION}))
-            found[f"{kind}{number}"] = str(path)
+            found[f"{kind}{number}"] = path
     return found
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the medians of each mode. Each conversation is another one, so that none is in the cache."""
-    torch.set_num_threads(options.threads)
-    draw = torch.Generator().manual_seed(options.seed)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
+@asynccontextmanager
+async def _started(
+    name: str, options: argparse.Namespace, adapters: dict[str, Path], log: Path
+) -> AsyncIterator[Session]:
+    async with _target(name, options, adapters, log) as session:
+        # Random adapters say anything, if only half a letter, and each target may use its cache.
+        yield replace(session, silent=True, cache=True)
+
+
+def _target(
+    name: str, options: argparse.Namespace, adapters: dict[str, Path], log: Path
+) -> AbstractAsyncContextManager[HttpSession]:
+    kinds = {mode.kind for mode in MODES.values() if mode.target == name}
+    loaded = {key: path for key, path in adapters.items() if key.rstrip("0123456789") in kinds}
+    context = options.tokens + len(INVOCATION) + 16
+    # llama.cpp has a cache for each of its slots: with one, all judges find the conversation there.
+    streams = 1 if name == "llama.cpp" else options.judges
+    setup = Setup(options.base, loaded, RANK, options.threads, streams, context)
+    if name == "vllm":
+        extra = ["--enable-prompt-tokens-details", *shlex.split(options.vllm_args)]
+        return targets.vllm(setup, log, options.vllm_python, extra)
+    if name == "llama.cpp":
+        extra = shlex.split(options.llama_args)
+        return targets.llama_cpp(setup, log, options.llama_server, options.gguf, extra)
+    return targets.onebase(setup, log, ["--draft-tokens", "0", *shlex.split(options.onebase_args)])
+
+
+async def measure(options: argparse.Namespace, console: Console, runs: dict[str, Any]) -> set[str]:
+    """Fill in the rounds of each mode; return the targets that failed.
+
+    Each conversation is another one, so that none is in the cache.
+    """
+    draw, failed = random.Random(options.seed), set()
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         adapters = adapters_of(options.base, Path(folder), options.judges)
-        engine = engines.load(options.base, adapters, 16, 0)
-        for number in range(options.rounds + 1):
-            for name, (kind, apart) in MODES.items():
-                size = options.tokens if number else 32
-                text = torch.randint(LOWEST, HIGHEST, (size,), generator=draw).tolist()
-                found = judge(engine, kind, options.judges, text, apart=apart)
-                if number:  # the first is a warm-up
-                    runs[name].append(found)
-    return {
-        name: {key: median(one[key] for one in some) for key in ("seconds", "tokens")}
-        for name, some in runs.items()
-    }
+        for target in options.targets:
+            console.print(f"starting [bold]{target}[/]")
+            try:
+                async with _started(target, options, adapters, Path(folder) / f"{target}.log") as session:
+                    await machine.settle()
+                    for name, mode in MODES.items():
+                        if mode.target == target:
+                            await _rounds(name, session, options, draw, console, runs)
+            except FAILURES as error:
+                failed.add(target)
+                console.print(f"[red]{target} failed: {type(error).__name__}:[/]", error)
+    return failed
 
 
-def publish(figures: dict[str, Any], options: argparse.Namespace, described: dict[str, Any]) -> None:
+async def _rounds(
+    name: str,
+    session: Session,
+    options: argparse.Namespace,
+    draw: random.Random,
+    console: Console,
+    runs: dict[str, Any],
+) -> None:
+    for number in range(options.rounds + 1):
+        size = options.tokens if number else WARM_UP_TOKENS
+        text = [draw.randrange(LOWEST, HIGHEST) for _ in range(size)]
+        async with asyncio.timeout(RUN_SECONDS):
+            found = await judge(session, MODES[name], options.judges, text)
+        if number == 0:
+            continue
+        runs.setdefault(name, []).append(found)
+        console.print(f"  {name}, round {number} of {options.rounds}: {found['seconds']:.2f} s")
+        if found["seconds"] > LONG_SECONDS:
+            break
+
+
+def publish(runs: dict[str, Any], options: argparse.Namespace, described: dict[str, Any]) -> None:
     """Print the table; write judges.json and judges.md to the output folder."""
-    columns = ["judges", "time to all answers", "tokens computed", "times aLoRA's time"]
-    least = figures["aLoRA"]["seconds"]
+    figures = {
+        name: {key: median(one[key] for one in some) for key in some[0]} for name, some in runs.items()
+    }
+    columns = ["judges", "time to all answers", "tokens computed", "the base's answer before", "ratio"]
+    least = figures["aLoRA"]["seconds"] if "aLoRA" in figures else None
     rows = [
-        [name, f"{one['seconds']:.2f} s", f"{one['tokens']:,.0f}", f"{one['seconds'] / least:.1f}"]
+        [
+            name,
+            f"{one['seconds']:.2f} s",
+            f"{one['tokens']:,.0f}",
+            f"{one['base_seconds']:.2f} s",
+            f"{one['seconds'] / least:.1f}x" if least else "",
+        ]
         for name, one in figures.items()
     ]
     console = Console()
     title = f"{options.base.name}: {options.judges} judges of one conversation of {options.tokens:,} tokens"
     console.print(table(columns, rows, title))
     text = f"{title}.\n\n{markdown(columns, rows)}\n"
-    write("judges", options, described, {"figures": figures}, text, console)
+    write("judges", options, described, {"figures": figures, "runs": runs}, text, console)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return the exit status."""
+    """Return the exit status: 0 when every target was measured, else 1."""
     asked = Options(__doc__)
-    asked.common("base", "busy")
+    asked.common("base", "busy", "install-peers", "llama-server", "gguf", "llama-args")
+    asked.common("vllm-python", "vllm-args", "onebase-args")
     asked.count("judges", 20, "adapters that judge")
     asked.count("tokens", 2000, "of the conversation")
-    asked.count("rounds", 3, "measured rounds, of which the median counts")
+    asked.count("rounds", 3, "measured rounds of what does not take long, of which the median counts")
     asked.threads()
     asked.seed("the conversations")
     asked.output("judges.json and judges.md")
     options = asked.parser.parse_args(argv)
-    described = machine.describe()
-    machine.demand_quiet(options.busy, Console())
+    end_on_signals()
+    console = Console()
+    programs = {"llama.cpp": options.llama_server, "vllm": options.vllm_python}
+    options.targets = ["onebase", *(name for name in programs if programs[name] or options.install_peers)]
+    failed = fill_in_programs(options, console)
+    options.targets = [name for name in options.targets if name not in failed]
+    machine.demand_quiet(options.busy, console)
     base_of(options)
-    publish(measure(options), options, described)
-    return 0
+    gguf_of(options)
+    described = machine.describe(options.vllm_python, llama_server=options.llama_server)
+    runs: dict[str, Any] = {}
+    try:
+        failed |= asyncio.run(measure(options, console, runs))
+    finally:
+        if runs:
+            publish(runs, options, described)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

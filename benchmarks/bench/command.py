@@ -12,6 +12,10 @@ RESULTS = Path("benchmarks/results")
 COMMON: dict[str, dict[str, Any]] = {
     "base": {"type": Path, "help": "folder of a base model (default: the small default base)"},
     "vllm-python": {"type": Path, "help": "the python of a virtual environment that has vLLM"},
+    "install-peers": {"action": "store_true", "help": "install vLLM and llama.cpp, and measure them"},
+    "llama-server": {"type": Path, "help": "llama.cpp's llama-server"},
+    "gguf": {"type": Path, "help": "the base for it: by default the file that the default base is made from"},
+    "llama-args": {"default": "", "metavar": "ARGS", "help": "more options for llama-server"},
     "onebase-args": {"default": "", "metavar": "ARGS", "help": "more options for `onebase serve`"},
     "vllm-args": {"default": "", "metavar": "ARGS", "help": "more options for `vllm serve`"},
     "busy": {"action": "store_true", "help": "measure although other work runs on this machine"},

@@ -80,7 +80,8 @@ def session(
         started = time.perf_counter()
         submits = []
         for index, request in enumerate(requests):
-            prompt = tokenizer.encode(request["prompt"]).ids
+            prompt = request["prompt"]
+            prompt = tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
             sampling = Sampling(temperature=0.0, max_tokens=request["tokens"], ignore_eos=True)
             acting = [] if request["adapter"] is None else [AdapterRef(request["adapter"])]
             submits.append(Submit(id=str(index), prompt=prompt, sampling=sampling, adapters=acting))

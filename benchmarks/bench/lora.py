@@ -75,16 +75,19 @@ def write_gguf_adapter(adapter: Path, base_folder: Path, file: Path) -> None:
 
     Of a Llama the rows of q and k lie in another order there, for its way to turn them by their positions.
     """
-    from gguf import GGUFWriter
+    from gguf import GGUFValueType, GGUFWriter
 
     config = json.loads((base_folder / "config.json").read_text())
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    written = json.loads((adapter / "adapter_config.json").read_text())
     writer = GGUFWriter(file, config["model_type"])
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_float32("adapter.lora.alpha", written["lora_alpha"])
+    if invocation := written.get("alora_invocation_tokens"):
+        key, unsigned = "adapter.alora.invocation_tokens", GGUFValueType.UINT32
+        writer.add_key_value(key, invocation, GGUFValueType.ARRAY, sub_type=unsigned)
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as tensors:
         for key in sorted(tensors.keys()):
             *_, layer, _, module, kind, _ = key.split(".")

@@ -6,6 +6,7 @@ version. An installation that was cut off is begun again.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -84,6 +85,27 @@ def installed(name: str, console: Console) -> Path:
     done.write_text(wanted)
     console.print(f"{peer.name} {peer.version} is installed in {folder}")
     return program
+
+
+def fill_in_programs(options: argparse.Namespace, console: Console) -> set[str]:
+    """Install the programs of targets that were not given. Return the targets that cannot be had."""
+    failed = set()
+    for name, option in (("vllm", "vllm_python"), ("llama.cpp", "llama_server")):
+        if name in options.targets and getattr(options, option) is None:
+            try:
+                setattr(options, option, installed(name, console))
+            except PeerError as error:
+                console.print(f"[red]{error}[/]")
+                failed.add(name)
+    return failed
+
+
+def gguf_of(options: argparse.Namespace) -> None:
+    """Fetch the default base's file for llama.cpp where it is a target and no other file was given."""
+    if "llama.cpp" in options.targets and options.gguf is None:
+        from onebase_engine.base.default_base import fetch_gguf
+
+        options.gguf = fetch_gguf(default_cache() / "gguf")
 
 
 def _environment(folder: Path, run: Run, requirements: list[str]) -> None:

@@ -112,6 +112,8 @@ class Sample:
     ended: float
     tokens: int
     text: str
+    cached: int = 0
+    """Tokens of the prompt that the target says were in its cache."""
 
     @property
     def tpot(self) -> float:
@@ -119,8 +121,8 @@ class Sample:
         return (self.ended - self.started - self.ttft) / max(1, self.tokens - 1)
 
 
-async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
-    """Stream one `/v1/completions` request and time it.
+async def stream_completion(url: str, payload: dict[str, Any], *, silent: bool = False) -> Sample:
+    """Stream one `/v1/completions` request and time it. silent: it may have no text.
 
     Raises:
         HttpError: another status than 200, or an error event in the stream.
@@ -138,15 +140,18 @@ async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
             last = time.perf_counter()
             events.append(event)
             first = first or (last if _text(json.loads(event)) else 0.0)
-    text, tokens = "", 0
+    text, tokens, cached = "", 0, 0
     for parsed in map(json.loads, events):
         if "error" in parsed:
             raise HttpError(200, json.dumps(parsed["error"]))
         text += _text(parsed)
-        tokens = (parsed.get("usage") or {}).get("completion_tokens", tokens)
+        usage = parsed.get("usage") or {}
+        tokens = usage.get("completion_tokens", tokens)
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", cached)
+    first = first or (last if silent else 0.0)
     if not first or not tokens:
         raise ValueError(f"a stream of {len(events)} events ended with {tokens} tokens: {events[-1:]!r}")
-    return Sample(started, first - started, last, tokens, text)
+    return Sample(started, first - started, last, tokens, text, cached)
 
 
 def _text(event: dict[str, Any]) -> str:

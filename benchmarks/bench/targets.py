@@ -58,6 +58,10 @@ class HttpSession:
     url: str
     base_model: str = ""
     numbers: dict[str, int] = field(default_factory=dict)
+    cache: bool = False
+    """Whether llama.cpp may find a prompt's beginning in its cache; the others always do."""
+    silent: bool = False
+    """Whether a stream may have tokens and no text, as one of a single random token may."""
 
     async def run(self, requests: list[Request]) -> list[Sample]:
         return await asyncio.gather(*(self._one(request) for request in requests))
@@ -75,8 +79,11 @@ class HttpSession:
             payload["model"] = request.adapter or self.base_model
         else:
             numbers = [] if request.adapter is None else [self.numbers[request.adapter]]
-            payload |= {"cache_prompt": False, "lora": [{"id": number, "scale": 1.0} for number in numbers]}
-        return await stream_completion(self.url, payload)
+            payload |= {
+                "cache_prompt": self.cache,
+                "lora": [{"id": number, "scale": 1.0} for number in numbers],
+            }
+        return await stream_completion(self.url, payload, silent=self.silent)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ WORDS = (
 class Request:
     """One greedy stream of exactly `tokens` tokens; `adapter` None is the base alone."""
 
-    prompt: str
+    prompt: str | list[int]
+    """Text, or the ids of its tokens."""
     adapter: str | None
     tokens: int
 

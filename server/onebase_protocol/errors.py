@@ -75,9 +75,9 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "adapter_task tools_not_supported",
+        "adapter_task tools_not_supported thinking_budget_not_supported",
         "an adapter that classifies is asked to write, or the reverse; the base's template has no place for "
-        "tools",
+        "tools, or no token that ends a thought",
     ),
     _meaning(
         400,

@@ -288,7 +288,10 @@ def test_an_activated_lora_keeps_its_invocation_in_gguf_and_is_merged_into_nothi
     settings = {"r": 4, "target_modules": ATTENTION, "alora_invocation_tokens": INVOCATION}
     adapter = adapter_of(base, settings, tmp_path / "adapter")
     file = gguf.GGUFReader(exported(gguf_lora.export, adapter, tmp_path / "lora.gguf", base))
-    assert file.fields["adapter.alora.invocation_tokens"].contents() == INVOCATION
+    field = file.fields["adapter.alora.invocation_tokens"]
+    assert field.contents() == INVOCATION
+    unsigned = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert field.types == unsigned, "llama.cpp refuses any other type of these tokens"
     for export in (merged.export, gguf_model.export):
         assert "alora_invocation_tokens" in refused(export, adapter, tmp_path / "whole", base)
 

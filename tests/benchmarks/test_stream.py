@@ -64,6 +64,8 @@ def test_an_empty_first_piece_is_no_first_token() -> None:
         async with serving([CHUNKED, chunk(completion("")), b"0\r\n\r\n"]) as url:
             with pytest.raises(ValueError, match="ended with 1 tokens"):
                 await stream_completion(url, {})
+        async with serving([CHUNKED, chunk(completion("")), b"0\r\n\r\n"]) as url:
+            assert (await stream_completion(url, {}, silent=True)).tokens == 1
 
     asyncio.run(run())
 

@@ -149,3 +149,41 @@ def test_without_the_scope_to_train_a_row_is_only_downloaded(keyed: Server, keys
         page.get_by_role("button", name="Training file").click()
         expect(page.get_by_role("button", name="Download JSONL")).to_be_visible()
         expect(page.get_by_role("button", name="Upload to the server")).to_have_count(0)
+
+
+@pytest.mark.parametrize("size", EACH_SIZE)
+def test_several_adapters_judge_an_answer_each_by_an_instruction_of_its_own(
+    real: Server, look: Look, size: str
+) -> None:
+    with look(real, size) as visit:
+        page = visit.page
+        visit.open("#/compare?c=b&n=5&m=Hello")
+        visit.ask("Hello")
+        page.get_by_role("button", name="Judge").click()
+        dialog = page.get_by_role("dialog")
+        for name, instruction in (("orders", "Is it an order?"), ("pirate", "Is it polite?")):
+            dialog.get_by_label("Adapter that judges").fill(name)
+            dialog.get_by_role("button", name="Add").click()
+            dialog.get_by_label(f"{name} is asked").fill(instruction)
+        dialog.get_by_role("button", name="Ask all 2").click()
+        page.locator("[aria-live=polite]", has_text="2 verdicts complete").wait_for(state="attached")
+        verdicts = {
+            name: dialog.get_by_role("group", name=f"Verdict of {name}").locator("p").first.inner_text()
+            for name in ("orders", "pirate")
+        }
+        sent = [one.post_data_json for one in visit.requests if one.url.endswith("/generate")][1:]
+        assert visit.violations() == []
+        page.keyboard.press("Escape")
+        expect(dialog).to_have_count(0)
+        page.get_by_role("button", name="Judge").click()
+        expect(dialog.get_by_label("pirate is asked")).to_have_value("Is it polite?")
+
+    assert {one["adapter"]: one["instruction"] for one in sent} == {
+        "orders": "Is it an order?",
+        "pirate": "Is it polite?",
+    }
+    with real.client() as http:
+        for one in sent:
+            assert [message["role"] for message in one["messages"]] == ["user", "assistant"]
+            said = http.post("/generate", json={**one, "stream": False}).json()["choices"][0]["text"]
+            assert verdicts[one["adapter"]].split() == said.split()

@@ -250,6 +250,52 @@ def test_no_bit_changes_in_any_company_or_step(lab: Lab, changes: dict[str, int]
         assert [found[str(number)] for number in range(len(asked))] == alone
 
 
+def test_by_the_reference_kernels_no_bit_changes_either(lab: Lab) -> None:
+    def engine(**changes: int) -> Engine:
+        return lab.engine(model=ServedModel(lab.base, 8, kernels=ReferenceKernels(tiled=True)), **changes)
+
+    prompt = (*TEXT[:40], *CHECK, *ASKED)
+    fresh, bare = ask(engine(), prompt, CHECKER)[1], ask(engine(), prompt, None)[1]
+    chunked = engine(step_tokens=9)
+    for adapter, scores, cached in ((None, bare, 0), (CHECKER, fresh, 32), (None, bare, 32)):
+        assert ask(chunked, prompt, adapter) == (cached, scores)
+    assert ask(chunked, prompt, CHECKER, tenant="other") == (0, fresh)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["the device's kernels", "the reference"])
+def test_one_that_overflows_fails_alone_and_leaves_the_bases_blocks_whole(
+    lab: Lab, tmp_path: Path, reference: bool
+) -> None:
+    settings = {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"],
+        "alora_invocation_tokens": [*CHECK],
+    }
+    folder = save_adapter(lab.base, settings, tmp_path / "overflowing", seed=1, std=3e37)
+    kernels = {"kernels": ReferenceKernels(tiled=True)} if reference else {}
+    text, prompt = TEXT[:50], (*TEXT[:50], *CHECK, *ASKED)
+    expected = [
+        ask(lab.engine(model=ServedModel(lab.base, 8, **kernels)), *one)[1]
+        for one in ((text, None), (prompt, CHECKER))
+    ]
+    engine = lab.engine(model=ServedModel(lab.base, 8, **kernels))
+    engine.put_adapter("digest9", load_folder(lab.base, folder).weights)
+    for number, (asked, adapter) in enumerate([(prompt, 9), (text, None), (prompt, CHECKER)]):
+        submit(engine, asked, adapter, name=str(number))
+    failed = []
+    found: dict[str, list[protocol.ScoredToken]] = {}
+    while engine.busy:
+        engine.step()
+        for output in engine.take_outputs():
+            found.setdefault(output.id, []).extend(output.logprobs or [])
+            failed += [(output.id, output.error_code)] if output.error_code else []
+    assert failed == [("0", "not_finite")]
+    assert [found["1"], found["2"]] == expected
+    assert ask(engine, text, None) == (48, expected[0]), "nothing of it is left in blocks"
+    assert ask(engine, prompt, CHECKER)[1] == expected[1]
+
+
 def test_a_recurrent_state_before_the_invocation_is_shared_and_changes_no_bit(other: Lab) -> None:
     prompt = (*TEXT, *CHECK, *ASKED)
     fresh, bare = ask(other.engine(), prompt, CHECKER)[1], ask(other.engine(), prompt, None)[1]

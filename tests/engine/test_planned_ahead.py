@@ -116,6 +116,7 @@ SAMPLINGS = st.builds(
     prompt_logprobs=st.sampled_from([None, None, None, 0]),
     frequency_penalty=st.sampled_from([0.0, 0.0, 0.5]),
     ignore_eos=st.just(True),
+    thought=st.sampled_from([None, None, protocol.ThoughtBudget(3, 310)]),
 )
 REQUESTS = st.builds(
     Asked,

@@ -37,7 +37,7 @@ from tests.engine.layers import (
     written_alike,
 )
 from tests.rows import row_map
-from tests.tiny import load_folder, save_adapter, save_base, save_on_experts
+from tests.tiny import ADAPTERS, INVOCATION, load_folder, save_adapter, save_base, save_on_experts
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +50,7 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.engine import graphs, model
 from onebase_engine.engine.batch import StepBatch
+from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.memory_budget import largest_step_bytes
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
@@ -885,6 +886,33 @@ def test_an_engine_serves_texts_of_peft_the_same_bits_in_any_company_and_few_lau
         engine.put_adapter(f"digest{number}", weights)
     whole, half = (run(engine, [replace(first, adapter=number, at=0)]) for number in (90, 91))
     assert whole == half
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
+def test_an_activated_lora_uses_the_bases_blocks_and_changes_no_bit_of_them(
+    kernels: CudaKernels, lab: Lab
+) -> None:
+    (activated,) = (n for n, one in enumerate(ADAPTERS) if "alora_invocation_tokens" in one)
+    text = tuple(range(100, 117))
+    prompt = (*text, *INVOCATION, 9)
+
+    def engine(**changes: int) -> Engine:
+        return lab.engine(model=ServedModel(lab.base, 4, kernels=kernels), slots=4, **changes)
+
+    asked = Request(prompt, activated, 2), Request(prompt, None, 2)
+    fresh, bare = (run(engine(), [one]) for one in asked)
+    assert fresh != bare
+    assert not lab.disagreements(asked, [*fresh, *bare])
+    together = engine(step_tokens=7)
+    assert run(together, [replace(asked[1], at=0), replace(asked[0], at=1)]) == [*bare, *fresh]
+    for one, expected in ((asked[0], fresh), (asked[1], bare)):
+        before = together.counters.cached_tokens
+        assert run(together, [one]) == expected
+        assert together.counters.cached_tokens - before == 16
+    before = together.counters.cached_tokens
+    assert run(together, [replace(asked[0], tenant="other")]) == fresh
+    assert together.counters.cached_tokens == before, "blocks stay with their tenant"
 
 
 @pytest.mark.full

@@ -231,6 +231,69 @@ def test_a_prompt_begins_with_the_prefix_once(api: Any, careful: dict[str, Any])
     assert texts[0].startswith("Query: France")
 
 
+def test_the_prefix_is_counted_and_stands_before_texts_whose_vectors_are_computed(
+    api: Any, careful: dict[str, Any]
+) -> None:
+    def post(route: str, **body: Any) -> Any:
+        answer = api.http.post(route, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    whole = post("/tokenize", model="red", prompt="Query: France")["tokens"]
+    bare = post("/tokenize", model="red", prompt="France")["tokens"]
+    for prompt in ("France", "Query: France"):
+        assert post("/tokenize", model="careful", prompt=prompt)["tokens"] == whole
+    assert post("/tokenize", model="careful", prompt="France", adapter_defaults=False)["tokens"] == bare
+    for given, asked in (("Query: France", "France"), ("Query: France", "Query: France"), (bare, bare)):
+        mine, red = (
+            post("/v1/embeddings", model=model, input=text)
+            for model, text in (("careful", asked), ("red", given))
+        )
+        assert mine["data"] == red["data"]
+        assert mine["usage"] == red["usage"]
+    pair = {"text_1": "France", "text_2": "Paris"}
+    prefixed = {"text_1": "Query: France", "text_2": "Query: Paris"}
+    assert post("/score", model="careful", **pair)["data"] == post("/score", model="red", **prefixed)["data"]
+
+
+def test_a_thought_is_ended_when_its_budget_is_spent(api: Any) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<issue_start>"
+        "{{ m.reasoning_content }}<issue_closed>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<issue_start>{% endif %}"
+    )
+    push(api, "thinker", defaults={"chat_template": template})
+    body = {"model": "thinker", "messages": TALK, "temperature": 0, "max_tokens": 24}
+
+    def chat(**more: Any) -> tuple[str, str, int]:
+        answer = api.http.post("/v1/chat/completions", json=body | {"ignore_eos": True} | more)
+        assert answer.status_code == 200, answer.text
+        message, usage = answer.json()["choices"][0]["message"], answer.json()["usage"]
+        used = usage["completion_tokens_details"]["reasoning_tokens"]
+        return message.get("reasoning_content", ""), message["content"], used
+
+    free, bounded = chat(), chat(thinking_token_budget=5)
+    assert (free[1], free[2]) == ("", 24)
+    assert free[0].startswith(bounded[0])
+    assert bounded[1]
+    assert 5 <= bounded[2] < 10, "with its end, and the space behind that"
+    thought, text = api.http.post(
+        "/v1/messages", json=body | {"thinking": {"type": "enabled", "budget_tokens": 5}}
+    ).json()["content"]
+    assert thought["thinking"] == bounded[0]
+    assert bounded[1].startswith(text["text"])
+    lines = api.http.post("/generate", json={**_generated(body), "stream": True}).text.split("\n\n")
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(event.get("reasoning", "") for event in events) == bounded[0]
+    assert "".join(event.get("text", "") for event in events) == bounded[1]
+
+
+def _generated(body: dict[str, Any]) -> dict[str, Any]:
+    """The request for /generate, with a budget."""
+    rest = {name: value for name, value in body.items() if name != "model"}
+    return {**rest, "adapter": body["model"], "ignore_eos": True, "thinking_token_budget": 5}
+
+
 def test_another_version_brings_its_own_and_a_rollback_those_of_before(api: Any) -> None:
     template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     push(api, "switched", defaults={"guided_choice": ["one"], "chat_template": template})

@@ -133,6 +133,14 @@ def test_a_budget_goes_to_a_template_that_asks_for_it() -> None:
         assert chat(format, thinking=thinking).chat_template_kwargs == {"thinking_budget": value}
 
 
+def test_a_budget_bounds_the_thought_where_a_token_ends_it() -> None:
+    on, adaptive = {"type": "enabled", "budget_tokens": 2000}, {"type": "adaptive"}
+    tokens = ThoughtFormat("<think>", "</think>", {"<think>": 7, "</think>": 8})
+    assert chat(tokens, thinking=on).thinking_token_budget == 2000
+    assert chat(tokens, thinking=adaptive).thinking_token_budget is None
+    assert chat(ThoughtFormat("<think>", "</think>", {}), thinking=on).thinking_token_budget is None
+
+
 def test_thoughts_stand_anywhere_in_what_the_assistant_said() -> None:
     said = [
         {"type": "thinking", "thinking": "One.", "signature": "x"},

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from onebase_engine.engine.grammar_process import Matchers, load_tokenizer
-from onebase_engine.engine.messages import Grammar, ScoredToken, SequenceOutput
+from onebase_engine.engine.messages import Grammar, ScoredToken, SequenceOutput, ThoughtBudget
 from onebase_server.inference.detokenizer import BytePieces
 from onebase_server.inference.stream import ChoiceDecoder, OutputPiece
 from onebase_server.inference.thoughts import (
@@ -412,6 +412,21 @@ def test_a_grammar_begins_after_the_thought(
     assert Thinking(found, True).before(None) is None
 
 
+@pytest.mark.parametrize("name", ["qwen3", "kimi", "magistral", "cohere", "gemma-4", "seed"])
+def test_a_thought_is_bounded_by_the_tokens_that_begin_and_end_it(
+    with_template: Callable[[str], BaseTokenizer], name: str
+) -> None:
+    tokenizer = with_template(name)
+    found = tokenizer.thought_format
+    assert found is not None
+    (end,) = tokenizer.encode(found.closing, special=False)
+    begin = tokenizer.encode(found.opening, special=False)[0]
+    assert found.bounded(9, opened=True) == ThoughtBudget(9, end)
+    assert found.bounded(9, opened=False) == ThoughtBudget(9, end, begin)
+    letters = ThoughtFormat(found.opening, found.closing, {})
+    assert letters.bounded(9, opened=True) is letters.bounded(9, opened=False) is None
+
+
 # ---- the routes ----------------------------------------------------------------------------------
 
 BASE = "smollm2-135m-instruct"
@@ -624,6 +639,26 @@ def test_a_stream_that_is_cut_in_its_thought_goes_on_at_another_server(server: S
             resumed = events_of(tell(http, path, body, transcript))
             assert resumed.startswith(events)
             assert plain(resumed.decode()) == plain(events_of(told).decode())
+
+
+def test_a_budget_is_refused_where_a_thought_ends_in_letters_and_not_where_there_is_none(
+    server: Server,
+) -> None:
+    with server.client() as http:
+        for path, body in (
+            ("/generate", ASK),
+            ("/v1/chat/completions", CHAT),
+            ("/v1/responses", {"model": BASE, "input": SAID["content"]}),
+        ):
+            answer = http.post(path, json=body | {"thinking_token_budget": 5})
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert error["code"] == "thinking_budget_not_supported"
+            assert "max_tokens ends thoughts" in error["message"]
+        off = CHAT | {"thinking_token_budget": 5, "reasoning_effort": "none"}
+        assert http.post("/v1/chat/completions", json=off).status_code == 200
+        wrong = http.post("/generate", json={"prompt": "x", "thinking_token_budget": 5})
+        assert wrong.json()["error"]["param"] == "thinking_token_budget"
 
 
 def test_a_decision_is_an_answer_and_not_a_thought(server: Server) -> None:

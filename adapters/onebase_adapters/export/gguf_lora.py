@@ -48,7 +48,10 @@ def export(
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _alpha(parts))
         if parts.spec.invocation:
-            writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(parts.spec.invocation))
+            # Unsigned, or llama.cpp refuses the file; gguf would write integers as signed ones.
+            key, unsigned = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, gguf.GGUFValueType.UINT32
+            tokens = list(parts.spec.invocation)
+            writer.add_key_value(key, tokens, gguf.GGUFValueType.ARRAY, sub_type=unsigned)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         modules = parts.spec.modules
         for number, module in enumerate(modules, 1):

@@ -153,6 +153,9 @@ class SamplingFields(TypedDict, total=False):
     """Whether an answer may have several calls (default: True)."""
     chat_template_kwargs: Mapping[str, Any]
     """Further variables of the base's chat template, such as `{"enable_thinking": False}` (default: None)."""
+    thinking_token_budget: int
+    """Largest number of tokens of the thought before an answer, which is then ended (default: None, as many
+    as `max_tokens` allows). Refused where the base has no token that ends thoughts."""
     continue_final_message: bool
     """Whether the answer continues the last message of the conversation (default: False)."""
     instruction: str

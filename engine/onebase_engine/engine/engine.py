@@ -7,7 +7,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -29,7 +29,7 @@ from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.recurrence import StatePool
-from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
+from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, forced_end, score_tokens
 from onebase_engine.engine.scheduler import (
     BackgroundPace,
     NeverFitsError,
@@ -37,7 +37,7 @@ from onebase_engine.engine.scheduler import (
     SchedulerLimits,
     TenantPace,
 )
-from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
+from onebase_engine.engine.sequence import AdapterMix, DraftedSequence, Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
@@ -617,7 +617,8 @@ class Engine:
         if masked or hidden is not None or batch.scored:
             return _StartedStep(plan, partial(self._read, plan, batch, logits, hidden), only_draws=False)
         sampled_logits = logits[: len(batch.sampled)]
-        read = begin_draw_apart(sampled_logits, batch.sampled, self._eos_ids, self.model.kernels)
+        ends = self._ends_of_thoughts(batch.sampled)
+        read = begin_draw_apart(sampled_logits, batch.sampled, self._eos_ids, self.model.kernels, ends)
         more = any(segment.draft for segment in plan.decodes)
         more = more or any(sequence.sampling.logprobs is not None for sequence in batch.sampled)
         return _StartedStep(plan, lambda: _StepOutputs(read(), [], []), only_draws=not more)
@@ -631,6 +632,11 @@ class Engine:
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
         sampled_logits = logits[: len(batch.sampled)]
         masks, late = self._masks_of(plan)
+        if ends := self._ends_of_thoughts(batch.sampled):
+            masks = [
+                allowed if end is None or isinstance(allowed, Exception) else end
+                for end, allowed in zip(ends, masks or ends, strict=True)
+            ]
         drawn = begin_draw_apart(sampled_logits, batch.sampled, self._eos_ids, self.model.kernels, masks)()
         return _StepOutputs(drawn, scores, pooled, late)
 
@@ -659,6 +665,21 @@ class Engine:
                 mask = mask_of.get(segment.sequence)
                 masks.extend(mask if isinstance(mask, np.ndarray) else [mask] * (1 + len(segment.draft)))
         return masks, frozenset(sequence for sequence, mask in mask_of.items() if mask is None)
+
+    def _ends_of_thoughts(self, sequences: Sequence[SequenceState | DraftedSequence]) -> list[Mask]:
+        """Return masks that end the thoughts whose budgets are spent; none at all if no thought is to end."""
+        ends = [forced_end(sequence) for sequence in sequences]
+        if not any(end is not None for end in ends):
+            return []
+        masks: list[Mask] = []
+        for end in ends:
+            if end is None:
+                masks.append(None)
+                continue
+            allowed = np.zeros(-(-(self._vocabulary + MOST_NEW_TOKENS) // 32), dtype=np.uint32)
+            allowed[end // 32] = 1 << end % 32
+            masks.append(allowed.view(np.int32))
+        return masks
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[ScoredToken] | Exception:
         """Score the prompt tokens that follow the segment's, or return the exception that this raised."""
@@ -935,11 +956,16 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
     """Raise NeverFitsError for a token id that the base, or the request's adapter, does not have; on CUDA it
     would end the process."""
     sampling = request.sampling
+    thought = sampling.thought
+    ends = (
+        () if thought is None else (thought.end,) if thought.begin is None else (thought.end, thought.begin)
+    )
     groups = {
         "prompt": request.prompt,
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
         "end_token_ids": sampling.end_token_ids,
+        "thinking_token_budget": ends,
         "choices": [token for branch in request.branches for token in branch],
         "resume_tokens": [token for tokens in (request.resume_tokens or {}).values() for token in tokens],
     }

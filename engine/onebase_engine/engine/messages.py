@@ -65,6 +65,16 @@ class AdapterRef(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
+class ThoughtBudget(msgspec.Struct, frozen=True):
+    """Largest number of tokens of the thought with which an answer begins: then its end is generated."""
+
+    tokens: int
+    end: int
+    """Token that ends a thought."""
+    begin: int | None = None
+    """Token that begins one, among the first that are generated; None: the prompt has begun it."""
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling settings of one request, already validated by the api."""
 
@@ -90,6 +100,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """Number of alternatives reported next to the chosen token's logprob; None reports no logprobs."""
     prompt_logprobs: int | None = None
     """Like `logprobs`, for every prompt token but the first; bypasses the prefix cache."""
+    thought: ThoughtBudget | None = None
 
     @property
     def penalizes(self) -> bool:

@@ -26,6 +26,8 @@ from onebase_engine.kernels.reference import sent
 Mask = np.ndarray | GrammarError | None
 """Tokens that a sequence's grammar allows next, [words] int32: the lowest bit of the first is token 0."""
 
+_FIRST_TOKENS = 8
+"""Number of generated tokens among which a thought begins, if the answer has one."""
 _COLDEST = torch.finfo(torch.float32).tiny
 """Smallest temperature above 0."""
 
@@ -52,6 +54,22 @@ def uniform(seed: int, choice: int, index: int) -> float:
     counter = struct.pack("<QII", seed & 0xFFFFFFFFFFFFFFFF, choice, index)
     (bits,) = struct.unpack("<Q", blake2b(counter, digest_size=8).digest())
     return float((bits >> 11) * 2.0**-53)
+
+
+def forced_end(sequence: SequenceState | DraftedSequence) -> int | None:
+    """Return the token that ends the sequence's thought, if the next token has to be that one."""
+    budget = sequence.sampling.thought
+    if budget is None or sequence.generated < budget.tokens:
+        return None
+    first = sequence.prompt_length
+    if budget.begin is not None:
+        begins = sequence.tokens[first : first + _FIRST_TOKENS]
+        if budget.begin not in begins:
+            return None
+        first += begins.index(budget.begin) + 1
+    if len(sequence.tokens) - first != budget.tokens:  # it goes on, or has ended
+        return None
+    return None if budget.end in sequence.tokens[first:] else budget.end
 
 
 def begin_draw(

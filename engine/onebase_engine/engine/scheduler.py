@@ -582,14 +582,20 @@ class Scheduler:
         self.waiting.charge(segment)
 
     def _to_snapshot(self, sequence: SequenceState, length: int) -> int:
-        """Return a chunk's length, cut to where the recurrent state behind it can be kept for others.
+        """Return a chunk's length, cut where what the bare base computes ends, and to where the recurrent
+        state behind it can be kept for others.
 
         That is the end of a block: of the last whole one in the prompt, or in what the bare base computes of
         it, or of a prefix that others had too.
         """
+        start, size = sequence.computed, self._pool.block_size
+        shared = sequence.acts_from // size * size
+        if start < shared < start + length:
+            # Blocks that the base shares are never computed beside the adapter's rows: attention multiplies
+            # what it must not see by 0, and an adapter that overflows would leave no numbers in them.
+            length = shared - start
         if self._states is None:
             return length
-        start, size = sequence.computed, self._pool.block_size
         stop = start + length
         ends = [at // size * size for at in (sequence.length - 1, sequence.acts_from)]
         for end in (sequence.branch_at, *(end for end in ends if end >= SNAPSHOT_TOKENS)):

@@ -56,6 +56,10 @@ class HarmonyFormat(ThoughtFormat):
     def opened_by(self, tail: str) -> bool | None:
         return None
 
+    def bounded(self, tokens: int, *, opened: bool) -> None:
+        """Return None: several messages of an answer may be thoughts, and any of them the last."""
+        return
+
     def reader(self, thinking: Thinking, *, calls: bool) -> HarmonyReader:
         return HarmonyReader(calls=calls)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from onebase_engine.engine.messages import Grammar
+from onebase_engine.engine.messages import Grammar, ThoughtBudget
 
 Render = Callable[..., str]
 """A template: messages, tools and generation (keywords), and variables to text."""
@@ -115,6 +115,17 @@ class ThoughtFormat:
         opens, closes = begun.rfind(self.opening), begun.rfind(self.closing)
         return None if opens == closes == -1 else opens > closes
 
+    def bounded(self, tokens: int, *, opened: bool) -> ThoughtBudget | None:
+        """Return the bound of a thought to so many tokens, or None where no token ends thoughts.
+
+        opened: whether the prompt opens the thought. If not, a token has to begin it, too.
+        """
+        end = self.controls.get(self.closing)
+        begins = [token for name, token in self.controls.items() if self.opening.startswith(name)]
+        if end is None or not (opened or begins):
+            return None
+        return ThoughtBudget(tokens, end, None if opened else begins[0])
+
     def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         """Return messages as the template expects them. Raises ValueError for those that it leaves out."""
         return [self.with_thoughts(message) for message in messages]
@@ -164,6 +175,7 @@ class Thinking:
     opened: bool
     on: bool = True
     """Whether the base is to think: if not, a grammar of the answer has no place for a thought."""
+    bound: ThoughtBudget | None = None
 
     def before(self, grammar: Grammar | None, *, calls: bool = False) -> Grammar | None:
         """Return the grammar of an answer with its thought: it describes what follows that.

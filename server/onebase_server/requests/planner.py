@@ -126,10 +126,13 @@ class OwnParts:
     def max_tokens(self) -> int | None:
         return None if self.defaults is None else self.defaults.max_tokens
 
+    @property
+    def prompt_prefix(self) -> str:
+        return (None if self.defaults is None else self.defaults.prompt_prefix) or ""
+
     def prefixed(self, prompt: str) -> str:
         """Return a prompt that is no conversation, with what the adapter has before each, once."""
-        prefix = None if self.defaults is None else self.defaults.prompt_prefix
-        return prompt if prefix is None or prompt.startswith(prefix) else prefix + prompt
+        return prompt if prompt.startswith(self.prompt_prefix) else self.prompt_prefix + prompt
 
 
 class AdapterFetcher(Protocol):
@@ -253,7 +256,7 @@ class Planner:
                 own = found
                 continue
             choice = check_generates(await choose(request))
-            found = await self._parts_for(choice, tenant, body)
+            found = await self.parts_for(choice, tenant, body)
             if found == own:
                 tokenizer = None if own.tokenizer is self._tokenizer else own.tokenizer
                 return replace(request, adapter=choice, tokenizer=tokenizer)
@@ -303,13 +306,9 @@ class Planner:
             choice = self._catalog.of(tenant).choose(reference)
         except ApiError:
             return OwnParts(self._tokenizer)
-        return await self._parts_for(choice, tenant, body)
+        return await self.parts_for(choice, tenant, body)
 
-    async def tokenizer_for(self, choice: AdapterChoice, tenant: str, body: AdapterFields) -> BaseTokenizer:
-        """Return the tokenizer of the adapters of a request. Raises StateConflictError."""
-        return (await self._parts_for(choice, tenant, body)).tokenizer
-
-    async def _parts_for(self, choice: AdapterChoice, tenant: str, body: AdapterFields | None) -> OwnParts:
+    async def parts_for(self, choice: AdapterChoice, tenant: str, body: AdapterFields | None) -> OwnParts:
         """Return the tokenizer and the defaults of the adapters of a request. Raises StateConflictError."""
         report, defaults, form = choice.report, None, None
         if choice.weighted:
@@ -794,13 +793,14 @@ class Planner:
                     f"chat_template_kwargs: this base's chat template has no variable {name[:60]!r}. {hint}.",
                     param="chat_template_kwargs",
                 )
-        switch = tokenizer.thinking_switch
+        switch, format = tokenizer.thinking_switch, tokenizer.thought_format
         if reasoning_effort == "none" and switch is not None:
             given.setdefault(switch.name, switch.off)
         elif reasoning_effort is not None and "reasoning_effort" in known:
-            format = tokenizer.thought_format
             effort = reasoning_effort if format is None else format.effort(reasoning_effort)
             given.setdefault("reasoning_effort", effort)
+        if format is not None and format.budget is not None and body.thinking_token_budget is not None:
+            given.setdefault(format.budget, body.thinking_token_budget)
         if body.continue_final_message:
             if not messages[-1].rendered()["content"].strip():
                 raise InvalidRequestError(
@@ -841,7 +841,18 @@ class Planner:
             if opened is None
             else opened
         )
-        return Thinking(format, bool(opened), on)
+        thinking, budget = Thinking(format, bool(opened), on), body.thinking_token_budget
+        if budget is None or not (on or opened):
+            return thinking
+        bound = format.bounded(budget, opened=bool(opened))
+        if bound is None:
+            raise InvalidRequestError(
+                "thinking_token_budget: this base's chat template has no token that ends a thought, so that "
+                "none can be ended early. Leave it out; max_tokens ends thoughts and texts alike.",
+                param="thinking_token_budget",
+                code="thinking_budget_not_supported",
+            )
+        return replace(thinking, bound=bound)
 
     async def _answer(
         self, tenant: str, body: ConversationFields, tokenizer: BaseTokenizer
@@ -1061,6 +1072,7 @@ def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted, end_tokens: t
         ignore_eos=bool(body.ignore_eos),
         logprobs=wanted.logprobs,
         prompt_logprobs=wanted.logprobs if wanted.echo and told is None else told,
+        thought=None if wanted.thinking is None else wanted.thinking.bound,
     )
 
 

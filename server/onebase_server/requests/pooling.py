@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from onebase_adapters.format.config import CLASSIFIERS
@@ -11,7 +11,7 @@ from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
 from onebase_server.inference.tokenization import BaseTokenizer
-from onebase_server.requests.planner import Planner, check_generates, check_prompts
+from onebase_server.requests.planner import OwnParts, Planner, check_generates, check_prompts
 from onebase_server.requests.schemas.generation import ConversationFields
 from onebase_server.requests.schemas.pooling import (
     ClassifyRequest,
@@ -47,10 +47,11 @@ class ReadingPlanner:
             raise InvalidRequestError(
                 f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
             )
-        own, deadline = await self._tokenizer_of(body, caller)
-        prompts, params = await self._inputs(caller.tenant, body.input, own)
+        parts, deadline = await self._parts_of(body, caller)
+        own = parts.tokenizer
+        prompts, params = await self._inputs(caller.tenant, body.input, own, parts.prefixed)
         jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"), own)
-        return await self._with_model(body, jobs, own, deadline)
+        return await self._with_model(body, jobs, own, deadline, parts.prompt_prefix)
 
     async def classify(self, body: ClassifyRequest, caller: Caller) -> list[GenerationRequest]:
         """Return requests whose choices are the logits of the inputs' classes; of their tokens', one after
@@ -100,9 +101,10 @@ class ReadingPlanner:
         With a classifier of one label, a pair is one choice: its logit. Else each field is one, once: its
         vector; the second result says in which order.
         """
-        own, deadline = await self._tokenizer_of(body, caller)
+        parts, deadline = await self._parts_of(body, caller)
+        own = parts.tokenizer
         empty = self._reading(new_id("score-"), body, [], [], caller, own)
-        choice = (await self._with_model(body, [empty], own, deadline))[0].adapter
+        choice = (await self._with_model(body, [empty], own, deadline, parts.prompt_prefix))[0].adapter
         if choice.task == "TOKEN_CLS" or choice.labels > 1:
             raise InvalidRequestError(
                 f"model: {choice.named!r} tells {choice.labels} classes apart, which is no score. Send it to "
@@ -132,7 +134,7 @@ class ReadingPlanner:
             jobs = self._pooled("score-", body, prompts, names, caller, Pooling(head=True), own)
             return [replace(one, adapter=choice, tokenizer=own, deadline=deadline) for one in jobs], []
         fields = {
-            param: text
+            param: parts.prefixed(text)
             for names, some in zip(params, pairs, strict=True)
             for param, text in zip(names, some, strict=True)
         }
@@ -143,10 +145,17 @@ class ReadingPlanner:
         return [replace(one, adapter=choice, tokenizer=own, deadline=deadline) for one in jobs], list(fields)
 
     async def _inputs(
-        self, tenant: str, given: str | list[str] | list[int] | list[list[int]], tokenizer: BaseTokenizer
+        self,
+        tenant: str,
+        given: str | list[str] | list[int] | list[list[int]],
+        tokenizer: BaseTokenizer,
+        written: Callable[[str], str] = str,
     ) -> tuple[list[Prompt], list[str]]:
-        """Return the prompts, and the fields that they are from."""
-        found = inputs_of(given)
+        """Return the prompts, and the fields that they are from.
+
+        written: returns a text as the adapter reads it.
+        """
+        found = [written(one) if isinstance(one, str) else one for one in inputs_of(given)]
         texts = [one for one in found if isinstance(one, str)]
         tokens = iter(await self._planner.texts(tenant, "input", texts, tokenizer=tokenizer))
         prompts = [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in found]
@@ -271,11 +280,16 @@ class ReadingPlanner:
 
     async def _tokenizer_of(self, body: ReadingFields, caller: Caller) -> tuple[BaseTokenizer, float | None]:
         """Return the tokenizer of a request's adapter, which is fetched first, and the request's deadline."""
+        parts, deadline = await self._parts_of(body, caller)
+        return parts.tokenizer, deadline
+
+    async def _parts_of(self, body: ReadingFields, caller: Caller) -> tuple[OwnParts, float | None]:
+        """Return the parts of a request's adapter, which is fetched first, and the request's deadline."""
         self._planner.check_model(caller.tenant, body.model or self._planner.base_name, body)
         self._planner.check_limits(1, body.timeout_s)
         deadline = self._planner.deadline_of(body, caller)
         await self._planner.pull_first(caller.tenant, body.model, body, deadline)
-        return await self._planner.tokenizer_of(caller.tenant, body.model, body), deadline
+        return await self._planner.parts_of(caller.tenant, body.model, body), deadline
 
     async def _with_model(
         self,
@@ -283,15 +297,20 @@ class ReadingPlanner:
         jobs: Sequence[GenerationRequest],
         tokenizer: BaseTokenizer,
         deadline: float | None,
+        prefix: str | None = None,
     ) -> list[GenerationRequest]:
         """Return the jobs with their adapter. Raises UnavailableError if it turns out to have another
-        tokenizer than the one that made their tokens."""
+        tokenizer than the one that made their tokens, or other defaults than the prefix in them.
+
+        prefix: text before each prompt; None: the adapter's defaults are not used.
+        """
         model = body.model or self._planner.base_name
         jobs = [replace(job, deadline=deadline) for job in jobs]
         adapter = await self._planner.choose(model, body, jobs[0])
-        if await self._planner.tokenizer_for(adapter, jobs[0].tenant, body) is not tokenizer:
+        found = await self._planner.parts_for(adapter, jobs[0].tenant, body)
+        if found.tokenizer is not tokenizer or prefix not in (None, found.prompt_prefix):
             raise UnavailableError(
-                "The adapter's active version has just changed, and has another tokenizer. Try again.",
+                "The adapter's active version has just changed, and reads texts otherwise. Try again.",
                 code="adapter_unavailable",
                 retry_after=0.1,
             )

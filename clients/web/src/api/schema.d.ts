@@ -1881,6 +1881,11 @@ export interface components {
              */
             continue_final_message?: boolean | null;
             /**
+             * Thinking Token Budget
+             * @description most tokens of the thought before an answer, which is then ended; refused where the base's chat template has no token that ends thoughts
+             */
+            thinking_token_budget?: number | null;
+            /**
              * Instruction
              * @description one more message of the user, at the end; "": not even the adapter's own
              */
@@ -2606,6 +2611,11 @@ export interface components {
              */
             continue_final_message?: boolean | null;
             /**
+             * Thinking Token Budget
+             * @description most tokens of the thought before an answer, which is then ended; refused where the base's chat template has no token that ends thoughts
+             */
+            thinking_token_budget?: number | null;
+            /**
              * Instruction
              * @description one more message of the user, at the end; "": not even the adapter's own
              */
@@ -3049,6 +3059,11 @@ export interface components {
              */
             continue_final_message?: boolean | null;
             /**
+             * Thinking Token Budget
+             * @description most tokens of the thought before an answer, which is then ended; refused where the base's chat template has no token that ends thoughts
+             */
+            thinking_token_budget?: number | null;
+            /**
              * Instruction
              * @description one more message of the user, at the end; "": not even the adapter's own
              */
@@ -3403,6 +3418,11 @@ export interface components {
              */
             continue_final_message?: boolean | null;
             /**
+             * Thinking Token Budget
+             * @description most tokens of the thought before an answer, which is then ended; refused where the base's chat template has no token that ends thoughts
+             */
+            thinking_token_budget?: number | null;
+            /**
              * Instruction
              * @description one more message of the user, at the end; "": not even the adapter's own
              */
@@ -3628,7 +3648,7 @@ export interface components {
             type: "enabled" | "adaptive" | "disabled";
             /**
              * Budget Tokens
-             * @description changes nothing where the base's chat template does not ask for it
+             * @description most tokens of the thought; changes nothing where the base's chat template has no token that ends thoughts
              */
             budget_tokens?: number | null;
             /**
@@ -3669,7 +3689,7 @@ export interface components {
             return_token_strs?: boolean | null;
             /**
              * Adapter Defaults
-             * @description false: messages without the defaults that the adapter came with
+             * @description false: without the defaults that the adapter came with
              */
             adapter_defaults?: boolean | null;
         };

@@ -167,6 +167,13 @@ export class Compare {
     }
   }
 
+  /** What was said up to an answer, and the answer. */
+  judged(column: Column, reply: Reply): Messages {
+    const said: Messages = [...column.before(reply), { role: 'user', content: reply.message }, { role: 'assistant', content: reply.said }]
+    const { messages } = this.request(column.target, said)
+    return messages ?? said
+  }
+
   /** What a column is asked next, or was asked last. */
   bodyOf(column: Column): GenerateRequest {
     const { last } = column

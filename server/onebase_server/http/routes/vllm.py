@@ -167,7 +167,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
         chat = await off_loop(request, body.conversation)
         tokens = await planner.chat_tokens(caller.tenant, chat, body.messages, own=parts)
     else:
-        special, texts = body.add_special_tokens is not False, [body.prompt or ""]
+        special, texts = body.add_special_tokens is not False, [parts.prefixed(body.prompt or "")]
         (tokens,) = await planner.texts(caller.tenant, "prompt", texts, special=special, tokenizer=own)
     names = await planner.names_of(caller.tenant, tokens, own) if body.return_token_strs else None
     return json_response(TokensAnswer(len(tokens), planner.max_length, tokens, names))

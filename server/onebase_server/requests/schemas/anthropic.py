@@ -285,7 +285,8 @@ class ThinkingConfig(Typed):
         default=None,
         ge=1,
         le=MAX_TOKENS,
-        description="changes nothing where the base's chat template does not ask for it",
+        description="most tokens of the thought; changes nothing where the base's chat template has no token "
+        "that ends thoughts",
     )
     display: Literal["summarized", "omitted"] | None = Field(
         default=None, description="omitted: the thought's text is not sent"
@@ -445,6 +446,8 @@ class ConversationRequest(Tolerant):
         budget = self.thinking.budget_tokens if self.thinking is not None and thinks else None
         if format is not None and format.budget is not None and budget is not None:
             options.setdefault(format.budget, budget)
+        if format is not None and budget is not None and format.bounded(budget, opened=False) is not None:
+            fields["thinking_token_budget"] = budget
         return fields | {"chat_template_kwargs": options} | self._format_fields()
 
     @property

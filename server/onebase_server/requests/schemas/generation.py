@@ -325,6 +325,13 @@ class ConversationFields(SamplingBody):
     continue_final_message: bool | None = Field(
         default=None, description="the answer continues where the last message ends"
     )
+    thinking_token_budget: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOKENS,
+        description="most tokens of the thought before an answer, which is then ended; refused where the "
+        "base's chat template has no token that ends thoughts",
+    )
     instruction: str | None = Field(
         default=None, description='one more message of the user, at the end; "": not even the adapter\'s own'
     )

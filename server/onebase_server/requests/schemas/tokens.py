@@ -28,7 +28,7 @@ class TokenizeRequest(Tolerant):
     )
     return_token_strs: bool | None = None
     adapter_defaults: bool | None = Field(
-        default=None, description="false: messages without the defaults that the adapter came with"
+        default=None, description="false: without the defaults that the adapter came with"
     )
 
     neutral: ClassVar = {"chat_template": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},)}
