@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Checks and measures OneBase on a machine with a GPU, in one go and without a network.
+"""Checks and measures OneBase on a machine with a GPU, in commands of ten minutes and without a network.
 
 Needs no base: one of Llama-3.1-8B's shape with random 4-bit weights is made on the card. Each part is a
-process with a time limit of its own; whatever becomes of one, the others run. Everything is over in
-`--minutes`. Leaves gpu-check.json and a page, gpu-check.md. Exit status: 0 if all of it holds, else 1.
+process with a time limit of its own, the most valuable first; whatever becomes of one, the others run. After
+each finding the report is written anew, so that a run that is cut off leaves what it had. Leaves
+gpu-check.json, a page, gpu-check.md, and the logs; files are made in a scratch folder. Exit status: 0 if all
+of it holds, else 1.
 
   make gpu-check                                            # or: python3 benchmarks/gpu_check.py
-  make gpu-check CHECK_ARGS="--only machine,kernels --minutes 9"
+  make gpu-check CHECK_ARGS="--command 2"                   # the second ten minutes, into the same report
+  make gpu-check CHECK_ARGS="--only kernels,engine --minutes 5"
   make gpu-check CHECK_ARGS="--bundle onebase-gpu-check.tar"   # where there is a network: what to carry
-  make gpu-check CHECK_ARGS="--device cpu"                  # under Triton's interpreter: whether it would run
+  make gpu-check CHECK_ARGS="--rehearse"                    # no GPU: the whole schedule, on a tiny base
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,40 +40,64 @@ from bench.processes import end_on_signals, tail
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("engine", "server", "adapters", "clients/python", "benchmarks", "")
-MINUTES = 30.0
+MINUTES = 9.5
+"""Time of one command, in minutes, where a command may take ten."""
+LEAST, MOST = 0.5, 2.0
+"""Part of its time that a part must have left to be begun, and multiple of it that it may have with what
+earlier ones left, so that one that hangs takes no more."""
 END_SECONDS = 10.0
 """Time, in seconds, after which a killed process is given up."""
+AGAIN_SECONDS = 60.0
+"""Limit, in seconds, of a failed part that runs once more with its launches one by one."""
+LOGGED_BYTES, CARRIED_BYTES = 2 << 20, 24 << 20
+"""Largest size, in bytes, of one file of the logs, and of Triton's cache, that is kept with the report."""
 _CHILD_SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl(2)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """`seconds`: its limit, when all run in MINUTES. `module`: what is run as a program, with its name."""
+    """A part of the check: a program, `module`, that is run with the part's name."""
 
     name: str
     title: str
     seconds: float
+    """Limit on its time. What earlier parts did not use is added."""
     module: str = "bench.gpu_parts"
+    command: int = 1
+    """Number of the command, of ten minutes, that it belongs to."""
 
 
-MACHINE = Part("machine", "the machine", 120)
+MACHINE = Part("machine", "the machine", 45, "bench.gpu_machine")
 PARTS = (
-    Part("kernels", "kernels against PyTorch", 360, "bench.gpu_kernels"),
-    Part("engine", "the engine", 240),
-    Part("invariance", "a row's bits in any company", 240),
-    Part("memory", "out of memory by a long prompt", 90),
-    Part("proof", "attach, proof and kills beside the engine", 240, "bench.gpu_processes"),
-    Part("training", "a training job beside the engine", 210, "bench.gpu_processes"),
-    Part("peft", "transformers + PEFT on the same base", 120),
-    Part("tests", "the engine's and adapters' tests", 180, "bench.gpu_processes"),
+    Part("forms", "what is compiled", 85, "bench.gpu_forms"),
+    Part("bits", "sums to the last bit", 50, "bench.gpu_forms"),
+    Part("kernels", "kernels against PyTorch", 110, "bench.gpu_kernels"),
+    Part("engine", "the engine", 130),
+    Part("invariance", "a row's bits in any company", 100),
+    Part("sanitizer", "reads and writes within bounds", 45, "bench.gpu_forms"),
+    Part("memory", "out of memory by a long prompt", 80, command=2),
+    Part("proof", "attach, proof and kills beside the engine", 150, "bench.gpu_processes", command=2),
+    Part("training", "a training job beside the engine", 150, "bench.gpu_processes", command=2),
+    Part("peft", "transformers + PEFT on the same base", 55, command=2),
+    Part("tests", "the engine's and adapters' tests", 80, "bench.gpu_processes", command=2),
 )
+COMMANDS = sorted({part.command for part in PARTS})
+NOTHING: dict[str, Any] = {"error": "", "figures": [], "checks": [], "tables": [], "seconds": 0.0}
+Note = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Function that writes the report of these results."""
 
 
 def run_part(
-    part: Part, setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
+    part: Part,
+    setup: Mapping[str, str],
+    environment: Mapping[str, str],
+    seconds: float,
+    note: Callable[[Mapping[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Run a part in a process of its own, for at most so long; return what it has found, however it ends.
+
+    `note` is told what it has found so far, each time that there is more.
 
     Nothing that it has started is left, or it would have memory of the GPU that the next part needs.
     """
@@ -90,9 +119,7 @@ def run_part(
         )
         over = False
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            over = True
+            over = not _ended(process, began + seconds, file, note)
         finally:
             _adopt(True)  # once more: it holds for the whole process, which others may use too
             with suppress(ProcessLookupError):
@@ -112,8 +139,28 @@ def run_part(
     elif found["state"] == "ok" and not found["checks"] and part.name != MACHINE.name:
         found |= {"state": "failed", "error": "it found nothing to check"}
     if found["state"] in ("failed", "timed out"):
-        found["log"] = tail(log, 25)[-4000:]
+        found["log"] = tail(log, 120)[-12000:]
     return {"part": part.name, "title": part.title, "seconds": time.monotonic() - began, **found}
+
+
+def _ended(
+    process: subprocess.Popen[bytes], until: float, file: Path, note: Callable[[Mapping[str, Any]], None]
+) -> bool:
+    """Wait for a process and pass on its findings; return False if it still runs at `until`, in monotonic
+    seconds."""
+    known = 0
+    while True:
+        left = until - time.monotonic()
+        try:
+            process.wait(max(min(left, 1.0), 0.0))
+            return True
+        except subprocess.TimeoutExpired:
+            if left <= 1.0:
+                return False
+        with suppress(OSError, ValueError):
+            if (changed := file.stat().st_mtime_ns) != known:
+                known = changed
+                note(json.loads(file.read_text()))
 
 
 def _status(code: int | None) -> str:
@@ -156,21 +203,39 @@ def _children() -> set[int]:
 
 
 def run_parts(
-    parts: Sequence[Part], setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
+    parts: Sequence[Part],
+    setup: Mapping[str, str],
+    environment: Mapping[str, str],
+    seconds: float,
+    note: Note = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """Run part after part, each told at the terminal. Their limits share `seconds` as they share MINUTES.
+    """Run part after part within `seconds`, each told at the terminal, and have the report written meanwhile.
 
-    Ctrl-C and the like end the part that runs; the others are reported as not run.
+    Each has its own time and what earlier ones left, MOST times its own at most. Where there is too little
+    for all of them, the last ones are not run. Ctrl-C and the like end the part that runs, and all others.
     """
-    scale, results = seconds / sum(part.seconds for part in parts), list[dict[str, Any]]()
-    left = list(parts)
+    until, results, left = time.monotonic() + seconds, list[dict[str, Any]](), list(parts)
     try:
         while left:
-            part = left[0]
+            part, remaining = left[0], until - time.monotonic()
+            spare = max(remaining - sum(one.seconds for one in left), 0.0)
+            limit = min(part.seconds + spare, MOST * part.seconds, remaining)
+            if limit < LEAST * part.seconds:
+                left.pop(0)
+                error = f"{remaining:.0f} s are left, and it takes up to {part.seconds:.0f} s"
+                results.append(_missing(part, error))
+                print(f"{part.name:<12}not run         {error}", flush=True)
+                continue
             print(f"{part.name:<12}", end="", flush=True)
-            result = run_part(part, setup, environment, max(part.seconds * scale, 1.0))
+
+            def grow(found: Mapping[str, Any], part: Part = part) -> None:
+                note([*results, {**_missing(part), **found, "state": "running"}, *map(_missing, left[1:])])
+
+            grow({})
+            result = run_part(part, setup, environment, limit, grow)
             results.append(result)
             left.pop(0)
+            note([*results, *map(_missing, left)])
             wrong = [check["name"] for check in result["checks"] if not check["held"]]
             said = [result["error"].partition("\n")[0], *(f"FAILS: {name}" for name in wrong)]
             print(
@@ -179,10 +244,32 @@ def run_parts(
             )
     except (KeyboardInterrupt, SystemExit):
         print("interrupted", flush=True)
-    nothing: dict[str, Any] = {"figures": [], "checks": [], "tables": [], "seconds": 0.0}
-    for part in left:
-        results.append({"part": part.name, "title": part.title, "state": "not run", "error": "", **nothing})
+    results += map(_missing, left)
+    note(results)
     return results
+
+
+def _missing(part: Part, error: str = "") -> dict[str, Any]:
+    return {"part": part.name, "title": part.title, "state": "not run", **NOTHING, "error": error}
+
+
+def run_again(
+    results: Sequence[Mapping[str, Any]],
+    setup: Mapping[str, str],
+    environment: Mapping[str, str],
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Run the parts that failed once more, with their launches one by one, so that an error has its place."""
+    failed = {result["part"] for result in results if result["state"] == "failed"}
+    parts = [
+        replace(part, title=f"{part.title}, launches one by one", seconds=AGAIN_SECONDS)
+        for part in PARTS
+        if part.name in failed
+    ]
+    folder = str(Path(setup["folder"]) / "again")
+    one_by_one = {**environment, "CUDA_LAUNCH_BLOCKING": "1"}
+    again = run_parts(parts, {**setup, "folder": folder}, one_by_one, seconds)
+    return [{**result, "part": f"{result['part']} again"} for result in again if result["state"] != "not run"]
 
 
 def environment_of(device: str, folder: Path) -> dict[str, str]:
@@ -203,6 +290,7 @@ def environment_of(device: str, folder: Path) -> dict[str, str]:
     paths = [str(site), *(str(ROOT / source) for source in SOURCES), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
+        "TRITON_CACHE_DIR": str(folder / "triton"),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -228,56 +316,166 @@ def main(argv: Sequence[str]) -> int:
     add = asked.add
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: under Triton's interpreter")
     add("--shape", choices=("8b", "tiny"), help="of the random base; by default 8b, and tiny on the CPU")
-    add("--only", type=names(*known), default=known, help=f"comma-separated: {', '.join(known)}")
-    asked.number("minutes", MINUTES, "for all of it; the parts that run share them")
+    add(
+        "--command",
+        type=int,
+        choices=COMMANDS,
+        help="run the parts of these ten minutes (default: the first)",
+    )
+    add("--only", type=names(*known), help=f"run these parts, comma-separated: {', '.join(known)}")
+    asked.number("minutes", MINUTES, "for all of it")
+    add("--rehearse", action="store_true", help="run all parts without a GPU, within their limits")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the report")
+    add("--cache", type=Path, metavar="FILE", help="gpu-check-triton.tar.gz of an earlier run on such a card")
     add("--bundle", type=Path, metavar="FILE", help="write what to carry to a machine without a network")
+    add("--python", help="with --bundle: for this version alone, as in 3.12")
+    add("--cuda", help="with --bundle: for this version of CUDA alone, as in 130")
+    add(
+        "--there", type=Path, metavar="FILE", help="with --bundle: `pip list --format=freeze` of that machine"
+    )
     parser = asked.parser
     options = parser.parse_args(argv)
     if sys.version_info < (3, 11):  # noqa: UP036 (there it is whatever the machine has)
         parser.error(f"OneBase runs on Python 3.11 and newer; {sys.executable} is older")
     if options.bundle is not None:
-        return gpu_bundle.write_bundle(ROOT, options.bundle)
-    shape = options.shape or ("tiny" if options.device == "cpu" else "8b")
-    if (options.device, shape) == ("cpu", "8b"):
+        return gpu_bundle.write_bundle(
+            ROOT,
+            options.bundle,
+            pythons=(options.python,) if options.python else gpu_bundle.PYTHONS,
+            cuda=options.cuda,
+            there=gpu_bundle.installed(options.there.read_text()) if options.there else {},
+        )
+    device = "cpu" if options.rehearse else options.device
+    shape = options.shape or ("tiny" if device == "cpu" else "8b")
+    if (device, shape) == ("cpu", "8b"):
         parser.error("an 8B takes days under Triton's interpreter: --shape tiny is for --device cpu")
     end_on_signals()
     output: Path = options.output.resolve()
-    folder = output / "gpu-check"
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = environment_of(options.device, folder)
-    began, started = now(), time.monotonic()
-    setup = {"device": options.device, "shape": shape, "folder": str(folder)}
-    results = run_parts((MACHINE,), setup, environment, min(MACHINE.seconds, options.minutes * 60))
-    facts = results[0].get("facts", {})
-    if options.device == "cuda" and facts.get("GPU") is None:
-        print(results[0].get("log", ""), file=sys.stderr)
-        said = (results[0].get("log") or results[0]["error"]).strip().splitlines() or ["interrupted"]
-        if "no GPU" in facts:
-            print(f"There is no GPU here that can be used: {facts['no GPU']}")
-        else:
-            print(f"Whether there is a GPU here could not be seen: {said[-1]}")
-        print(gpu_bundle.advice())
-        return 1
-    wanted = [part for part in PARTS if part.name in options.only]
-    if wanted and results[0]["state"] != "not run":
-        left = options.minutes * 60 - (time.monotonic() - started)
-        results += run_parts(wanted, setup, environment, max(left, 1.0))
-    report = {
-        "format": 1,
-        "ok": all(map(held, results)) and any(result["checks"] for result in results),
-        "device": options.device,
-        "shape": shape,
-        "began": began,
-        "seconds": time.monotonic() - started,
-        "commit": _commit(),
-        "machine": facts,
-        "parts": results,
-    }
-    (output / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
-    (output / "gpu-check.md").write_text(page(report))
-    print(f"{'All of it holds.' if report['ok'] else 'Not all of it holds.'} {output / 'gpu-check.md'}")
-    return 0 if report["ok"] else 1
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="onebase-gpu-check-", ignore_cleanup_errors=True) as scratch:
+        check = Run(options, output, Path(scratch), device, shape)
+        return check.rehearse() if options.rehearse else check.run()
+
+
+class Run:
+    """One command of the check, and the report that it adds to."""
+
+    def __init__(self, options: Any, output: Path, folder: Path, device: str, shape: str) -> None:
+        self._options, self._output, self._folder = options, output, folder
+        self._environment = environment_of(device, folder)
+        if options.cache is not None:
+            with tarfile.open(options.cache) as tar:
+                tar.extractall(folder, filter="data")
+        self._setup = {"device": device, "shape": shape, "folder": str(folder)}
+        self._report: dict[str, Any] = {
+            "format": 2, "ok": False, "device": device, "shape": shape, "began": now(), "seconds": 0.0,
+            "commit": _commit(), "machine": {}, "parts": [],
+        }  # fmt: skip
+        self._started = time.monotonic()
+        self._before: list[dict[str, Any]] = []
+
+    def run(self) -> int:
+        """Run the parts that were asked for. Return the exit status."""
+        options, seconds = self._options, self._options.minutes * 60
+        wanted = [part for part in PARTS if self._wants(part)]
+        (looked,) = self._look(seconds)
+        facts = looked.get("facts", {})
+        if self._setup["device"] == "cuda" and facts.get("GPU") is None:
+            return _without_gpu(looked)
+        self._continue(facts)
+        results = [looked]
+        if wanted and looked["state"] != "not run":
+            left = seconds - (time.monotonic() - self._started)
+            results += run_parts(
+                wanted, self._setup, self._environment, max(left, 1.0), self._note_after(looked)
+            )
+            left = seconds - (time.monotonic() - self._started)
+            if self._setup["device"] == "cuda" and options.only is None and left > AGAIN_SECONDS / 2:
+                results += run_again(results, self._setup, self._environment, left)
+        return self._end(results)
+
+    def rehearse(self) -> int:
+        """Run all parts within their limits, and check that all to carry is here. Return the exit status."""
+        missing = gpu_bundle.missing()
+        for name in missing:
+            print(f"to be carried, and not here: {name}")
+        results = self._look(MACHINE.seconds)
+        self._report["machine"] = results[0].get("facts", {})
+        for command in COMMANDS:
+            parts = [part for part in PARTS if part.command == command]
+            if (sum_ := sum(part.seconds for part in (MACHINE, *parts))) > MINUTES * 60:
+                raise SystemExit(
+                    f"the parts of command {command} take {sum_:.0f} s, and it has {MINUTES} minutes"
+                )
+            results += run_parts(parts, self._setup, self._environment, sum_, self._note_after(*results))
+        return self._end(results) or int(bool(missing))
+
+    def _wants(self, part: Part) -> bool:
+        if self._options.only is not None:
+            return part.name in self._options.only
+        return part.command == (self._options.command or COMMANDS[0])
+
+    def _look(self, seconds: float) -> list[dict[str, Any]]:
+        return run_parts((MACHINE,), self._setup, self._environment, max(min(MACHINE.seconds, seconds), 1.0))
+
+    def _continue(self, facts: Mapping[str, Any]) -> None:
+        """Keep what an earlier command of the same check has found."""
+        self._report["machine"] = facts
+        with suppress(OSError, ValueError):
+            old = json.loads((self._output / "gpu-check.json").read_text())
+            same = all(old[name] == self._report[name] for name in ("format", "device", "shape", "commit"))
+            if same and old["machine"].get("GPU") == facts.get("GPU") and self._options.command is not None:
+                self._before = [part for part in old["parts"] if part["part"] != MACHINE.name]
+
+    def _note_after(self, *before: Mapping[str, Any]) -> Note:
+        return lambda results: self._write([*before, *results])
+
+    def _write(self, results: Sequence[Mapping[str, Any]]) -> None:
+        now_run = {result["part"] for result in results}
+        parts = [*results, *(part for part in self._before if part["part"] not in now_run)]
+        ok = all(map(held, parts)) and any(part["checks"] for part in parts)
+        self._report |= {"parts": parts, "ok": ok, "seconds": time.monotonic() - self._started}
+        for name, text in (("json", json.dumps(self._report, indent=1) + "\n"), ("md", page(self._report))):
+            part = self._output / f"gpu-check.{name}.part"
+            part.write_text(text)
+            part.replace(self._output / f"gpu-check.{name}")
+
+    def _end(self, results: Sequence[Mapping[str, Any]]) -> int:
+        self._write(results)
+        _keep_logs(self._folder, self._output / "gpu-check-logs.tar.gz")
+        cache = self._folder / "triton"
+        size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+        if self._setup["device"] == "cuda" and size > 0:
+            file = self._output / "gpu-check-triton.tar.gz"
+            with tarfile.open(file, "w:gz") as tar:
+                tar.add(cache, "triton")
+            if file.stat().st_size > CARRIED_BYTES:
+                file.unlink()
+        print((self._output / "gpu-check.md").read_text())
+        holds = self._report["ok"]
+        print(f"{'All of it holds.' if holds else 'Not all of it holds.'} {self._output / 'gpu-check.md'}")
+        return 0 if holds else 1
+
+
+def _without_gpu(looked: Mapping[str, Any]) -> int:
+    facts = looked.get("facts", {})
+    print(looked.get("log", ""), file=sys.stderr)
+    said = (looked.get("log") or looked["error"]).strip().splitlines() or ["interrupted"]
+    if "no GPU" in facts:
+        print(f"There is no GPU here that can be used: {facts['no GPU']}")
+    else:
+        print(f"Whether there is a GPU here could not be seen: {said[-1]}")
+    print(gpu_bundle.advice())
+    return 1
+
+
+def _keep_logs(folder: Path, file: Path) -> None:
+    """Write the parts' logs and findings into one file."""
+    with tarfile.open(file, "w:gz") as tar:
+        for pattern in ("*/log", "*/*.log", "*/*.json", "again/*/log", "again/*/*.json"):
+            for path in sorted(folder.glob(pattern)):
+                if path.stat().st_size <= LOGGED_BYTES:
+                    tar.add(path, path.relative_to(folder))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -65,9 +65,20 @@ def requirements() -> str:
 
 
 def write_bundle(
-    root: Path, file: Path, roots: Sequence[str] = ROOTS, pythons: Sequence[str] = PYTHONS
+    root: Path,
+    file: Path,
+    roots: Sequence[str] = ROOTS,
+    pythons: Sequence[str] = PYTHONS,
+    *,
+    cuda: str | None = None,
+    there: Mapping[str, str] | None = None,
 ) -> int:
-    """Write the file, and say what it holds and lacks. Exit status: 0 if nothing is lacking."""
+    """Write the file, and say what it holds and lacks. Exit status: 0 if nothing is lacking.
+
+    Args:
+        cuda: version of CUDA, as in 130, that bitsandbytes' library is for; None: all that torch may have.
+        there: versions of what that machine has, by name; what has the same version is not carried.
+    """
     try:
         files = list(_sources(root))
     except (OSError, subprocess.SubprocessError) as error:
@@ -75,7 +86,9 @@ def write_bundle(
         return 1
     with tempfile.TemporaryDirectory(prefix="onebase-bundle-") as temporary:
         folder = Path(temporary)
-        lacking = _collect(folder, roots, pythons)
+        if there and "numpy" not in there:
+            roots = (*roots, "numpy")  # which torch does without
+        lacking = _collect(folder, roots, pythons, useless(cuda), there or {})
         wheels = sorted(folder.glob("*.whl"), key=lambda path: path.stat().st_size)
         left_out = []
         while _write(root, file, files, wheels) > LIMIT and wheels:
@@ -116,19 +129,53 @@ def _write(root: Path, file: Path, files: Sequence[str], wheels: Sequence[Path])
     return file.stat().st_size
 
 
-def _collect(folder: Path, roots: Sequence[str], pythons: Sequence[str]) -> list[str]:
+def missing(roots: Sequence[str] = ROOTS) -> list[str]:
+    """Return what would have to be carried and is not installed here."""
+    lacking: list[str] = []
+    _closure(roots, lacking)
+    return lacking
+
+
+def installed(listed: str) -> dict[str, str]:
+    """Return versions by name, from what `pip list --format=freeze` prints."""
+    pairs = (line.strip().partition("==") for line in listed.splitlines())
+    return {_key(name): version.partition("+")[0] for name, _, version in pairs if version}
+
+
+def useless(cuda: str | None) -> re.Pattern[str]:
+    """Return a pattern of files that are left out of wheels. `cuda`: the only version that is wanted."""
+    if cuda is None:
+        return USELESS
+    return re.compile(rf"bitsandbytes/libbitsandbytes_(rocm|xpu|cuda(?!{re.escape(cuda)}\.))|/tests?/")
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _collect(
+    folder: Path,
+    roots: Sequence[str],
+    pythons: Sequence[str],
+    left_out: re.Pattern[str],
+    there: Mapping[str, str],
+) -> list[str]:
     """Put wheels for all `pythons` into the folder; says which could not be had."""
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     lacking: list[str] = []
     for distribution in _closure(roots, lacking):
         name, version = distribution.metadata["Name"], distribution.version
+        if there.get(_key(name)) == version:
+            continue
         tags = re.findall(r"^Tag: (\S+)", distribution.read_text("WHEEL") or "", re.M)
         ours = [tag for tag in tags if tag.endswith(("-any", "x86_64")) and "musllinux" not in tag]
         ours.sort(key=lambda tag: not fits(tag, sys.version_info[:2]))
         if ours:
-            _pack(distribution, folder / f"{name.replace('-', '_')}-{version}-{ours[0]}.whl")
-        everywhere = any(fits(tag, (3, 11)) and fits(tag, (3, 13)) for tag in ours)
-        for python in () if everywhere else [one for one in pythons if one != here or not ours]:
+            wheel = folder / f"{name.replace('-', '_')}-{version}-{ours[0]}.whl"
+            if here in pythons or fits_all(ours, pythons):
+                _pack(distribution, wheel, left_out)
+        others = [one for one in pythons if one != here or not ours]
+        for python in () if fits_all(ours, pythons) else others:
             if not _fetch(folder, f"{name}=={version}", python):
                 lacking.append(f"{name} {version} for Python {python} on Linux, x86-64")
     return lacking
@@ -140,7 +187,7 @@ def _closure(roots: Sequence[str], lacking: list[str]) -> list[metadata.Distribu
 
     def walk(names: Sequence[str], known: dict[str, metadata.Distribution], without: set[str]) -> None:
         for name in names:
-            key = re.sub(r"[-_.]+", "-", name).lower()
+            key = _key(name)
             if key in known or key in without or key.startswith(("nvidia-", "cuda-")):
                 continue
             try:
@@ -160,16 +207,16 @@ def _closure(roots: Sequence[str], lacking: list[str]) -> list[metadata.Distribu
     said = len(lacking)
     walk(THERE, there, set())
     del lacking[said:]  # none of it is carried
-    walk(roots, known, {*there, *THERE, *SPARED})
+    walk(roots, known, {*there, *THERE, *SPARED} - set(roots))
     return list(known.values())
 
 
-def _pack(distribution: metadata.Distribution, file: Path) -> None:
+def _pack(distribution: metadata.Distribution, file: Path, left_out: re.Pattern[str] = USELESS) -> None:
     """Write a wheel of the files that are installed, without those that are of no use there."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as wheel:
         for path in distribution.files or ():
             name = path.as_posix()
-            if name.startswith("..") or "__pycache__" in name or USELESS.search(name):
+            if name.startswith("..") or "__pycache__" in name or left_out.search(name):
                 continue
             if (source := Path(str(path.locate()))).is_file():
                 wheel.write(source, name)
@@ -201,6 +248,12 @@ def fits(tag: str, python: tuple[int, int]) -> bool:
         if "abi3" in abis and (found := re.fullmatch(r"cp3(\d+)", one)) and int(found[1]) <= minor:
             return True
     return False
+
+
+def fits_all(tags: Sequence[str], pythons: Sequence[str]) -> bool:
+    """Return True if one wheel, with one of these tags, is for all these versions of Python."""
+    wanted = [tuple(map(int, python.split("."))) for python in pythons]
+    return any(all(fits(tag, (major, minor)) for major, minor in wanted) for tag in tags)
 
 
 def unpack(wheels: Path, site: Path) -> None:

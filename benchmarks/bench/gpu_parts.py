@@ -8,18 +8,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import os
-import platform
 import shutil
-import subprocess
 import sys
-import sysconfig
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,52 +41,7 @@ from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.kernels.weights import weights_bytes
 from onebase_server.processes.engine import sizes
 
-NEEDED = ("numpy", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "msgspec", "safetensors")
 BLOCK = 16
-
-
-def machine(setup: Setup, found: Findings) -> None:
-    """Report the machine, and check that all packages that the other parts need can be imported."""
-    found.fact("Python", platform.python_version())
-    found.fact("torch", torch.__version__)
-    for name in NEEDED:
-        try:
-            found.fact(name, metadata.version(name))
-            importlib.import_module(name)
-        except Exception as error:
-            found.check(f"{name} can be imported", False, f"{type(error).__name__}: {error}")
-    if setup.device == "cpu":
-        return
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        found.fact("no GPU", f"torch {torch.__version__} {'sees none' if built else 'is built without CUDA'}")
-        return
-    facts: Any = torch.cuda.get_device_properties(0)
-    found.fact("GPU", facts.name)
-    found.fact("memory", f"{facts.total_memory / 1e9:.1f} GB")
-    found.fact("capability", f"{facts.major}.{facts.minor}")
-    found.fact("multiprocessors", facts.multi_processor_count)
-    found.fact("CUDA", torch.version.cuda)
-    found.fact("driver", _driver())
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    found.check("Python's headers are here, which Triton compiles with", header.exists(), str(header))
-    found.check(
-        "a C compiler is here, which Triton compiles with", compiler() is not None, "gcc, clang or CC"
-    )
-    found.check("a sum on the GPU", bool(torch.ones(8, device="cuda").sum() == 8))
-
-
-def compiler() -> str | None:
-    """Return the C compiler that Triton takes: what CC names, else gcc or clang, and no cc."""
-    told = os.environ.get("CC")
-    return shutil.which("gcc") or shutil.which("clang") if told is None else shutil.which(told)
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    return "unknown"
 
 
 # ---- what several parts need ---------------------------------------------------------------------
@@ -166,6 +117,20 @@ class Asked:
             adapters=[protocol.AdapterRef(*one) for one in self.adapters],
             tenant=self.tenant,
         )
+
+
+def ledger(setup: Setup, found: Findings, when: str) -> None:
+    """Report who has the device's memory."""
+    if setup.device != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info()
+    stats = torch.cuda.memory_stats()
+    held = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    held["of the driver, used"] = total - free
+    found.figure(f"memory {when}", ", ".join(f"{size / 1e9:.2f} GB {what}" for what, size in held.items()))
+    short = {name: stats.get(name, 0) for name in ("num_alloc_retries", "num_ooms")}
+    if any(short.values()):
+        found.figure(f"lack of memory {when}", str(short))
 
 
 def counted(number: int, noun: str) -> str:
@@ -292,6 +257,7 @@ def engine(setup: Setup, found: Findings) -> None:
     finish(setup)
     found.figure("making the base", time.perf_counter() - began, "s")
     found.figure("the base", base_bytes(base) / 1e9, "GB")
+    ledger(setup, found, "with the base")
     loads = SMALL if setup.interpreted else FULL
     prompt, warm, steps = (5, 2, 2) if setup.interpreted else (128, 8, 40)
     slots, rows = (max(getattr(load, one) for load in loads) for one in ("adapters", "rows"))
@@ -300,6 +266,7 @@ def engine(setup: Setup, found: Findings) -> None:
     running = make_engine(setup, base, kernels if setup.interpreted else None, blocks=blocks, slots=slots)
     finish(setup)
     found.figure("making the engine, with its trials", time.perf_counter() - began, "s")
+    ledger(setup, found, "with the engine")
     found.figure("kernels", running.model.kernels.name)
     if running.model._graphs is None:
         found.figure("CUDA graphs", NOT_BUILT)
@@ -331,8 +298,56 @@ def engine(setup: Setup, found: Findings) -> None:
     if not setup.interpreted:
         found.figure(f"a prefill of {length} tokens", length / seconds, "tokens/s")
         found.figure("most memory allocated", torch.cuda.max_memory_allocated() / 1e9, "GB")
+    ledger(setup, found, "with captured steps")
+    found.trying("stalls", _stalls, setup, found, running, sizes)
     running.check_base()
     found.check("nothing wrote to the base", True)
+
+
+def step(setup: Setup, found: Findings) -> None:
+    """Serve a few rows with adapters, for a tool that watches each access to memory."""
+    base = new_base(setup)
+    kernels = own_kernels(setup, found) if setup.interpreted else None
+    running = make_engine(setup, base, kernels, blocks=RESERVED_BLOCKS + 40)
+    running.put_adapter("a", bases.random_adapter(base, 4, 1, bases.ALL_LINEAR))
+    prompts = ((5, ()), (9, (("a", 1.0),)), (3, (("a", 0.5),)))
+    served = serve(running, [Asked(str(n), words(setup, n, n), 3, terms) for n, terms in prompts])
+    found.check("each row has its tokens", all(len(one) == 3 for one in served.values()))
+
+
+def _stalls(setup: Setup, found: Findings, running: Engine, sizes: Mapping[str, int]) -> None:
+    """Time what the stepping thread does between steps, and steps on both sides of where forms end."""
+    add = found.table("What steps wait for, milliseconds", ("what", "host", "until the device is done"))
+    model = running.model
+
+    def timed(title: str, run: Callable[[], Any]) -> None:
+        finish(setup)
+        began = time.perf_counter()
+        run()
+        host = time.perf_counter() - began
+        finish(setup)
+        whole = time.perf_counter() - began
+        add(title, *((None, None) if setup.interpreted else (host * 1e3, whole * 1e3)))
+
+    def check() -> None:
+        running.begin_base_check()
+        while running._slices is not None:
+            running.watch_base()
+
+    running.watch_content()
+    timed("a check of the base, in slices", check)
+    running.check_base()
+    largest = max(sizes, key=lambda name: sizes[name])
+    weights = running.versions.weights[largest]
+    found.figure("the adapter that is swapped", sizes[largest] / 1e6, "MB")
+    slot = 0
+    timed("an adapter into a slot", lambda: model.move_slots({slot: largest}, lambda _: weights))
+    timed("an adapter out of a slot", lambda: model.move_slots({slot: None}, lambda _: {}))
+    counts = (2, 5) if setup.interpreted else (1, 16, 17, 64, 65, 76, 128, 129, 256, 257, 512)
+    for count in counts:
+        for tenant in ("first", "second"):  # the first time compiles and captures
+            one = Asked(f"{count}, {tenant}", words(setup, count, count), 1, tenant=tenant, logprobs=None)
+            timed(f"a prompt of {count}, the {tenant} time", partial(serve, running, [one]))
 
 
 class Decodes:
@@ -381,7 +396,9 @@ class Decodes:
         seconds = (time.perf_counter() - began) / self._steps
         whole, layer = self._launches()
         syncs = _syncs(setup, running, 4, self.places)
-        kernels, busy = _profiled(setup, running, self._found)
+        kernels, busy = _profiled(
+            setup, running, self._found, f"{load.title}, graphs {'on' if graphs else 'off'}"
+        )
         context = self._prompt + self._warm + self._steps // 2
         floor = (read + load.rows * context * running.model.kv_bytes_per_token) / self._per_second
         times = (seconds * 1e3, load.rows / seconds, floor * 1e3, floor / seconds)
@@ -458,7 +475,9 @@ def _syncs(setup: Setup, running: Engine, steps: int, places: Counter[str]) -> f
     return len(waits) / steps
 
 
-def _profiled(setup: Setup, running: Engine, found: Findings) -> tuple[float | None, float | None]:
+def _profiled(
+    setup: Setup, running: Engine, found: Findings, title: str
+) -> tuple[float | None, float | None]:
     """Return the kernels and copies of a step, and the part of the time in which one runs; None where
     nothing is seen."""
     if setup.device != "cuda":
@@ -475,6 +494,14 @@ def _profiled(setup: Setup, running: Engine, found: Findings) -> tuple[float | N
             seconds = time.perf_counter() - began
         seen = [event for event in profiled.events() or () if str(event.device_type).endswith("CUDA")]
         spent: float = sum(event.time_range.elapsed_us() for event in seen) / 1e6
+        by_name: dict[str, list[float]] = {}
+        for event in seen:
+            by_name.setdefault(str(event.name)[:60], []).append(event.time_range.elapsed_us())
+        add = found.table(
+            f"Kernels of four steps, us: {title}", ("kernel", "count", "all", "mean", "longest")
+        )
+        for name, times in sorted(by_name.items(), key=lambda one: -sum(one[1]))[:15]:
+            add(name, len(times), sum(times), sum(times) / len(times), max(times))
         return (len(seen) / 4, spent / seconds) if seen else (None, None)
     except Exception as error:
         found.figure("the profiler", f"{type(error).__name__}: {error}"[:200])
@@ -501,8 +528,8 @@ def invariance(setup: Setup, found: Findings) -> None:
         (("a", 0.7), ("f", -0.4)),
     )
     small = setup.interpreted
-    lengths = (20, 9, 5, 3, 4, 6) if small else (4000, 1500, 600, 65, 37, 16, 5, *(120,) * 9)
-    tokens, block = (8, 2) if small else (40, BLOCK)
+    lengths = (18, 6, 4, 3) if small else (4000, 1500, 600, 65, 37, 16, 5, *(120,) * 9)
+    tokens, block = (5, 2) if small else (40, BLOCK)
     asked = [Asked(str(i), words(setup, one, i), tokens, mixes[(i + 1) % 4]) for i, one in enumerate(lengths)]
     room = RESERVED_BLOCKS + 8 + sum(-(-(one + tokens) // block) + 1 for one in lengths)
 
@@ -706,8 +733,8 @@ def peft(setup: Setup, found: Findings) -> None:
 
 
 PARTS = {
-    "machine": machine,
     "engine": engine,
+    "step": step,
     "invariance": invariance,
     "memory": memory,
     "peft": peft,

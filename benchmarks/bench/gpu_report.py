@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import traceback
@@ -84,6 +85,25 @@ class Findings:
             self.check(f"{title} can be measured", False, f"{type(error).__name__}: {error}"[:500])
 
 
+class Said(logging.Handler):
+    """Keeps the first lines that the engine logs: which fusions, captures and kernels it does without, and
+    why."""
+
+    MOST = 60
+
+    def __init__(self, findings: Findings) -> None:
+        super().__init__(logging.INFO)
+        self._add: Callable[..., None] | None = None
+        self._findings = findings
+        self._count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._count += 1
+        if self._count <= self.MOST:
+            self._add = self._add or self._findings.table("What the engine logged", ("level", "line"))
+            self._add(record.levelname.lower(), record.getMessage()[:300])
+
+
 PartFunction = Callable[[Setup, Findings], None]
 
 
@@ -92,6 +112,9 @@ def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int
     name, file, setup = arguments
     findings = Findings(Path(file))
     told = json.loads(setup)
+    engine = logging.getLogger("onebase_engine")
+    engine.addHandler(Said(findings))
+    engine.setLevel(logging.INFO)
     try:
         parts[name](Setup(told["device"], told["shape"], Path(told["folder"])), findings)
     except NotHereError as missing:

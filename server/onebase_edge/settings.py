@@ -334,11 +334,18 @@ class Settings:
         "serve each subfolder that holds an adapter_config.json, under the subfolder's name",
         metavar="DIR",
     )
-    max_slots: int = setting(8, "adapters", "adapters in the accelerator's memory at once", low=1, high=1024)
+    max_slots: int = setting(
+        0,
+        "adapters",
+        "adapters in the accelerator's memory at once; 0: on a GPU as many as --max-rows, within "
+        "--slot-memory, else 8",
+        low=0,
+        high=1024,
+    )
     slot_memory: int = setting(
         0,
         "adapters",
-        "bytes of adapters in slots, as in 2GB; 0: on a GPU a tenth of what is free, else no limit",
+        "bytes of adapters in slots, as in 2GB; 0: on a GPU a quarter of what is free, else no limit",
         parse=parse_size,
         metavar="SIZE",
         low=0,
@@ -436,8 +443,9 @@ class Settings:
     train_memory: int = setting(
         0,
         "engine",
-        "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: a job may take "
-        "half of what is free when it begins, which the KV cache leaves little of on a GPU",
+        "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: on a GPU what a job "
+        "of the default recipe takes with rows of up to 1,024 tokens, else a job may take half of what is "
+        "free when it begins",
         parse=parse_size,
         metavar="SIZE",
         low=0,

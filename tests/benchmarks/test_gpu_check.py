@@ -7,6 +7,8 @@ import os
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 import gpu_check
-from bench import gpu_bundle, gpu_parts, gpu_processes
+from bench import gpu_bundle, gpu_forms, gpu_machine, gpu_processes
 from bench.gpu_report import Findings, held, page
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +39,11 @@ def run(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
     setup = {"device": "cpu", "shape": "tiny", "folder": str(folder)}
     environment = gpu_check.environment_of("cpu", folder)
     seconds = sum(part.seconds for part in parts)
-    return {one["part"]: one for one in gpu_check.run_parts(parts, setup, environment, seconds)}
+    return {one["part"]: one for one in gpu_check.run_parts(parts, setup, environment, seconds, GROWN.append)}
+
+
+GROWN: list[Any] = []
+"""What the reports said that were written meanwhile."""
 
 
 def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the_others_run(
@@ -57,6 +63,13 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
     assert found["dies"]["error"] == "its process ended with signal SIGSEGV"
     assert found["unchecked"]["error"] == "it found nothing to check"
     assert found["nothing"]["error"] == "there is no such thing here"
+    states_before = [{one["part"]: one["state"] for one in results} for results in GROWN]
+    assert {"raises": "failed", "hangs": "running", "dies": "not run"}.items() <= states_before[
+        -1
+    ].items() or any(
+        {"raises": "failed", "hangs": "running", "dies": "not run"}.items() <= states.items()
+        for states in states_before
+    ), "the report grows while parts run"
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*FAULTS]
     assert "FAILS: a row's bits" in lines[3]
@@ -105,35 +118,81 @@ def test_a_compiler_is_one_that_triton_takes(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).touch(0o755)
 
     add("cc")
-    assert gpu_parts.compiler() is None
+    assert gpu_machine.compiler() is None
     monkeypatch.setenv("CC", "cc")
-    assert gpu_parts.compiler() == str(tmp_path / "cc")
+    assert gpu_machine.compiler() == str(tmp_path / "cc")
     monkeypatch.setenv("CC", "icc")
-    assert gpu_parts.compiler() is None
+    assert gpu_machine.compiler() is None
     monkeypatch.delenv("CC")
     add("clang")
-    assert gpu_parts.compiler() == str(tmp_path / "clang")
+    assert gpu_machine.compiler() == str(tmp_path / "clang")
 
 
-def test_the_parts_that_run_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def limits_of(monkeypatch: pytest.MonkeyPatch, spent: dict[str, float]) -> dict[str, float]:
+    """The limits that parts get, filled as they run, if each takes the seconds of `spent`, or none."""
     limits: dict[str, float] = {}
+    clock = [0.0]
     checks = [{"name": "it holds", "held": True, "detail": ""}]
     done = {"state": "ok", "error": "", "figures": [], "checks": checks, "tables": [], "seconds": 0.0}
 
-    def run_part(part: gpu_check.Part, setup: Any, environment: Any, seconds: float) -> dict[str, Any]:
+    def run_part(
+        part: gpu_check.Part, setup: Any, environment: Any, seconds: float, note: Any
+    ) -> dict[str, Any]:
         limits[part.name] = seconds
+        clock[0] += spent.get(part.name, 0.0)
         facts = {"facts": {"GPU": "one"}} if part is gpu_check.MACHINE else {}
         return {"part": part.name, "title": part.title, **done, **facts}
 
     monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
+    return limits
+
+
+def test_the_parts_of_a_command_fit_into_ten_minutes_and_later_ones_get_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in gpu_check.COMMANDS:
+        parts = [part.seconds for part in gpu_check.PARTS if part.command == command]
+        assert sum(parts) + gpu_check.MACHINE.seconds <= 60 * gpu_check.MINUTES <= 580
+    seconds = {part.name: part.seconds for part in gpu_check.PARTS}
+    limits = limits_of(monkeypatch, seconds | {"forms": 10.0})
     assert gpu_check.main(["--output", str(tmp_path)]) == 0
-    assert sum(limits.values()) - limits["machine"] == pytest.approx(1800, abs=60)
-    everything = dict(limits)
-    assert gpu_check.main(["--output", str(tmp_path), "--only", "kernels,memory", "--minutes", "9"]) == 0
-    assert limits["kernels"] + limits["memory"] == pytest.approx(540, abs=60)
-    assert limits["kernels"] > everything["kernels"]
-    done |= {"state": "skipped", "checks": []}
-    assert gpu_check.main(["--output", str(tmp_path)]) == 1
+    assert list(limits) == ["machine", *(part.name for part in gpu_check.PARTS if part.command == 1)]
+    assert all(limits[name] >= seconds[name] for name in limits if name != "machine")
+    assert limits["bits"] == 2 * seconds["bits"] <= seconds["bits"] + seconds["forms"] - 10
+
+
+def test_where_time_is_short_the_last_parts_are_left_out_and_not_all_of_them_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = {part.name: part.seconds for part in gpu_check.PARTS}
+    limits = limits_of(monkeypatch, {**seconds, "machine": 40.0})
+    assert gpu_check.main(["--output", str(tmp_path), "--minutes", "4"]) == 1
+    assert [name for name in limits if name != "machine"] == ["forms", "bits", "kernels"]
+    assert limits["forms"] == seconds["forms"]
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    states = {part["part"]: part["state"] for part in report["parts"]}
+    assert (states["kernels"], states["engine"]) == ("ok", "not run")
+    assert "engine      not run" in capsys.readouterr().out
+
+
+def test_a_second_command_adds_to_the_report_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits_of(monkeypatch, {})
+    assert gpu_check.main(["--output", str(tmp_path)]) == 0
+    assert gpu_check.main(["--output", str(tmp_path), "--command", "2"]) == 0
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert {part["part"] for part in report["parts"]} == {"machine", *(part.name for part in gpu_check.PARTS)}
+
+
+def test_sums_with_other_bits_are_counted_measured_and_placed() -> None:
+    one = torch.tensor([[1.0, -1.0], [0.0, 3.0]])
+    assert gpu_forms.difference(one, one.clone()) == (0, 0, "")
+    other = torch.nextafter(one, torch.tensor(9.0))
+    other[0] = one[0]
+    other[1, 1] = torch.nextafter(other[1, 1], torch.tensor(9.0))
+    assert gpu_forms.difference(other, one) == (2, 2, "1, 0")
 
 
 @pytest.mark.parametrize("options", [["--only", "kernels,graphs"], ["--device", "cpu", "--shape", "8b"]])
@@ -142,39 +201,37 @@ def test_what_cannot_be_asked_for_is_refused_at_once(
 ) -> None:
     with pytest.raises(SystemExit):
         gpu_check.main([*options, "--output", str(tmp_path)])
-    assert "choose from machine, kernels" in (said := capsys.readouterr().err) or "days" in said
+    assert "choose from machine, forms" in (said := capsys.readouterr().err) or "days" in said
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "only",
-    # The others run so too, in two minutes: `gpu_check.py --device cpu`.
-    ["memory", "engine,proof,peft"],
-)
-def test_under_the_interpreter_parts_run_and_their_report_has_a_page(only: str, tmp_path: Path) -> None:
-    wanted = only.split(",")
-    assert (
-        gpu_check.main(["--device", "cpu", "--only", only, "--output", str(tmp_path), "--minutes", "600"])
-        == 0
-    )
+def test_the_whole_schedule_is_rehearsed_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ten times the limits, since other tests run beside it."""
+    parts = tuple(replace(part, seconds=10 * part.seconds) for part in gpu_check.PARTS)
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.setattr(gpu_check, "MINUTES", 10 * gpu_check.MINUTES)
+    assert gpu_check.main(["--rehearse", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu-check.json").read_text())
-    assert (report["format"], report["ok"], report["shape"]) == (1, True, "tiny")
-    assert [part["part"] for part in report["parts"]] == ["machine", *wanted]
+    assert (report["format"], report["ok"], report["shape"]) == (2, True, "tiny")
+    assert [part["part"] for part in report["parts"]] == ["machine", *(part.name for part in gpu_check.PARTS)]
     assert report["machine"]["torch"] == torch.__version__
     for part in report["parts"]:
-        assert part["state"] == ("skipped" if part["part"] == "tests" else "ok"), part
+        assert part["state"] == ("skipped" if part["part"] in ("tests", "sanitizer") else "ok"), part
         assert all(check["held"] for check in part["checks"])
-        assert part["checks"] or part["part"] in ("machine", "tests")
+        assert part["checks"] or part["part"] in ("machine", "tests", "sanitizer")
         for table in part["tables"]:
             assert table["rows"]
             assert all(len(row) == len(table["headings"]) for row in table["rows"])
     assert "Everything that was checked holds." in (tmp_path / "gpu-check.md").read_text()
-    if "engine" in wanted:
-        engine = next(part for part in report["parts"] if part["part"] == "engine")
-        (table,) = engine["tables"]
-        assert {(row[0], row[1]) for row in table["rows"]} == {
-            (load, graphs) for load in (row[0] for row in table["rows"]) for graphs in ("on", "off")
-        }
+    with tarfile.open(tmp_path / "gpu-check-logs.tar.gz") as tar:
+        assert {"engine/log", "forms/forms.json"} <= set(tar.getnames())
+    engine = next(part for part in report["parts"] if part["part"] == "engine")
+    decodes = next(table for table in engine["tables"] if table["title"].startswith("Decodes"))
+    assert {(row[0], row[1]) for row in decodes["rows"]} == {
+        (load, graphs) for load in (row[0] for row in decodes["rows"]) for graphs in ("on", "off")
+    }
 
 
 def test_failures_are_read_from_what_pytest_prints_file_by_file(tmp_path: Path) -> None:
@@ -231,6 +288,25 @@ def test_a_bundle_says_what_it_could_not_get_and_what_does_not_fit(
     assert gpu_bundle.write_bundle(ROOT, file, roots=("pluggy",), pythons=()) == 1
     assert "It must have this too, which did not fit into 0 MiB: pluggy-" in capsys.readouterr().out
     assert file.stat().st_size <= 10_000
+
+
+def test_a_bundle_for_one_machine_leaves_out_what_it_has_and_other_versions_of_cuda(tmp_path: Path) -> None:
+    there = gpu_bundle.installed(
+        "msgspec==0.0.1\nPluggy==" + metadata.version("pluggy") + "+cu130\nnumpy==2.0.0\n\n"
+    )
+    assert there == {"msgspec": "0.0.1", "pluggy": metadata.version("pluggy"), "numpy": "2.0.0"}
+    file, python = tmp_path / "carried.tar.gz", f"{sys.version_info.major}.{sys.version_info.minor}"
+    given = {"roots": ("pluggy", "msgspec"), "pythons": (python,), "there": there}
+    assert gpu_bundle.write_bundle(ROOT, file, **given) == 0
+    with tarfile.open(file) as tar:
+        wheels = [name.rpartition("/")[2] for name in tar.getnames() if name.endswith(".whl")]
+    assert [name.partition("-")[0] for name in wheels] == ["msgspec"]
+    left_out = gpu_bundle.useless("130")
+    names = [
+        f"bitsandbytes/libbitsandbytes_{one}.so"
+        for one in ("cuda128", "cuda130", "cuda1301", "rocm72", "cpu")
+    ]
+    assert [name for name in names if not left_out.search(name)] == [names[1], names[4]]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine import triton_on_cpu
 from tests.engine.harness import Lab, Request, requests, run
 from tests.engine.layers import same_in_int8
 from tests.tiny import ARCHITECTURES, save_base
@@ -28,6 +29,7 @@ from onebase_engine.base.load import (
 from onebase_engine.engine import fusion, model
 from onebase_engine.engine.messages import Sampling, Submit
 from onebase_engine.engine.model import ServedModel
+from onebase_engine.kernels import cuda
 from onebase_engine.kernels.interface import RowMap
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 
@@ -170,6 +172,41 @@ def test_a_write_by_another_process_is_found_in_any_tensor_of_the_base(tmp_path:
         with pytest.raises(BaseChangedError):
             engine.check_base()
         memory[size - 1] ^= 1
+
+
+def test_no_step_waits_for_a_check_of_the_base_and_a_write_is_found_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(BaseSettings(save_base("llama", tmp_path / "base", layers=1), quantization="nf4"))
+    engine = Lab.create(base, tmp_path).engine()
+    slices = 4
+    monkeypatch.setattr(
+        engine.model.kernels,
+        "content_sum",
+        lambda tensors, device: cuda.ContentSum(tensors, device, slices),
+        raising=False,
+    )
+    engine.watch_content()
+    engine.begin_base_check()
+    for _ in range(slices + 3):
+        engine.watch_base()
+    engine.submit(Submit(id="one", prompt=[3, 5], sampling=Sampling(max_tokens=9, ignore_eos=True)))
+    tensor = base_tensors(base)["model.norm.weight"]
+    memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+    launched: list[str] = []
+    triton_on_cpu.tell(monkeypatch, launched.append)
+    reads = _reads(monkeypatch)
+    engine.begin_base_check()
+    assert (launched, reads) == ([], [])
+    memory[0] ^= 1  # behind the beginning, and before it is read
+    for number in range(1, slices + 1):
+        engine.watch_base()
+        assert launched == ["_sum_bytes"] * number, "one launch a step"
+    assert reads == []
+    engine.watch_base()  # which only reads that the sum is made
+    with pytest.raises(BaseChangedError):
+        engine.watch_base()
+    memory[0] ^= 1
 
 
 def test_the_sum_over_the_base_sees_words_that_change_places_and_tensors_that_begin_anywhere() -> None:

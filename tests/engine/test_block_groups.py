@@ -339,7 +339,7 @@ def test_drafts_that_are_taken_back_over_the_edge_of_a_window_change_no_bit(
         return guess if len(tokens) % 2 else [*guess[:2], *(token ^ 1 for token in guess[2:])]
 
     monkeypatch.setattr(Drafts, "propose", propose)
-    monkeypatch.setattr(Drafts, "worth", lambda drafts, rows: 20)
+    monkeypatch.setattr(Drafts, "worth", lambda drafts, rows, cost: 20)
     engine = engine_of(base, draft_tokens=20)
     assert serve(engine, PROMPTS, 40) == expected
     assert 50 < engine.counters.right_draft_tokens < engine.counters.draft_tokens

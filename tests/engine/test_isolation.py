@@ -411,7 +411,7 @@ def guess(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
         return draft
 
     monkeypatch.setattr(Drafts, "propose", propose)
-    monkeypatch.setattr(Drafts, "worth", lambda self, rows: 64)
+    monkeypatch.setattr(Drafts, "worth", lambda self, rows, cost: 64)
 
 
 def texts_of(asked: list[Request], found: list[list[protocol.ScoredToken]]) -> list[list[int]]:
@@ -515,16 +515,27 @@ def test_a_draft_is_what_came_after_the_last_tokens_before(tokens: list[int], mo
     assert found == text[len(tokens) :]
 
 
+COST = 0.15
+"""Cost of a further row on the CPU."""
+
+
 def test_drafts_are_left_out_where_they_do_not_pay() -> None:
     drafts = Drafts()
-    assert drafts.worth(1) >= drafts.worth(4) >= drafts.worth(64) == 0
+    assert drafts.worth(1, COST) >= drafts.worth(4, COST) >= drafts.worth(64, COST) == 0
     drafts.propose([1, 2, 3, 4, 1, 2, 3], 4)
     for _ in range(40):
         drafts.observe([9])
-    assert drafts.worth(1) == 0, "wrong ones"
+    assert drafts.worth(1, COST) == 0, "wrong ones"
     for _ in range(40):
         drafts.observe([4, 1, 2, 3])
-    assert drafts.worth(16) > 4, "right ones, although none was computed"
+    assert drafts.worth(16, COST) > 4, "right ones, although none was computed"
+
+
+def test_drafts_are_longer_where_a_further_row_costs_little() -> None:
+    drafts = Drafts()
+    assert drafts.worth(16, 0.005) > drafts.worth(16, COST)
+    assert drafts.misses(32, COST)
+    assert not drafts.misses(32, 0.005)
 
 
 def test_what_is_forced_is_tried_whatever_was_right_before() -> None:
@@ -533,7 +544,7 @@ def test_what_is_forced_is_tried_whatever_was_right_before() -> None:
         drafts.propose([1, 2, 3, 4, 1, 2, 3], 4)
         drafts.observe([9])
     assert drafts.propose([1, 2, 3, 4, 1, 2, 3, 9], 4, [5, 6, 7, 8, 9]) == [5, 6, 7, 8]
-    assert drafts.worth(64) > 4
+    assert drafts.worth(64, COST) > 4
     drafts.observe([1])
     assert drafts.propose([1, 2, 3, 4, 1, 2, 3, 9, 1], 4) == []
-    assert drafts.worth(1) == 0
+    assert drafts.worth(1, COST) == 0

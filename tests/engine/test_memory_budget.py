@@ -61,6 +61,7 @@ from onebase_engine.lora.module import StepRows
 from onebase_engine.machine import NO_LIMIT, container_free, free_memory, total_memory
 from onebase_server.processes import engine as process
 from onebase_server.processes.engine import sizes
+from onebase_server.processes.job_memory import job_bytes
 
 MB = 1_000_000
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -199,7 +200,7 @@ def test_the_largest_step_has_what_a_mix_and_what_replaces_rows_take(
     model, limits, layers = _accelerated(base), SchedulerLimits(4, 64, 200), adaptable_layers(base)
     counted = _step_bytes(model, base, limits)
     model.allocate_kv(60, 16)
-    adapter = memory_budget._thin_adapter(layers, 4, replaces=kind == "DoRA")
+    adapter = memory_budget.thin_adapter(layers, 4, replaces=kind == "DoRA")
     if kind == "lora_bias":
         adapter = {name: replace(one, bias=torch.zeros(len(one.b))) for name, one in adapter.items()}
     digests = ["one", "other"] if kind == "a mix" else ["one"]
@@ -311,6 +312,33 @@ def test_the_cache_of_an_accelerator_is_what_is_free_less_what_was_measured_and_
         sized(counted + step)
 
 
+def test_what_jobs_may_take_is_left_free_for_them_where_no_setting_says_how_much(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_budget, "CPU_SHARE", 1.0)
+    model, limits = _accelerated(base), SchedulerLimits(64, 64, 500)
+    config = EngineConfig(base_folder="", train_jobs=2)
+    monkeypatch.setattr(memory_budget.machine, "free_memory", lambda device: 100 << 30)
+    set_aside: dict[str, int] = {}
+    monkeypatch.setattr(
+        process, "kv_block_count", lambda *given, aside, **more: set_aside.update(aside) or 1000
+    )
+    sizes(config, base, model, limits, lambda run: 1)
+    assert set_aside["jobs (--train-memory)"] == 2 * job_bytes(base.config, config) > 0
+    sizes(msgspec.structs.replace(config, train_jobs=0), base, model, limits, lambda run: 1)
+    assert set_aside["jobs (--train-memory)"] == 0
+    sizes(msgspec.structs.replace(config, train_memory=7), base, model, limits, lambda run: 1)
+    assert set_aside["jobs (--train-memory)"] == 7
+
+
+@pytest.mark.parametrize(("device", "asked", "slots"), [("cpu", 0, 8), ("cuda", 0, 48), ("cuda", 3, 3)])
+def test_on_an_accelerator_each_sequence_of_a_step_may_have_a_slot_unless_told_otherwise(
+    device: str, asked: int, slots: int
+) -> None:
+    config = EngineConfig(base_folder="", max_slots=asked, max_rows=48)
+    assert process._slot_count(config, torch.device(device)) == slots
+
+
 def test_more_kv_memory_than_a_gpu_has_is_refused_by_its_name_and_slots_get_a_part_of_what_it_leaves(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +351,7 @@ def test_more_kv_memory_than_a_gpu_has_is_refused_by_its_name_and_slots_get_a_pa
         return sizes(EngineConfig(base_folder="", kv_memory=kv_memory), base, model, limits, None)
 
     block = 16 * model.kv_bytes_per_token
-    assert sized(900_000) == (900_000 // block, 10_000)
+    assert sized(900_000) == (900_000 // block, 25_000)
     assert sized(1_000_000) == (1_000_000 // block, 1), "0 would be no limit"
     assert staging_bytes(1) == 1
     with pytest.raises(MemoryBudgetError, match=r"--kv-memory asks for 2 MB, and 1 MB are free") as refused:

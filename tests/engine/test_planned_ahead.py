@@ -5,7 +5,7 @@ Nothing that a row gets may change: its text is that of an engine that plans one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -270,6 +270,33 @@ def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -
 
 
 @pytest.mark.parametrize("lab", ["llama"], indirect=True)
+def test_drafts_do_not_take_a_step_beyond_the_rows_from_which_on_it_is_dearer(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = protocol.Sampling(
+        temperature=0.0, max_tokens=40, ignore_eos=True, logit_bias={9: 50.0, 11: 50.0}
+    )
+    asked = [Asked((9, 11, 9, 11, 9, 11), None, sampling, 1, name, False, 0, None) for name in "ab"]
+    engine = lab.engine(draft_tokens=5)
+    if not engine.model.kernels.drafts:
+        pytest.skip("these kernels have no drafts")
+    monkeypatch.setattr(
+        engine.scheduler, "limits", replace(engine.scheduler.limits, draft_cost=0.005, draft_rows=5)
+    )
+    rows: list[int] = []
+    pack = engine._packer.pack
+
+    def noted(plan: Any, slot_of: Any) -> Any:
+        if not plan.prefills:
+            rows.append(sum(segment.length for segment in plan.decodes))
+        return pack(plan, slot_of)
+
+    monkeypatch.setattr(engine._packer, "pack", noted)
+    assert serve(engine, asked) == serve(lab.engine(), asked)
+    assert max(rows) == 5
+
+
+@pytest.mark.parametrize("lab", ["llama"], indirect=True)
 def test_rows_whose_drafts_do_not_pay_learn_when_they_would(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +314,7 @@ def test_rows_whose_drafts_do_not_pay_learn_when_they_would(
             known.append(self.right)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Drafts, "misses", lambda self, rows: True)
+            patch.setattr(Drafts, "misses", lambda self, rows, cost: True)
             patch.setattr(Drafts, "observe", noted)
             serve(engine, asked)
         learned.append(known)

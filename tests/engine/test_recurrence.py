@@ -266,7 +266,7 @@ def draft_from(patch: pytest.MonkeyPatch, texts: list[list[int]], right: list[in
         return draft
 
     patch.setattr(Drafts, "propose", propose)
-    patch.setattr(Drafts, "worth", lambda self, rows: 64)
+    patch.setattr(Drafts, "worth", lambda self, rows, cost: 64)
 
 
 def texts_of(asked: list[Request], found: Scores) -> list[list[int]]:

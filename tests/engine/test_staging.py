@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,19 +28,15 @@ from tests.tiny import save_base
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine import staging as copying
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.scheduler import NeverFitsError
 from onebase_engine.engine.staging import (
     ALIGNMENT,
-    MOST_PADDING,
     CudaCopy,
     PackedAdapterLoader,
+    PinnedRing,
     Staging,
-    give_unused_back,
-    page_locked_bytes,
-    pinned,
-    slabs_of,
+    in_slab,
 )
 from onebase_engine.kernels.weights import (
     AdapterWeights,
@@ -300,38 +295,7 @@ def test_a_row_that_needs_much_room_is_not_overtaken_for_ever_by_rows_that_need_
     first_gets_its_copies(staging, [["a", "b"], ["early"]], lambda: [next(names)])
 
 
-# ---- slabs -------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 3_000_000), min_size=1, max_size=60))
-def test_slabs_hold_each_tensor_once_and_take_no_more_than_one_slab_would(sizes: list[int]) -> None:
-    numbered = dict(enumerate(sizes))
-    slabs = slabs_of(numbered)
-    assert sorted(key for slab in slabs for key in slab) == list(numbered)
-    padded = [sum(-(-numbered[key] // ALIGNMENT) * ALIGNMENT for key in slab) for slab in slabs]
-    assert sum(map(page_locked_bytes, padded)) <= page_locked_bytes(sum(padded))
-
-
-@pytest.mark.parametrize(("rank", "slabs"), [(8, 3), (16, 3), (32, 3), (64, 3), (256, 3)])
-def test_an_adapter_of_an_8b_takes_a_few_copies_and_an_eighth_more_than_its_tensors_at_most(
-    rank: int, slabs: int
-) -> None:
-    layers = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14336)] * 2, (14336, 4096)]
-    sizes = dict(enumerate(4 * rank * size for layer in layers * 32 for size in layer))
-    found = slabs_of(sizes)
-    taken = sum(page_locked_bytes(sum(sizes[key] for key in slab)) for slab in found)
-    assert len(found) <= slabs
-    assert taken <= (1 + MOST_PADDING) * sum(sizes.values())
-
-
-@pytest.fixture
-def locked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The slabs that were asked for, of ordinary memory: page-locked there is none without CUDA."""
-    slabs: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        copying, "_page_locked", lambda size: slabs.append(torch.empty(size, dtype=torch.uint8)) or slabs[-1]
-    )
-    return slabs
+# ---- slabs and the ring ------------------------------------------------------------------------
 
 
 def same(some: AdapterWeights, others: AdapterWeights) -> bool:
@@ -342,43 +306,34 @@ def same(some: AdapterWeights, others: AdapterWeights) -> bool:
     return all(mine[:2] == theirs[:2] and torch.equal(mine[2], theirs[2]) for mine, theirs in pairs)
 
 
-def test_a_version_of_any_kind_lies_in_its_slabs_bit_for_bit_each_tensor_where_a_gpu_reads_it_best(
-    lab: Lab, locked: list[torch.Tensor]
+def test_a_version_of_any_kind_lies_in_one_slab_bit_for_bit_each_tensor_where_a_gpu_reads_it_best(
+    lab: Lab,
 ) -> None:
     for weights in lab.weights:
-        locked.clear()
-        there, taken = pinned(weights)
+        there = in_slab(weights)
         assert same(there, weights)
-        assert taken == sum(page_locked_bytes(slab.nbytes) for slab in locked)
-        inside = {slab.untyped_storage().data_ptr() for slab in locked}
-        for module in there.values():
-            for _, tensor in tensors_of(module):
-                assert tensor.untyped_storage().data_ptr() in inside
-                assert tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0
-        assert weights_bytes(there) == sum(slab.nbytes for slab in locked)
+        tensors = [tensor for module in there.values() for _, tensor in tensors_of(module)]
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+        assert all(tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0 for tensor in tensors)
+        padding = ALIGNMENT * len(tensors)
+        assert weights_bytes(there) <= sum(tensor.nbytes for tensor in tensors) + padding
 
 
-def test_a_version_comes_to_the_device_by_a_copy_of_each_slab_and_what_was_shared_is_shared_there(
-    lab: Lab, locked: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_comes_to_the_device_by_one_copy_and_what_was_shared_is_shared_there(lab: Lab) -> None:
     copies: list[torch.Tensor] = []
 
-    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
-        copies.append(tensor)
-        return tensor.clone()
+    def to(whole: torch.Tensor) -> torch.Tensor:
+        copies.append(whole)
+        return whole.clone()
 
     a, b = torch.randn(8, 64), torch.randn(64, 8)
     halves = LoraWeights(torch.randn(3, 5).bfloat16(), torch.randn(7, 3).bfloat16(), 1.0)
     shared = {"half": halves, "one": LoraWeights(a, b, 1.0), "two": LoraWeights(a, b.clone(), 0.5)}
-    monkeypatch.setattr(torch.Tensor, "to", to)
     for weights in (*lab.weights, shared):
-        locked.clear()
         copies.clear()
-        there, _ = pinned(weights)
-        found = copied(there, torch.device("meta"))  # the CPU under another name
+        found = copied(in_slab(weights), torch.device("meta"), to)  # the CPU under another name
         assert same(found, weights)
-        assert {one.data_ptr() for one in copies} == {slab.data_ptr() for slab in locked}
-        assert len(copies) == len(locked) <= 6
+        assert len(copies) == 1
     one, two = found["one"], found["two"]
     assert isinstance(one, LoraWeights)
     assert isinstance(two, LoraWeights)
@@ -387,23 +342,60 @@ def test_a_version_comes_to_the_device_by_a_copy_of_each_slab_and_what_was_share
     assert copied(weights, torch.device("cpu"))["one"] is weights["one"], "it is there already"
 
 
-def test_a_copy_tells_its_stream_once_a_slab_that_the_steps_read_it(
-    lab: Lab, locked: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[int] = []
+class Copied:
+    """An event behind a copy, which nobody has waited for yet."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+        self._number = 0
+
+    def record(self, stream: Any) -> None:
+        self._number += 1
+        self._log.append("copied")
+
+    def synchronize(self) -> None:
+        self._log.append("waited" if self._number else "new")
+
+    def query(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a ring does on a GPU that is not there, in order."""
+    done: list[str] = []
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Copied(done))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(tensor.data_ptr()))
-    weights, _ = pinned(lab.weights[3])
-    stream: Any = None
-    assert same(CudaCopy(weights, torch.device("cpu"), stream).take_weights(), lab.weights[3])
-    assert len(told) == len(locked) < len(lab.weights[3])
+    return done
 
 
-def test_what_is_said_of_a_versions_size_is_what_its_slabs_take(
-    lab: Lab, locked: list[torch.Tensor], tmp_path: Path
+def test_a_version_larger_than_the_ring_waits_for_each_piece_that_it_uses_again(log: list[str]) -> None:
+    ring = PinnedRing(torch.device("cpu"), size=100, pieces=2)
+    here = torch.randint(0, 256, (450,), dtype=torch.uint8)
+    there = torch.zeros_like(here)
+    ring.send([(here, there)]).result()
+    assert torch.equal(there, here)
+    again = ["waited", "copied"]
+    assert log == [*["new", "copied"] * 2, *again * 3, "copied"]
+
+
+def test_a_copy_takes_no_page_locked_memory_and_tells_its_stream_once_that_the_steps_read_it(
+    lab: Lab, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ring = PinnedRing(torch.device("cpu"), size=1000, pieces=3)
+    told: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(tensor.data_ptr()))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    monkeypatch.setattr(torch, "empty_like", lambda one, device: torch.zeros(one.shape, dtype=one.dtype))
+    copy = CudaCopy(in_slab(lab.weights[3]), torch.device("meta"), ring)  # the CPU under another name
+    copy.wait()
+    assert copy.done()
+    assert same(copy.take_weights(), lab.weights[3])
+    assert len(told) == 1
+
+
+def test_what_is_said_of_a_versions_size_is_what_its_slab_takes(lab: Lab, tmp_path: Path) -> None:
     write_packed_adapter(tmp_path / "packed", lab.weights[4], base_id="b")
     digest = hashlib.sha256((tmp_path / "packed").read_bytes()).hexdigest()
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -411,60 +403,10 @@ def test_what_is_said_of_a_versions_size_is_what_its_slabs_take(
     loader.load(protocol.LoadAdapter("digest", str(tmp_path / "packed"), digest))
     arrived = answers.get(timeout=60)
     assert same(arrived.weights, folded(lab.weights[4]))
-    assert arrived.answer.bytes == sum(page_locked_bytes(slab.nbytes) for slab in locked)
-
-
-@pytest.mark.parametrize(
-    ("held", "used", "owner", "name"),
-    [
-        ("reserved_bytes", "allocated_bytes", torch.accelerator, "empty_host_cache"),
-        ("allocated_bytes", "active_bytes", torch._C, "_host_emptyCache"),
-    ],
-)
-def test_page_locked_memory_of_versions_that_are_gone_is_given_back_once_it_is_much(
-    held: str,
-    used: str,
-    owner: Any,
-    name: str,
-    lab: Lab,
-    locked: list[torch.Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As PyTorch tells it before 2.10, and since then."""
-    told = {f"{held}.current": 50 << 30, f"{used}.current": 49 << 30}
-    given_back: list[int] = []
-
-    def empty() -> None:
-        given_back.append(len(locked))
-        told[f"{held}.current"] = told[f"{used}.current"]
-
-    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: told)
-    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
-    monkeypatch.setattr(owner, name, empty, raising=False)
-    write_packed_adapter(tmp_path / "packed", lab.weights[0], base_id="b")
-    digest = hashlib.sha256((tmp_path / "packed").read_bytes()).hexdigest()
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    loader = PackedAdapterLoader(torch.device("cuda"), adaptable_layers(lab.base), answers.put, folded)
-
-    def load() -> None:
-        loader.load(protocol.LoadAdapter("digest", str(tmp_path / "packed"), digest))
-        assert isinstance(answers.get(timeout=60).answer, protocol.AdapterLoaded)
-
-    load()
-    assert given_back == [], "so much is kept for those to come"
-    told[f"{held}.current"] += 1
-    count = len(locked)
-    load()
-    load()
-    assert given_back == [count], "once, before the next version takes more"
-
-
-def test_page_locked_memory_that_this_pytorch_cannot_release_is_named_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"reserved_bytes.current": 50 << 30})
-    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
-    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
-    give_unused_back()
-    assert "offers no way to release page-locked memory" in caplog.text
+    slabs = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+        for module in arrived.weights.values()
+        for _, one in tensors_of(module)
+    }
+    assert arrived.answer.bytes == sum(slabs.values())
+    assert len(slabs) == 1

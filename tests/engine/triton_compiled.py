@@ -30,16 +30,25 @@ POINTERS = {
 """Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for norms."""
 FLOATS = ("eps", "scaling", "softcap", "scale")
 UNALIGNED = (
+    # Index arrays, which begin anywhere.
+    "row_of",
+    "slot_of",
+    "weight_of",
+    "starts",
+    "write",
+    "tiles",
+    "position",
+    "table",
     "rows",
     "first_tile",
     "first_row",
     "second",
     "third",
     "pieces",
-    "parts",
     "hidden_parts",
     "terms",
     "count",
+    "shift",
     "table_width",
     "window",
     "chunk",
@@ -52,18 +61,37 @@ UNALIGNED = (
 )
 """Numbers that are no multiple of 16; where others are, the launch finds that out."""
 SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
+HEADS = (64, 128, 256)
+"""Sizes of heads."""
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
-    *((cuda._products, {"NF4": nf4, "ROWS": rows, "SIZE": 64}) for nf4 in (True, False) for rows in (16, 64)),
-    (cuda._products, {"NF4": False, "ROWS": 128, "SIZE": 64}),
+    *(
+        (cuda._products, {"NF4": nf4, "ROWS": rows, "SIZE": 64})
+        for nf4 in (True, False)
+        for rows in cuda.STAGES
+    ),
     (cuda._products, {"NF4": False, "ROWS": 128, "SIZE": cuda.WIDE}),
     (cuda._unpack, {}),
     (cuda._shrink, {}),
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated, "ONTO": not gated}) for gated in (False, True)),
+    *(
+        (cuda._finish_bare, {"ROWS": cuda.FEW_ROWS, "GATED": gated, "ONTO": not gated})
+        for gated in (False, True)
+    ),
     *((cuda._write, {**SIZES, "TURN": True, "EIGHT": eight}) for eight in (False, True)),
     *(
         (
             cuda._attend,
-            {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True, "EIGHT": eight, "WHOLE": whole, "SINKS": sinks},
+            {
+                **SIZES,
+                "BLOCK": 16,
+                "KEYS": 64,
+                "GROUPS": 4,
+                "PADDED": 4,
+                "TURN": True,
+                "EIGHT": eight,
+                "WHOLE": whole,
+                "SINKS": sinks,
+            },
         )
         for eight, whole, sinks in [
             (False, False, False),
@@ -73,7 +101,28 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
             (True, True, False),
         ]
     ),
+    *(
+        (
+            cuda._attend,
+            {
+                "KEY_SIZE": size,
+                "VALUE_SIZE": size,
+                "BLOCK": 16,
+                "KEYS": 64 if size <= 128 else 32,
+                "GROUPS": 2,
+                "PADDED": 2,
+                "TURN": True,
+                "EIGHT": eight,
+                "WHOLE": False,
+                "SINKS": False,
+            },
+        )
+        for size in HEADS
+        if size != 128
+        for eight in (False, True)
+    ),
     *((cuda._merge, {"VALUE_SIZE": 128, "SINKS": sinks}) for sinks in (False, True)),
+    (cuda._sum_bytes, {"SIZE": 1024}),
     (cuda._convolve, {"TAPS": 4, "BIAS": True, "SIZE": cuda.CHANNELS}),
     *(
         (cuda._delta, {"KEYS": 128, "SIZE": cuda.VALUES, "BY_KEY": by_key, "NORMALIZED": True})
@@ -102,6 +151,8 @@ def type_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
         return "*fp32"
     if kernel is training._split and name == "x":
         return "*fp32"
+    if kernel is cuda._sum_bytes:
+        return "*i64"
     if name == "weight":
         return "*u8" if kernel is cuda._unpack else "*bf16"
     if name in ("keys", "values") and constants["EIGHT"]:
@@ -124,7 +175,14 @@ def used(kernel: Any, constants: dict[str, Any], capability: int) -> Counter[str
     )
     target = GPUTarget("cuda", capability, 32)
     warps = 8 if constants.get("SIZE") == cuda.WIDE else 4
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": warps})
+    options = {"enable_fp_fusion": False, "num_warps": warps}
+    if kernel is cuda._attend:
+        size = constants["KEY_SIZE"]
+        tile = dict(next(options for most, options in cuda.ATTENTION if size <= most))
+        options |= {name: value for name, value in tile.items() if name != "KEYS"}
+    if kernel is cuda._products:
+        options["num_stages"] = cuda.STAGES[constants["ROWS"]]
+    compiled = triton.compile(source, target=target, options=options)
     code = compiled.asm["ptx"]
     found = re.findall(r"\b(?:ld\.global|cp\.async|wgmma\.mma_async|mma\.sync)[.\w:]*|\bfma\.rn\.f32", code)
     return Counter(

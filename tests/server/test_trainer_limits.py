@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from tests.priorities import assert_behind
+from tests.tiny import save_base
+from transformers import LlamaConfig
 
 from onebase_engine.base.default_base import fetch_default_base
-from onebase_engine.base.load import BaseSettings
+from onebase_engine.base.load import BaseSettings, load_config
 from onebase_engine.engine.messages import EngineConfig, to_api_decoder
+from onebase_server.processes import child
+from onebase_server.processes.job_memory import job_bytes
 from onebase_server.processes.link import ChildProcess
 from onebase_server.processes.trainer import failure_of, memory_limit
 from onebase_server.processes.trainer_client import TrainerClient
@@ -78,12 +82,33 @@ def test_threads_of_the_processor_are_not_counted_as_what_a_job_takes() -> None:
     assert run(THREADS) == ["2097152.0"]
 
 
-def test_on_a_gpu_a_job_takes_half_of_what_is_free_unless_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
+def test_on_a_gpu_a_job_takes_what_was_left_free_for_it_however_much_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
-    assert memory_limit(0, torch.device("cuda")) == 400
-    assert memory_limit(7, torch.device("cuda")) == 7
+    config = EngineConfig(base_folder=str(save_base("llama", tmp_path)))
+    own = job_bytes(load_config(tmp_path), config)
+    for free in (800, 10**12):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        assert memory_limit(0, torch.device("cuda"), config) == own > 700_000_000
+        assert memory_limit(7, torch.device("cuda"), config) == 7
+
+
+def test_products_of_fp32_are_exact_in_every_process_whatever_an_image_asks_for() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE does
+    try:
+        child._set_up_libraries()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_what_is_left_free_for_a_job_of_an_8b_is_some_gigabytes() -> None:
+    shape = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+    )  # fmt: skip
+    assert 2e9 < job_bytes(shape, EngineConfig(base_folder="")) < 8e9
 
 
 def test_a_trainer_leaves_the_processor_to_others_and_dies_first() -> None:

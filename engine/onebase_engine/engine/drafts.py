@@ -15,8 +15,6 @@ MATCHED = 3
 """Number of last tokens for which an earlier occurrence is searched."""
 LOOKED_AT = 8192
 """Largest number of a prompt's last tokens that are indexed; the index takes 100 bytes a token."""
-COST = 0.15
-"""Cost that each further row adds to a step, as a part of a step of one row (measured with AVX512-BF16)."""
 PRIOR = 0.5
 """Assumed part of drafts that are right, for a sequence without a history."""
 LEARNED = 0.15
@@ -65,7 +63,7 @@ class Drafts:
             if guess != token:
                 break
 
-    def worth(self, rows: int) -> int:
+    def worth(self, rows: int, cost: float) -> int:
         """Return the largest useful draft, in tokens, for a step of `rows` rows.
 
         Its last token is as likely right as its share of the step's cost, in parts of what a token costs
@@ -73,18 +71,23 @@ class Drafts:
         """
         if self._sure:
             return LOOKED_AT
-        if self.misses(rows):
+        if self.misses(rows, cost):
             return 0
-        return int(math.log(_least(rows)) / math.log(self.right)) if self.right < 0.999 else LOOKED_AT
+        if self.right >= 0.999:
+            return LOOKED_AT
+        return int(math.log(_least(rows, cost)) / math.log(self.right))
 
-    def misses(self, rows: int) -> bool:
-        """Return True if drafts that are not forced are right too seldom for a step of this many rows."""
-        return self.right < _least(rows)
+    def misses(self, rows: int, cost: float) -> bool:
+        """Return True if drafts that are not forced are right too seldom for a step of this many rows.
+
+        cost: what each further row adds to a step, as a part of a step of one row.
+        """
+        return self.right < _least(rows, cost)
 
 
-def _least(rows: int) -> float:
+def _least(rows: int, cost: float) -> float:
     """Return the part of drafts that must be right for a step of this many rows to gain by them."""
-    return COST * rows / (1 + COST * (rows - 1))
+    return cost * rows / (1 + cost * (rows - 1))
 
 
 def _key(tokens: Sequence[int], end: int) -> int:

@@ -7,19 +7,19 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from onebase_engine.base.layers import adaptable_layers
-from onebase_engine.base.load import BaseChangedError, content_sum, fingerprint
+from onebase_engine.base.load import BaseChangedError, base_tensors, content_sum, fingerprint
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.grammar_follower import GrammarError
@@ -43,6 +43,9 @@ from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
 from onebase_engine.kernels.weights import MOST_NEW_TOKENS, AdapterWeights
 from onebase_engine.machine import is_out_of_memory
+
+if TYPE_CHECKING:
+    from onebase_engine.kernels.cuda import ContentSum
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +176,11 @@ class Engine:
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
         self._fingerprint = fingerprint(base)
         self._content: int | None = None
+        """Sum over the base's bytes, if they are watched."""
+        self._watch: ContentSum | None = None
+        self._slices: Iterator[None] | None = None
+        """Check of the base whose launches are not all made."""
+        self._sum_awaited = self._check_again = False
         self.layers = adaptable_layers(base)
         self.model = model or ServedModel(base, slots, max_length=limits.max_length)
         if self.model.device.type != "cpu":
@@ -182,6 +190,8 @@ class Engine:
         if states is not None:
             limits = replace(limits, max_rows=min(limits.max_rows, states.rows))
         self.model.allocate_kv(kv_blocks, block_size, host_blocks, places)
+        kernels = self.model.kernels
+        limits = replace(limits, draft_cost=kernels.draft_cost, draft_rows=kernels.draft_rows)
         if not self.model.drafts:
             limits = replace(limits, draft_tokens=0)
         places = host_blocks if self.model.host is not None else 0
@@ -506,14 +516,67 @@ class Engine:
         return outputs
 
     def watch_content(self) -> None:
-        """Make `check_base` read the base's contents, since on a GPU other processes could write to it."""
-        self._content = content_sum(self._base)
+        """Make checks read the base's contents, since on a GPU other processes could write to it."""
+        make = getattr(self.model.kernels, "content_sum", None)
+        if make is not None:
+            self._watch = make(base_tensors(self._base).values(), self.model.device)
+        self._content = self._sum_base()
 
     def check_base(self) -> None:
-        """Raise BaseChangedError if anything wrote to the base's tensors."""
-        same = fingerprint(self._base) == self._fingerprint
-        if not same or (self._content is not None and content_sum(self._base) != self._content):
+        """Raise BaseChangedError if anything wrote to the base's tensors. Waits for the device."""
+        self._check_fingerprint()
+        self._slices, self._sum_awaited, self._check_again = None, False, False
+        if self._content is not None:
+            self._compare(self._sum_base())
+
+    def begin_base_check(self) -> None:
+        """Begin a check that no step waits for: `watch_base` goes on with it.
+
+        Raises BaseChangedError if this process itself wrote to the base.
+        """
+        if self._watch is None:
+            self.check_base()
+            return
+        self._check_fingerprint()
+        if self._slices is None and not self._sum_awaited:
+            self._slices = self._watch.begin()
+        else:
+            self._check_again = True  # what is read already may be written to since
+
+    def watch_base(self) -> None:
+        """Launch the next slice of a check, or read its result if it is there, without waiting for it.
+
+        Raises BaseChangedError if anything wrote to the base's tensors.
+        """
+        if self._slices is not None:
+            for _ in self._slices:
+                if self.busy:
+                    return
+            self._slices, self._sum_awaited = None, True
+        elif self._sum_awaited and self._watch is not None and (found := self._watch.take()) is not None:
+            self._sum_awaited = False
+            self._compare(found)
+            if self._check_again:
+                self._check_again = False
+                self.begin_base_check()
+
+    def _check_fingerprint(self) -> None:
+        if fingerprint(self._base) != self._fingerprint:
             raise BaseChangedError("a tensor of the shared base was written to")
+
+    def _compare(self, content: int) -> None:
+        if content != self._content:
+            raise BaseChangedError("a tensor of the shared base was written to")
+
+    def _sum_base(self) -> int:
+        if self._watch is None:
+            return content_sum(self._base)
+        for _ in self._watch.begin():
+            pass
+        found = self._watch.take(wait=True)
+        if found is None:
+            raise RuntimeError("a sum over the base was waited for and is not there")
+        return found
 
     def stats(self) -> protocol.Stats:
         return protocol.Stats(

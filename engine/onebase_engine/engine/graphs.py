@@ -11,6 +11,7 @@ step that requested it. This reveals values of the host that were captured as co
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-"""Row counts for which passes are captured; with more rows, launches do not dominate the time."""
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Row counts for which passes are captured: decodes, and a short prompt beside them. In more rows there is a
+long prompt, whose rows would each read its keys again."""
 TERMS = (0, 1, 4)
 """Numbers of adapters of a row for which passes are captured."""
 MOST_GRAPHS = 64
@@ -105,6 +107,7 @@ class Graphs:
         size = self._size(batch)
         if size is None:
             return None
+        self._kernels.commit_slots()
         if size not in self._graphs:
             self._seen[size] += 1
             if self._seen[size] < 2 or self._closed or not self._has_room():
@@ -149,6 +152,7 @@ class Graphs:
 
     def _capture(self, size: StepSize, batch: StepBatch) -> _Graph | None:
         given = batch.input_ids, batch.contexts, batch.token_map
+        began, held = time.monotonic(), self._bytes
         try:
             step = FixedStep(size, self._slots, self._block_size, self._padding_slots, self._device)
 
@@ -173,6 +177,8 @@ class Graphs:
             logger.warning("kernels: a pass over %d rows is not captured: %s", size.rows, error)
             self._closed |= not is_out_of_memory(error)
             return None
+        seconds, taken = time.monotonic() - began, self._bytes - held
+        logger.info("kernels: %s is captured in %.2f s and %.1f MB", size, seconds, taken / 1e6)
         return _Graph(step, replay, logits, hidden)
 
     def _reserved(self) -> int:

@@ -265,8 +265,8 @@ def largest_step_bytes(
 
     try:
         return max(
-            taken(MAX_ADAPTER_TERMS, _thin_adapter(layers, rank)),
-            taken(1, _thin_adapter(layers, min(rank, _REPLACING_RANK), replaces=True)),
+            taken(MAX_ADAPTER_TERMS, thin_adapter(layers, rank)),
+            taken(1, thin_adapter(layers, min(rank, _REPLACING_RANK), replaces=True)),
         )
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
@@ -311,7 +311,7 @@ def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int, gro
     return StepPlan([replace(decoding) for _ in range(rows)], prefills)
 
 
-def _thin_adapter(
+def thin_adapter(
     layers: Mapping[str, LayerShape], rank: int, *, replaces: bool = False
 ) -> dict[str, LoraWeights]:
     """Return zeros for every linear layer, shared by layers of one size. `replaces`: with DoRA's gain."""

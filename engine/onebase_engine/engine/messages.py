@@ -32,8 +32,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     max_rank: int = 256
     max_slots: int = 8
+    """Number of versions in slots; 0: 8 on the CPU, and on an accelerator as many as `max_rows`."""
     slot_memory: int = 0
-    """Bytes of the versions in slots; 0: a tenth of what is free on an accelerator, no limit on the CPU."""
+    """Bytes of the versions in slots; 0: a quarter of what is free on an accelerator, no limit on the CPU."""
     max_rows: int = 64
     max_length: int = 0
     """Longest prompt plus completion, in tokens; 0 takes the base's own limit."""
@@ -45,12 +46,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Form of 4-bit weights in the CPU's products: unpacked in each step, or once to bf16."""
     block_size: int = 16
     kv_memory: int = 0
-    """Bytes for the KV cache; 0 takes what is free less `train_memory`."""
+    """Bytes for the KV cache; 0 takes what is free less what others need."""
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Dtype of keys and values in the KV cache; auto is `dtype`."""
     prefix_memory: int = 0
     """Bytes of host memory for prefix blocks that leave the KV cache; 0: they are dropped."""
     train_memory: int = 0
+    """Bytes for jobs; 0: on a GPU what the default recipe takes, on the CPU a part of what is free."""
     train_jobs: int = 1
     """Trainers that may run at once, each with a context of its own on a GPU."""
     threads: int = 0

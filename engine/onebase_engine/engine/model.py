@@ -185,6 +185,11 @@ class ServedModel:
         return self.kernels.captures and not self.state_bytes and not self._routed
 
     @property
+    def captures(self) -> bool:
+        """Whether passes are captured as CUDA graphs, once there is a KV cache."""
+        return self._graphs is not None
+
+    @property
     def graph_bytes(self) -> int:
         """Largest number of bytes that captured passes may take."""
         if not self._captures:
@@ -349,13 +354,18 @@ class ServedModel:
 
     def forward(self, batch: StepBatch) -> Outputs:
         """Return the logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
+        if self._graphs is None or (found := self._graphs.run_graph(batch)) is None:
+            return self.launch(batch)
+        arrays = batch.logit_rows, batch.hidden_rows
+        own = sent(np.concatenate(arrays), self.device)
+        logit_rows, hidden_rows = torch.split(own, [len(array) for array in arrays])
+        logits, hidden = found
+        return Outputs(logits[logit_rows], hidden[hidden_rows] if len(hidden_rows) else None)
+
+    def launch(self, batch: StepBatch) -> Outputs:
+        """Return what `forward` does, computed kernel by kernel."""
         wants_hidden = len(batch.hidden_rows) > 0
         arrays = batch.input_ids, batch.positions, batch.logit_rows, batch.hidden_rows
-        if self._graphs is not None and (found := self._graphs.run_graph(batch)) is not None:
-            logits, hidden = found
-            own = sent(np.concatenate(arrays[2:]), self.device)
-            logit_rows, hidden_rows = torch.split(own, [len(array) for array in arrays[2:]])
-            return Outputs(logits[logit_rows], hidden[hidden_rows] if wants_hidden else None)
         there = sent(np.concatenate(arrays), self.device)
         ids, positions, logit_rows, hidden_rows = torch.split(there, [len(array) for array in arrays])
         step = batch.contexts, batch.token_map, batch.logit_map

@@ -43,6 +43,7 @@ they may be in such a step at all.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -122,6 +123,10 @@ class SchedulerLimits:
     max_length: int
     draft_tokens: int = 0
     """Largest number of draft tokens of one sequence in one step."""
+    draft_cost: float = 0.15
+    """Cost that each further row adds to a step, as a part of a step of one row."""
+    draft_rows: int = sys.maxsize
+    """Number of rows of a step that drafts do not exceed, since a step of one more is much dearer."""
 
 
 @dataclass
@@ -642,14 +647,16 @@ class Scheduler:
             if sequence.sampling.penalizes or not sequence.generates or late:
                 continue  # Its text should not repeat itself, or there is none, or its time is bounded.
             sequence.drafts = sequence.drafts or Drafts()
-            if ahead and not sequence.forced and sequence.drafts.misses(rows):
+            cost = self.limits.draft_cost
+            if ahead and not sequence.forced and sequence.drafts.misses(rows, cost):
                 continue
             limit = min(self.limits.draft_tokens, sequence.sampling.max_tokens - sequence.generated - 1)
             proposed = sequence.drafts.propose(
                 sequence.tokens, limit, sequence.forced, drawing=sequence.drawing
             )
             room = min(map(len, sequence.blocks)) * size - sequence.length
-            count = min(len(proposed), sequence.drafts.worth(rows), draft.left(sequence))
+            count = min(len(proposed), sequence.drafts.worth(rows, cost), draft.left(sequence))
+            count = max(min(count, self.limits.draft_rows - rows), 0)
             if (
                 count > room
                 and self._pool.free > spare + groups

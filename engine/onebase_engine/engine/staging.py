@@ -2,6 +2,9 @@
 
 No step waits for a disk. A sequence whose version is still being copied waits while the others continue. On
 the CPU, a slot points at host memory: there is nothing to copy and nothing waits.
+
+A version lies in ordinary memory, in one slab, and is copied to an accelerator through a ring of page-locked
+memory that is allocated at the start: to lock pages while sequences run holds up the launches of all threads.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +30,6 @@ from onebase_engine.kernels.weights import (
     copied,
     host_bytes,
     tensors_of,
-    weights_bytes,
     without_head,
 )
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
@@ -34,10 +38,8 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
 """Alignment of tensors in a slab, in bytes: that of an allocation of its own on a GPU."""
-KEPT_BYTES = 1 << 30
-"""Largest number of bytes of page-locked memory that stay allocated after their versions are gone."""
-MOST_PADDING = 1 / 8
-"""Largest part of a version that the rounding of its slabs may add."""
+RING_BYTES, RING_PIECES = 16 << 20, 4
+"""Bytes and number of the pieces of page-locked memory through which versions are copied."""
 
 
 # ---- from a file to host memory ---------------------------------------------------------------
@@ -67,7 +69,7 @@ class PackedAdapterLoader:
     ) -> None:
         self._layers = layers
         self._prepare = prepare
-        self._pin = device.type == "cuda"
+        self._copied = device.type == "cuda"
         self._deliver = deliver
         self._orders: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
         self._wanted: set[str] = set()
@@ -103,17 +105,13 @@ class PackedAdapterLoader:
     def _read(self, order: LoadAdapter) -> Arrived:
         started = time.monotonic()
         weights = self._prepare(read_packed_adapter(Path(order.path), order.sha256, layers=self._layers))
-        size = host_bytes(weights)
-        if self._pin:
-            give_unused_back()
-            size -= weights_bytes(without_head(weights))
-            weights, taken = pinned(weights)
-            size += taken
+        if self._copied:
+            weights = in_slab(weights)
         return Arrived(
             weights,
             AdapterLoaded(
                 digest=order.digest,
-                bytes=size,
+                bytes=host_bytes(weights),
                 load_seconds=time.monotonic() - started,
             ),
         )
@@ -122,94 +120,22 @@ class PackedAdapterLoader:
         self._deliver(AdapterFailed(digest=order.digest, code=code, message=message))
 
 
-def _page_locked(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+def in_slab(weights: AdapterWeights) -> AdapterWeights:
+    """Copy a version into one slab of memory, and return the copy.
 
-
-def pinned(weights: AdapterWeights) -> tuple[AdapterWeights, int]:
-    """Copy a version to page-locked memory; return the copy and its bytes there.
-
-    Copies from there to the accelerator overlap with its work. All tensors lie in one slab, so that one copy
-    moves them, or in the few slabs into which `slabs_of` divides it. A classifier's head, which is in no
-    slot, stays where it is.
+    A classifier's head, which is in no slot, stays where it is.
     """
     found = {id(one): one for module in without_head(weights).values() for _, one in tensors_of(module)}
+    places = list(accumulate((_aligned(tensor.nbytes) for tensor in found.values()), initial=0))
+    slab = torch.empty(places[-1], dtype=torch.uint8)
     there: dict[int, torch.Tensor] = {}
-    taken = 0
-    for keys in slabs_of({key: tensor.nbytes for key, tensor in found.items()}):
-        places = list(accumulate((_aligned(found[key].nbytes) for key in keys), initial=0))
-        slab = _page_locked(places[-1])
-        taken += page_locked_bytes(places[-1])
-        for key, place in zip(keys, places, strict=False):
-            tensor = found[key]
-            there[key] = slab[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            there[key].copy_(tensor)
-    result = {
+    for (key, tensor), place in zip(found.items(), places, strict=False):
+        there[key] = slab[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        there[key].copy_(tensor)
+    return {
         name: replace(module, **{part: there.get(id(one), one) for part, one in tensors_of(module)})  # type: ignore[arg-type]
         for name, module in weights.items()
     }
-    return result, taken
-
-
-def give_unused_back() -> None:
-    """Release page-locked memory beyond KEPT_BYTES that no tensor uses.
-
-    PyTorch keeps it for tensors of the same size, a power of two, and for good: next to versions of one size
-    it would hold all that versions of other sizes ever had (`CachingHostAllocator`).
-    """
-    told = torch.cuda.host_memory_stats()
-    # Before PyTorch 2.10 the second is what tensors have, and another one what is held.
-    held = told.get("reserved_bytes.current", told.get("allocated_bytes.current", 0))
-    used = told.get("active_bytes.current", told.get("allocated_bytes.current", 0))
-    if held - used > KEPT_BYTES:
-        _empty_host_cache()
-
-
-def _empty_host_cache() -> None:
-    """Release page-locked memory that no tensor has; log a warning if PyTorch has no way to do so."""
-    # The second is the same before PyTorch made it public.
-    for owner, name in ((torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache")):
-        release = getattr(owner, name, None)
-        if release is not None:
-            release()
-            return
-    logger.warning(
-        "PyTorch %s offers no way to release page-locked memory: it keeps what versions had that are gone, "
-        "within --host-memory",
-        torch.__version__,
-    )
-
-
-def page_locked_bytes(size: int) -> int:
-    """Return the size of a page-locked allocation: PyTorch rounds it up to a power of two
-    (`CachingHostAllocator`)."""
-    return 1 << (size - 1).bit_length() if size else 0
-
-
-def slabs_of(sizes: Mapping[int, int]) -> list[list[int]]:
-    """Group tensors into slabs, by their keys; `sizes` are bytes.
-
-    One slab, unless its rounding takes more than MOST_PADDING of it, and less is taken by large ones that are
-    nearly full and a small one for the rest.
-    """
-    left = sorted((key for key in sizes if sizes[key]), key=lambda key: -sizes[key])
-    own = {key: _aligned(sizes[key]) for key in left}
-    padding = int(MOST_PADDING * sum(own.values()))
-    slabs: list[list[int]] = []
-    while left:
-        needed = sum(own[key] for key in left)
-        room = page_locked_bytes(needed)
-        if room - needed > padding:
-            room = max(room // 2, page_locked_bytes(own[left[0]]))
-        slab, rest = list[int](), list[int]()
-        for key in left:
-            fits = own[key] <= room
-            (slab if fits else rest).append(key)
-            room -= own[key] * fits
-        slabs.append(slab)
-        left = rest
-    taken = sum(page_locked_bytes(sum(own[key] for key in slab)) for slab in slabs)
-    return slabs if taken < page_locked_bytes(sum(own.values())) else [list(own)] * bool(own)
 
 
 def _aligned(size: int) -> int:
@@ -230,20 +156,70 @@ class Copy(Protocol):
         """Return the copied tensors, once they are complete, for use by the steps."""
 
 
-class CudaCopy:
-    """A copy from page-locked memory on a stream of its own."""
+class PinnedRing:
+    """Page-locked memory, allocated once, through which a thread of its own copies to an accelerator."""
 
-    def __init__(self, weights: AdapterWeights, device: torch.device, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            self._weights = copied(weights, device)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(stream)
+    def __init__(self, device: torch.device, size: int = RING_BYTES, pieces: int = RING_PIECES) -> None:
+        pinned = device.type == "cuda"
+        self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(pieces)]
+        self._events = [self._event() for _ in self._pieces]
+        self._next = 0
+        self._stream: Any = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, "engine-copier")
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Return a context in which the stream of the copies is the current one."""
+        return torch.cuda.stream(self._stream)
+
+    def send(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Future[Any]:
+        """Begin to copy bytes from host memory to the accelerator, pair by pair.
+
+        Returns:
+            A future of the event behind the last copy.
+        """
+        return self._thread.submit(self._send, pairs)
+
+    def _send(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        for here, there in pairs:
+            for source, target in zip(
+                torch.split(here, len(self._pieces[0])),
+                torch.split(there, len(self._pieces[0])),
+                strict=True,
+            ):
+                piece, event = self._pieces[self._next], self._events[self._next]
+                self._next = (self._next + 1) % len(self._pieces)
+                event.synchronize()  # what was copied from it before has left it
+                piece[: len(source)].copy_(source)
+                with self.stream():
+                    target.copy_(piece[: len(source)], non_blocking=True)
+                    event.record(self._stream)
+        last = self._event()
+        last.record(self._stream)
+        return last
+
+    def _event(self) -> Any:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+class CudaCopy:
+    """A copy from host memory, on a stream of its own."""
+
+    def __init__(self, weights: AdapterWeights, device: torch.device, ring: PinnedRing) -> None:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def there(here: torch.Tensor) -> torch.Tensor:
+            pairs.append((here, torch.empty_like(here, device=device)))
+            return pairs[-1][1]
+
+        with ring.stream():
+            self._weights = copied(weights, device, there)
+        self._event = ring.send(pairs)
 
     def done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._event.done() and bool(self._event.result().query())
 
     def wait(self) -> None:
-        self._event.synchronize()
+        self._event.result().synchronize()
 
     def take_weights(self) -> AdapterWeights:
         steps = torch.cuda.current_stream()
@@ -258,8 +234,8 @@ def copier(device: torch.device) -> Callable[[AdapterWeights], Copy] | None:
     """Return a function that starts a version's copy to the device; None on the CPU."""
     if device.type != "cuda":
         return None
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return lambda weights: CudaCopy(weights, device, stream)
+    ring = PinnedRing(device)
+    return lambda weights: CudaCopy(weights, device, ring)
 
 
 class Staging:

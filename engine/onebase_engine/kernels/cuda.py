@@ -2,8 +2,12 @@
 
 Libraries for GPUs choose by the number of rows how they compute, and bitsandbytes even which weights a 4-bit
 layer has: a row's bits would depend on its neighbours. Here a sum has one order, whatever else is in the
-step: a product's terms are added in pieces of PIECE, the pieces one after the other, and attention's keys in
-pieces of SPLIT. Weights are the numbers of `dequantize_4bit`, adapters those of their files, in fp32.
+step. A product of the base has one fp32 accumulator, to which its terms are added in ascending order; an
+adapter's terms are added in pieces of PIECE, the pieces one after the other, and attention's keys in pieces
+of SPLIT. Weights are the numbers of `dequantize_4bit`, adapters those of their files, in fp32.
+
+A kernel is compiled for the types of its arguments and for facts of the base. Numbers that differ from step
+to step are never compiled in, nor where an index array begins, so that all forms are known at the start.
 
 Nothing here waits for the device. With TRITON_INTERPRET=1 Triton runs all of it on the CPU, for the tests.
 """
@@ -12,8 +16,10 @@ Nothing here waits for the device. With TRITON_INTERPRET=1 Triton runs all of it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
@@ -54,15 +60,24 @@ class CaptureError(Exception):
     """Raised if a pass cannot be a CUDA graph; then other passes of the same model cannot either."""
 
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter runs the kernels, on the CPU."""
 PIECE = tl.constexpr(1024)
-"""Number of a product's terms that are summed before they are added to the others."""
+"""Number of terms of a LoRA's product with A that are summed before they are added to the others."""
 STEP = tl.constexpr(64)
 """Number of terms that a loop processes at a time; `in_features` is a multiple of it."""
+SHRUNK = tl.constexpr(256)
+"""Number of terms of a LoRA's product with A that a loop processes at a time, since loads wait."""
 OUTPUTS = tl.constexpr(64)
 RANKS = tl.constexpr(16)
 SPLIT = tl.constexpr(512)
 """Number of a context's keys that one program attends to."""
-KEYS = tl.constexpr(64)
+ATTENTION = (
+    (128, {"KEYS": 64, "num_warps": 4, "num_stages": 3}),
+    (1 << 16, {"KEYS": 32, "num_warps": 8, "num_stages": 1}),
+)
+"""Keys that a program attends to at a time, and its warps and stages, for heads up to a size: so that it fits
+into the shared memory of every card, 99 KB of some."""
 QUERIES = tl.constexpr(64)
 """Number of a program's queries: rows of one context, with all heads that share its keys."""
 CHANNELS = 256
@@ -83,14 +98,34 @@ operators."""
 ALIGNMENT = 16
 """Alignment of weights and matrices, in bytes."""
 FEW_ROWS, MANY_ROWS, MOST_ROWS = 16, 64, 128
-"""Numbers of rows of a program. With more than MANY_ROWS, a 4-bit weight is unpacked once for all."""
+"""Numbers of rows of a program."""
+UNPACKED_ROWS = 256
+"""Number of rows above which a 4-bit weight is unpacked once for all programs."""
+STAGES = {FEW_ROWS: 6, MANY_ROWS: 4, MOST_ROWS: 3}
+"""Number of loads in flight of a program, by its rows. Few rows have few programs, and need more of them."""
 WIDE = 2 * OUTPUTS.value
 """Number of outputs of a program from PROMPT_ROWS rows on, which leave enough programs for a whole device."""
 PROMPT_ROWS = 512
+FORM_ROWS = (1, FEW_ROWS + 1, MANY_ROWS + 1, UNPACKED_ROWS + 1, PROMPT_ROWS)
+"""Number of rows of a step for each set of forms."""
+LAYERS = tl.constexpr(256)
+"""Number of layers whose facts of one slot lie next to each other, so that one copy fills the slot."""
+TRIAL_ROWS, TRIAL_OUTPUTS = (
+    ((1, 16, 17, 65), 64)
+    if INTERPRETED.value
+    else (
+        (1, 16, 17, 64, 65, 128, 129, 256, 257, 512),
+        4096,
+    )
+)
+"""Rows and outputs of the products of a trial at a start: each form, on both sides of where it ends."""
+SUMMED_BYTES = 1 << 18
+"""Bytes of the base in one program of a check."""
 
 WEIGHT, ABSMAX, CODE, BIAS = (tl.constexpr(number) for number in range(4))
-SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4, 8))
-"""Indices of a layer's facts for the kernels, int64: addresses, sizes; and the number of facts."""
+SLOTS, SIZE_OUT, SHIFT, FACTS = (tl.constexpr(number) for number in range(4, 8))
+"""Indices of a layer's facts for the kernels, int64: addresses, the number of outputs, the binary logarithm
+of the block size of a 4-bit weight; and the number of facts."""
 A, B, RANK, SCALE, NARROW, ADDS_WIDE, SLOT_FACTS = (tl.constexpr(number) for number in range(7))
 """Indices of a slot's facts: addresses of A and B, the rank (0: empty), the bits of the scale in fp32,
 whether A and B are in bf16 instead of fp32, and whether the part is never rounded before it is added; and the
@@ -102,7 +137,6 @@ SMALLEST = tl.constexpr(LEAST_SCALE)
 TO_INTEGER = tl.constexpr(12582912.0)
 """Constant 1.5 * 2^23: added and subtracted again, it leaves the nearest integer, ties to even."""
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _WAITS = "called a synchronizing CUDA operation"
 """Part of PyTorch's error, in its debug mode, when the host waits for the device."""
 
@@ -118,7 +152,7 @@ def _layer_of(block, second, third):
 
 
 @triton.jit
-def _unpacked(weight, absmax, code, out, first, there, size_in, blocksize):
+def _unpacked(weight, absmax, code, out, first, there, size_in, shift):
     """Unpack the weights [OUTPUTS, STEP] of the outputs `out` and the terms from `first` on, bf16.
 
     `code` [16] is in registers: looked up in memory, each weight would be a copy of four bytes.
@@ -128,23 +162,23 @@ def _unpacked(weight, absmax, code, out, first, there, size_in, blocksize):
     own = out[:, None] * tl.multiple_of(size_in // 2, STEP // 2)
     both = tl.load(weight + own + half[None, :], mask=there[:, None], other=0)
     index = tl.interleave(both >> 4, both & 15).to(tl.int32)
-    scale = tl.load(absmax + (out * size_in + first) // blocksize, mask=there, other=0.0)
+    scale = tl.load(absmax + ((out * size_in + first) >> shift), mask=there, other=0.0)
     found = tl.reshape(tl.gather(code, tl.reshape(index, [OUTPUTS * STEP]), 0), [OUTPUTS, STEP])
     return (found * scale[:, None]).to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "second", "third"])
 def _products(
-    x, layers, sums, rows, size_in, width, second, third, pieces, NF4: tl.constexpr, ROWS: tl.constexpr,
+    x, layers, sums, rows, size_in, width, second, third, NF4: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Compute sums[part, row, outputs of all layers] = x @ weight.T over the `pieces` pieces of each part.
+    """Compute sums[row, outputs of all layers] = x @ weight.T, each in one accumulator over ascending terms.
 
     The weights are the left factor, which may come from registers: there they are unpacked. Programs for all
     rows follow each other, so that a block of weights comes from memory once. SIZE: outputs of a block, in
     which `second` and `third` count too.
     """
-    block, part = tl.program_id(1), tl.program_id(2)
+    block = tl.program_id(1)
     layer, begin = _layer_of(block, second, third)
     facts = layers + layer * FACTS
     out = ((block - begin) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
@@ -155,32 +189,28 @@ def _products(
     if NF4:
         code = tl.load(tl.load(facts + CODE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 16))
     total = tl.zeros((SIZE, ROWS), dtype=tl.float32)
-    for piece in range(part * pieces, (part + 1) * pieces):
-        some = tl.zeros((SIZE, ROWS), dtype=tl.float32)
-        for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
-            term = first + tl.arange(0, STEP)
-            if NF4:
-                weight = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.uint8)), 16)
-                absmax = tl.load(facts + ABSMAX).to(tl.pointer_type(tl.float32))
-                w = _unpacked(weight, absmax, code, out, first, there, size_in, tl.load(facts + BLOCKSIZE))
-            else:
-                plain = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.bfloat16)), 16)
-                w = tl.load(plain + out[:, None] * size_in + term[None, :], mask=there[:, None], other=0.0)
-            xs = tl.load(x + row[None, :] * size_in + term[:, None], mask=wanted[None, :], other=0.0)
-            some = tl.dot(w, xs, some)
-        # Not 0 + some, which makes a zero of another sign.
-        total = tl.where(piece == part * pieces, some, total + some)
-    place = (part.to(tl.int64) * rows + row[None, :]) * width + block * SIZE + tl.arange(0, SIZE)[:, None]
+    for first in range(0, size_in, STEP):
+        term = first + tl.arange(0, STEP)
+        if NF4:
+            weight = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.uint8)), 16)
+            absmax = tl.load(facts + ABSMAX).to(tl.pointer_type(tl.float32))
+            w = _unpacked(weight, absmax, code, out, first, there, size_in, tl.load(facts + SHIFT))
+        else:
+            plain = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.bfloat16)), 16)
+            w = tl.load(plain + out[:, None] * size_in + term[None, :], mask=there[:, None], other=0.0)
+        xs = tl.load(x + row[None, :] * size_in + term[:, None], mask=wanted[None, :], other=0.0)
+        total = tl.dot(w, xs, total)
+    place = row[None, :] * width + block * SIZE + tl.arange(0, SIZE)[:, None]
     tl.store(sums + place, total, mask=wanted[None, :] & there[:, None])
 
 
-@triton.jit
-def _unpack(weight, absmax, code, plain, size_in, blocksize, size_out):
+@triton.jit(do_not_specialize=["shift", "size_out"])
+def _unpack(weight, absmax, code, plain, size_in, shift, size_out):
     """Unpack a 4-bit weight into plain[out, in], bf16."""
     out = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     first, there = tl.program_id(1) * STEP, out < size_out
     some = tl.load(code + tl.arange(0, 16))
-    w = _unpacked(weight, absmax, some, out, first, there, size_in, blocksize)
+    w = _unpacked(weight, absmax, some, out, first, there, size_in, shift)
     place = out[:, None] * size_in + first + tl.arange(0, STEP)[None, :]
     tl.store(plain + place, w, mask=there[:, None])
 
@@ -198,7 +228,9 @@ def _matrix(address, place, mask, narrow):
     return found
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["terms", "pieces", "most_rank"], do_not_specialize_on_alignment=["row_of", "slot_of"]
+)
 def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_rank):
     """Compute hidden[layer, part, term, rank] = x32 @ A.T over the `pieces` pieces of each part.
 
@@ -208,7 +240,7 @@ def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_ran
     blocks = tl.cdiv(most_rank, RANKS)
     layer, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
     slots = tl.load(layers + layer * FACTS + SLOTS).to(tl.pointer_type(tl.int64))
-    own = slots + tl.load(slot_of + term) * SLOT_FACTS
+    own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
     size = tl.load(own + RANK)
     if block * RANKS < size:
         rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
@@ -217,11 +249,15 @@ def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_ran
         row = tl.load(row_of + term).to(tl.int64)
         total = tl.zeros((RANKS,), dtype=tl.float32)
         for piece in range(part * pieces, (part + 1) * pieces):
-            sums = tl.zeros((RANKS, STEP), dtype=tl.float32)
-            for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
-                some = first + tl.arange(0, STEP)
-                xs = tl.load(x + row * size_in + some).to(tl.float32)
-                w = _matrix(a, rank[:, None] * size_in + some[None, :], inside[:, None], narrow)
+            sums = tl.zeros((RANKS, SHRUNK), dtype=tl.float32)
+            end = tl.minimum((piece + 1) * PIECE, size_in)
+            for first in range(piece * PIECE, end, SHRUNK):
+                some = first + tl.arange(0, SHRUNK)
+                known = some < end
+                xs = tl.load(x + row * size_in + some, mask=known, other=0.0).to(tl.float32)
+                w = _matrix(
+                    a, rank[:, None] * size_in + some[None, :], inside[:, None] & known[None, :], narrow
+                )
                 sums += w * xs[None, :]
             one = tl.sum(sums, axis=1)
             total = tl.where(piece == part * pieces, one, total + one)
@@ -258,8 +294,8 @@ def _exp(x):
 
 @triton.jit
 def _output(
-    sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, hidden_parts, most_rank,
-    layer, begin, block, QUANTIZED: tl.constexpr,
+    sums, layers, hidden, starts, slot_of, weight_of, width, terms, hidden_parts, most_rank, layer, begin,
+    block, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Return a block of one layer's outputs for a row, rounded in PEFT's order to bf16."""
     row = tl.program_id(0).to(tl.int64)
@@ -268,8 +304,6 @@ def _output(
     there = out < tl.load(facts + SIZE_OUT)
     place = row * width + begin * OUTPUTS + out
     total = tl.load(sums + place, mask=there, other=0.0)
-    for part in range(1, parts):
-        total += tl.load(sums + part * rows * tl.cast(width, tl.int64) + place, mask=there, other=0.0)
     bias = tl.load(facts + BIAS)
     if bias != 0:
         total += tl.load(bias.to(tl.pointer_type(tl.bfloat16)) + out, mask=there, other=0.0).to(tl.float32)
@@ -278,7 +312,7 @@ def _output(
     delta = tl.zeros((OUTPUTS,), dtype=tl.float32)
     acting, wide = 0, tl.cast(0, tl.int64)
     for term in range(tl.load(starts + row), tl.load(starts + row + 1)):
-        own = slots + tl.load(slot_of + term) * SLOT_FACTS
+        own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
         if tl.load(own + RANK) > 0:
             first_part = tl.cast(layer, tl.int64) * hidden_parts
             some = _added(hidden, own, out, there, terms, term, first_part, hidden_parts, most_rank)
@@ -292,29 +326,30 @@ def _output(
     return y
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["terms", "hidden_parts", "most_rank", "second", "third"],
+    do_not_specialize_on_alignment=["starts", "slot_of", "weight_of"],
+)
 def _finish(
-    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, rows, width, parts, terms,
-    hidden_parts, most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
+    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, width, terms, hidden_parts,
+    most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
-    """Store each layer's outputs: the parts' sum plus the row's adapters.
+    """Store each layer's outputs: the base's sum plus the row's adapters.
 
     The result of a single layer is added to `onto`.
     """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     layer, begin = _layer_of(block, second, third)
     y = _output(
-        sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, hidden_parts, most_rank,
-        layer, begin, block - begin, QUANTIZED,
+        sums, layers, hidden, starts, slot_of, weight_of, width, terms, hidden_parts, most_rank, layer, begin,
+        block - begin, QUANTIZED,
     )  # fmt: skip
     if GATED:
         up = _output(
-            sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, hidden_parts,
-            most_rank, 1, second, block, QUANTIZED,
+            sums, layers, hidden, starts, slot_of, weight_of, width, terms, hidden_parts, most_rank, 1,
+            second, block, QUANTIZED,
         )  # fmt: skip
-        gate = y.to(tl.float32)
-        y = tl.div_rn(gate, 1.0 + _exp(-gate)).to(tl.bfloat16)
-        y = (y.to(tl.float32) * up.to(tl.float32)).to(tl.bfloat16)
+        y = _gated(y, up)
     size_out = tl.load(layers + layer * FACTS + SIZE_OUT)
     out = (block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)
     if ONTO:
@@ -322,6 +357,50 @@ def _finish(
         y = (before.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
     to = tl.where(layer == 0, y_1, tl.where(layer == 1, y_2, y_3))
     tl.store(to + row * size_out + out, y, mask=out < size_out)
+
+
+@triton.jit
+def _bare(sums, facts, row, out, there, width, begin):
+    """Return a block of one layer's outputs without adapters [rows, OUTPUTS], rounded to bf16."""
+    place = row[:, None] * width + begin * OUTPUTS + out[None, :]
+    total = tl.load(sums + place, mask=there, other=0.0)
+    bias = tl.load(facts + BIAS)
+    if bias != 0:
+        inside = out < tl.load(facts + SIZE_OUT)
+        own = tl.load(bias.to(tl.pointer_type(tl.bfloat16)) + out, mask=inside, other=0.0)
+        total += own.to(tl.float32)[None, :]
+    return total.to(tl.bfloat16)
+
+
+@triton.jit
+def _gated(gate, up):
+    """Return silu(gate) * up, each rounded where PyTorch's operators round."""
+    gate = gate.to(tl.float32)
+    y = tl.div_rn(gate, 1.0 + _exp(-gate)).to(tl.bfloat16)
+    return (y.to(tl.float32) * up.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["rows", "second", "third"])
+def _finish_bare(
+    sums, layers, onto, y_1, y_2, y_3, rows, width, second, third, ROWS: tl.constexpr, GATED: tl.constexpr,
+    ONTO: tl.constexpr,
+):  # fmt: skip
+    """Store the outputs of ROWS rows as `_finish` does, in a step in which no adapter acts."""
+    block = tl.program_id(1)
+    layer, begin = _layer_of(block, second, third)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    size_out = tl.load(layers + layer * FACTS + SIZE_OUT)
+    out = (block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)
+    there = (row < rows)[:, None] & (out < size_out)[None, :]
+    y = _bare(sums, layers + layer * FACTS, row, out, there, width, begin)
+    if GATED:
+        y = _gated(y, _bare(sums, layers + FACTS, row, out, there, width, second))
+    place = row[:, None] * size_out + out[None, :]
+    if ONTO:
+        before = tl.load(onto + place, mask=there, other=0.0)
+        y = (before.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
+    to = tl.where(layer == 0, y_1, tl.where(layer == 1, y_2, y_3))
+    tl.store(to + place, y, mask=there)
 
 
 @dataclass(frozen=True)
@@ -376,6 +455,47 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
+class SlotTable:
+    """Facts of the slots of up to LAYERS layers, in host memory and on the device.
+
+    Slots that have changed are copied before they are read, each with all of its layers.
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        # The last slot stays empty: padding's.
+        shape = slots + 1, LAYERS.value, SLOT_FACTS.value
+        self._here = np.zeros(shape, dtype=np.int64)
+        with torch.inference_mode(False):  # it is written to in any mode
+            self._there = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._changed: set[int] = set()
+        self.layers = 0
+        """Number of layers that have a place."""
+
+    def fits(self, slots: int, device: torch.device) -> bool:
+        """Return True if one more layer of so many slots has a place."""
+        same = len(self._here) == slots + 1 and self._there.device == device
+        return same and self.layers < LAYERS.value
+
+    def address(self, place: int) -> int:
+        """Return the address of a layer's facts of slot 0."""
+        return self._there[0, place].data_ptr()
+
+    def put(self, slot: int, place: int, facts: Sequence[int]) -> None:
+        self._here[slot, place] = facts
+        self._changed.add(slot)
+
+    def commit(self) -> None:
+        """Start one copy of the slots that have changed, for what is launched next."""
+        if not self._changed:
+            return
+        some = slice(min(self._changed), max(self._changed) + 1)
+        self._changed.clear()
+        source = torch.from_numpy(self._here[some].copy())
+        if self._there.device.type == "cuda":
+            source = source.pin_memory()
+        self._there[some].copy_(source, non_blocking=True)
+
+
 class CudaLinear:
     """One linear layer, 4-bit or bf16, plus the plain LoRAs in its slots."""
 
@@ -389,19 +509,18 @@ class CudaLinear:
         self.nf4 = _is_nf4(base)
         self.weight: torch.Tensor = base.weight.data
         self.absmax = self.code = None
-        self.blocksize = 1
+        self.shift = 0
         if self.nf4:
             state = base.weight.quant_state
             self.absmax, self.code = plain_absmax(state).float().contiguous(), state.code.float().contiguous()
-            self.blocksize = state.blocksize
+            self.shift = int(state.blocksize).bit_length() - 1
         self.bias = None if base.bias is None else base.bias.to(torch.bfloat16).contiguous()
-        # The last one stays empty: padding's.
-        self._slots = torch.zeros(slots + 1, SLOT_FACTS.value, dtype=torch.int64, device=self.weight.device)
+        self.table, self._place = kernels.place_in_slots(slots, self.weight.device)
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.most_rank = 0
         tensors = (self.weight, self.absmax, self.code, self.bias)
         addresses = [0 if one is None else one.data_ptr() for one in tensors]
-        self.facts = [*addresses, self._slots.data_ptr(), self.size_out, self.blocksize]
+        self.facts = [*addresses, self.table.address(self._place), self.size_out, self.shift]
         """Facts of the layer for the kernels, by the indices above."""
         self._layers = CudaLayers(kernels, [self])
 
@@ -411,6 +530,10 @@ class CudaLinear:
                 raise CaptureError(f"a layer multiplies {x.dtype}, for which a graph has no adapters")
             return self._reference(x, rows, onto)
         return self._layers(x.contiguous(), rows, onto)[0]
+
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the products with the base's weights as they are summed, fp32 [rows, out]."""
+        return self._layers.products(x.contiguous())[1][:, : self.size_out]
 
     def exact(self, slot: int) -> bool:
         return False
@@ -425,7 +548,7 @@ class CudaLinear:
             bits = int(np.float32(weights.scale).view(np.int32))
             narrow = int(a.dtype == torch.bfloat16)
             facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits, narrow, int(weights.adds_wide)]
-        self._slots[slot] = sent(np.array(facts), self._slots.device)
+        self.table.put(slot, self._place, facts)
         self.most_rank = max((len(a) for a, _ in self._held.values()), default=0)
 
 
@@ -446,29 +569,27 @@ class CudaLayers:
         self._finished = blocks[0] if gated else self._blocks
         self._pieces = triton.cdiv(layers[0].size_in, PIECE.value)
         self._facts = sent(np.array([layer.facts for layer in layers]), layers[0].weight.device)
+        self._tables = tuple({layer.table for layer in layers})
         self._wide: tuple[list[int], torch.Tensor] = [], self._facts
         """Facts with weights in bf16, and these weights' addresses."""
 
     def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Compute x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; a single layer's is added to
         `onto`."""
+        for table in self._tables:
+            table.commit()
         count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
-        many = count > MANY_ROWS
         ys = [x.new_empty(count, one.size_out) for one in self._layers[: 1 if self._gated else None]]
-        told = self._wide_facts() if many and nf4 else self._facts
-        # Few rows are spread over the device by pieces; of many, a program adds the pieces up by itself.
-        parts = 1 if many else self._pieces
-        width = self._blocks * OUTPUTS.value
-        sums = torch.empty(parts, count, width, dtype=torch.float32, device=x.device)
-        size = FEW_ROWS if count <= FEW_ROWS else MANY_ROWS if count <= MOST_ROWS else MOST_ROWS
-        wide = WIDE // OUTPUTS.value if many and count >= PROMPT_ROWS else 1
-        blocks, *starts = (number // wide for number in (self._blocks, *self._starts))
-        _products[(triton.cdiv(count, size), blocks, parts)](
-            x, told, sums, count, size_in, width, *starts, self._pieces // parts,
-            NF4=nf4 and not many, ROWS=size, SIZE=OUTPUTS.value * wide, num_warps=4 * wide, **PLAIN,
-        )  # fmt: skip
+        told, sums = self.products(x)
         terms = _terms_of(rows, count, x.device)
-        most = terms.most_rank or (max(layer.most_rank for layer in self._layers) if terms.count else 0)
+        to = ys[0] if onto is None else onto, *(*ys, *ys, *ys)[:3]
+        how: dict[str, Any] = {"GATED": self._gated, "ONTO": onto is not None, **PLAIN}
+        if not terms.count:
+            _finish_bare[(triton.cdiv(count, FEW_ROWS), self._finished)](
+                sums, told, *to, count, sums.shape[1], *self._starts, ROWS=FEW_ROWS, **how
+            )
+            return ys
+        most = terms.most_rank or max(layer.most_rank for layer in self._layers)
         numbers = len(self._layers) * terms.count * most
         own_parts = self._pieces if numbers * self._pieces <= HIDDEN else 1
         hidden = torch.empty(numbers * own_parts, dtype=torch.float32, device=x.device)
@@ -479,11 +600,31 @@ class CudaLayers:
                 **PLAIN,
             )  # fmt: skip
         _finish[(count, self._finished)](
-            sums, told, hidden, terms.starts, terms.slot, terms.weight, ys[0] if onto is None else onto,
-            *(*ys, *ys, *ys)[:3], count, width, parts, terms.count, own_parts, most, *self._starts,
-            QUANTIZED=nf4, GATED=self._gated, ONTO=onto is not None, **PLAIN,
+            sums, told, hidden, terms.starts, terms.slot, terms.weight, *to, sums.shape[1], terms.count,
+            own_parts, most, *self._starts, QUANTIZED=nf4, **how,
         )  # fmt: skip
         return ys
+
+    def products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute x [rows, in] bf16, contiguous, times the base's weights.
+
+        Returns:
+            The layers' facts for further kernels; the sums, fp32 [rows, width], each layer's from its first
+            block on.
+        """
+        count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
+        unpacked = nf4 and count > UNPACKED_ROWS
+        told = self._wide_facts() if unpacked else self._facts
+        width = self._blocks * OUTPUTS.value
+        sums = torch.empty(count, width, dtype=torch.float32, device=x.device)
+        size = FEW_ROWS if count <= FEW_ROWS else MANY_ROWS if count <= MANY_ROWS else MOST_ROWS
+        wide = WIDE // OUTPUTS.value if count >= PROMPT_ROWS else 1
+        blocks, *starts = (number // wide for number in (self._blocks, *self._starts))
+        _products[(triton.cdiv(count, size), blocks)](
+            x, told, sums, count, size_in, width, *starts, NF4=nf4 and not unpacked, ROWS=size,
+            SIZE=OUTPUTS.value * wide, num_warps=4 * wide, num_stages=STAGES[size], **PLAIN,
+        )  # fmt: skip
+        return told, sums
 
     def _wide_facts(self) -> torch.Tensor:
         """Return the layers' facts [layers, FACTS] with weights in bf16, valid until the next call."""
@@ -539,7 +680,7 @@ def _keep(x, numbers, scales, slot, dim, SIZE: tl.constexpr, EIGHT: tl.constexpr
         tl.store(to, x, mask=place < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["write"])
 def _write(
     k, v, keys, values, key_scales, value_scales, write, cosines, sines, k_row, k_head, v_row, v_head, slots,
     key_dim, value_dim, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
@@ -566,13 +707,16 @@ def _cached(pointers, mask, EIGHT: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["first_tile", "first_row"])
+@triton.jit(
+    do_not_specialize=["first_tile", "first_row", "rows", "table_width"],
+    do_not_specialize_on_alignment=["tiles", "position", "table"],
+)
 def _attend(
     q, keys, values, key_scales, value_scales, part, stats, out, tiles, position, table, cosines, sines,
-    sinks, q_row, q_head, first_tile, first_row, rows, heads, slots, table_width, block_size, key_dim,
-    value_dim, scaling, softcap, window, chunk, GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr, EIGHT: tl.constexpr,
-    WHOLE: tl.constexpr, SINKS: tl.constexpr,
+    sinks, q_row, q_head, first_tile, first_row, rows, heads, slots, table_width, key_dim, value_dim, scaling,
+    softcap, window, chunk, BLOCK: tl.constexpr, KEYS: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
+    EIGHT: tl.constexpr, WHOLE: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile's queries to SPLIT keys: part[split, row, head, dim], stats[split, row, head, 2].
 
@@ -602,8 +746,8 @@ def _attend(
         for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), KEYS):
             key = start + tl.arange(0, KEYS)
             known = key <= last
-            block = tl.load(table + context * table_width + key // block_size, mask=known, other=0)
-            slot = kv_head.to(tl.int64) * slots + block * block_size + key % block_size
+            block = tl.load(table + context * table_width + key // BLOCK, mask=known, other=0)
+            slot = kv_head.to(tl.int64) * slots + block * BLOCK + key % BLOCK
             ks = _cached(
                 keys + slot[None, :] * key_dim + dim[:, None],
                 known[None, :] & (dim < key_dim)[:, None],
@@ -672,7 +816,7 @@ def _divided(mixed, weight, there):
     return tl.where(there, mixed / tl.where(there, weight, 1.0), 0.0)
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_row", "rows"], do_not_specialize_on_alignment=["position"])
 def _merge(
     part, stats, position, sinks, out, first_row, rows, heads, value_dim, VALUE_SIZE: tl.constexpr,
     SINKS: tl.constexpr,
@@ -892,6 +1036,8 @@ class CudaAttention:
             "VALUE_SIZE": max(16, triton.next_power_of_2(cache.values.shape[2])),
         }
         self._eight = cache.scales is not None
+        largest = max(self._sizes.values())
+        self._tile = next(options for size, options in ATTENTION if largest <= size)
 
     def __call__(
         self,
@@ -931,9 +1077,9 @@ class CudaAttention:
                 _attend[(one.tiles, kv_heads, one.splits)](
                     q, *self._cache, part, stats, out, step.tiles, step.position, table, cosines, sines,
                     sinks, q.stride(1), q.stride(0), one.first_tile, one.first_row, one.rows, heads,
-                    self._head_slots, table.shape[1], self._block_size, key_dim, value_dim, *self._numbers,
-                    GROUPS=groups, PADDED=padded, WHOLE=step.whole, SINKS=self._sinks is not None, **sizes,
-                    **PLAIN,
+                    self._head_slots, table.shape[1], key_dim, value_dim, *self._numbers,
+                    BLOCK=self._block_size, GROUPS=groups, PADDED=padded, WHOLE=step.whole,
+                    SINKS=self._sinks is not None, **self._tile, **sizes, **PLAIN,
                 )  # fmt: skip
             if not step.whole:
                 _merge[(one.rows, heads)](
@@ -1169,6 +1315,143 @@ class CudaRecurrence:
         return y
 
 
+# ---- the base's bytes --------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize_on_alignment=["sums"])
+def _sum_bytes(table, sums, SIZE: tl.constexpr):
+    """Sum the words of one part of the base, each times an odd number by its place, modulo 2^64."""
+    part = tl.program_id(0).to(tl.int64)
+    entry = table + part * 4
+    address, count = tl.load(entry), tl.load(entry + 1)
+    first, wide = tl.load(entry + 2), tl.load(entry + 3)
+    total = tl.zeros((SIZE,), dtype=tl.int64)
+    for begin in range(0, count, SIZE):
+        place = begin + tl.arange(0, SIZE)
+        if wide != 0:
+            word = tl.load(address.to(tl.pointer_type(tl.int64)) + place, mask=place < count, other=0)
+        else:
+            word = tl.load(address.to(tl.pointer_type(tl.uint8)) + place, mask=place < count, other=0)
+            word = word.to(tl.int64)
+        total += word * (2 * (first + place) + 1)
+    tl.store(sums + part, tl.sum(total, axis=0))
+
+
+class ContentSum:
+    """Sum over the bytes of the base's tensors, which reveals a write by any process.
+
+    No change of one word is lost; words that change places are seen, but for a rare chance. It is begun
+    between steps, a slice of the base at a time, and read once it has arrived: nobody waits for it.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor], device: torch.device, slices: int = 16) -> None:
+        """Describe the memory to the kernel. Tensors elsewhere are those of this process alone."""
+        table, first = list[tuple[int, int, int, int]](), 0
+        for tensor in tensors:
+            if tensor.device.type != device.type:
+                continue
+            begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            aligned = min(-(-begin // 8) * 8, end)
+            words = aligned + (end - aligned) // 8 * 8
+            parts = [(begin, aligned - begin, 0), (words, end - words, 0)]
+            for start in range(aligned, words, SUMMED_BYTES):
+                parts.append((start, (min(start + SUMMED_BYTES, words) - start) // 8, 1))
+            for address, count, wide in parts:
+                if count:
+                    table.append((address, count, first, wide))
+                    first += count
+        self._device, self._count = device, len(table)
+        self._table = sent(np.array(table, dtype=np.int64).reshape(-1, 4), device)
+        self._each = max(triton.cdiv(self._count, slices), 1)
+        self._found = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._arrived: Any = torch.cuda.Event() if device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def begin(self) -> Iterator[None]:
+        """Launch a sum, a slice at each step of the iterator. Behind its end, `take` returns the result."""
+        sums = torch.zeros(self._count, dtype=torch.int64, device=self._device)
+        for start in range(0, self._count, self._each):
+            some = slice(start, min(start + self._each, self._count))
+            with on_device(self._device):
+                _sum_bytes[(some.stop - start,)](self._table[some], sums[some], SIZE=1024, **PLAIN)
+            yield
+        self._found.copy_(sums.sum(dtype=torch.int64), non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def take(self, *, wait: bool = False) -> int | None:
+        """Return the sum that was begun; None if it has not arrived and `wait` is not set."""
+        if self._arrived is not None:
+            if wait:
+                self._arrived.synchronize()
+            elif not self._arrived.query():
+                return None
+        return int(self._found)
+
+
+# ---- forms: what is compiled ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel with the types and constants that a launch asked for, still to be compiled."""
+
+    kernel: Any
+    name: str
+    key: str
+    described: str
+    """Types and constants in Triton's own form (JSON)."""
+
+    def compiled(self) -> Any:
+        """Compile it, or load it from Triton's cache, and return Triton's compiled kernel."""
+        return self.kernel.preload(self.described)
+
+
+@contextmanager
+def collecting() -> Iterator[list[Form]]:
+    """Collect the forms that launches ask for and that are not compiled yet. These launches compute nothing.
+
+    Raises:
+        AttributeError: this Triton has no hook that says what it is about to compile.
+    """
+    found: dict[tuple[str, str], Form] = {}
+    forms: list[Form] = []
+
+    def collect(*, key: str, fn: Any, compile: Any, **more: Any) -> bool:
+        if (fn.name, key) not in found:
+            form = Form(fn.jit_function, fn.name, key, compile["specialization_data"])
+            found[fn.name, key] = form
+            forms.append(form)
+        return True
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = collect
+    try:
+        yield forms
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
+def compile_forms(forms: Sequence[Form], device: torch.device, threads: int) -> list[Any]:
+    """Compile forms side by side, and return Triton's compiled kernels in the same order."""
+
+    def enter() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    with ThreadPoolExecutor(threads, "compile", enter) as pool:
+        return list(pool.map(Form.compiled, forms))
+
+
+def warn_of_compiles() -> None:
+    """Log each kernel that is compiled from now on, while sequences wait."""
+
+    def warn(*, fn: Any, repr: str, **more: Any) -> None:
+        logger.warning("kernels: %s was compiled while sequences waited: %s", fn.name, repr)
+
+    triton.knobs.runtime.jit_post_compile_hook = warn
+
+
 # ---- norms, and the back-end -------------------------------------------------------------------
 
 
@@ -1212,6 +1495,9 @@ class CudaKernels(CudaRecurrence):
     row_multiple = 1
     joins = True
     drafts = True
+    draft_cost = 0.005
+    draft_rows = MANY_ROWS
+    compiles = not INTERPRETED.value
     narrows = True
     captures = (
         not INTERPRETED.value
@@ -1228,6 +1514,20 @@ class CudaKernels(CudaRecurrence):
         """Memory pool that all graphs share, since only one runs at a time. It is freed with the last one."""
         self._captured: WeakSet[Any] = WeakSet()
         self._abandoned: list[Any] = []
+        self._tables: WeakSet[SlotTable] = WeakSet()
+
+    def place_in_slots(self, slots: int, device: torch.device) -> tuple[SlotTable, int]:
+        """Return a table of `slots` slots, and the place of one more layer in it."""
+        roomy = (table for table in self._tables if table.fits(slots, device))
+        table = next(roomy, None) or SlotTable(slots, device)
+        self._tables.add(table)
+        table.layers += 1
+        return table, table.layers - 1
+
+    def commit_slots(self) -> None:
+        """Copy what has changed in slots to the device, where a captured pass reads it."""
+        for table in tuple(self._tables):
+            table.commit()
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> CudaLinear | ReferenceLinear:
         reference = ReferenceLinear(base, tiled=False, unpacked=unpacked)
@@ -1257,7 +1557,7 @@ class CudaKernels(CudaRecurrence):
             held = self._scratch[number] = layer.weight.new_empty(size, dtype=torch.bfloat16)
         grid = triton.cdiv(layer.size_out, OUTPUTS.value), layer.size_in // STEP.value
         _unpack[grid](
-            layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.blocksize, layer.size_out,
+            layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.shift, layer.size_out,
             **PLAIN,
         )  # fmt: skip
         return held
@@ -1343,6 +1643,9 @@ class CudaKernels(CudaRecurrence):
             torch._C._cuda_releasePool(number, pool)
         graph.reset()
 
+    def content_sum(self, tensors: Iterable[torch.Tensor], device: torch.device) -> ContentSum:
+        return ContentSum(tensors, device)
+
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
     ) -> Drawing:
@@ -1354,6 +1657,11 @@ def load_kernels(device: torch.device) -> CudaKernels | None:
     """Return the kernels for this device, or None, with the reason logged, if PyTorch computes."""
     try:
         kernels = CudaKernels()
+        if kernels.compiles:
+            with suppress(AttributeError, TypeError):  # of another Triton's hooks
+                with collecting() as forms:
+                    _differing(kernels, device, dry=True)
+                compile_forms(forms, device, os.cpu_count() or 1)
         wrong = _differing(kernels, device)
     except Exception as error:
         # Whatever a compiler or a driver may say: without these kernels the server runs all the same.
@@ -1366,35 +1674,90 @@ def load_kernels(device: torch.device) -> CudaKernels | None:
 
 
 @torch.inference_mode()
-def _differing(kernels: CudaKernels, device: torch.device) -> str | None:
-    """Return the part of a trial in which the kernels are wrong, or None if there is none.
+def _differing(kernels: CudaKernels, device: torch.device, *, dry: bool = False) -> str | None:
+    """Return the part of a trial in which the kernels are wrong, or None if there is none. `dry`: nothing is
+    compared.
 
     They are wrong if they differ from PyTorch in fp64, or if a row alone has other bits than among others.
+    The base's products are compared as they are summed, in fp32: rounded to bf16 nearly all differences
+    vanish.
     """
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw).to(device, torch.bfloat16)
 
-    size_in, size_out = PIECE.value + STEP.value, OUTPUTS.value + 1
-    lora = LoraWeights(
-        random(RANKS.value + 1, size_in).float(), random(size_out, RANKS.value + 1).float(), 0.5
-    )
-    sizes = FEW_ROWS, MANY_ROWS + 1, MOST_ROWS + 1, PROMPT_ROWS
+    size_in, size_out = PIECE.value + STEP.value, TRIAL_OUTPUTS + 1
+    rank = RANKS.value + 1
+    lora = LoraWeights(random(rank, size_in).float(), random(size_out, rank).float(), 0.5)
     for name, layer, weight in _trial_layers(size_in, size_out, device):
         linear = CudaLinear(kernels, layer, 1, ReferenceLinear(layer, tiled=False))
         linear.put(0, lora)
-        for rows in sizes[:3] if INTERPRETED.value else sizes:
-            x = random(rows, size_in)
-            mine = tuple(range(0, rows, 2))
-            got = linear(x, RowMap((RowGroup(mine, ((0, 1.0),)),)))
-            exact = x.double() @ weight.double().T + layer.bias.double()
-            exact[::2] += 0.5 * (x[::2].double() @ lora.a.double().T @ lora.b.double().T)
-            if not bool(((got.double() - exact).abs() <= exact.abs() * 2.0**-7 + 1e-2).all()):
+        x = random(max(TRIAL_ROWS), size_in)
+        exact = x.double() @ weight.double().T + layer.bias.double()
+        adapted = exact + 0.5 * (x.double() @ lora.a.double().T @ lora.b.double().T)
+        alone = {row: linear.sums(x[row : row + 1])[0] for row in {0, *(rows - 1 for rows in TRIAL_ROWS)}}
+        for rows in TRIAL_ROWS:
+            some = x[:rows]
+            sums = linear.sums(some)
+            for row in (0, rows - 1):
+                if not (dry or torch.equal(sums[row], alone[row])):
+                    return f"row {row} of {rows} without its neighbours, {name}"
+            got = linear(some, RowMap((RowGroup(tuple(range(0, rows, 2)), ((0, 1.0),)),)))
+            wanted = exact[:rows].clone()
+            wanted[::2] = adapted[:rows:2]
+            near = (got.double() - wanted).abs() <= wanted.abs() * 2.0**-7 + 1e-2
+            if not (dry or bool(near.all())):
                 return f"a product of {rows} rows, {name}"
-            alone = linear(x[:1], RowMap((RowGroup((0,), ((0, 1.0),)),)))
-            if not torch.equal(alone, got[:1]):
-                return f"a row without its {rows - 1} neighbours, {name}"
+            lone = linear(some[:1], RowMap((RowGroup((0,), ((0, 1.0),)),)))
+            if not (dry or torch.equal(lone, got[:1])):
+                return f"a row with an adapter without its {rows - 1} neighbours, {name}"
+    return _differing_attention(device, random, dry=dry)
+
+
+def _differing_attention(
+    device: torch.device, random: Callable[..., torch.Tensor], *, dry: bool
+) -> str | None:
+    """Return the part of attention's trial that is wrong: contexts of one, two and three splits.
+
+    The last rows of each are computed as a chunk, and the very last again as a decode, alone and among the
+    others.
+    """
+    heads, dim, block, chunk = 4, 64, 16, 20
+    lengths = [chunk + 1, SPLIT.value + 64, 2 * SPLIT.value + 1]
+    widths = [-(-length // block) for length in lengths]
+    firsts = list(accumulate(widths, initial=1))
+    keys, values = (random(1, firsts[-1] * block, dim) for _ in "kv")
+    attend = CudaAttention(LayerCache(keys, values, block), AttentionSettings(dim**-0.5))
+    tables = np.zeros((1, len(lengths), max(widths)), dtype=np.int32)
+    for number, (first, width) in enumerate(zip(firsts, widths, strict=False)):
+        tables[0, number, :width] = np.arange(first, first + width)
+
+    def step(*rows: tuple[int, int]) -> Contexts:
+        context, place = np.array(rows, dtype=np.int32).T.copy()
+        write = tables[0, context, place // block] * np.int32(block) + place % block
+        return Contexts(place, context, write[None], tables)
+
+    rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    ends: list[torch.Tensor] = []
+    for number, length in enumerate(lengths):
+        own = slice(firsts[number] * block, firsts[number] * block + length)
+        k, v = keys[:, own].clone(), values[:, own].clone()
+        given = random(heads, chunk, dim), k[:, -chunk:], v[:, -chunk:]
+        got = attend(*given, step(*((number, place) for place in range(length - chunk, length))))
+        scores = given[0][:, -1].double() @ k[0].double().T * dim**-0.5
+        exact = scores.softmax(-1) @ v[0].double()
+        if not (dry or bool(((got[-1].double() - exact).abs() <= 0.02).all())):
+            return f"attention to {length} keys"
+        q, k, v = (one[:, -1:].contiguous() for one in given)
+        if not (torch.equal(attend(q, k, v, step((number, length - 1)))[0], got[-1]) or dry):
+            return f"a decode behind {length - 1} tokens, which has other bits in a chunk"
+        rows.append((q, k, v))
+        ends.append(got[-1])
+    q, k, v = (torch.cat(one, 1) for one in zip(*rows, strict=True))
+    every = step(*((number, length - 1) for number, length in enumerate(lengths)))
+    if not (torch.equal(attend(q, k, v, every), torch.stack(ends)) or dry):
+        return "a decode without its neighbours"
     return None
 
 

@@ -336,8 +336,14 @@ class Kernels(RecurrentKernels, Protocol):
     """Whether it can join several layers, and has attention that rotates queries and keys."""
     drafts: bool
     """Whether a chunk of a few tokens costs little more than one token does."""
+    draft_cost: float
+    """Cost that each further row adds to a step, as a part of a step of one row."""
+    draft_rows: int
+    """Number of rows of a step that drafts do not exceed, since a step of one more is much dearer."""
     narrows: bool
     """Whether it also accepts A and B of a plain LoRA in bf16."""
+    compiles: bool
+    """Whether kernels are compiled when a launch first asks for them (`engine/forms.py`)."""
     captures: bool
     """Whether passes are captured as CUDA graphs (`engine/graphs.py`)."""
 

@@ -7,7 +7,7 @@ the dtype of the module it replaces.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -171,10 +171,15 @@ def moved(module: _Module, device: torch.device) -> _Module:
     return copied({"": module}, device)[""]  # type: ignore[return-value]
 
 
-def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
+def copied(
+    weights: AdapterWeights,
+    device: torch.device,
+    copy: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> AdapterWeights:
     """Copy weights to `device`, each storage by one copy. Tensors that modules share are shared there too.
 
-    Modules that are there already are the same objects. From page-locked memory the copies are only started.
+    Modules that are there already are the same objects. `copy`: returns the place there of a storage's bytes,
+    into which they are copied then or later.
     """
     storages: dict[int, torch.Tensor] = {}
     tensors: dict[int, torch.Tensor] = {}
@@ -184,7 +189,7 @@ def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
         if key not in storages:
             whole = tensor.new_empty(0, dtype=torch.uint8)
             whole.set_(tensor.untyped_storage())
-            storages[key] = whole.to(device, non_blocking=whole.is_pinned())
+            storages[key] = whole.to(device) if copy is None else copy(whole)
         if id(tensor) not in tensors:
             own = storages[key].view(tensor.dtype)
             tensors[id(tensor)] = own.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

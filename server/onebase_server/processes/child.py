@@ -48,17 +48,20 @@ def begin(name: str) -> Inherited:
     )
     arguments = parser.parse_args()
     set_up_logs(name, logging.INFO)
-    _silence_libraries()
+    _set_up_libraries()
     # Ctrl-C in a terminal reaches every process; the api decides when a child ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return Inherited(socket.socket(fileno=arguments.fd), arguments.base_fd, arguments.busy_fd)
 
 
-def _silence_libraries() -> None:
-    """Drop advice for people who call the libraries themselves; here nobody could follow it."""
+def _set_up_libraries() -> None:
+    """Drop advice for people who call the libraries themselves, and undo what images ask of them."""
     with quick_imports():
+        import torch
         import transformers
 
+    # Some images ask by a variable of the environment for products of fp32 in TF32.
+    torch.set_float32_matmul_precision("highest")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
 

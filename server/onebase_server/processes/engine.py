@@ -33,6 +33,7 @@ from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.base_proof import prove_once
 from onebase_engine.engine.engine import Counters, Engine
+from onebase_engine.engine.forms import capture_steps, compile_kernels
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS, most_blocks
 from onebase_engine.engine.memory_budget import (
     CONTEXT_BYTES,
@@ -69,6 +70,10 @@ IDLE_SECONDS = 1.0
 """Time, in seconds, between two reports of an idle engine."""
 CHECK_STEPS = 256
 """Number of steps between two checks that the base is unchanged."""
+SLOT_SHARE = 0.25
+"""Part of an accelerator's free memory that versions in slots may take by default."""
+CPU_SLOTS = 8
+"""Number of slots on the CPU by default; on an accelerator each sequence of a step may have its own."""
 MAX_FAILED_STEPS = 5
 """Number of consecutive failed steps after which the process ends, to be restarted."""
 DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -139,6 +144,7 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
                 paused = message.paused
                 continue
             _handle(engine, channel, loader, message)
+        engine.watch_base()
         if paused:
             continue
         steps, failed = engine.counters.steps, engine.counters.failed_steps
@@ -153,7 +159,7 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
             report()
             return 4
         if engine.counters.steps != steps and engine.counters.steps % CHECK_STEPS == 0:
-            engine.check_base()
+            engine.begin_base_check()
 
 
 LONG_VECTOR = 64 * 1024
@@ -204,7 +210,7 @@ def _handle(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader,
 def _take_in(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader, arrived: Arrived) -> None:
     digest = arrived.answer.digest
     # Another process has just worked on the base to prove it.
-    engine.check_base()
+    engine.begin_base_check()
     if not loader.wanted(digest):
         channel.send(protocol.AdapterUnloaded(digest))
         return
@@ -220,6 +226,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     """Load the base, publish it, size the KV cache, warm up, and say Ready."""
     started = time.monotonic()
     device = _device(config.device)
+    config = msgspec.structs.replace(config, max_slots=_slot_count(config, device))
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic and device.type != "cpu":
@@ -277,8 +284,11 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         model=model,
         tokenizer=Path(config.base_folder),
     )
+    channel.send(protocol.Loading(stage="compiling kernels", fraction=0.85))
+    compile_kernels(engine)
     channel.send(protocol.Loading(stage="warming up", fraction=0.9))
     warm_up(engine)
+    capture_steps(engine)
     channel.send(protocol.Loading(stage="proving the base", fraction=0.95))
     prove_once(engine, base, settings, config.cpu_weights)
     engine.counters = Counters()
@@ -332,7 +342,7 @@ def sizes(
         aside["slots (--slot-memory)"] = slot_memory + staging_bytes(slot_memory)
     block_bytes = model.kv_bytes_per_block(config.block_size)
     aside["blocks in flight to host memory"] = min(config.prefix_memory, STAGED_BLOCKS * block_bytes)
-    aside["jobs (--train-memory)"] = config.train_memory
+    aside["jobs (--train-memory)"] = config.train_memory or _job_memory(config, base, measure)
     if measure is not None:
 
         def step_at(length: int) -> int:
@@ -360,6 +370,15 @@ def sizes(
         said = ", ".join(f"{size / 1e6:.0f} MB for {who}" for who, size in aside.items() if size)
         logger.info("memory: %.0f MB are free; set aside are %s", free / 1e6, said)
     return blocks, slot_memory
+
+
+def _job_memory(config: EngineConfig, base: Any, measure: Measure | None) -> int:
+    """Return the bytes that jobs take on an accelerator where no setting says how many."""
+    if measure is None or not config.train_jobs:
+        return 0
+    from onebase_server.processes.job_memory import job_bytes  # imports what trains
+
+    return config.train_jobs * job_bytes(base.config, config)
 
 
 def warm_up(engine: Engine) -> None:
@@ -405,12 +424,17 @@ def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> byte
 def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, device: torch.device) -> int:
     """Return the limit, in bytes, of versions in slots; 0 is no limit.
 
-    On the CPU slots point at what host memory holds anyway. On an accelerator the default is a tenth of the
-    free memory, and no more than `max_slots` of `max_rank` could fill.
+    On the CPU slots point at what host memory holds anyway. On an accelerator the default is a part of the
+    free memory, SLOT_SHARE, and no more than `max_slots` of `max_rank` could fill.
     """
     if config.slot_memory or device.type == "cpu":
         return config.slot_memory
-    return min(max(free // 10, 1), slot_bytes(layers, config.max_slots, config.max_rank))
+    return min(max(int(free * SLOT_SHARE), 1), slot_bytes(layers, config.max_slots, config.max_rank))
+
+
+def _slot_count(config: EngineConfig, device: torch.device) -> int:
+    """Return the number of slots: on an accelerator by default as many as sequences, within their memory."""
+    return config.max_slots or (CPU_SLOTS if device.type == "cpu" else config.max_rows)
 
 
 def _device(name: str) -> torch.device:

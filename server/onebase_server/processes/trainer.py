@@ -26,6 +26,7 @@ from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.machine import free_memory, is_out_of_memory, keep_freed_memory
 from onebase_server.processes.child import Channel, begin
 from onebase_server.processes.engine import base_settings
+from onebase_server.processes.job_memory import job_bytes
 from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
@@ -142,9 +143,9 @@ class Work:
                 rate, slow = measured_rates(device, base_settings(config, device).dtype)
             torch.set_num_threads(1)
             # It computes on the CPU whatever the base lives on, and must not begin to use a GPU.
-            self._limit = memory_limit(job.memory_limit, CPU)
+            self._limit = memory_limit(job.memory_limit, CPU, config)
             bound_memory(max(self._limit, CHECK_BYTES), CPU)
-            budget = (job.memory_limit or None) if on_gpu else self._limit
+            budget = memory_limit(job.memory_limit, device, config) if on_gpu else self._limit
             run_job, gate = _run_job(job, config, device, budget), self._gate(1.0, CPU)
             self._listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
             plan = prepare(
@@ -163,7 +164,7 @@ class Work:
             base = attach(base_settings(config, CPU), message.manifest, self._base_fd)
             device = next(base.parameters()).device
             importlib.import_module("peft")  # before the limit, which is for what the job takes
-            self._limit = memory_limit(job.memory_limit, device)
+            self._limit = memory_limit(job.memory_limit, device, config)
             bound_memory(self._limit, device)
             run_job = _run_job(job, config, device, self._limit)
             self._last_step = job.last_step
@@ -311,8 +312,14 @@ def _is_about_space(error: BaseException) -> bool:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def memory_limit(asked: int, device: torch.device) -> int:
-    """Return the bytes that a job may take next to the base: `asked`, or else half of the free memory."""
+def memory_limit(asked: int, device: torch.device, config: EngineConfig) -> int:
+    """Return the bytes that a job may take next to the base.
+
+    Unless `asked` says how many, that is on a GPU what the engine has left free for a job, since what else is
+    free there is set aside for steps, slots and proofs; on the CPU half of the free memory.
+    """
+    if not asked and device.type == "cuda":
+        return job_bytes(load_config(Path(config.base_folder)), config)
     return asked or free_memory(device) // 2
 
 
