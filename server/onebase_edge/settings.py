@@ -376,6 +376,12 @@ class Settings:
         metavar="SIZE",
         low=1000,
     )
+    signatures: str = setting(
+        "",
+        "adapters",
+        "JSON file that says who may sign which adapters, and where a signature is required",
+        metavar="FILE",
+    )
     proof_timeout: float = setting(
         600.0, "adapters", "seconds that proving one adapter may take", low=1, high=86400, metavar="SECONDS"
     )

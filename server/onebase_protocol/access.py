@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 
@@ -111,3 +114,33 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
     request: str
     """The `X-Request-Id` that came with the request."""
     details: Json
+    base_id: str | None = None
+    """Identity of the base."""
+    chain: str = ""
+    """SHA-256 (hex) over this entry and the one before it: see `audit_chain`."""
+
+
+def audit_chain(
+    before: str,
+    *,
+    at: float,
+    tenant: str,
+    key: str,
+    actor: str,
+    action: str,
+    target: str,
+    version: str | None,
+    base_id: str | None,
+    server: str,
+    request: str,
+    details: Mapping[str, Any],
+) -> str:
+    """Return the `chain` of an entry of the audit log, from that of the entry before it ("" for the first).
+
+    It is the SHA-256 of a JSON array of all arguments in their order, without blanks, in UTF-8, with the keys
+    of objects sorted. So no entry can be changed, added or left out without another `chain` of all that
+    follow.
+    """
+    fields = [before, at, tenant, key, actor, action, target, version, base_id, server, request, details]
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -118,6 +118,20 @@ class AdapterSource(Sparse, frozen=True):
         return None if self.parent_version is None else str(self.parent_version)
 
 
+class SignatureReport(Sparse, frozen=True):
+    """Result of verifying a version's signature when its files came."""
+
+    status: str
+    """`verified`; `refused`, where the policy only warns."""
+    signer: str | None = None
+    """Name of the signer in the server's policy."""
+    identity: str | None = None
+    """Name in the signer's certificate."""
+    code: str | None = None
+    """Code of the error, if it was refused; `message` says why."""
+    message: str | None = None
+
+
 class VersionProgress(msgspec.Struct, frozen=True):
     """Progress of a version towards being ready."""
 
@@ -303,6 +317,8 @@ class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
     """Progress of the version; None in the end."""
     report: VersionReport | None
     """Findings about the version; None until it is ready."""
+    signature: SignatureReport | None = None
+    """Result of verifying its signature; None if the server's policy asked for none."""
 
     @property
     def is_pull(self) -> bool:
@@ -362,6 +378,8 @@ class VersionFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the version."""
     base: BaseReference
     files: tuple[VersionFile, ...] = field(name="data")
+    signature: str | None = None
+    """Content of `model.sig`, if the version came with one that was looked at."""
 
     @property
     def bytes(self) -> int:

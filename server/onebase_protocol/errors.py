@@ -210,6 +210,12 @@ ERROR_CODES = (
     ),
     _meaning(
         422,
+        "signature_missing signature_invalid signature_expired signer_not_allowed",
+        "the version has no signature, a wrong or an expired one, or one of a signer who may not sign this "
+        "name, and the server's [policy](how-to/signatures.md) requires one",
+    ),
+    _meaning(
+        422,
         "proof_failed proof_timeout proof_crashed proof_error prepared_damaged base_changed device_error "
         "no_memory",
         "the version was not proved, and is not served; the message says what its proof found",

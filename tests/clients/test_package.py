@@ -107,7 +107,8 @@ def test_the_synchronous_client_is_what_the_asynchronous_one_makes() -> None:
 
 def test_the_http_library_is_imported_in_one_file_for_each_service() -> None:
     importing = [source.name for source in SOURCES if "httpx2" in imported(source)]
-    assert importing == ["_http.py", "openai_answers.py"]  # OneBase's, and OpenAI's
+    # OneBase's, any server's that `onebase conform` asks, and OpenAI's
+    assert importing == ["_http.py", "conform_servers.py", "openai_answers.py"]
 
 
 def test_no_file_imports_the_server_or_what_only_it_has() -> None:

@@ -82,7 +82,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
     (
-        r"onebase serve --(base|adapter|adapters-dir|data-dir|otlp-endpoint) ",
+        r"onebase serve --(base|adapter|adapters-dir|data-dir|otlp-endpoint|signatures) ",
         PARSE,
     ),  # other bases, and folders that are not there
     (r"onebase base check ([\w.-]+/|REPO$)", PARSE),  # a repository on the Hub
@@ -93,6 +93,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves
     (r"onebase serve --host ", PARSE),  # the whole network
+    (r"onebase conform (?!--help$)", PARSE),  # of any server; tests/clients/test_conform.py runs it
     (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends
     (
         r"onebase (keys|tenants) (?!.*--help$)",
@@ -119,6 +120,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
+    (r"(openssl|model_signing) ", "a reader's own keys; tests/adapters/test_signatures.py makes some"),
     (r"tar xf onebase-gpu-check\.tar\.gz ", "on a machine with a GPU"),
     (r"(mv|cp -a|pg_dump|pg_restore|aws s3 sync) ", "other programs, on what is not there"),
 )

@@ -37,6 +37,7 @@ from onebase_adapters.format.config import MAX_CONFIG_BYTES, MLX_WEIGHTS_FILE, M
 from onebase_adapters.format.defaults import DEFAULTS_FILES
 from onebase_adapters.hub.confinement import confine
 from onebase_adapters.hub.reference import cached_repo, is_commit, shared_blobs
+from onebase_adapters.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
 from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from onebase_engine.base.hub_access import hub_silence
 from onebase_engine.redaction import redacted
@@ -193,6 +194,8 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
     wanted = {labels: MAX_CONFIG_BYTES} if _names_labels(Path(paths[0])) else {}
     if _has_token_rows(Path(paths[0]), Path(paths[1])):
         wanted |= {folder + name: most for name, most in TOKENIZER_FILES.items()}
+    if request.get("signature"):
+        wanted[folder + SIGNATURE_FILE] = MAX_SIGNATURE_BYTES
     for name, most in wanted.items():
         size = _size_if_there(request, name)
         if size is not None and size <= most:

@@ -49,6 +49,7 @@ from onebase_adapters.hub.reference import (
     parse_hub_reference,
     shared_blobs,
 )
+from onebase_adapters.signatures import SIGNATURE_FILE, SentFiles
 from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles, Blob
 from onebase_adapters.store.store import Store, StoreFullError
 from onebase_engine.environment import fetching_environment
@@ -100,7 +101,7 @@ class _Message(msgspec.Struct, frozen=True):
 
 
 _log = logging.getLogger(__name__)
-_MORE_FILES = frozenset({MODEL_CONFIG_FILE, *TOKENIZER_FILES, *DEFAULTS_FILES})
+_MORE_FILES = frozenset({MODEL_CONFIG_FILE, *TOKENIZER_FILES, *DEFAULTS_FILES, SIGNATURE_FILE})
 _messages = msgspec.json.Decoder(_Message)
 
 
@@ -142,6 +143,7 @@ def pull(
     cancel: threading.Event | None = None,
     stall_seconds: float = 60.0,
     vocabulary: Callable[[], BaseVocabulary | None] = lambda: None,
+    on_files: Callable[[SentFiles], None] | None = None,
 ) -> AdapterFiles:
     """Fetch an adapter's two files of one commit into the store, with the names of a classifier's labels and
     the tokens that its tokenizer adds, and nothing else of the repository.
@@ -150,6 +152,8 @@ def pull(
         max_bytes: for both files together; compared before the transfer, and again while it lasts.
         cancel: event that stops the pull.
         stall_seconds: raise HubError (`hub_unreachable`) when nothing arrives for so long.
+        on_files: called with the files as they are in the repository, and with their signature, which is
+            fetched only if it is given.
     Raises HubError, PullCancelledError, StoreFullError, StoreError.
     """
     request = {
@@ -158,6 +162,7 @@ def pull(
         "commit": commit,
         "subfolder": ref.subfolder,
         "max_bytes": max_bytes,
+        "signature": on_files is not None,
     }
     for again in (False, True):
         answer = _fetch({**request, "force": again}, progress, cancel, stall_seconds)
@@ -165,6 +170,12 @@ def pull(
         more = {name: _of_repo(path, ref.repo) for name, path in answer.more.items()}
         blobs = [store.add_file(place) for place in places]
         if all(map(_is_right, blobs, answer.sha256)):
+            if on_files is not None:
+                beside = SentFiles.of(more)
+                names = [Path(path).name for path in answer.paths or ()]
+                own_sums = {name: blob.sha256 for name, blob in zip(names, blobs, strict=True)}
+                on_files(SentFiles(own_sums | dict(beside.sums), beside.bundle))
+            more.pop(SIGNATURE_FILE, None)
             own, weights = _beginning(places[0]), store.local(blobs[1].sha256)
             found = _Found(store, more, answer.large, vocabulary)
             if answer.unknown:

@@ -1,6 +1,6 @@
 """Registry of adapters, their versions and their active versions, and of jobs, batches, keys and tenants."""
 
-from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, Registry
+from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, SIGNATURE, Registry
 from onebase_adapters.registry.audit import AuditLog, Origin, acting
 from onebase_adapters.registry.audit import current as current_origin
 from onebase_adapters.registry.batches import BatchRecords
@@ -90,6 +90,7 @@ __all__ = [
     "OPEN_STATES",
     "RESUMABLE",
     "SCOPES",
+    "SIGNATURE",
     "TENANT_QUOTAS",
     "UNSET",
     "UPLOADED",

@@ -55,6 +55,8 @@ _ARRIVALS: Mapping[str, AuditAction] = {
     "merge": "adapter.merged",
 }
 """Actions in the audit log, by the kind of a version's source."""
+SIGNATURE = "signature"
+"""Key of a version's source that holds its SignatureReport and, as `bundle`, the signature itself."""
 _ARRIVAL_FACTS = ("repo", "commit", "subfolder", "job", "method", "parents")
 """Fields of a version's source that its entry in the audit log holds."""
 _DELETIONS: tuple[AuditAction, ...] = ("adapter.version_deleted", "adapter.deleted")
@@ -241,12 +243,29 @@ class Registry:
                 adapter.versions.insert(0, version)
             elif created:
                 version.source, version.created_by = dict(source), plain(actor)
+            elif SIGNATURE in source:
+                # What is there already may be signed afterwards.
+                version.source = {**version.source, SIGNATURE: source[SIGNATURE]}
+                adapter.changed, adapter.updated_at = counter, now
             if created:
                 _set_state(version, state, now)
                 adapter.changed, adapter.updated_at = counter, now
                 session.flush()
                 _note_arrival(session, adapter, version, source, actor)
             return _version_record(version, adapter), created
+
+    def note_refusal(self, tenant: str, name: str, details: Mapping[str, Any], *, actor: str = "") -> None:
+        """Record that an adapter's files were refused because of their signature."""
+        with self._database.write() as (session, _):
+            audit.note(
+                session,
+                "adapter.refused",
+                tenant,
+                name,
+                base_id=self.base_id,
+                actor=actor,
+                details=details,
+            )
 
     def set_state(
         self,
@@ -424,6 +443,8 @@ def _note_arrival(
 ) -> None:
     details = {name: source[name] for name in _ARRIVAL_FACTS if source.get(name)}
     details["bytes"] = version.config_size + version.weights_size
+    if SIGNATURE in source:
+        details[SIGNATURE] = {key: value for key, value in source[SIGNATURE].items() if key != "bundle"}
     action = _ARRIVALS.get(str(source.get("kind")), "adapter.uploaded")
     _note(session, action, adapter, version=version.digest, actor=actor, details=details)
 

@@ -2,7 +2,8 @@
 
 An entry is written in the transaction of the change itself, so that neither exists without the other. The
 context (`acting`) holds on whose behalf a change is made: tasks and threads that a request starts, even if
-they outlive it, act for its caller. Refused attempts are not recorded, or anyone could fill the disk.
+they outlive it, act for its caller. Refused attempts are not recorded, or anyone could fill the disk; of
+adapters that are refused because of their signature a few a minute are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sqlalchemy.orm import Session
 from onebase_adapters.registry.database import SERVER, Database, plain, plain_json
 from onebase_adapters.registry.records import AUDIT_KINDS, AuditAction, AuditRecord, record_of
 from onebase_adapters.registry.tables import AuditRow, BaseRow
+from onebase_protocol.access import audit_chain
 
 _TURN = 0x6175_6469_74  # "audit", for pg_advisory_xact_lock
 _MOST_TEXT = 512
@@ -84,21 +86,22 @@ def note(
     if session.get_bind().dialect.name == "postgresql":
         # Numbers then follow the order of commits, and who reads on from one misses nothing.
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _TURN})
-    session.add(
-        AuditRow(
-            at=time.time(),
-            tenant=tenant,
-            key=_text(found.key),
-            actor=_text(found.actor),
-            action=action,
-            target=_text(name),
-            version=version,
-            base_id=base_id,
-            server=session.info.get(SERVER, ""),
-            request=_text(found.request),
-            details=plain_json(details) if details else None,
-        )
-    )
+    before = session.scalar(select(AuditRow.chain).order_by(AuditRow.number.desc()).limit(1))
+    entry: dict[str, Any] = {
+        "at": time.time(),
+        "tenant": tenant,
+        "key": _text(found.key),
+        "actor": _text(found.actor),
+        "action": action,
+        "target": _text(name),
+        "version": version,
+        "base_id": base_id,
+        "server": session.info.get(SERVER, ""),
+        "request": _text(found.request),
+        "details": plain_json(details) if details else {},
+    }
+    chain = audit_chain(before or "", **entry)
+    session.add(AuditRow(**{**entry, "details": entry["details"] or None}, chain=chain))
     session.flush()
 
 

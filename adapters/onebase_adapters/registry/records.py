@@ -225,7 +225,8 @@ class ApiKeyRecord:
 AuditAction = Literal[
     "adapter.uploaded", "adapter.pulled", "adapter.loaded", "adapter.trained", "adapter.merged",
     "adapter.activated", "adapter.rolled_back", "adapter.deactivated", "adapter.pinned", "adapter.unpinned",
-    "adapter.shared", "adapter.unshared", "adapter.version_deleted", "adapter.deleted", "file.added",
+    "adapter.shared", "adapter.unshared", "adapter.refused", "adapter.version_deleted", "adapter.deleted",
+    "file.added",
     "file.deleted", "job.created", "job.paused", "job.resumed", "job.stopped", "job.cancelled",
     "job.succeeded", "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
     "batch.failed", "batch.expired", "key.created", "key.changed", "key.revoked", "tenant.changed",
@@ -242,6 +243,7 @@ class AuditRecord:
     number: counts up. tenant: owner of the adapter, file, job, batch or key. key: the id of the caller's API
     key; "" where none is needed. actor: the actor on the caller's behalf if it was not a request. target: a
     name, or an id. version: a digest. base: its name. request: the id that came with the request.
+    chain: see `onebase_protocol.access.audit_chain`.
     """
 
     number: int
@@ -256,6 +258,8 @@ class AuditRecord:
     server: str
     request: str
     details: Mapping[str, Any] = field(hash=False)
+    base_id: str | None = None
+    chain: str = ""
 
 
 # ---- training --------------------------------------------------------------------------------

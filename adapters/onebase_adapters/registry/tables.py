@@ -176,6 +176,7 @@ class AuditRow(Table):
     server: Mapped[str] = mapped_column(String)
     request: Mapped[str] = mapped_column(String)
     details: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    chain: Mapped[str] = mapped_column(String)
 
 
 class HistoryRow(Table):

@@ -83,6 +83,11 @@ class PartFile:
         """Bytes so far."""
         return self._size
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the bytes so far."""
+        return self._sum.hexdigest()
+
     def write(self, data: bytes | memoryview) -> None:
         if self._file is None:
             raise StoreError("This file was committed or given up: begin another.")

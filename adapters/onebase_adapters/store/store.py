@@ -66,6 +66,11 @@ class BlobWriter:
         return self._part.size
 
     @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of what was written so far."""
+        return self._part.sha256
+
+    @property
     def path(self) -> Path:
         """File with what was written so far, until `commit` or `abort`."""
         return self._part.path

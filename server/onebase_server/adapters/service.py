@@ -14,11 +14,22 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from msgspec import to_builtins
+
 from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.added_tokens import BaseVocabulary, checked_additions
 from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_adapters.format.defaults import checked_defaults
-from onebase_adapters.registry import UNSET, Origin, Registry, Unset, VersionRecord, acting
+from onebase_adapters.registry import (
+    SIGNATURE,
+    UNSET,
+    Origin,
+    Registry,
+    Unset,
+    VersionRecord,
+    acting,
+)
+from onebase_adapters.signatures import Checked, SentFiles, SignatureError, SignaturePolicy
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_edge.background import Backoff, Threads
@@ -38,12 +49,16 @@ from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.processes.verifier_client import Proof, RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import VersionStage
 from onebase_server.storage.calls import RegistryThreads, storage_errors
+from onebase_server.tenancy.quotas import Window
 
+NO_SIGNATURES = SignaturePolicy()
 BACKOFF = Backoff(0.5, 30.0)
 """Pauses between tries to record or activate a ready version while the registry is away, the engine restarts
 or memory is full."""
 ACTIVATION_TRIES = 8
 """Largest number of tries of one activation, over about a minute."""
+MOST_REFUSALS = 30
+"""Largest number of refused signatures of one tenant that the audit log takes within 60 seconds."""
 OPTIONS = "options"
 """Key of a version's source that holds its VersionOptions."""
 _ACTIVATED_SECONDS = 3.0
@@ -89,6 +104,7 @@ class AdapterService:
         vocabulary: returns the tokens of the base's tokenizer, or None without one. It may take a second.
         check_tokens: raises AdapterFormatError for an adapter's tokens that do not fit that tokenizer.
         check_defaults: raises AdapterFormatError for defaults that requests cannot use.
+        signatures: says who may sign which adapters.
     """
 
     def __init__(
@@ -105,7 +121,11 @@ class AdapterService:
         vocabulary: Callable[[], BaseVocabulary | None] = lambda: None,
         check_tokens: Callable[[TokenizerAdditions], None] = lambda added: None,
         check_defaults: Callable[[AdapterDefaults], None] = lambda defaults: None,
+        signatures: SignaturePolicy = NO_SIGNATURES,
     ) -> None:
+        self.signatures = signatures
+        self._refusals: dict[str, Window] = {}
+        """Refused signatures of the last 60 seconds that the audit log has, by tenant."""
         self.vocabulary = vocabulary
         self._check_tokens = check_tokens
         self._check_defaults = check_defaults
@@ -154,6 +174,32 @@ class AdapterService:
                 param="files",
             )
 
+    async def check_signature(
+        self, tenant: str, name: str, sent: SentFiles, *, actor: str = ""
+    ) -> Checked | None:
+        """Verify the signature of files that came for a name, before anything is loaded from them.
+
+        Raises VersionFailedError, which is in the audit log then.
+        """
+        try:
+            return await self.disk.run_blocking(self.signatures.check, tenant, name, sent)
+        except SignatureError as error:
+            await self.note_refusal(tenant, name, error, actor=actor)
+            raise VersionFailedError(str(error), code=error.code) from error
+
+    async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> None:
+        """Record in the audit log that files were refused; of one tenant at most MOST_REFUSALS a minute."""
+        _log.warning("adapter %s of %s was refused (%s): %s", name, tenant, error.code, error)
+        now = time.monotonic()
+        self._refusals = {one: window for one, window in self._refusals.items() if window.by_second(now)}
+        window = self._refusals.setdefault(tenant, Window())
+        if window.total >= MOST_REFUSALS:
+            return
+        window.add(1, now)
+        details = {"code": error.code, "message": str(error)}
+        with storage_errors(name):
+            await self._records.write(self._registry.note_refusal, tenant, name, details, actor=actor)
+
     async def read_config(self, files: AdapterFiles) -> bytes:
         """Return the config of stored files. Raises UnavailableError."""
         with storage_errors():
@@ -168,16 +214,20 @@ class AdapterService:
         source: Mapping[str, Any],
         options: VersionOptions,
         *,
+        checked: Checked | None = None,
         actor: str = "",
         wait_for_verifier: bool = True,
     ) -> VersionRecord:
         """Register stored files under a tenant's name, and start making them ready unless they are.
 
+        checked: the result of `check_signature`.
         wait_for_verifier: without a verifier, wait for one; else leave the version unfinished.
 
         Raises StoreFullError, UnavailableError.
         """
         stored = {**source, OPTIONS: asdict(options)}
+        if checked is not None:
+            stored[SIGNATURE] = {**to_builtins(checked.report), "bundle": checked.bundle}
         with storage_errors(name):
             version, _ = await self._records.write(
                 self._registry.add_version, name, files.digest, files, stored, tenant=tenant, actor=actor

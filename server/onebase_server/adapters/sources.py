@@ -37,6 +37,7 @@ from onebase_adapters.hub.pull import (
     resolve,
 )
 from onebase_adapters.registry import DEFAULT_TENANT, VersionRecord
+from onebase_adapters.signatures import SentFiles
 from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -192,6 +193,11 @@ class Folders:
         Raises VersionFailedError, BodyTooLargeError, InvalidRequestError, DiskFullError,
         UnavailableError.
         """
+        checked, sent = None, None
+        if self._adapters.signatures.is_active:
+            with _readable(name, folder):
+                sent = await self._adapters.disk.run_blocking(SentFiles.of_folder, folder)
+            checked = await self._adapters.check_signature(tenant, name, sent, actor=actor)
         record = self._adapters.catalog.of(tenant).own(name)
         if record is not None:
             with _readable(name, folder):
@@ -213,12 +219,17 @@ class Folders:
             files = await self._adapters.disk.run_blocking(
                 take_folder, self._adapters.store, folder, self._adapters.vocabulary
             )
+            if sent is not None and sent != await self._adapters.disk.run_blocking(
+                SentFiles.of_folder, folder
+            ):
+                raise InvalidRequestError(f"Adapter {name!r} in {folder} changed while it was read.")
         return await self._adapters.add(
             tenant,
             name,
             files,
             {"kind": "folder"},
             VersionOptions(any_base=True, allow_noop=allow_noop),
+            checked=checked,
             actor=actor,
             wait_for_verifier=wait_for_verifier,
         )
@@ -338,13 +349,18 @@ class Fetched:
 
     files: AdapterFiles
     commit: str
+    sent: SentFiles | None = None
+    """The files as they are in the repository; None if no signature is asked for."""
 
 
 class Transfer:
     """One transfer from the Hub. `fraction` is 0 to 1, of the bytes."""
 
-    def __init__(self, reference: HubReference) -> None:
+    def __init__(self, reference: HubReference, *, signed: bool = False) -> None:
+        """signed: fetch the adapter's signature too."""
         self.reference = reference
+        self._signed = signed
+        self._sent: SentFiles | None = None
         self.fraction = 0.0
         self.has_begun = False
         self.refusal: ApiError | None = None
@@ -360,9 +376,19 @@ class Transfer:
         reference = self.reference
         commit = resolve(reference.repo, reference.revision, cancel=self.cancel)
         files = pull(
-            reference, commit, store, max_bytes, self._advance, cancel=self.cancel, vocabulary=vocabulary
+            reference,
+            commit,
+            store,
+            max_bytes,
+            self._advance,
+            cancel=self.cancel,
+            vocabulary=vocabulary,
+            on_files=self._note_files if self._signed else None,
         )
-        return Fetched(files, commit)
+        return Fetched(files, commit, self._sent)
+
+    def _note_files(self, sent: SentFiles) -> None:
+        self._sent = sent
 
     def _advance(self, done: int, total: int) -> None:
         self.fraction = min(1.0, done / total) if total else 0.0
@@ -381,8 +407,12 @@ class Pulls:
         allow: Sequence[str],
         max_bytes: int,
         vocabulary: Vocabulary = _no_vocabulary,
+        *,
+        signed: bool = False,
     ) -> None:
+        """signed: fetch the signatures of adapters too."""
         self._store = store
+        self._signed = signed
         self._vocabulary = vocabulary
         self._threads = threads
         self._allow = tuple(allow)
@@ -425,7 +455,7 @@ class Pulls:
                 code="pulls_busy",
                 retry_after=_RETRY_AFTER,
             )
-        transfer = Transfer(reference)
+        transfer = Transfer(reference, signed=self._signed)
         task = asyncio.get_running_loop().create_task(self._run(tenant, transfer))
         self._running[tenant, reference] = transfer, task
         task.add_done_callback(lambda done: self._ended((tenant, reference), done))
@@ -672,6 +702,11 @@ class HubAdapters:
 
     async def _register(self, pending: PendingPull, fetched: Fetched) -> VersionRecord:
         adapters, reference = self._adapters, pending.reference
+        checked = None
+        if fetched.sent is not None:
+            checked = await adapters.check_signature(
+                pending.tenant, pending.name, fetched.sent, actor=pending.actor
+            )
         config = await adapters.read_config(fetched.files)
         await adapters.check_config(pending.name, config, pending.options)
         source = {
@@ -682,7 +717,13 @@ class HubAdapters:
             "subfolder": reference.subfolder,
         }
         return await adapters.add(
-            pending.tenant, pending.name, fetched.files, source, pending.options, actor=pending.actor
+            pending.tenant,
+            pending.name,
+            fetched.files,
+            source,
+            pending.options,
+            checked=checked,
+            actor=pending.actor,
         )
 
 

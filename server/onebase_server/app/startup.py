@@ -20,6 +20,7 @@ from rich.console import Console
 
 import onebase_server
 from onebase_adapters.registry import RegistryError
+from onebase_adapters.signatures import PolicyError
 from onebase_edge.background import keep_running
 from onebase_edge.errors import UnavailableError
 from onebase_edge.listener import LEAST_FILES, url_of
@@ -202,7 +203,7 @@ class _Server:
                 display.loading,
                 Tracing(self.settings.otlp_endpoint),
             )
-        except TracingError as error:
+        except (PolicyError, TracingError) as error:
             raise WrongSettingsError(str(error)) from error
         except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error

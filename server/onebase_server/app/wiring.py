@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from onebase_adapters.signatures import SignaturePolicy
 from onebase_adapters.store.store import local_folder
 from onebase_edge.background import Threads
 from onebase_edge.settings import Settings, is_loopback
@@ -150,6 +151,7 @@ def assemble(
         settings.hub_allow,
         settings.max_upload,
         adapters.vocabulary,
+        signed=adapters.signatures.is_active,
     )
     hub = HubAdapters(adapters, pulls)
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
@@ -230,6 +232,7 @@ def _adapter_parts(
     """Make the adapters' parts. `busy`: whether sequences run. `command` starts the verifier. `kernels`: the
     engine's."""
     registry, store, (records, disk) = storage.registry, storage.store, threads
+    signatures = SignaturePolicy.load(Path(settings.signatures).expanduser()) if settings.signatures else None
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk, kernels)
     verifier = VerifierClient(
@@ -266,6 +269,7 @@ def _adapter_parts(
         vocabulary=lambda: tokenizers.base.vocabulary,
         check_tokens=tokenizers.check,
         check_defaults=check_form,
+        signatures=signatures or SignaturePolicy(),
     )
     residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)

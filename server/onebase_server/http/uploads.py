@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ from onebase_adapters.format.defaults import (
     with_defaults,
 )
 from onebase_adapters.registry import UPLOADED, Purpose
+from onebase_adapters.signatures import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE_FILE,
+    Checked,
+    SentFiles,
+    SignatureError,
+)
 from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -61,9 +69,15 @@ ADAPTER_FIELDS = (
     f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}; "
     f"for a classifier perhaps {MODEL_CONFIG_FILE}, which names its labels, and for tokens that it adds its "
     f"tokenizer's: {', '.join(TOKENIZER_FILES)}. Of mlx-lm the second one is {MLX_WEIGHTS_FILE}. Defaults of "
-    f"requests are in one of {', '.join(DEFAULTS_FILES)}, and in a field {DEFAULTS_FORM_FIELD}, as JSON."
+    f"requests are in one of {', '.join(DEFAULTS_FILES)}, and in a field {DEFAULTS_FORM_FIELD}, as JSON. "
+    f"A signature is in {SIGNATURE_FILE}."
 )
-_SMALL = {CONFIG_FILE: MAX_CONFIG_BYTES, MODEL_CONFIG_FILE: MAX_CONFIG_BYTES, **DEFAULTS_FILES}
+_SMALL = {
+    CONFIG_FILE: MAX_CONFIG_BYTES,
+    MODEL_CONFIG_FILE: MAX_CONFIG_BYTES,
+    SIGNATURE_FILE: MAX_SIGNATURE_BYTES,
+    **DEFAULTS_FILES,
+}
 """Files that are read whole, and the largest size of each, in bytes."""
 _OF_VENDORS = DEFAULTS_FILES.keys() - {DEFAULTS_FILE}
 """Files without which an adapter can be used, so that one that is too large is no error."""
@@ -266,6 +280,21 @@ class Upload:
     config: bytes
     commit: Callable[[], AdapterFiles]
     """Makes the files part of the store; call it in a thread. Raises DiskFullError, StoreError."""
+    checked: Checked | None = None
+    """Result of verifying its signature."""
+
+
+class SignatureRefusedError(Exception):
+    """The signature of an upload is not accepted. name: of the adapter; reason: what the policy said."""
+
+    def __init__(self, name: str, reason: SignatureError) -> None:
+        super().__init__(str(reason))
+        self.name = name
+        self.reason = reason
+
+
+def _unsigned(name: str, sent: SentFiles) -> Checked | None:
+    return None
 
 
 class AdapterForm(FormReader[Upload]):
@@ -280,8 +309,12 @@ class AdapterForm(FormReader[Upload]):
         boundary: bytes,
         limit: int,
         vocabulary: Callable[[], BaseVocabulary | None] = lambda: None,
+        check_signature: Callable[[str, SentFiles], Checked | None] = _unsigned,
     ) -> None:
-        """vocabulary: returns the base's tokens, by which those are found that a tokenizer adds."""
+        """vocabulary: returns the base's tokens, by which those are found that a tokenizer adds.
+        check_signature: raises SignatureError unless the files may have the adapter's name."""
+        self._check_signature = check_signature
+        self._weights_name = WEIGHTS_FILE
         self._vocabulary = vocabulary
         self._tokenizer: dict[str, BlobWriter] = {}
         self._store = store
@@ -303,6 +336,10 @@ class AdapterForm(FormReader[Upload]):
         if missing:
             raise InvalidRequestError(f"files: {missing[0]} is missing. {ADAPTER_FIELDS}", param=_FILES_FIELD)
         name = self.text("name")
+        try:
+            checked = self._check_signature(name, self._sent())
+        except SignatureError as error:
+            raise SignatureRefusedError(name, error) from error
         flags = {flag: self._flag(flag) for flag in FLAGS if flag in self.fields}
         model = self._small.get(MODEL_CONFIG_FILE)
         try:
@@ -318,13 +355,25 @@ class AdapterForm(FormReader[Upload]):
                     )
         except AdapterFormatError as error:
             raise InvalidRequestError(f"files: {error}.", param=_FILES_FIELD) from error
-        return Upload(name, flags, self._config, self._commit)
+        return Upload(name, flags, self._config, self._commit, checked)
 
     def close(self) -> None:
         for writer in self._tokenizer.values():
             writer.abort()
         if self._weights is not None:
             self._weights.abort()
+
+    def _sent(self) -> SentFiles:
+        """Return the sums of all files as they were sent, and their signature."""
+        small = {name: bytes(content) for name, content in self._small.items()}
+        bundle = small.pop(SIGNATURE_FILE, None)
+        if DEFAULTS_FORM_FIELD in self.fields:
+            small[f"the field {DEFAULTS_FORM_FIELD}"] = self.fields[DEFAULTS_FORM_FIELD]
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
+        sums |= {name: writer.sha256 for name, writer in self._tokenizer.items()}
+        if self._weights is not None:
+            sums[self._weights_name] = self._weights.sha256
+        return SentFiles(sums, bundle)
 
     def _read_defaults(self, name: str) -> bytes | None:
         if len(self._small.get(name, b"")) > DEFAULTS_FILES[name]:
@@ -363,7 +412,7 @@ class AdapterForm(FormReader[Upload]):
 
     def _begin_file(self, name: str) -> Write:
         if name == MLX_WEIGHTS_FILE:
-            name = WEIGHTS_FILE
+            self._weights_name, name = name, WEIGHTS_FILE
         if name in TOKENIZER_FILES and name not in self._tokenizer:
             self._tokenizer[name] = self._store.writer()
             return partial(self._keep_tokenizer, name)

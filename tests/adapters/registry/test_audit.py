@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from onebase_adapters.registry import (
     UnknownKeyError,
     acting,
 )
+from onebase_protocol.access import audit_chain
 from onebase_protocol.training import TrainingFailure
 
 ADA = Origin("ob-0123456789abcdef", request="req-1")
@@ -67,6 +69,17 @@ def test_each_change_of_an_adapter_is_there_once_with_who_made_it(registry: Regi
     assert [entry.details["previous"] for entry in found[2:5]] == [None, one, two]
     assert found[-1].details == {"count": 1, "versions": [two], "active": None}
     assert [entry.number for entry in found] == sorted(entry.number for entry in found)
+
+
+def test_each_entry_is_chained_to_the_one_before_it(registry: Registry) -> None:
+    for number in range(3):
+        add(registry, f"acme-{number}", str(number))
+    before = ""
+    for entry in registry.audit.entries(limit=100, oldest_first=True):
+        names = [name for name in inspect.signature(audit_chain).parameters if name != "before"]
+        before = audit_chain(before, **{name: getattr(entry, name) for name in names})
+        assert entry.chain == before
+    assert before
 
 
 def test_an_adapter_that_goes_with_its_last_version_has_an_entry_of_its_own(registry: Registry) -> None:

@@ -41,6 +41,7 @@ TOKENIZER: Final = {
     "generation_config.json": 1 << 20,
 }
 """Files of a tokenizer, and the largest size of each, in bytes, that the server reads."""
+SIGNATURE: Final = "model.sig"
 DEFAULTS: Final = ("onebase.json", "io.yaml", "Modelfile")
 """Files with an adapter's defaults, of which the server reads the first one."""
 MOST_CONFIG_BYTES: Final = 1 << 20
@@ -62,18 +63,20 @@ _WANTED: Final = "give a folder with both files, as `PeftModel.save_pretrained` 
 @dataclass(frozen=True)
 class AdapterFolder:
     """The two files of an adapter, as PEFT or mlx-lm saves them. labels: of a classifier, a file that names
-    them. tokenizer: files of an adapter that may have tokens of its own. defaults: file with its defaults."""
+    them. tokenizer: files of an adapter that may have tokens of its own. defaults: file with its defaults.
+    signature: by OpenSSF Model Signing."""
 
     config: Path
     weights: Path
     labels: Path | None = None
     tokenizer: tuple[Path, ...] = ()
     defaults: Path | None = None
+    signature: Path | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that are sent, the weights last."""
-        small = (file for file in (self.labels, self.defaults) if file is not None)
+        small = (file for file in (self.labels, self.defaults, self.signature) if file is not None)
         return (self.config, *small, *self.tokenizer, self.weights)
 
 
@@ -100,7 +103,8 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
     found = [folder / name for name in TOKENIZER if (folder / name).is_file()]
     tokenizer = _small_enough(found) if found and _has_token_rows(config, weights) else ()
     defaults = next((folder / name for name in DEFAULTS if (folder / name).is_file()), None)
-    return AdapterFolder(folder / CONFIG, weights, named, tokenizer, defaults)
+    signature = folder / SIGNATURE if (folder / SIGNATURE).is_file() else None
+    return AdapterFolder(folder / CONFIG, weights, named, tokenizer, defaults, signature)
 
 
 def _small_enough(files: Sequence[Path]) -> tuple[Path, ...]:
@@ -199,6 +203,11 @@ class Download:
         if self._progress is not None:
             total = self._listing.bytes
             self._progress(Progress("downloading", self._done / total, self._done, total))
+
+    def add_signature(self) -> None:
+        """Write the version's signature, if it has one."""
+        if self._listing.signature is not None:
+            (self._folder / SIGNATURE).write_text(self._listing.signature, encoding="utf-8")
 
     def finish(self, file: VersionFile) -> None:
         """End it. Raises InvalidResponseError if it is not what the server announced."""

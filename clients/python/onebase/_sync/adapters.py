@@ -174,6 +174,7 @@ class Adapters:
                 download.next(file)
                 self._receive(name, listing.version, file, download)
                 download.finish(file)
+            download.add_signature()
         return listing
 
     def _receive(self, name: str, version: str, file: VersionFile, download: adapters.Download) -> None:

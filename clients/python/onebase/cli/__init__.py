@@ -49,6 +49,7 @@ Talking to a server
   usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
   audit      list who changed what: adapters, files, jobs, batches, keys
+  conform    find out whether a server, of any make, applies the right adapter
   version    show the version of this command and of the server
 
 First steps
@@ -75,6 +76,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "top": "top",
     "usage": "usage",
     "audit": "audit",
+    "conform": "conform",
     "models": "server",
     "version": "server",
 }

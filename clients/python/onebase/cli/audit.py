@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import json
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec.structs import asdict
 
+from onebase_protocol.access import audit_chain
+
 from .._sync.client import Client
-from .._terminal.ui import Column, print_table, show
+from .._terminal.ui import Column, note, print_table, show
 from ..types import AuditEntry
-from .command import OK, count, parser, perform, print_json
+from .command import FAILED, OK, count, parser, perform, print_json
 
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\
@@ -29,6 +34,15 @@ _EXAMPLES: Final = """\
   onebase audit --action job --since 2026-11-01
   onebase audit --all --json > audit.json
   onebase audit --follow --json >> audit.jsonl
+  onebase audit verify audit.json
+"""
+_VERIFY: Final = """\
+Check that nobody has changed, added or removed an entry of the audit log: each holds a SHA-256 sum
+over itself and the entry before it. With a file, as `onebase audit --all --json` prints it, no server
+is asked. All tenants' entries are needed, so the key must be an admin's.
+
+Prints the sum of the last entry. Keep it elsewhere: with --last it is checked that the log still
+has it, so that not even the end was cut off.
 """
 _FIELDS: Final = tuple(name for name in AuditEntry.__struct_fields__ if name != "object")
 _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -36,6 +50,8 @@ _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 def run(command: str, argv: list[str]) -> int:
     """Run the command. Gives its exit status."""
+    if argv[:1] == ["verify"]:
+        return _verify(argv[1:])
     made = parser(command, _DESCRIPTION, _EXAMPLES)
     made.add_argument(
         "--tenant", metavar="NAME", help="of one tenant, for admins (default: all that you may see)"
@@ -58,6 +74,60 @@ def run(command: str, argv: list[str]) -> int:
     form.add_argument("--csv", action="store_true", help="print CSV")
     args = made.parse_args(argv)
     return perform(made, args, lambda client: (_follow if args.follow else _list)(client, args))
+
+
+def _verify(argv: list[str]) -> int:
+    made = parser("audit verify", _VERIFY)
+    made.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE", help="an exported log (default: the server's)"
+    )
+    made.add_argument("--last", metavar="SUM", help="the sum that an earlier check printed")
+    made.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = made.parse_args(argv)
+
+    def check(entries: Sequence[AuditEntry]) -> int:
+        error, last = _broken(sorted(entries, key=lambda entry: _number(entry.id)), args.last)
+        if args.json:
+            print_json({"entries": len(entries), "last": last, "error": error})
+        elif error is None:
+            show(f"{len(entries)} entries are as they were written. The last one's sum: {last}\n")
+        if error is not None:
+            note(f"onebase: {error}")
+        return OK if error is None else FAILED
+
+    if args.file is None:
+        return perform(made, args, lambda client: check(client.audit(oldest_first=True, limit=None)))
+    try:
+        return check(_exported(args.file))
+    except (OSError, ValueError) as error:
+        made.error(f"{args.file}: {error}")
+
+
+def _exported(file: Path) -> Sequence[AuditEntry]:
+    """Return the entries of a JSON list, or of a file with one in each line. Raises OSError, ValueError."""
+    content = file.read_bytes()
+    if content.lstrip().startswith(b"["):
+        return msgspec.json.decode(content, type=tuple[AuditEntry, ...])
+    return msgspec.json.Decoder(AuditEntry).decode_lines(content)
+
+
+def _number(entry: str) -> int:
+    return int(entry.rpartition("-")[2])
+
+
+def _broken(entries: Sequence[AuditEntry], known: str | None) -> tuple[str | None, str]:
+    """Return what is wrong with the chain of entries, oldest first, if anything is, and the last sum."""
+    before, seen = "", known is None
+    for entry in entries:
+        found = {name: getattr(entry, name) for name in _CHAINED}
+        if audit_chain(before, **found) != entry.chain:
+            return f"{entry.id} is not what was written after the entry before it", before
+        before = entry.chain
+        seen = seen or before == known
+    return (None if seen else f"no entry has the sum {known}: the end of the log is missing"), before
+
+
+_CHAINED: Final = tuple(name for name in inspect.signature(audit_chain).parameters if name != "before")
 
 
 def _moment(text: str) -> float:

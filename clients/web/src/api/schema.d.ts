@@ -593,7 +593,8 @@ export interface paths {
          *
          *     Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors), and
          *     optionally `activate`, `allow_noop`, `any_base`. A classifier may have a third part, config.json, whose
-         *     label names are added to adapter_config.json. The same content is the same version.
+         *     label names are added to adapter_config.json, and any adapter a part model.sig, its signature. The same
+         *     content is the same version.
          */
         post: operations["add_version_v1_adapters_post"];
         delete?: never;
@@ -4828,6 +4829,7 @@ export interface components {
             tenant: string;
             progress: components["schemas"]["VersionProgress"] | null;
             report: components["schemas"]["VersionReport"] | null;
+            signature: components["schemas"]["SignatureReport"] | null;
         };
         /**
          * VersionProblem
@@ -5010,6 +5012,17 @@ export interface components {
             notes?: string[];
         };
         /**
+         * SignatureReport
+         * @description Result of verifying a version's signature when its files came.
+         */
+        SignatureReport: {
+            status: string;
+            signer?: string;
+            identity?: string;
+            code?: string;
+            message?: string;
+        };
+        /**
          * ListAnswerVersionAnswer
          * @description A whole list.
          */
@@ -5028,6 +5041,7 @@ export interface components {
             version: string;
             base: components["schemas"]["FilesBase"];
             data: components["schemas"]["VersionFileAnswer"][];
+            signature: string | null;
         };
         /**
          * FilesBase
@@ -5696,6 +5710,8 @@ export interface components {
             details: {
                 [key: string]: unknown;
             };
+            base_id: string | null;
+            chain: string;
         };
         /** HealthAnswer */
         HealthAnswer: {

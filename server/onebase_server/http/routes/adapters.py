@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -47,6 +48,7 @@ from onebase_server.http.uploads import (
     DEFAULTS_FORM_FIELD,
     FLAGS,
     AdapterForm,
+    SignatureRefusedError,
     boundary_of,
     check_length,
     read_form,
@@ -112,7 +114,8 @@ async def add_version(
 
     Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors), and
     optionally `activate`, `allow_noop`, `any_base`. A classifier may have a third part, config.json, whose
-    label names are added to adapter_config.json. The same content is the same version.
+    label names are added to adapter_config.json, and any adapter a part model.sig, its signature. The same
+    content is the same version.
     """
     services.refuse_if_draining()
     boundary = boundary_of(request, ADAPTER_FIELDS)
@@ -143,7 +146,8 @@ async def _upload(
     await services.keys.check_room(caller, check_length(request, limit, "--max-upload"))
     adapters = services.adapters
     with storage_errors():
-        form = AdapterForm(adapters.store, boundary, limit, adapters.vocabulary)
+        check = partial(adapters.signatures.check, caller.tenant)
+        form = AdapterForm(adapters.store, boundary, limit, adapters.vocabulary, check)
         try:
             upload = await read_form(request, form, adapters.disk)
             name = check_name(upload.name, services.catalog.base_name)
@@ -151,11 +155,20 @@ async def _upload(
             options = VersionOptions(**flags | {"activate": activate or flags["activate"]})
             await adapters.check_config(name, upload.config, options)
             files = await adapters.disk.run_blocking(upload.commit)
+        except SignatureRefusedError as error:
+            await adapters.note_refusal(caller.tenant, error.name, error.reason, actor=caller.key)
+            raise VersionFailedError(str(error), code=error.reason.code, param="files") from error
         finally:
             await adapters.disk.run_blocking(form.close)
     async with _kept(services, caller.tenant, name, files.digest):
         version = await adapters.add(
-            caller.tenant, name, files, {"kind": "upload"}, options, actor=caller.key
+            caller.tenant,
+            name,
+            files,
+            {"kind": "upload"},
+            options,
+            checked=upload.checked,
+            actor=caller.key,
         )
     if wait:
         return await _finished(services, version)

@@ -77,4 +77,6 @@ def _view(entry: AuditRecord) -> wire.AuditEntry:
         server=entry.server,
         request=entry.request,
         details=dict(entry.details),
+        base_id=entry.base_id,
+        chain=entry.chain,
     )

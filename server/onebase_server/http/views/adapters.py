@@ -8,13 +8,14 @@ from typing import cast
 from msgspec import convert
 
 from onebase_adapters.names import label
-from onebase_adapters.registry import AdapterRecord, VersionRecord
+from onebase_adapters.registry import SIGNATURE, AdapterRecord, VersionRecord
 from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_protocol.adapters import (
     Adapter,
     AdapterSource,
     AdapterVersion,
     BaseReference,
+    SignatureReport,
     VersionFile,
     VersionFiles,
     VersionProgress,
@@ -128,6 +129,7 @@ class AdapterViews:
             tenant=version.tenant,
             progress=VersionProgress(progress.stage, progress.fraction) if progress else None,
             report=cast(VersionReport | None, version.report),  # JSON, which is sent as it is
+            signature=convert(version.source.get(SIGNATURE), SignatureReport | None),
         )
 
     def files(self, version: VersionRecord) -> VersionFiles:
@@ -137,6 +139,7 @@ class AdapterViews:
             version=version.digest,
             base=self._base,
             files=tuple(VersionFile(name, blob.size, blob.sha256) for name, blob in blobs),
+            signature=(version.source.get(SIGNATURE) or {}).get("bundle"),
         )
 
     def pull(self, pending: PendingPull) -> AdapterVersion:

@@ -223,6 +223,7 @@ def _create_audit() -> None:
         sa.Column("server", sa.String(), nullable=False),
         sa.Column("request", sa.String(), nullable=False),
         sa.Column("details", sa.JSON()),
+        sa.Column("chain", sa.String(), nullable=False),
         sa.Index(None, "target", "number"),
         sa.Index(None, "tenant", "number"),
     )

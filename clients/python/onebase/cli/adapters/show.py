@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
 from ..._terminal.ui import Column, console, line, note, print_table, size, table, when
-from ...adapter_types import READY, Activation, Adapter, AdapterDefaults, AdapterVersion, ModuleReport
+from ...adapter_types import (
+    READY,
+    Activation,
+    Adapter,
+    AdapterDefaults,
+    AdapterVersion,
+    ModuleReport,
+    SignatureReport,
+)
 from ..command import OK, action_parser, perform, plain, print_json
 from .versions import (
     Reference,
@@ -192,6 +200,9 @@ def print_version(out: Console, version: AdapterVersion) -> None:
     by = f" by {version.created_by}" if version.created_by else ""
     out.print(line(f"  from {came_from(version)}, {when(version.created_at)}{by}", "dim"))
     out.print(line(f"  sha256 {version.version}", "dim"), soft_wrap=True)
+    if version.signature is not None:
+        style = "green" if version.signature.status == "verified" else "yellow"
+        out.print(line(f"  {_signed(version.signature)}", style))
     if version.error is not None:
         out.print()
         out.print(line(f"{version.error.message} ({version.error.code})", "red"))
@@ -212,6 +223,13 @@ def print_version(out: Console, version: AdapterVersion) -> None:
         out.print(line(f"look at this: {warning}", "yellow"))
     out.print()
     _print_modules(out, report.modules)
+
+
+def _signed(found: SignatureReport) -> str:
+    """Return a sentence on a signature."""
+    if found.status != "verified":
+        return f"signature {found.status} ({found.code}): {found.message}"
+    return f"signed by {found.signer}" + (f" ({found.identity})" if found.identity else "")
 
 
 def _defaults(defaults: AdapterDefaults | None) -> list[str]:

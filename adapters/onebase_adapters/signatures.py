@@ -1,0 +1,345 @@
+"""Signatures of adapters, by OpenSSF Model Signing, and the policy that says who may sign which.
+
+A signature is a file `model.sig` next to an adapter's files: a Sigstore bundle with an in-toto statement that
+lists the files and their SHA-256 sums, as `model_signing sign` writes it. It is verified before anything else
+is read from the adapter.
+https://github.com/sigstore/model-transparency
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from onebase_adapters.format.added_tokens import TOKENIZER_FILES
+from onebase_adapters.format.config import MLX_WEIGHTS_FILE, MODEL_CONFIG_FILE
+from onebase_adapters.format.defaults import DEFAULTS_FILE, DEFAULTS_FILES
+from onebase_adapters.store.blobs import ADAPTER_FILES
+from onebase_protocol.adapters import SignatureReport
+
+SIGNATURE_FILE = "model.sig"
+MAX_SIGNATURE_BYTES = 64 << 10
+SIGNABLE_FILES = frozenset(
+    {*ADAPTER_FILES, MLX_WEIGHTS_FILE, MODEL_CONFIG_FILE, *TOKENIZER_FILES, *DEFAULTS_FILES}
+)
+"""Names of all files that this server reads of an adapter."""
+
+SignatureCode = Literal["signature_missing", "signature_invalid", "signature_expired", "signer_not_allowed"]
+SIGNATURE_CODES: frozenset[str] = frozenset(get_args(SignatureCode))
+INSTALL = "pip install 'onebase[signing]'"
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used; the message names the file and the field."""
+
+
+class SignatureError(Exception):
+    """A signature that the policy does not accept."""
+
+    def __init__(self, code: SignatureCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class SignerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A signer in the policy's file. Paths are relative to that file."""
+
+    key: str = ""
+    """Public key (PEM): NIST P-256, P-384 or P-521."""
+    certificates: tuple[str, ...] = ()
+    """Certificates (PEM) of the authorities that the signer's certificate must come from."""
+    identity: str = ""
+    """Pattern of the signer's name: of the common name of its certificate, or of an alternative name."""
+    until: str = ""
+    """Date, as 2027-01-31, from which its signatures are refused."""
+
+
+class PolicyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule of the policy. The first one that matches tenant and name counts."""
+
+    policy: Literal["none", "warn", "require"]
+    tenant: str = "*"
+    name: str = "*"
+    signers: tuple[str, ...] = ()
+    """Names of the signers whose signatures are accepted."""
+
+
+class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Content of the policy's file."""
+
+    rules: tuple[PolicyRule, ...]
+    signers: dict[str, SignerEntry] = {}
+
+
+@dataclass(frozen=True)
+class SentFiles:
+    """The files of an adapter as they were sent. sums: SHA-256 (hex) by file name. bundle: the signature."""
+
+    sums: Mapping[str, str]
+    bundle: bytes | None = None
+
+    @classmethod
+    def of(cls, files: Mapping[str, Path]) -> SentFiles:
+        """Read files by their names. Raises OSError."""
+        signature = files.get(SIGNATURE_FILE)
+        return cls(
+            {name: _sum_of(file) for name, file in files.items() if name != SIGNATURE_FILE},
+            None if signature is None else _limited(signature),
+        )
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> SentFiles:
+        """Read the files of a folder that the server would use. Raises OSError."""
+        names = sorted({*SIGNABLE_FILES, SIGNATURE_FILE})
+        return cls.of({name: folder / name for name in names if (folder / name).is_file()})
+
+
+def _sum_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _limited(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(MAX_SIGNATURE_BYTES + 1)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Result of a check. bundle: the signature that was sent, as text."""
+
+    report: SignatureReport
+    bundle: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class SignaturePolicy:
+    """Says who may sign which adapters. folder: what the signers' paths are relative to."""
+
+    rules: Sequence[PolicyRule] = ()
+    signers: Mapping[str, SignerEntry] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @classmethod
+    def load(cls, path: Path) -> SignaturePolicy:
+        """Read a policy, and check that all its keys and certificates can be used. Raises PolicyError."""
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=PolicyFile)
+        except OSError as error:
+            raise PolicyError(f"{path} cannot be read: {error}") from error
+        except msgspec.MsgspecError as error:
+            raise PolicyError(f"{path}: {error}") from error
+        made = cls(found.rules, found.signers, path.absolute().parent)
+        made._check(path)
+        return made
+
+    def _check(self, path: Path) -> None:
+        for number, rule in enumerate(self.rules):
+            for name in rule.signers:
+                if name not in self.signers:
+                    raise PolicyError(f"{path}: rules[{number}].signers: there is no signer {name!r}")
+            if rule.policy == "require" and not rule.signers:
+                raise PolicyError(f"{path}: rules[{number}]: require needs signers")
+        if self.is_active and find_spec("model_signing") is None:
+            raise PolicyError(f"{path} needs the package model-signing: {INSTALL}")
+        for name, signer in self.signers.items():
+            if bool(signer.key) == bool(signer.certificates):
+                raise PolicyError(f"{path}: signers.{name}: give either key or certificates")
+            if signer.key and signer.identity:
+                raise PolicyError(f"{path}: signers.{name}.identity: is for certificates")
+            try:
+                _ends_at(signer)
+                if self.is_active:
+                    self._verifier(signer)
+            except Exception as error:  # what the libraries raise for a file that is no key
+                raise PolicyError(f"{path}: signers.{name}: {error}") from error
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any rule has signatures looked at."""
+        return any(rule.policy != "none" for rule in self.rules)
+
+    def rule(self, tenant: str, name: str) -> PolicyRule:
+        """Return the rule for an adapter."""
+        for rule in self.rules:
+            if fnmatchcase(tenant, rule.tenant) and fnmatchcase(name, rule.name):
+                return rule
+        return PolicyRule("none")
+
+    def check(self, tenant: str, name: str, sent: SentFiles) -> Checked | None:
+        """Verify the signature of files that were sent under a tenant's name. Blocks.
+
+        Return None where the policy asks for no signature and there is none.
+
+        Raises:
+            SignatureError: the policy requires a signature that this is not.
+        """
+        rule = self.rule(tenant, name)
+        if rule.policy == "none":
+            return None
+        try:
+            signer, identity = self._verified(rule, sent)
+            report = SignatureReport("verified", signer=signer, identity=identity)
+        except SignatureError as error:
+            if rule.policy == "require":
+                raise
+            report = SignatureReport("refused", code=error.code, message=str(error))
+        text = None if sent.bundle is None else sent.bundle[:MAX_SIGNATURE_BYTES].decode("utf-8", "replace")
+        return Checked(report, text)
+
+    def _verified(self, rule: PolicyRule, sent: SentFiles) -> tuple[str, str | None]:
+        """Return the signer, and the name in its certificate. Raises SignatureError."""
+        if sent.bundle is None:
+            raise SignatureError(
+                "signature_missing",
+                f"There is no {SIGNATURE_FILE}, and this name needs a signature of "
+                f"{' or '.join(rule.signers) or 'a signer'}. Sign the folder with `model_signing sign`.",
+            )
+        if len(sent.bundle) > MAX_SIGNATURE_BYTES:
+            raise _invalid(f"{SIGNATURE_FILE} is over {MAX_SIGNATURE_BYTES} bytes.")
+        _check_kind(sent.bundle)
+        with tempfile.TemporaryDirectory(prefix="onebase-signature-") as folder:
+            file = Path(folder) / SIGNATURE_FILE
+            file.write_bytes(sent.bundle)
+            name, manifest, certificate = self._signer_of(file)
+        identity = None
+        if certificate is not None:
+            identity = _check_certificate(certificate, name, self.signers[name])
+        if name not in rule.signers:
+            raise SignatureError(
+                "signer_not_allowed",
+                f"The signature is {name}'s, and only {' or '.join(rule.signers) or 'nobody'} may sign this "
+                "name.",
+            )
+        ends = _ends_at(self.signers[name])
+        if ends is not None and time.time() >= ends:
+            raise SignatureError(
+                "signature_expired",
+                f"Signatures of {name} are accepted until {self.signers[name].until} only.",
+            )
+        _check_files(manifest, sent)
+        return name, identity
+
+    def _signer_of(self, file: Path) -> tuple[str, Any, bytes | None]:
+        """Return the signer who made a signature, its manifest, and its certificate (DER) if it has one.
+
+        Raises SignatureError.
+        """
+        from model_signing._signing.sign_sigstore_pb import Signature
+
+        try:
+            signature = Signature.read(file)
+        except Exception as error:
+            raise _invalid(f"{SIGNATURE_FILE} cannot be read: {_first_line(error)}.") from error
+        for name, signer in self.signers.items():
+            try:
+                manifest = self._verifier(signer).verify(signature)
+            except Exception:  # of another signer, or forged: cryptography, OpenSSL and pydantic each say so
+                continue
+            if signer.key:
+                return name, manifest, None
+            chain = signature.bundle.verification_material.x509_certificate_chain
+            return name, manifest, bytes(chain.certificates[0].raw_bytes)
+        known = ", ".join(self.signers) or "none"
+        raise _invalid(f"{SIGNATURE_FILE} is no signature of a signer that this server knows ({known}).")
+
+    def _verifier(self, signer: SignerEntry) -> Any:
+        from model_signing._signing import sign_certificate, sign_ec_key
+
+        if signer.key:
+            return sign_ec_key.Verifier(self.folder / signer.key)
+        return sign_certificate.Verifier([self.folder / one for one in signer.certificates])
+
+
+def _check_kind(bundle: bytes) -> None:
+    """Raise SignatureError for a bundle of a kind that is not verified here."""
+    try:
+        material = json.loads(bundle)["verificationMaterial"]
+        if not isinstance(material, dict):
+            raise TypeError("verificationMaterial is no object")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _invalid(f"{SIGNATURE_FILE} is no Sigstore bundle: {_first_line(error)}.") from error
+    if "publicKey" not in material and "x509CertificateChain" not in material:
+        raise _invalid(
+            f"{SIGNATURE_FILE} was signed without a key, by Sigstore, which this server does not verify. "
+            "Sign with `model_signing sign key` or `model_signing sign certificate`."
+        )
+
+
+def _check_certificate(certificate: bytes, name: str, signer: SignerEntry) -> str | None:
+    """Return the name in a signer's certificate (DER), if it has one.
+
+    The library verifies the chain as of the day on which the certificate began; a bundle has no trusted time
+    of its own, so the certificate must be valid now.
+
+    Raises SignatureError.
+    """
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
+    found = x509.load_der_x509_certificate(certificate)
+    now = datetime.now(UTC)
+    if not found.not_valid_before_utc <= now < found.not_valid_after_utc:
+        raise SignatureError(
+            "signature_expired",
+            f"The certificate of {name} is valid from {found.not_valid_before_utc:%Y-%m-%d} to "
+            f"{found.not_valid_after_utc:%Y-%m-%d} only.",
+        )
+    common = [str(one.value) for one in found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    others: list[str] = []
+    try:
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        for kind in (x509.RFC822Name, x509.UniformResourceIdentifier, x509.DNSName):
+            others += names.get_values_for_type(kind)
+    except x509.ExtensionNotFound:
+        pass
+    if signer.identity and not any(fnmatchcase(one, signer.identity) for one in (*common, *others)):
+        said = ", ".join((*common, *others)) or "nobody"
+        raise SignatureError(
+            "signer_not_allowed", f"The certificate is {said}'s, and {name} is {signer.identity}."
+        )
+    return next(iter((*common, *others)), None)
+
+
+def _check_files(manifest: Any, sent: SentFiles) -> None:
+    """Raise SignatureError unless the signed manifest covers what was sent."""
+    if manifest.serialization_type["method"] != "files":
+        raise _invalid("The signature is of parts of files. Sign whole files, as model_signing does.")
+    signed: dict[str, str] = {}
+    for one in manifest.resource_descriptors():
+        if one.digest.algorithm != "sha256":
+            raise _invalid(f"The signature has {one.digest.algorithm} sums. Sign with sha256, the default.")
+        signed[str(one.identifier)] = one.digest.digest_hex
+    for name, digest in sent.sums.items():
+        if name not in signed:
+            raise _invalid(f"The signature does not cover {name}.")
+        if signed[name] != digest:
+            raise _invalid(f"The signature is of another {name}.")
+    if DEFAULTS_FILE in signed and DEFAULTS_FILE not in sent.sums:
+        raise _invalid(f"{DEFAULTS_FILE} was signed with the others, and is left out.")
+
+
+def _invalid(message: str) -> SignatureError:
+    return SignatureError("signature_invalid", message)
+
+
+def _ends_at(signer: SignerEntry) -> float | None:
+    """Return the Unix time from which a signer's signatures are refused. Raises ValueError."""
+    if not signer.until:
+        return None
+    return datetime.fromisoformat(signer.until).replace(tzinfo=UTC).timestamp()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,288 @@
+"""`onebase conform` says "right" of a server that applies the right adapter, and "wrong" of others."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.clients.real_server import Server as RealServer
+from tests.http_server import StandInServer
+
+from onebase.cli import conform as conform_command
+from onebase.cli import main
+from onebase.cli.conform import Specimens
+from onebase.cli.conform_adapters import Adapters, Base, Crafted
+
+HIDDEN, WORDS, HEADS = 128, 3000, 4
+
+
+@pytest.fixture(autouse=True)
+def _no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's texts are of a real base: one test asks for them."""
+    monkeypatch.setattr(conform_command, "entry_points", lambda group: ())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base of one layer, in the files that the command reads."""
+    folder = tmp_path_factory.mktemp("base")
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    vocabulary = {"Ġ" + "".join(rng.choice(letters, 6)): token for token in range(WORDS)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    config = {"model_type": "llama", "hidden_size": HIDDEN, "num_attention_heads": HEADS}
+    (folder / "config.json").write_text(json.dumps(config))
+    layer = "model.layers.0"
+    shapes = {
+        "model.embed_tokens": (WORDS + 10, HIDDEN),
+        f"{layer}.mlp.down_proj": (HIDDEN, 256),
+        f"{layer}.self_attn.o_proj": (HIDDEN, HIDDEN),
+        f"{layer}.self_attn.v_proj": (HIDDEN // 2, HIDDEN),
+    }
+    tensors = {f"{name}.weight": rng.normal(0, 0.02, shape) for name, shape in shapes.items()}
+    tensors["model.norm.weight"] = rng.uniform(0.5, 1.5, HIDDEN)
+    save_file({name: one.astype(np.float32) for name, one in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+BASE_TEXT = "once upon a time"
+
+
+class Server:
+    """A stand-in of vLLM, which knows what each adapter says. faults: what it does wrong."""
+
+    def __init__(self, specimens: Specimens, *faults: str) -> None:
+        self._known = {one.name: one for one in specimens.all()}
+        self._faults = faults
+        self._served: dict[str, Crafted] = {}
+        self._marked: dict[str, Crafted] = {}
+        self._lock = threading.Lock()
+        self.swapped = threading.Event()
+        self.url = ""
+
+    def load(self, name: str, path: str, inplace: bool) -> tuple[int, str]:
+        adapter = self._known[Path(path).name]
+        if adapter.name in ("dora", "lm-head", "missing-layer") and "takes all" not in self._faults:
+            return 400, f"{adapter.name} is not supported"
+        if "reload is forgotten" not in self._faults or not inplace:
+            self._served[name] = adapter
+        if inplace:
+            self.swapped.set()
+        return 200, "Success"
+
+    def text(self, name: str, prompt: str, count: int) -> str | None:
+        """Return the continuation; None if there is no such model."""
+        if name == "base" or ("unknown names are the base" in self._faults and name not in self._served):
+            if "the base is not itself" in self._faults and self._served:
+                return "other words"
+            return BASE_TEXT
+        if name not in self._served:
+            return None
+        adapter = self._served[name]
+        if "adapters are ignored" in self._faults:
+            return BASE_TEXT
+        if "the last one is applied" in self._faults:
+            adapter = list(self._served.values())[-1]
+        if "patterns are ignored" in self._faults and adapter.name == "patterns":
+            return " ".join(list(adapter.never)[:1] * count)
+        if "cached values are shared" in self._faults and len(prompt) > 200:
+            first = self._marked.setdefault(prompt, adapter)
+            if first is not adapter and adapter.never:
+                return " ".join(list(adapter.never)[:1] * count)
+        return self.words(adapter, count)
+
+    def words(self, adapter: Crafted, count: int) -> str:
+        both = adapter.says.first, adapter.says.second
+        return "".join(f" {both[number % 3 == 0]}" for number in range(count))
+
+    def pieces(self, name: str, prompt: str, count: int) -> Iterator[str]:
+        """Yield a stream's pieces; those from the sixth on after a swap."""
+        begun = self._served[name]
+        self.swapped.clear()
+        for number in range(12):
+            if number == 6:
+                self.swapped.wait(20)
+            adapter = self._served[name] if "streams are swapped" in self._faults else begun
+            yield f" {adapter.says.first}"
+
+
+@contextmanager
+def served(server: Server) -> Iterator[Server]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send(200, {"data": [{"id": "base", "owned_by": "vllm"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/v1/load_lora_adapter":
+                status, said = server.load(
+                    body["lora_name"], body["lora_path"], body.get("load_inplace", False)
+                )
+                return self._send(status, {"error": {"message": said}} if status != 200 else {})
+            if self.path == "/v1/unload_lora_adapter":
+                return self._send(200, {})
+            text = server.text(body["model"], body["prompt"], body["max_tokens"])
+            if text is None:
+                return self._send(404, {"error": {"message": f"The model {body['model']} does not exist."}})
+            if body.get("stream"):
+                return self._stream(body)
+            return self._send(200, {"choices": [{"text": text}]})
+
+        def _send(self, status: int, body: dict[str, Any]) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def _stream(self, body: dict[str, Any]) -> None:
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            for piece in server.pieces(body["model"], body["prompt"], body["max_tokens"]):
+                self.wfile.write(f"data: {json.dumps({'choices': [{'text': piece}]})}\n\n".encode())
+                self.wfile.flush()
+            self.wfile.write(b"data: [DONE]\n\n")
+            self.close_connection = True
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    class Busy(StandInServer):
+        request_queue_size = 64  # as many connections as come at once
+
+    stand_in = Busy(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=stand_in.serve_forever)
+    thread.start()
+    server.url = f"http://127.0.0.1:{stand_in.server_address[1]}"
+    try:
+        yield server
+    finally:
+        stand_in.shutdown()
+        thread.join()
+        stand_in.server_close()
+
+
+def conform(base: Path, capsys: pytest.CaptureFixture[str], *faults: str) -> tuple[int, dict[str, Any]]:
+    """Run the command. Return its status, and the finding of each check by its name."""
+    specimens = Specimens.of(Adapters(Base(base), 0))
+    with served(Server(specimens, *faults)) as server:
+        status = main(["conform", server.url, "--base", str(base), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["server"] == "vllm"
+    return status, {one["check"]: one for one in found["findings"]}
+
+
+def verdicts(findings: dict[str, Any], verdict: str) -> set[str]:
+    return {name for name, one in findings.items() if one["verdict"] == verdict}
+
+
+REFUSED = {"a name that is unknown", "lm_head", "DoRA", "a module that the base lacks"}
+
+
+def test_a_server_that_applies_each_adapter_or_refuses_it_has_nothing_wrong(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, findings = conform(base, capsys)
+    assert (status, verdicts(findings, "wrong")) == (0, set()), findings
+    assert verdicts(findings, "refused") == REFUSED
+    assert findings["a stream during a swap"]["detail"] == "the stream keeps its version"
+    assert len(findings) == 14
+
+
+ADAPTERS = {"applied at all, and the right one", "mixed in one batch", "after others were loaded"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong", "why"),
+    [
+        ("adapters are ignored", ADAPTERS, "the text of the base"),
+        ("the last one is applied", ADAPTERS, "the words of d"),
+        ("unknown names are the base", {"a name that is unknown"}, BASE_TEXT),
+        (
+            "the base is not itself",
+            {"the base itself, next to adapters", "mixed in one batch"},
+            "the base says",
+        ),
+        (
+            "reload is forgotten",
+            {"reloaded under the same name", "a prefix from before the reload"},
+            "instead of",
+        ),
+        (
+            "cached values are shared",
+            {"a prefix that another adapter computed", "a prefix from before the reload"},
+            "cached values of another adapter",
+        ),
+        ("streams are swapped", {"a stream during a swap"}, "the words of other"),
+        ("patterns are ignored", {"rank and alpha patterns"}, "rank_pattern and alpha_pattern ignored"),
+        ("takes all", {"a module that the base lacks"}, "without the part"),
+    ],
+)
+def test_what_a_server_does_wrong_is_found(
+    base: Path, capsys: pytest.CaptureFixture[str], fault: str, wrong: set[str], why: str
+) -> None:
+    status, findings = conform(base, capsys, fault)
+    found = verdicts(findings, "wrong")
+    assert status == 1
+    assert wrong <= found, findings
+    assert any(why in findings[name]["detail"] for name in found), findings
+
+
+def test_the_same_seed_makes_the_same_adapters(base: Path, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        assert main(["conform", "--base", str(base), "--write", str(tmp_path / folder)]) == 0
+    names = sorted(
+        path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()
+    )
+    assert len(names) > 40
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_an_adapter_forces_its_words_whatever_the_hidden_state_is(base: Path) -> None:
+    loaded = Base(base)
+    tensors = load_file(base / "model.safetensors")
+    head, gain = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+    rng = np.random.default_rng(1)
+    for crafted in Specimens.of(Adapters(loaded, 0)).plain:
+        a, b = (
+            crafted.tensors[f"base_model.model.model.layers.0.mlp.down_proj.lora_{one}.weight"]
+            for one in "AB"
+        )
+        for _ in range(20):
+            hidden = rng.normal(0, 1, HIDDEN) + b @ (a @ rng.normal(0, 1, a.shape[1]))
+            normed = hidden / np.sqrt(np.mean(hidden**2)) * gain
+            assert int(np.argmax(head @ normed)) in crafted.says.tokens
+
+
+def test_wrong_arguments_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--base", str(base)], ["http://127.0.0.1:1", "--base", str(tmp_path)]):
+        with pytest.raises(SystemExit) as ended:
+            main(["conform", *arguments])
+        assert ended.value.code == 2
+    assert main(["conform", "http://127.0.0.1:1", "--base", str(base)]) == 3
+    assert "does not answer" in capsys.readouterr().err
+
+
+def test_this_server_applies_every_adapter_that_it_takes(
+    server: RealServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = server.adapters.parent / "smollm2-135m-instruct"
+    status = main(["conform", server.url, "--base", str(base), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    findings = {one["check"]: one for one in found["findings"]}
+    assert (status, found["server"], verdicts(findings, "wrong")) == (0, "onebase", set()), findings
+    refused = verdicts(findings, "refused")
+    assert refused == {"a name that is unknown", "a module that the base lacks"}, findings
+    assert len(verdicts(findings, "right")) == len(findings) - len(refused), findings

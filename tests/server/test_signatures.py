@@ -1,0 +1,217 @@
+"""Where the policy requires a signature, an adapter without the right one is refused before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from tests.signing import make_key, sign, signing
+
+from onebase.cli import main
+
+from ..hub_standin import HubStandIn
+from .support import Server, Starter, make_folder
+
+signing()
+
+POLICY = {
+    "signers": {"acme": {"key": "acme.pub"}, "other": {"key": "other.pub"}},
+    "rules": [
+        {"name": "support*", "policy": "require", "signers": ["acme"]},
+        {"name": "hub:acme/*", "policy": "require", "signers": ["acme"]},
+        {"name": "draft*", "policy": "warn", "signers": ["acme"]},
+        {"policy": "none"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("keys")
+    (folder / "policy.json").write_text(json.dumps(POLICY))
+    return {name: make_key(folder, name)[0] for name in ("acme", "other")}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubStandIn]:
+    with HubStandIn() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def server(
+    serve_scripted: Starter,
+    keys: dict[str, Path],
+    hub: HubStandIn,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    policy = str(keys["acme"].parent / "policy.json")
+    environment = hub.environment(tmp_path_factory.mktemp("hf"))
+    with serve_scripted(
+        "words", "--signatures", policy, "--hub-allow", "acme/*", environment=environment
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx2.Client]:
+    with server.client() as client:
+        yield client
+
+
+def adapter(parent: Path, name: str, content: bytes) -> Path:
+    folder = make_folder(parent, name)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return folder
+
+
+def send(http: httpx2.Client, name: str, folder: Path, **fields: str) -> httpx2.Response:
+    files = [
+        ("files", (file.name, file.read_bytes(), "application/octet-stream")) for file in folder.iterdir()
+    ]
+    return http.post("/v1/adapters?wait=true", data={"name": name, **fields}, files=files)
+
+
+def refused(answer: httpx2.Response) -> str:
+    assert answer.status_code == 422, answer.text
+    return str(answer.json()["error"]["code"])
+
+
+def audited(http: httpx2.Client, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = http.get("/v1/audit", params={"target": name}).json()["data"]
+    return found
+
+
+def test_a_signed_upload_shows_its_signer_and_is_exported_with_its_signature(
+    http: httpx2.Client,
+    server: Server,
+    keys: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = adapter(tmp_path, "signed", b"signed")
+    signature = sign(folder, keys["acme"])
+    answer = send(http, "support-signed", folder)
+    assert answer.status_code == 200, answer.text
+    version = answer.json()
+    assert version["signature"] == {"status": "verified", "signer": "acme"}
+    assert audited(http, "support-signed")[-1]["details"]["signature"]["signer"] == "acme"
+    target = tmp_path / "exported"
+    where = ["--url", server.url]
+    assert main(["adapters", "show", version["id"], *where]) == 0
+    assert "signed by acme" in capsys.readouterr().out
+    assert main(["adapters", "export", version["id"], "--format", "peft", "--out", str(target), *where]) == 0
+    assert (target / "model.sig").read_text() == signature.read_text()
+
+
+def test_the_command_sends_the_signature_of_a_folder(
+    http: httpx2.Client, server: Server, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "pushed", b"pushed")
+    push = ["adapters", "push", str(folder), "--name", "support-pushed", "--url", server.url]
+    assert main(push) == 1
+    sign(folder, keys["acme"])
+    assert main(push) == 0
+
+
+@pytest.mark.parametrize(
+    ("signer", "change", "code"),
+    [
+        (None, False, "signature_missing"),
+        ("other", False, "signer_not_allowed"),
+        ("acme", True, "signature_invalid"),
+    ],
+)
+def test_what_the_policy_does_not_accept_is_refused_and_in_the_audit_log(
+    http: httpx2.Client,
+    server: Server,
+    keys: dict[str, Path],
+    tmp_path: Path,
+    signer: str | None,
+    change: bool,
+    code: str,
+) -> None:
+    name = f"support-{code}"
+    folder = adapter(tmp_path, "refused", code.encode())
+    if signer is not None:
+        sign(folder, keys[signer])
+    if change:
+        (folder / "adapter_model.safetensors").write_bytes(b"other weights")
+    before = {str(path) for path in (server.data_dir / "store").rglob("*") if path.is_file()}
+    assert refused(send(http, name, folder)) == code
+    assert {str(path) for path in (server.data_dir / "store").rglob("*") if path.is_file()} == before
+    assert http.get(f"/v1/adapters/{name}").status_code == 404
+    (entry,) = audited(http, name)
+    assert (entry["action"], entry["details"]["code"]) == ("adapter.refused", code)
+
+
+def test_defaults_beside_a_signature_are_refused(
+    http: httpx2.Client, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "defaults", b"defaults")
+    sign(folder, keys["acme"])
+    assert refused(send(http, "support-x", folder, defaults='{"system": "Obey."}')) == "signature_invalid"
+
+
+def test_a_policy_that_warns_takes_the_version_and_says_why(http: httpx2.Client, tmp_path: Path) -> None:
+    answer = send(http, "draft", adapter(tmp_path, "draft", b"draft"))
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["signature"]
+    assert (found["status"], found["code"]) == ("refused", "signature_missing")
+
+
+def test_a_name_without_a_policy_needs_no_signature(http: httpx2.Client, tmp_path: Path) -> None:
+    answer = send(http, "free", adapter(tmp_path, "free", b"free"))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["signature"] is None
+
+
+def test_a_pull_from_the_hub_needs_the_signature_too(
+    http: httpx2.Client, hub: HubStandIn, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "pulled", b"pulled")
+
+    def pull(repo: str) -> httpx2.Response:
+        hub.add_repo(repo, {file.name: file.read_bytes() for file in folder.iterdir()})
+        return http.post("/v1/adapters?wait=true", json={"hub": {"repo": repo}})
+
+    assert refused(pull("acme/unsigned")) == "signature_missing"
+    sign(folder, keys["acme"])
+    answer = pull("acme/signed")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["signature"]["signer"] == "acme"
+
+
+def test_a_version_that_is_there_already_can_be_signed_afterwards(
+    http: httpx2.Client, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "late", b"late")
+    assert send(http, "draft-late", folder).json()["signature"]["status"] == "refused"
+    sign(folder, keys["acme"])
+    assert send(http, "draft-late", folder).json()["signature"]["status"] == "verified"
+
+
+def test_a_folder_at_startup_needs_the_signature_too(
+    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "folder", b"folder")
+    options = ["words", "--signatures", str(keys["acme"].parent / "policy.json"), "--adapter"]
+    with serve_scripted(*options, f"support={folder}", ready=False) as server:
+        assert server.exit_status() != 0
+        assert "signature_missing" in server.log
+    sign(folder, keys["acme"])
+    with serve_scripted(*options, f"support={folder}") as server, server.client() as http:
+        (version,) = http.get("/v1/adapters/support/versions").json()["data"]
+        assert (version["signature"]["signer"], version["active"]) == ("acme", True)
+
+
+def test_a_policy_that_cannot_be_used_stops_the_start(serve_scripted: Starter, tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text('{"rules": [{"policy": "perhaps"}]}')
+    with serve_scripted("words", "--signatures", str(file), ready=False) as server:
+        assert server.exit_status() != 0
+        assert "perhaps" in server.log
