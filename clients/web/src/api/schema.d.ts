@@ -5564,6 +5564,9 @@ export interface components {
             quotas: {
                 [key: string]: number;
             };
+            used: {
+                [key: string]: number;
+            };
             priority: number;
             key: string;
         };
@@ -5594,6 +5597,9 @@ export interface components {
             quotas: {
                 [key: string]: number;
             };
+            used: {
+                [key: string]: number;
+            };
             priority: number;
         };
         /**
@@ -5616,8 +5622,12 @@ export interface components {
             quotas: {
                 [key: string]: number;
             };
+            used: {
+                [key: string]: number;
+            };
             adapters: number;
             bytes: number;
+            jobs: number;
             training_seconds: number;
         };
         /** UsageAnswer */
