@@ -88,7 +88,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase base check ([\w.-]+/|REPO$)", PARSE),  # a repository on the Hub
     (r"onebase route --host 0.0.0.0 ", PARSE),  # tests/server/test_route.py runs it
     (
-        r"onebase cluster (up|status|scale|drain|down)( [^-]| --(replicas|address|config|min-replicas)|$)",
+        r"onebase cluster (up|status|scale|restart|drain|down)"
+        r"( [^-]| --(replicas|address|config|min-replicas)|$)",
         PARSE,
     ),
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves
