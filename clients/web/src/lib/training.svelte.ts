@@ -89,9 +89,10 @@ export function timeTaken(estimate: Record<string, unknown>): { time: string; fr
 export function compared(job: Job, report: Report): string {
   const better: Record<string, boolean | null> = report.better_than ?? {}
   const active = report.active ? `${label(job.name, report.active)}, which was active when training ended` : ''
-  const parent = job.parent ? `${label(job.parent.name, job.parent.version)}, which it went on from` : 'what it went on from'
+  const same = job.parent?.name === job.name && job.parent.version === report.active
+  const parent = same ? active : job.parent ? `${label(job.parent.name, job.parent.version)}, which it went on from` : 'what it went on from'
   const names = { base: 'the base', parent, active }
-  const of = (wanted: boolean) => (['base', 'parent', 'active'] as const).filter((one) => better[one] === wanted).map((one) => names[one]).join(' and ')
+  const of = (wanted: boolean) => (['base', 'parent', 'active'] as const).filter((one) => better[one] === wanted).map((one) => names[one]).filter((one, at, all) => all.indexOf(one) === at).join(' and ')
   const said: string[] = []
   if (typeof better.base !== 'boolean') said.push('Nothing was held out to measure it on.')
   else {
