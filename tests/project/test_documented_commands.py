@@ -70,6 +70,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (rf"onebase (adapters|jobs|generate) .*{OF_A_JOB}", PARSE),
     (r"onebase (batches|files) (create|list|upload)", RUN),
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
+    (r"head -n \d+ examples/data/", "a part of a file of examples"),
     (r"git diff \| onebase generate ", RUN),
     (r"onebase chat$", RUN),
     (r"onebase judge (?!--help)", PARSE),  # of a reader's conversation; tests/clients/test_judging.py runs it
