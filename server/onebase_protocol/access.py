@@ -27,7 +27,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     quotas: dict[str, int] = {}
     """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
     used: dict[str, int] = {}
-    """What counts against each of `quotas` now."""
+    """Amount that counts against each of `quotas` now."""
     priority: int = 0
     """-4 to 4: each step doubles the share that its requests get of a busy engine."""
 
@@ -58,7 +58,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     quotas: dict[str, int]
     """Quotas as those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
     used: dict[str, int] = {}
-    """What counts now against those of `quotas` that a key can have, too."""
+    """Amount that counts now against each of `quotas` that a key can have, too."""
     adapters: int
     bytes: int
     """Size of its versions, as they were sent or trained, of its files, and of the rows of unended jobs."""
