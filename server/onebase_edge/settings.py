@@ -31,6 +31,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
+_PAGE = re.compile(r"https?://[^/?#@\s]+(/\S*)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d{1,6})([dhms])")
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -143,6 +144,13 @@ def parse_origins(text: str) -> tuple[str, ...]:
     return origins
 
 
+def parse_page(text: str) -> str:
+    """Address of a web page, or nothing."""
+    if text and not _PAGE.fullmatch(text):
+        raise SettingsError(f"{text!r} is not the address of a page, as in https://docs.example.com/onebase/")
+    return text
+
+
 def parse_addresses(text: str) -> tuple[str, ...]:
     """Return addresses or networks, separated by commas."""
     addresses = parse_names(text)
@@ -237,6 +245,13 @@ class Settings:
         metavar="URL",
     )
     access_log: bool = setting(False, "server", "log one line per request")
+    docs_url: str = setting(
+        "",
+        "server",
+        "where your users find these documents (`make docs` builds the site): the console links to it",
+        parse=parse_page,
+        metavar="URL",
+    )
     drain_timeout: float = setting(
         120.0, "server", "seconds that running requests get to finish after SIGTERM", low=0, high=86400
     )

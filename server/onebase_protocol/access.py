@@ -29,8 +29,10 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     """Time of the last use, to the hour."""
     quotas: dict[str, int] = {}
     """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
+    used: dict[str, int] = {}
+    """Amount that counts against each of `quotas` now."""
     priority: int = 0
-    """-10 to 10: requests of a higher one are served first."""
+    """-4 to 4: each step doubles the share that its requests get of a busy engine."""
 
 
 class NewApiKey(ApiKey, frozen=True, kw_only=True):
@@ -58,9 +60,13 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     quotas: dict[str, int]
     """Quotas as those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
+    used: dict[str, int] = {}
+    """Amount that counts now against each of `quotas` that a key can have, too."""
     adapters: int
     bytes: int
     """Size of its versions, as they were sent or trained, of its files, and of the rows of unended jobs."""
+    jobs: int = 0
+    """Training jobs that have not ended, or failed and can be resumed."""
     training_seconds: float
     """Training time in this calendar month (UTC), in seconds."""
 

@@ -105,8 +105,8 @@ def route(argv: Sequence[str]) -> int:
 
 
 def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -> int:
-    """Run `onebase cluster up | status | scale | drain | down`. Exit status: 0, or 1 with the reason, 2 for
-    wrong options, 130 if Ctrl-C ended the waiting.
+    """Run `onebase cluster up | status | scale | restart | drain | down`. Exit status: 0, or 1 with the
+    reason, 2 for wrong options, 130 if Ctrl-C ended the waiting.
 
     `server` replaces the command of a server, for tests of its faults.
     """
@@ -277,14 +277,17 @@ def _serve_cluster(
 
 
 def _manage(arguments: argparse.Namespace, console: Console) -> int:
-    """Carry out `status`, `scale`, `drain` or `down`. Return the exit status. Raises ClusterError."""
+    """Carry out an action on a running cluster. Return the exit status. Raises ClusterError."""
     from onebase_route import cluster as on_ray
 
     apps = on_ray.deployed()
     if arguments.action == "status":
         _print_cluster()
-    elif arguments.action == "scale":
-        on_ray.scale(apps, arguments.replicas, own=arguments.address is None)
+    elif arguments.action in ("scale", "restart"):
+        if arguments.action == "scale":
+            on_ray.scale(apps, arguments.replicas, own=arguments.address is None)
+        else:
+            on_ray.restart(apps)
         return _waited(on_ray.settled(console.print, on_ray.on_signals()), console)
     else:
         on_ray.end(on_ray.ClusterConfig(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")

@@ -122,6 +122,8 @@ class ClusterConfig(BaseModel):
         one_machine: servers listen on 127.0.0.1.
         wait: seconds that a request waits for a server where there is none.
         key_file: has the key of an admin, by which servers' metrics are read; else the environment has it.
+        restarts: how often all servers were replaced on request. Ray Serve replaces those whose arguments
+            change.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -133,6 +135,7 @@ class ClusterConfig(BaseModel):
     one_machine: bool = False
     wait: float = Field(default=0.0, ge=0, le=86400)
     key_file: str = ""
+    restarts: int = Field(default=0, ge=0)
 
     @field_validator("server", "ingress")
     @classmethod
@@ -185,6 +188,7 @@ class Child:
         self.status: int | None = None
         self.last_line = ""
         self.since = time.time()
+        self.release = version("onebase")
         # Linux ends the child when the thread that has started it ends: this one waits for the child.
         threading.Thread(target=self._run, name="child", daemon=True).start()
         self._started.wait()
@@ -274,7 +278,7 @@ def described(child: Child) -> dict[str, str]:
         "pid": str(child.pid),
         "node": socket.gethostname(),
         "since": f"{child.since:.0f}",
-        "version": version("onebase"),
+        "version": child.release,
         "log": log_file(),
     }
 
@@ -679,7 +683,7 @@ def applications(plan: ClusterConfig, servers: Mapping[str, Any]) -> list[dict[s
     made: list[dict[str, Any]] = []
     for name, builder, deployment, others in (
         (APP, build, {"name": SERVER, **servers}, ("ingress", "wait")),
-        (FRONT, build_ingress, {"name": INGRESS}, ("server", "one_machine")),
+        (FRONT, build_ingress, {"name": INGRESS}, ("server", "one_machine", "restarts")),
     ):
         own = {key: value for key, value in args.items() if key not in others}
         path = f"{__name__}:{builder.__name__}"
@@ -744,8 +748,7 @@ def scale(apps: list[dict[str, Any]], replicas: int, *, own: bool) -> None:
 
     Raises ClusterError where it scales by itself, or is ended, or has too few GPUs.
     """
-    if len(apps) < 2:
-        raise ClusterError("the cluster is being ended: finish that with `onebase cluster down`")
+    _check_whole(apps)
     servers = _servers(apps)
     if "autoscaling_config" in servers:
         raise ClusterError(
@@ -758,9 +761,30 @@ def scale(apps: list[dict[str, Any]], replicas: int, *, own: bool) -> None:
     deploy(apps)
 
 
+def restart(apps: list[dict[str, Any]]) -> None:
+    """Replace all servers, a fifth of them at a time and one at least: what is installed now is started.
+
+    Raises ClusterError where the cluster is being ended.
+    """
+    _check_whole(apps)
+    args = _app(apps)["args"]
+    args["restarts"] = args.get("restarts", 0) + 1
+    deploy(apps)
+
+
+def _check_whole(apps: list[dict[str, Any]]) -> None:
+    if len(apps) < 2:
+        raise ClusterError("the cluster is being ended: finish that with `onebase cluster down`")
+
+
+def _app(apps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the application of servers."""
+    return next(one for one in apps if one["name"] == APP)
+
+
 def _servers(apps: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the deployment of servers."""
-    found: dict[str, Any] = next(one for one in apps if one["name"] == APP)["deployments"][0]
+    found: dict[str, Any] = _app(apps)["deployments"][0]
     return found
 
 

@@ -89,6 +89,9 @@ def cluster_parser() -> argparse.ArgumentParser:
     actions.add_parser("status", help="the address, and the servers behind it")
     scale = actions.add_parser("scale", help="have another number of servers")
     scale.add_argument("replicas", type=_positive, metavar="N", help="servers")
+    actions.add_parser(
+        "restart", help="replace the servers, a few at a time: each starts the release that is installed now"
+    )
     actions.add_parser("drain", help="take nothing new, let running requests end, then end the servers")
     actions.add_parser("down", help="end the servers now, and what runs on them")
     own = up.add_argument_group("cluster")

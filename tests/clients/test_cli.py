@@ -376,7 +376,7 @@ HELPS = [
     *(["files", action] for action in files.ACTIONS),
     ["base", "fetch"],
     ["base", "check"],
-    *(["cluster", action] for action in ("up", "status", "scale", "drain", "down")),
+    *(["cluster", action] for action in ("up", "status", "scale", "restart", "drain", "down")),
     ["data", "check"],
 ]
 

@@ -74,6 +74,25 @@ def test_the_palette_finds_views_adapters_and_actions(words: Server, look: Look)
         expect(page.get_by_role("combobox", name=PALETTE)).to_have_count(0)
 
 
+@pytest.mark.parametrize("size", EACH_SIZE)
+def test_the_documents_are_a_click_away_where_the_server_knows_them(
+    serve_scripted: Starter, words: Server, look: Look, size: str
+) -> None:
+    url = "https://docs.example.com/onebase/"
+    with serve_scripted("words", "--docs-url", url) as server, look(server, size) as visit:
+        visit.open()
+        expect(visit.page.get_by_role("link", name="Docs")).to_have_attribute("href", url)
+        assert visit.too_wide() == []
+        assert visit.violations() == []
+        visit.page.keyboard.press("Control+k")
+        visit.page.get_by_role("combobox", name=PALETTE).press_sequentially("docs")
+        expect(visit.page.get_by_role("option", name="Docs")).to_be_visible()
+    with look(words, size) as visit:
+        visit.open()
+        expect(visit.page.get_by_role("link", name="Compare")).to_be_visible()
+        expect(visit.page.get_by_role("link", name="Docs")).to_have_count(0)
+
+
 def test_the_palette_pins_what_is_looked_at_and_a_question_mark_lists_the_keys(
     words: Server, look: Look
 ) -> None:

@@ -70,6 +70,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (rf"onebase (adapters|jobs|generate) .*{OF_A_JOB}", PARSE),
     (r"onebase (batches|files) (create|list|upload)", RUN),
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
+    (r"head -n \d+ examples/data/", "a part of a file of examples"),
     (r"git diff \| onebase generate ", RUN),
     (r"onebase chat$", RUN),
     (r"onebase judge (?!--help)", PARSE),  # of a reader's conversation; tests/clients/test_judging.py runs it
@@ -88,7 +89,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase base check ([\w.-]+/|REPO$)", PARSE),  # a repository on the Hub
     (r"onebase route --host 0.0.0.0 ", PARSE),  # tests/server/test_route.py runs it
     (
-        r"onebase cluster (up|status|scale|drain|down)( [^-]| --(replicas|address|config|min-replicas)|$)",
+        r"onebase cluster (up|status|scale|restart|drain|down)"
+        r"( [^-]| --(replicas|address|config|min-replicas)|$)",
         PARSE,
     ),
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves

@@ -214,6 +214,42 @@ def test_an_address_that_is_killed_comes_back(http: httpx2.Client, cluster: Serv
 
 @pytest.mark.full
 def test_no_request_is_lost_while_servers_come_and_go(http: httpx2.Client, cluster: Server) -> None:
+    with four_clients(cluster) as answers:
+        manage(cluster, "scale", "3")
+        assert servers(cluster) == 3
+        shown = manage(cluster, "status")
+        assert "servers: 3 running" in shown
+        pids = {
+            int(pid) for pid in re.findall(r"^  http\S+  ready .* pid (\d+) on \S+  up ", shown, re.MULTILINE)
+        }
+        assert pids == serving(cluster)
+        logs = re.findall(r"  log (/\S+)$", shown, re.MULTILINE)
+        assert len(logs) == 4  # the route's too
+        assert all(Path(log).is_file() for log in logs)
+        asked_by_handle(cluster)
+        manage(cluster, "scale", "2")
+        assert servers(cluster) == 2
+
+    assert set(answers) == {"right"}
+    assert answers["right"] > 20
+
+
+@pytest.mark.full
+def test_a_restart_replaces_every_server_and_loses_no_request(http: httpx2.Client, cluster: Server) -> None:
+    before, address = serving(cluster), listening(cluster, cluster.url)
+    with four_clients(cluster) as answers:
+        manage(cluster, "restart")
+
+    assert servers(cluster) == len(before)
+    assert not serving(cluster) & before
+    assert listening(cluster, cluster.url) == address
+    assert set(answers) == {"right"}
+    assert answers["right"] > 20
+
+
+@contextlib.contextmanager
+def four_clients(cluster: Server) -> Iterator[Counter[object]]:
+    """Requests until the block ends. What they got is counted: `right`, or the text of another answer."""
     answers: Counter[object] = Counter()
     stop = threading.Event()
 
@@ -229,26 +265,12 @@ def test_no_request_is_lost_while_servers_come_and_go(http: httpx2.Client, clust
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    manage(cluster, "scale", "3")
-    assert servers(cluster) == 3
-    shown = manage(cluster, "status")
-    assert "servers: 3 running" in shown
-    pids = {
-        int(pid) for pid in re.findall(r"^  http\S+  ready .* pid (\d+) on \S+  up ", shown, re.MULTILINE)
-    }
-    assert pids == serving(cluster)
-    logs = re.findall(r"  log (/\S+)$", shown, re.MULTILINE)
-    assert len(logs) == 4  # the route's too
-    assert all(Path(log).is_file() for log in logs)
-    asked_by_handle(cluster)
-    manage(cluster, "scale", "2")
-    assert servers(cluster) == 2
-    stop.set()
-    for thread in threads:
-        thread.join()
-
-    assert set(answers) == {"right"}
-    assert answers["right"] > 20
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 HANDLE = """

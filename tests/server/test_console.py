@@ -42,8 +42,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ask() -> Ask:
+    return asking(Settings())
+
+
+def asking(settings: Settings) -> Ask:
     """A request to the whole app, behind its door."""
-    settings = Settings()
     services: Any = SimpleNamespace(
         settings=settings, tracing=Tracing(settings.otlp_endpoint), catalog=SimpleNamespace(counter=0)
     )
@@ -199,6 +202,17 @@ def test_a_link_on_another_site_opens_the_page_and_no_frame_does(ask: Ask) -> No
     assert ask("/console", **link, sec_fetch_dest="document").status_code == 200
     assert ask("/console", **link, sec_fetch_dest="iframe").status_code == 403
     assert ask(f"/console/{SCRIPT}", sec_fetch_site="cross-site").status_code == 403
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_page_knows_where_the_documents_are_if_the_server_does(ask: Ask) -> None:
+    url = 'https://docs.example.com/?a=1&b="><script>'
+    page = asking(Settings(docs_url=url))("/console")
+
+    assert b"help" not in ask("/console").content
+    link = '<link rel="help" href="https://docs.example.com/?a=1&amp;b=&quot;&gt;&lt;script&gt;">'
+    assert page.text == f"<!doctype html><title>console</title>{link}"
+    assert page.headers["etag"] != ask("/console").headers["etag"]
 
 
 def test_a_server_names_the_page_in_its_root_and_when_it_starts(scripted: Server) -> None:

@@ -98,7 +98,7 @@ def test_quotas_are_set_for_keys_and_tenants_and_listed(
     assert main(["tenants", "list"]) == 0
     first, second = capsys.readouterr().out.splitlines()[1:]
     assert "adapters=3,bytes=1500000000,training_seconds=72000" in first
-    assert second.split() == ["zeta", "training_seconds=90", "0", "0", "B", "0", "s"]
+    assert second.split() == ["zeta", "training_seconds=90", "0", "0", "B", "0", "0", "s"]
     known.close()
 
 

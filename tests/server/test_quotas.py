@@ -169,6 +169,21 @@ def test_an_account_whose_rows_other_servers_count_is_kept_until_they_are_told_o
     assert use.rows == 0
 
 
+def test_what_an_owner_uses_is_reported_for_the_quotas_it_has_and_as_all_servers_know_it() -> None:
+    clock = Clock()
+    quotas = Quotas(requests=10, tokens=100, rows=4, bytes=9)
+    limiter, elsewhere = (Limiter(lambda _: (quotas, Quotas()), clock) for _ in range(2))
+    for one in (limiter, elsewhere):
+        one.enter(Caller("ob-1", "acme", frozenset())).admit(30, 2)
+    limiter.hear(("elsewhere", use) for use in elsewhere.report_uses())
+
+    assert limiter.used("key", "ob-1", quotas) == {"requests": 2, "tokens": 60, "rows": 4}
+    assert limiter.used("key", "ob-1", Quotas(tokens=100)) == {"tokens": 60}
+    assert limiter.used("tenant", "ob-1", quotas) == {"requests": 0, "tokens": 0, "rows": 0}
+    clock.now += WINDOW_SECONDS
+    assert limiter.used("key", "ob-1", quotas) == {"requests": 0, "tokens": 0, "rows": 2}
+
+
 def test_what_is_used_beyond_the_estimate_counts_from_then_on() -> None:
     window = Window()
     charge = window.add(10, 0.0)
@@ -458,7 +473,11 @@ def test_the_requests_of_all_keys_of_a_tenant_count_together_and_another_tenant_
     seen = http.get("/v1/tenants", headers=bearer(other)).json()["data"]
     assert [(one["tenant"], one["quotas"]) for one in seen] == [(f"{tenant}-other", {})]
     every = {one["tenant"]: one for one in http.get("/v1/tenants", headers=bearer(admin)).json()["data"]}
-    assert every[tenant]["quotas"] == {"requests": 2}
+    assert (every[tenant]["quotas"], every[tenant]["used"]) == ({"requests": 2}, {"requests": 2})
+    of_tenant = [
+        one for one in http.get("/v1/keys", headers=bearer(admin)).json()["data"] if one["tenant"] == tenant
+    ]
+    assert [one["used"] for one in of_tenant] == [{"requests": 1}, {"requests": 1}]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -122,6 +122,8 @@ def test_who_may_ask_is_a_list_in_the_environment(name: str, text: str, expected
         ("allowed_origin", "https://a.example/"),
         ("allowed_origin", "*"),
         ("trusted_proxy", "proxy.lan"),
+        ("docs_url", "docs.example.com"),
+        ("docs_url", "javascript:alert(1)"),
     ],
 )
 def test_a_site_or_an_address_in_another_form_is_refused_with_an_example(name: str, text: str) -> None:

@@ -199,3 +199,17 @@ def test_a_job_trains_while_another_ones_adapter_waits_for_a_verifier(serve_scri
 def _state_of_the_version(server: Any) -> str | None:
     answer = server.client().get("/v1/adapters/orders/versions")
     return answer.json()["data"][0]["state"] if answer.status_code == 200 else None
+
+
+def test_a_version_that_training_went_on_from_and_that_is_active_is_named_once() -> None:
+    job: Any = SimpleNamespace(
+        name="orders",
+        parent=SimpleNamespace(name="orders", digest="a" * 64),
+        activate="if_better",
+        settings={},
+        report={"better_than": {"base": True, "parent": False, "active": False}, "active": "a" * 64},
+    )
+
+    assert delivery.decide(job).reason == (
+        f"on held-out rows it is no better than orders@{'a' * 12}, which is active"
+    )

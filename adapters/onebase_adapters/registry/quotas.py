@@ -154,16 +154,14 @@ def check_jobs(session: Session, tenant: str, files: Collection[str]) -> None:
     """Raise QuotaError unless the tenant may have one more unended job, and store the rows of its `files`
     (ids)."""
     limit = _limits(session, tenant).jobs
-    if limit is not None:
-        found = select(func.count()).select_from(TrainingJobRow).where(*_unended(tenant))
-        if (jobs := session.scalar(found) or 0) >= limit:
-            raise QuotaError(
-                f"Tenant {tenant!r} may have {limit} jobs that have not ended (its quota `jobs`), and has "
-                f"{jobs}. Held and paused jobs count, and failed ones that can be resumed: wait for one to "
-                f"end, cancel one, or {_ASK}.",
-                "jobs",
-                limit,
-            )
+    if limit is not None and (jobs := _jobs(session, tenant)) >= limit:
+        raise QuotaError(
+            f"Tenant {tenant!r} may have {limit} jobs that have not ended (its quota `jobs`), and has "
+            f"{jobs}. Held and paused jobs count, and failed ones that can be resumed: wait for one to "
+            f"end, cancel one, or {_ASK}.",
+            "jobs",
+            limit,
+        )
     rows = select(func.sum(TrainingFileRow.bytes)).where(TrainingFileRow.id.in_(files))
     check_bytes(session, tenant, int(session.scalar(rows) or 0))
 
@@ -189,6 +187,11 @@ def _limits(session: Session, tenant: str, *, lock: bool = True) -> Quotas:
 
 def _adapters(session: Session, tenant: str) -> int:
     found = select(func.count()).select_from(AdapterRow).where(AdapterRow.tenant == tenant)
+    return session.scalar(found) or 0
+
+
+def _jobs(session: Session, tenant: str) -> int:
+    found = select(func.count()).select_from(TrainingJobRow).where(*_unended(tenant))
     return session.scalar(found) or 0
 
 
@@ -235,5 +238,6 @@ def _record(session: Session, tenant: str, row: TenantRow | None) -> TenantRecor
         quotas=quotas_of(None if row is None else row.quotas),
         adapters=_adapters(session, tenant),
         bytes=_bytes(session, tenant),
+        jobs=_jobs(session, tenant),
         training_seconds=_trained(session, tenant),
     )

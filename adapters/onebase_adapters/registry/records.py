@@ -156,13 +156,14 @@ class TenantRecord:
     """One tenant: its quotas, and what it stores now.
 
     adapters: number of names. bytes: of versions, of files and of the rows that unended jobs keep.
-    training_seconds: in this calendar month (UTC).
+    jobs: number of those that have not ended. training_seconds: in this calendar month (UTC).
     """
 
     tenant: str
     quotas: Quotas
     adapters: int
     bytes: int
+    jobs: int
     training_seconds: float
 
 

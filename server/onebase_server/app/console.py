@@ -222,10 +222,10 @@ def print_keys(console: Console, keys: Sequence[ApiKeyRecord]) -> None:
 def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:
     """Print a line for each tenant: its quotas, and what it uses."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("tenant", "quotas", "adapters", "bytes", "trained this month"):
+    for title in ("tenant", "quotas", "adapters", "bytes", "jobs", "trained this month"):
         table.add_column(title, overflow="fold")
     for one in tenants:
-        kept = (str(one.adapters), readable_bytes(one.bytes), f"{one.training_seconds:.0f} s")
+        kept = (str(one.adapters), readable_bytes(one.bytes), str(one.jobs), f"{one.training_seconds:.0f} s")
         table.add_row(*map(escape, (one.tenant, _quotas(one.quotas), *kept)))
     console.print(table, highlight=False)
 

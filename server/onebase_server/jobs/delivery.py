@@ -270,12 +270,14 @@ def _subject(job: TrainingJob, report: Mapping[str, Any], name: str) -> str:
     if name == ACTIVE:
         return label(job.name, report["active"]) + _IS_ACTIVE
     if name == "parent" and job.parent is not None:
+        if (job.parent.name, job.parent.digest) == (job.name, report.get("active")):
+            return _subject(job, report, ACTIVE)
         return f"{label(job.parent.name, job.parent.digest)}, from which training went on"
     return "the base"
 
 
 def _listed(names: Iterable[str]) -> str:
-    return " and ".join(names)
+    return " and ".join(dict.fromkeys(names))
 
 
 def _message(

@@ -258,6 +258,18 @@ class Limiter:
         ticket.enter()
         return ticket
 
+    def used(self, kind: Literal["key", "tenant"], name: str, quotas: Quotas) -> dict[str, int]:
+        """Return what counts now against those of an owner's quotas that are counted here: of this server,
+        and of others as far as they have reported."""
+        now, owner = self._clock(), (kind, name)
+        account = self._accounts.get(owner) or self._in_use.get(owner) or QuotaAccount()
+        counts: dict[str, int] = {rate: account.total(rate, now) for rate in _RATES}
+        return {
+            quota: used
+            for quota, used in {**counts, "rows": account.sequences_running(now)}.items()
+            if getattr(quotas, quota) is not None
+        }
+
     # ---- several servers ---------------------------------------------------------------------
 
     def report_uses(self) -> list[QuotaUse]:

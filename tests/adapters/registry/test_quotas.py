@@ -184,8 +184,10 @@ def test_jobs_that_wait_count_until_they_are_over(registry: Registry) -> None:
     move("job-1", "failed", JOB_STATES, error=TrainingFailure("disk_full", "it can be resumed"))
     refused("jobs", 2, add_job, registry, "job-3")
     move("job-1", "failed", JOB_STATES, error=TrainingFailure("invalid_file", "it cannot"))
+    assert registry.tenants.one("acme").jobs == 1
     add_job(registry, "job-3")
     refused("jobs", 2, add_job, registry, "job-4")
+    assert registry.tenants.one("acme").jobs == 2
     move("job-2", "cancelled", JOB_STATES)
     add_job(registry, "job-4")
     add_file(registry, "file-1b", 1, tenant="other")

@@ -5598,6 +5598,9 @@ export interface components {
             quotas: {
                 [key: string]: number;
             };
+            used: {
+                [key: string]: number;
+            };
             priority: number;
             key: string;
         };
@@ -5628,6 +5631,9 @@ export interface components {
             quotas: {
                 [key: string]: number;
             };
+            used: {
+                [key: string]: number;
+            };
             priority: number;
         };
         /**
@@ -5650,8 +5656,12 @@ export interface components {
             quotas: {
                 [key: string]: number;
             };
+            used: {
+                [key: string]: number;
+            };
             adapters: number;
             bytes: number;
+            jobs: number;
             training_seconds: number;
         };
         /** UsageAnswer */

@@ -12,16 +12,16 @@ type Used = Schemas['UsageRowAnswer']
 
 /** Quotas by the server's names. */
 export const KEY_QUOTAS = [
-  { name: 'requests', title: 'Requests a minute' },
-  { name: 'tokens', title: 'Tokens a minute' },
-  { name: 'rows', title: 'Sequences at once' },
+  { name: 'requests', title: 'Requests a minute', short: 'Requests/min' },
+  { name: 'tokens', title: 'Tokens a minute', short: 'Tokens/min' },
+  { name: 'rows', title: 'Sequences at once', short: 'At once' },
 ]
 export const TENANT_QUOTAS = [
   ...KEY_QUOTAS,
-  { name: 'adapters', title: 'Adapters' },
-  { name: 'bytes', title: 'Stored, in bytes' },
-  { name: 'jobs', title: 'Jobs that have not ended' },
-  { name: 'training_seconds', title: 'Seconds of training a month' },
+  { name: 'adapters', title: 'Adapters', short: 'Adapters' },
+  { name: 'bytes', title: 'Stored, in bytes', short: 'Stored' },
+  { name: 'jobs', title: 'Jobs that have not ended', short: 'Jobs' },
+  { name: 'training_seconds', title: 'Seconds of training a month', short: 'Trained' },
 ]
 
 /** Of a million tokens, in whatever money. */

@@ -5,7 +5,7 @@ import { upload } from '../api/upload'
 import { Curve } from './curves'
 import { models } from './models.svelte'
 import { server } from './server.svelte'
-import { many } from './units'
+import { duration, many } from './units'
 
 export type { Job } from '../api/follow'
 /** A held-out row, and who said what to its prompt. A report of an older server has none. */
@@ -69,13 +69,30 @@ const SHORT_DIGEST = 12
 /** A version as messages call it. */
 export const label = (name: string, digest: string): string => `${name}@${digest.slice(0, SHORT_DIGEST)}`
 
+/** From this ratio of the longest to the shortest time on both are shown. */
+const WIDE = 1.25
+
+/** `about 4 min` or `4 min to 9 min`, and from where that is known; both '' if it is not. As `onebase jobs show` says it. */
+export function timeTaken(estimate: Record<string, unknown>): { time: string; from: string } {
+  const seconds = Number(estimate.seconds ?? 0)
+  if (!seconds) return { time: '', from: '' }
+  const low = Number(estimate.seconds_low) || seconds
+  const high = Number(estimate.seconds_high) || seconds
+  const wide = high > WIDE * low
+  const jobs = Number(estimate.finished_jobs ?? 1)
+  const measured = `measured just now${wide ? ', with the machine busy' : ''}`
+  const from = estimate.seconds_from === 'finished_jobs' ? `as ${jobs === 1 ? 'the last job' : `the last ${jobs} jobs`} on this base` : estimate.seconds_from ? measured : ''
+  return { time: wide ? `${duration(low)} to ${duration(high)}` : `about ${duration(seconds)}`, from }
+}
+
 /** Which versions the adapter was compared with on held-out rows, and what came of it, in sentences. */
 export function compared(job: Job, report: Report): string {
   const better: Record<string, boolean | null> = report.better_than ?? {}
   const active = report.active ? `${label(job.name, report.active)}, which was active when training ended` : ''
-  const parent = job.parent ? `${label(job.parent.name, job.parent.version)}, which it went on from` : 'what it went on from'
+  const same = job.parent?.name === job.name && job.parent.version === report.active
+  const parent = same ? active : job.parent ? `${label(job.parent.name, job.parent.version)}, which it went on from` : 'what it went on from'
   const names = { base: 'the base', parent, active }
-  const of = (wanted: boolean) => (['base', 'parent', 'active'] as const).filter((one) => better[one] === wanted).map((one) => names[one]).join(' and ')
+  const of = (wanted: boolean) => (['base', 'parent', 'active'] as const).filter((one) => better[one] === wanted).map((one) => names[one]).filter((one, at, all) => all.indexOf(one) === at).join(' and ')
   const said: string[] = []
   if (typeof better.base !== 'boolean') said.push('Nothing was held out to measure it on.')
   else {

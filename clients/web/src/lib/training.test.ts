@@ -4,7 +4,7 @@ vi.stubGlobal('sessionStorage', { getItem: () => null })
 vi.stubGlobal('localStorage', { getItem: () => null })
 const page = { hidden: false, addEventListener: () => {}, baseURI: 'http://localhost/' }
 vi.stubGlobal('document', page)
-const { Run } = await import('./training.svelte')
+const { Run, timeTaken } = await import('./training.svelte')
 
 afterEach(() => vi.useRealTimers())
 
@@ -28,5 +28,15 @@ describe('a job', () => {
     await vi.waitFor(() => expect(run.job?.status).toBe('succeeded'))
     expect([looks, run.problem]).toEqual([2, null])
     stop()
+  })
+})
+
+describe('an estimate', () => {
+  it('says where its time is known from, and both ends where they are far apart', () => {
+    expect(timeTaken({})).toEqual({ time: '', from: '' })
+    expect(timeTaken({ seconds: 240 })).toEqual({ time: 'about 4 min', from: '' })
+    expect(timeTaken({ seconds: 240, seconds_low: 240, seconds_high: 250, seconds_from: 'measured' })).toEqual({ time: 'about 4 min', from: 'measured just now' })
+    expect(timeTaken({ seconds: 240, seconds_low: 240, seconds_high: 540, seconds_from: 'measured' })).toEqual({ time: '4 min to 9 min', from: 'measured just now, with the machine busy' })
+    expect(timeTaken({ seconds: 240, seconds_from: 'finished_jobs', finished_jobs: 3 }).from).toBe('as the last 3 jobs on this base')
   })
 })

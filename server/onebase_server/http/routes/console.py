@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastapi.responses import RedirectResponse
 import onebase_server
 from onebase_edge.errors import ConsoleMissingError, UnknownRouteError
 from onebase_server.http.authorization import needs
+from onebase_server.http.deps import Provided
 
 router = APIRouter(include_in_schema=False)
 
@@ -36,11 +38,17 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 
 @router.get("/console")
 @needs("open")
-async def console(request: Request) -> Response:
-    """Serve the page. A link to it may say what it shows, behind `#`; being opened asks for nothing."""
+async def console(request: Request, services: Provided) -> Response:
+    """Serve the page. A link to it may say what it shows, behind `#`; being opened asks for nothing.
+
+    The page finds the documents by its own `<link rel="help">`.
+    """
     page = await asyncio.to_thread(_read, FOLDER / "index.html")
     if page is None:
         raise ConsoleMissingError
+    if url := services.settings.docs_url:
+        link = f'</title><link rel="help" href="{html.escape(url)}">'
+        page = page.replace(b"</title>", link.encode(), 1)
     tag = f'"{hashlib.sha256(page).hexdigest()[:32]}"'
     headers = {
         "Cache-Control": "no-cache",

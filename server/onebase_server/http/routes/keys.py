@@ -17,6 +17,7 @@ from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.routes.usage import Limits
 from onebase_server.requests.schemas.wire import Wire
+from onebase_server.tenancy.quotas import Limiter
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["keys"])
 
@@ -65,7 +66,7 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
         quotas=body.quotas,
         priority=body.priority,
     )
-    answer = json_response(wire.NewApiKey(**asdict(_view(made)), key=key))
+    answer = json_response(wire.NewApiKey(**asdict(_view(made, services.limiter)), key=key))
     answer.headers["Cache-Control"] = "no-store"
     return answer
 
@@ -74,24 +75,26 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
 @needs("admin")
 async def list_keys(services: Provided) -> Response:
     """List all keys that there ever were, of all tenants, the newest first."""
-    return json_response(ListAnswer(data=tuple(_view(key) for key in await services.keys.all())))
+    found = await services.keys.all()
+    return json_response(ListAnswer(data=tuple(_view(key, services.limiter) for key in found)))
 
 
 @router.post("/keys/{key_id}", responses=answer(wire.ApiKey, 404, 507))
 @needs("admin")
 async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
     """Change a key's quotas and priority, at once here and within a second on other servers."""
-    return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
+    changed = await services.keys.change(key_id, body.quotas, body.priority)
+    return json_response(_view(changed, services.limiter))
 
 
 @router.delete("/keys/{key_id}", responses=answer(wire.ApiKey, 404, 507))
 @needs("admin")
 async def revoke_key(key_id: str, services: Provided) -> Response:
     """Revoke a key, at once here and within a second on other servers."""
-    return json_response(_view(await services.keys.revoke(key_id)))
+    return json_response(_view(await services.keys.revoke(key_id), services.limiter))
 
 
-def _view(key: ApiKeyRecord) -> wire.ApiKey:
+def _view(key: ApiKeyRecord, limiter: Limiter) -> wire.ApiKey:
     return wire.ApiKey(
         id=key.id,
         tenant=key.tenant,
@@ -102,5 +105,6 @@ def _view(key: ApiKeyRecord) -> wire.ApiKey:
         revoked_at=key.revoked_at,
         last_used_at=key.last_used_at,
         quotas=key.quotas.given(),
+        used=limiter.used("key", key.id, key.quotas),
         priority=key.priority,
     )

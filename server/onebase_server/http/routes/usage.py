@@ -16,6 +16,7 @@ from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.requests.schemas.wire import Wire
+from onebase_server.tenancy.quotas import Limiter
 from onebase_server.tenancy.usage import usage_csv
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["usage"])
@@ -34,7 +35,7 @@ class QuotasRequest(Wire):
 async def list_tenants(services: Provided, caller: Calling) -> Response:
     """List tenants, their quotas and what they have: all of them for an admin, for others their own."""
     found = await services.keys.tenants(caller)
-    return json_response(ListAnswer(data=tuple(map(_tenant_view, found))))
+    return json_response(ListAnswer(data=tuple(_tenant_view(one, services.limiter) for one in found)))
 
 
 @router.post("/tenants/{tenant}", responses=answer(Tenant, 507))
@@ -43,7 +44,8 @@ async def set_quotas(
     tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, services: Provided
 ) -> Response:
     """Change a tenant's quotas, at once here and within a second on other servers."""
-    return json_response(_tenant_view(await services.keys.set_quotas(tenant, body.quotas)))
+    changed = await services.keys.set_quotas(tenant, body.quotas)
+    return json_response(_tenant_view(changed, services.limiter))
 
 
 @router.get("/usage", responses=answer(UsageAnswer, also=(CSV,)))
@@ -75,11 +77,13 @@ async def get_usage(
     return json_response(UsageAnswer(group_by=tuple(columns), data=data))
 
 
-def _tenant_view(record: TenantRecord) -> Tenant:
+def _tenant_view(record: TenantRecord, limiter: Limiter) -> Tenant:
     return Tenant(
         tenant=record.tenant,
         quotas=record.quotas.given(),
+        used=limiter.used("tenant", record.tenant, record.quotas),
         adapters=record.adapters,
         bytes=record.bytes,
+        jobs=record.jobs,
         training_seconds=record.training_seconds,
     )
