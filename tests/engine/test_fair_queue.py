@@ -398,7 +398,7 @@ def test_decodes_are_not_bounded_of_tenants_that_run_about_the_same(flood: int) 
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(0.014, 0.0007), (0.010, 0.00005), (0.002, 0.01), (0.01, 0.0)])
-def test_bounded_tokens_make_a_step_of_a_lighter_tenants_decodes_longer_by_their_part_of_it(fixed: float, each: float) -> None:
+def test_bounded_tokens_lengthen_steps_of_lighter_tenants_by_their_part(fixed: float, each: float) -> None:
     pace, guest = TenantPace(256), make_row(1, [7], 9)
     row, decode = make_row(0, list(range(300)), 1), Segment(guest, 0, 1)
     budgets = []
