@@ -13,6 +13,8 @@ from tests.tiny import save_base
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.sampling import forced_end
+from onebase_engine.engine.sequence import AdapterMix, DraftedSequence, SequenceState
 
 PROMPT = [5, 6, 7, 8] * 5
 END = 300
@@ -135,3 +137,30 @@ def test_a_token_that_the_base_does_not_have_is_refused(lab: Lab) -> None:
     submit(engine, "x", None, thought=budget(2, end=1 << 20))
     (refused,) = engine.take_outputs()
     assert (refused.error_code, refused.error_param) == ("token_out_of_range", "thinking_token_budget")
+
+
+@pytest.mark.parametrize("begin", [None, 9])
+def test_the_context_of_a_draft_is_not_copied_once_its_thought_can_end_no_more(
+    begin: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = protocol.Sampling(thought=budget(4, begin=begin))
+
+    def drafted(answer: list[int]) -> DraftedSequence:
+        whole = SequenceState("x", 0, PROMPT, sampling, AdapterMix(), arrival=0, arrived_at=0.0)
+        whole.tokens = [*PROMPT, *answer]
+        return DraftedSequence(whole, (1,))
+
+    begun = [] if begin is None else [begin]
+    assert forced_end(drafted([*begun, 1, 1, 1])) == END
+    copied: list[int] = []
+    read = DraftedSequence.tokens.fget
+    monkeypatch.setattr(DraftedSequence, "tokens", property(lambda one: copied.append(1) or read(one)))
+    assert forced_end(drafted([1])) is forced_end(drafted([*begun, *[1] * 20])) is None
+    assert not copied
+
+
+def test_a_text_that_has_too_few_tokens_is_not_ended_by_the_end_of_its_thought(lab: Lab) -> None:
+    free = text(lab.engine(), None)
+    thought, least = budget(3), {"min_tokens": 10, "stop_token_ids": [END]}
+    assert text(lab.engine(), None, thought=thought, **least) == free
+    assert text(lab.engine(), None, thought=budget(10), **least)[:11] == [*free[:10], END]

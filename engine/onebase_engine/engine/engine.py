@@ -731,7 +731,7 @@ class Engine:
 
     def _ends_of_thoughts(self, sequences: Sequence[SequenceState | DraftedSequence]) -> list[Mask]:
         """Return masks that end the thoughts whose budgets are spent; none at all if no thought is to end."""
-        ends = [forced_end(sequence) for sequence in sequences]
+        ends = [self._end_of_thought(sequence) for sequence in sequences]
         if not any(end is not None for end in ends):
             return []
         masks: list[Mask] = []
@@ -743,6 +743,14 @@ class Engine:
             allowed[end // 32] = 1 << end % 32
             masks.append(allowed.view(np.int32))
         return masks
+
+    def _end_of_thought(self, sequence: SequenceState | DraftedSequence) -> int | None:
+        """Return the token that has to end a thought next, unless `min_tokens` forbids it: then none does."""
+        end, sampling = forced_end(sequence), sequence.sampling
+        ends = (self._eos_ids, sampling.end_token_ids, sampling.stop_token_ids)
+        if sequence.generated < sampling.min_tokens and any(end in one for one in ends):
+            return None
+        return end
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[ScoredToken] | Exception:
         """Score the prompt tokens that follow the segment's, or return the exception that this raised."""

@@ -59,7 +59,8 @@ def uniform(seed: int, choice: int, index: int) -> float:
 def forced_end(sequence: SequenceState | DraftedSequence) -> int | None:
     """Return the token that ends the sequence's thought, if the next token has to be that one."""
     budget = sequence.sampling.thought
-    if budget is None or sequence.generated < budget.tokens:
+    # Asked first: the tokens of a draft are a copy of its whole context.
+    if budget is None or not budget.tokens <= sequence.generated <= budget.tokens + _FIRST_TOKENS:
         return None
     first = sequence.prompt_length
     if budget.begin is not None:
