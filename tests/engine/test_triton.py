@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -830,6 +832,37 @@ def test_the_sum_over_the_base_sees_every_byte_and_words_that_change_places(
 def test_kernels_that_pass_their_trial_are_taken() -> None:
     cuda.load_kernels.cache_clear()
     assert isinstance(cuda.load_kernels(torch.device("cpu")), CudaKernels)
+
+
+@pytest.mark.parametrize("error", [KeyError("specialization_data"), RuntimeError("out of resources")])
+def test_kernels_that_cannot_be_compiled_ahead_of_their_trial_are_tried_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fails(*given: Any) -> None:
+        raise error
+
+    @contextmanager
+    def collecting() -> Iterator[list[Any]]:
+        yield []
+
+    monkeypatch.setattr(CudaKernels, "compiles", True)
+    monkeypatch.setattr(cuda, "collecting", collecting)
+    monkeypatch.setattr(cuda, "compile_forms", fails)
+    cuda.load_kernels.cache_clear()
+    assert isinstance(cuda.load_kernels(torch.device("cpu")), CudaKernels)
+    assert "not compiled ahead" in caplog.text
+    cuda.load_kernels.cache_clear()
+
+
+def test_a_start_goes_on_where_forms_cannot_be_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*given: Any) -> None:
+        raise KeyError("specialization_data")
+
+    monkeypatch.setattr(forms, "wanted_forms", fails)
+    forms.compile_kernels(MagicMock())
+    assert "compiled while sequences run" in caplog.text
 
 
 @pytest.mark.parametrize(

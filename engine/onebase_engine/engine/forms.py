@@ -15,6 +15,8 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import torch
+
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.engine import Engine
@@ -45,9 +47,14 @@ def compile_kernels(engine: Engine) -> None:
     try:
         wanted = wanted_forms(engine.model, engine.layers, engine.scheduler.limits, engine.pool.block_size)
         cuda.compile_forms(wanted, engine.model.device, threads=os.cpu_count() or 1)
-    except (AttributeError, TypeError, ImportError) as error:
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        # Whatever another Triton's hooks or its compiler may raise: a launch compiles what it needs.
         logger.warning(
-            "kernels: they are compiled while sequences run, since Triton's hooks differ: %s", error
+            "kernels: they are compiled while sequences run, since not all could be before: %s",
+            error,
+            exc_info=True,
         )
         return
     logger.info("kernels: %d forms compiled in %.1f s", len(wanted), time.monotonic() - began)

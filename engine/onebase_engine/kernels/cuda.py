@@ -1658,10 +1658,7 @@ def load_kernels(device: torch.device) -> CudaKernels | None:
     try:
         kernels = CudaKernels()
         if kernels.compiles:
-            with suppress(AttributeError, TypeError):  # of another Triton's hooks
-                with collecting() as forms:
-                    _differing(kernels, device, dry=True)
-                compile_forms(forms, device, os.cpu_count() or 1)
+            _compile_trial(kernels, device)
         wrong = _differing(kernels, device)
     except Exception as error:
         # Whatever a compiler or a driver may say: without these kernels the server runs all the same.
@@ -1671,6 +1668,19 @@ def load_kernels(device: torch.device) -> CudaKernels | None:
         logger.warning("kernels: PyTorch, since Triton's give something else for %s", wrong)
         return None
     return kernels
+
+
+def _compile_trial(kernels: CudaKernels, device: torch.device) -> None:
+    """Compile what the trial needs side by side. Where that fails its launches compile it, one by one."""
+    try:
+        with collecting() as forms:
+            _differing(kernels, device, dry=True)
+        compile_forms(forms, device, os.cpu_count() or 1)
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        # Whatever another Triton's hooks or its compiler may raise.
+        logger.warning("kernels: not compiled ahead of their trial: %s", error, exc_info=True)
 
 
 @torch.inference_mode()
