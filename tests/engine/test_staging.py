@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 import queue
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -77,6 +78,9 @@ class SlowCopy:
         self._left = 0
         self._copies.waits += 1
 
+    def cancel(self) -> None:
+        self._copies.cancelled += 1
+
     def take_weights(self) -> AdapterWeights:
         assert self._left <= 0
         self._copies.taken += 1
@@ -86,7 +90,8 @@ class SlowCopy:
 class SlowCopies:
     def __init__(self, polls: int) -> None:
         self.polls = polls
-        self.started = self.taken = self.alive = self.waits = self.bytes = self.most_bytes = 0
+        self.started = self.cancelled = self.taken = self.waits = 0
+        self.alive = self.bytes = self.most_bytes = 0
 
     def __call__(self, weights: AdapterWeights) -> SlowCopy:
         return SlowCopy(self, weights)
@@ -285,6 +290,26 @@ def test_sums_whose_first_halves_fill_the_room_for_copies_do_not_wait_for_each_o
     staging.drop_unwanted(["a", "b"])
     # The rows that asked are cancelled; sums with the same versions come instead.
     first_gets_its_copies(staging, [["a", "c"], ["b", "d"]])
+
+
+def test_a_copy_that_nobody_waits_for_any_more_is_not_made(
+    lab: Lab, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = SlowCopies(polls=9)
+    staging = Staging(copies, 0, dict.fromkeys("ab", lab.weights[0]), lambda digest: 1)
+    assert not staging.ready(["a", "b"])
+    staging.drop_unwanted(["b"])
+    assert copies.cancelled == 1
+
+    ring = PinnedRing(torch.device("cpu"))
+    goes_on = threading.Event()
+    ring._thread.submit(goes_on.wait, 60)
+    monkeypatch.setattr(torch, "empty_like", lambda one, device: torch.zeros(one.shape, dtype=one.dtype))
+    copy = CudaCopy(in_slab(lab.weights[3]), torch.device("meta"), ring)
+    copy.cancel()
+    goes_on.set()
+    ring._thread.shutdown()
+    assert "copied" not in log
 
 
 def test_a_row_that_needs_much_room_is_not_overtaken_for_ever_by_rows_that_need_little(lab: Lab) -> None:

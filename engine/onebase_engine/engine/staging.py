@@ -152,6 +152,9 @@ class Copy(Protocol):
 
     def wait(self) -> None: ...
 
+    def cancel(self) -> None:
+        """Do not begin the copy, if that is still possible: nobody needs it any more."""
+
     def take_weights(self) -> AdapterWeights:
         """Return the copied tensors, once they are complete, for use by the steps."""
 
@@ -220,6 +223,9 @@ class CudaCopy:
 
     def wait(self) -> None:
         self._event.result().synchronize()
+
+    def cancel(self) -> None:
+        self._event.cancel()
 
     def take_weights(self) -> AdapterWeights:
         steps = torch.cuda.current_stream()
@@ -311,7 +317,8 @@ class Staging:
         if self._copies:
             kept = self._asked if self._crowded else set(waiting)
             for digest in self._copies.keys() - kept:
-                del self._copies[digest], self._sizes[digest], self._started[digest]
+                self._copies.pop(digest).cancel()
+                del self._sizes[digest], self._started[digest]
         self._asked.clear()
         self._crowded = False
 
