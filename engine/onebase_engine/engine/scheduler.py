@@ -4,7 +4,7 @@
 least, and there the sequence that arrived first. Decodes come first in every step; prefill chunks share the
 rest of the token budget, in that order. After a prompt of one tenant, a step has no prompt of a tenant with
 twice the load, since it would take longer for the first. In a step that decodes for another tenant, prompts
-are bounded: together they may about double the step's time, so that the decodes keep half of it. This does
+are bounded: together they may add about BOUNDED_TIME of the time that the step takes without them. This does
 not hold for a tenant that has received less than the other, or as much and runs less. Decodes of a tenant
 with twice the load are bounded in the same way, and take turns.
 
