@@ -93,6 +93,15 @@ def test_on_a_gpu_a_job_takes_what_was_left_free_for_it_however_much_is_free(
         assert memory_limit(7, torch.device("cuda"), config) == 7
 
 
+def test_on_a_gpu_where_nothing_is_set_aside_for_jobs_one_takes_half_of_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(base_folder=str(save_base("llama", tmp_path)), kv_memory=1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 10**12))
+    assert memory_limit(0, torch.device("cuda"), config) == 400
+    assert memory_limit(7, torch.device("cuda"), config) == 7
+
+
 def test_products_of_fp32_are_exact_in_every_process_whatever_an_image_asks_for() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE does

@@ -316,9 +316,10 @@ def memory_limit(asked: int, device: torch.device, config: EngineConfig) -> int:
     """Return the bytes that a job may take next to the base.
 
     Unless `asked` says how many, that is on a GPU what the engine has left free for a job, since what else is
-    free there is set aside for steps, slots and proofs; on the CPU half of the free memory.
+    free there is set aside for steps, slots and proofs. On the CPU, and where --kv-memory has the engine set
+    nothing aside, it is half of the free memory.
     """
-    if not asked and device.type == "cuda":
+    if not asked and device.type == "cuda" and not config.kv_memory:
         return job_bytes(load_config(Path(config.base_folder)), config)
     return asked or free_memory(device) // 2
 
