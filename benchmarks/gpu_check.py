@@ -4,8 +4,8 @@
 Needs no base: one of Llama-3.1-8B's shape with random 4-bit weights is made on the card. Each part is a
 process with a time limit of its own, the most valuable first; whatever becomes of one, the others run. After
 each finding the report is written anew, so that a run that is cut off leaves what it had. Leaves
-gpu-check.json, a page, gpu-check.md, and the logs; files are made in a scratch folder. Exit status: 0 if all
-of it holds, else 1.
+gpu-check.json, a page, gpu-check.md, and the logs (a rehearsal: gpu-check-rehearsal.*); files are made in a
+scratch folder. Exit status: 0 if all of it holds, else 1.
 
   make gpu-check                                            # or: python3 benchmarks/gpu_check.py
   make gpu-check CHECK_ARGS="--command 2"                   # the second ten minutes, into the same report
@@ -51,6 +51,8 @@ AGAIN_SECONDS = 60.0
 """Limit, in seconds, of a failed part that runs once more with its launches one by one."""
 LOGGED_BYTES, CARRIED_BYTES = 2 << 20, 24 << 20
 """Largest size, in bytes, of one file of the logs, and of Triton's cache, that is kept with the report."""
+CHECKED, REHEARSED = "gpu-check", "gpu-check-rehearsal"
+"""Names of the reports, without a suffix: a rehearsal writes over no check of a GPU."""
 _CHILD_SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl(2)."""
 
@@ -86,6 +88,14 @@ COMMANDS = sorted({part.command for part in PARTS})
 NOTHING: dict[str, Any] = {"error": "", "figures": [], "checks": [], "tables": [], "seconds": 0.0}
 Note = Callable[[Sequence[Mapping[str, Any]]], None]
 """Function that writes the report of these results."""
+
+
+class InterruptedRunError(Exception):
+    """Ctrl-C or a signal ended the run; the argument is the results by then, of all of its parts."""
+
+    def __init__(self, results: list[dict[str, Any]]) -> None:
+        super().__init__("interrupted")
+        self.results = results
 
 
 def run_part(
@@ -212,7 +222,8 @@ def run_parts(
     """Run part after part within `seconds`, each told at the terminal, and have the report written meanwhile.
 
     Each has its own time and what earlier ones left, MOST times its own at most. Where there is too little
-    for all of them, the last ones are not run. Ctrl-C and the like end the part that runs, and all others.
+    for all of them, the last ones are not run. Ctrl-C and the like end the part that runs and all others,
+    and raise InterruptedRunError with what had been found.
     """
     until, results, left = time.monotonic() + seconds, list[dict[str, Any]](), list(parts)
     try:
@@ -242,8 +253,11 @@ def run_parts(
                 f"{result['state']:<10}{result['seconds']:>5.0f} s  {'; '.join(filter(None, said))[:300]}",
                 flush=True,
             )
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as error:
         print("interrupted", flush=True)
+        results += map(_missing, left)
+        note(results)
+        raise InterruptedRunError(results) from error
     results += map(_missing, left)
     note(results)
     return results
@@ -268,7 +282,14 @@ def run_again(
     ]
     folder = str(Path(setup["folder"]) / "again")
     one_by_one = {**environment, "CUDA_LAUNCH_BLOCKING": "1"}
-    again = run_parts(parts, {**setup, "folder": folder}, one_by_one, seconds)
+    try:
+        again = run_parts(parts, {**setup, "folder": folder}, one_by_one, seconds)
+    except InterruptedRunError as interrupted:
+        raise InterruptedRunError(_again(interrupted.results)) from interrupted
+    return _again(again)
+
+
+def _again(again: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**result, "part": f"{result['part']} again"} for result in again if result["state"] != "not run"]
 
 
@@ -367,6 +388,7 @@ class Run:
             with tarfile.open(options.cache) as tar:
                 tar.extractall(folder, filter="data")
         self._setup = {"device": device, "shape": shape, "folder": str(folder)}
+        self._name = REHEARSED if options.rehearse else CHECKED
         self._report: dict[str, Any] = {
             "format": 2, "ok": False, "device": device, "shape": shape, "began": now(), "seconds": 0.0,
             "commit": _commit(), "machine": {}, "parts": [],
@@ -378,7 +400,10 @@ class Run:
         """Run the parts that were asked for. Return the exit status."""
         options, seconds = self._options, self._options.minutes * 60
         wanted = [part for part in PARTS if self._wants(part)]
-        (looked,) = self._look(seconds)
+        try:
+            (looked,) = self._look(seconds)
+        except InterruptedRunError:
+            return 1  # nothing has been found yet
         facts = looked.get("facts", {})
         if self._setup["device"] == "cuda" and facts.get("GPU") is None:
             return _without_gpu(looked)
@@ -386,12 +411,15 @@ class Run:
         results = [looked]
         if wanted and looked["state"] != "not run":
             left = seconds - (time.monotonic() - self._started)
-            results += run_parts(
-                wanted, self._setup, self._environment, max(left, 1.0), self._note_after(looked)
-            )
-            left = seconds - (time.monotonic() - self._started)
-            if self._setup["device"] == "cuda" and options.only is None and left > AGAIN_SECONDS / 2:
-                results += run_again(results, self._setup, self._environment, left)
+            try:
+                results += run_parts(
+                    wanted, self._setup, self._environment, max(left, 1.0), self._note_after(looked)
+                )
+                left = seconds - (time.monotonic() - self._started)
+                if self._setup["device"] == "cuda" and options.only is None and left > AGAIN_SECONDS / 2:
+                    results += run_again(results, self._setup, self._environment, left)
+            except InterruptedRunError as interrupted:
+                return self._end([*results, *interrupted.results]) or 1
         return self._end(results)
 
     def rehearse(self) -> int:
@@ -399,7 +427,15 @@ class Run:
         missing = gpu_bundle.missing()
         for name in missing:
             print(f"to be carried, and not here: {name}")
-        results = self._look(MACHINE.seconds)
+        results: list[dict[str, Any]] = []
+        try:
+            self._rehearse_into(results)
+        except InterruptedRunError as interrupted:
+            return self._end([*results, *interrupted.results]) or 1
+        return self._end(results) or int(bool(missing))
+
+    def _rehearse_into(self, results: list[dict[str, Any]]) -> None:
+        results += self._look(MACHINE.seconds)
         self._report["machine"] = results[0].get("facts", {})
         for command in COMMANDS:
             parts = [part for part in PARTS if part.command == command]
@@ -408,7 +444,6 @@ class Run:
                     f"the parts of command {command} take {sum_:.0f} s, and it has {MINUTES} minutes"
                 )
             results += run_parts(parts, self._setup, self._environment, sum_, self._note_after(*results))
-        return self._end(results) or int(bool(missing))
 
     def _wants(self, part: Part) -> bool:
         if self._options.only is not None:
@@ -422,7 +457,7 @@ class Run:
         """Keep what an earlier command of the same check has found."""
         self._report["machine"] = facts
         with suppress(OSError, ValueError):
-            old = json.loads((self._output / "gpu-check.json").read_text())
+            old = json.loads((self._output / f"{self._name}.json").read_text())
             same = all(old[name] == self._report[name] for name in ("format", "device", "shape", "commit"))
             if same and old["machine"].get("GPU") == facts.get("GPU") and self._options.command is not None:
                 self._before = [part for part in old["parts"] if part["part"] != MACHINE.name]
@@ -436,24 +471,25 @@ class Run:
         ok = all(map(held, parts)) and any(part["checks"] for part in parts)
         self._report |= {"parts": parts, "ok": ok, "seconds": time.monotonic() - self._started}
         for name, text in (("json", json.dumps(self._report, indent=1) + "\n"), ("md", page(self._report))):
-            part = self._output / f"gpu-check.{name}.part"
+            part = self._output / f"{self._name}.{name}.part"
             part.write_text(text)
-            part.replace(self._output / f"gpu-check.{name}")
+            part.replace(self._output / f"{self._name}.{name}")
 
     def _end(self, results: Sequence[Mapping[str, Any]]) -> int:
         self._write(results)
-        _keep_logs(self._folder, self._output / "gpu-check-logs.tar.gz")
+        _keep_logs(self._folder, self._output / f"{self._name}-logs.tar.gz")
         cache = self._folder / "triton"
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
         if self._setup["device"] == "cuda" and size > 0:
-            file = self._output / "gpu-check-triton.tar.gz"
+            file = self._output / f"{self._name}-triton.tar.gz"
             with tarfile.open(file, "w:gz") as tar:
                 tar.add(cache, "triton")
             if file.stat().st_size > CARRIED_BYTES:
                 file.unlink()
-        print((self._output / "gpu-check.md").read_text())
+        page_file = self._output / f"{self._name}.md"
+        print(page_file.read_text())
         holds = self._report["ok"]
-        print(f"{'All of it holds.' if holds else 'Not all of it holds.'} {self._output / 'gpu-check.md'}")
+        print(f"{'All of it holds.' if holds else 'Not all of it holds.'} {page_file}")
         return 0 if holds else 1
 
 

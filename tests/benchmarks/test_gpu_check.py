@@ -39,6 +39,7 @@ def run(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
     setup = {"device": "cpu", "shape": "tiny", "folder": str(folder)}
     environment = gpu_check.environment_of("cpu", folder)
     seconds = sum(part.seconds for part in parts)
+    GROWN.clear()
     return {one["part"]: one for one in gpu_check.run_parts(parts, setup, environment, seconds, GROWN.append)}
 
 
@@ -63,13 +64,13 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
     assert found["dies"]["error"] == "its process ended with signal SIGSEGV"
     assert found["unchecked"]["error"] == "it found nothing to check"
     assert found["nothing"]["error"] == "there is no such thing here"
-    states_before = [{one["part"]: one["state"] for one in results} for results in GROWN]
-    assert {"raises": "failed", "hangs": "running", "dies": "not run"}.items() <= states_before[
-        -1
-    ].items() or any(
-        {"raises": "failed", "hangs": "running", "dies": "not run"}.items() <= states.items()
-        for states in states_before
-    ), "the report grows while parts run"
+    grown = [{one["part"]: one for one in results} for results in GROWN]
+    assert any(
+        (report["raises"]["state"], report["dies"]["state"]) == ("failed", "not run")
+        and report["hangs"]["state"] == "running"
+        and report["hangs"]["checks"]
+        for report in grown
+    ), "the report has no findings of a part that still runs"
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*FAULTS]
     assert "FAILS: a row's bits" in lines[3]
@@ -211,9 +212,13 @@ def test_the_whole_schedule_is_rehearsed_without_a_gpu(
     """With ten times the limits, since other tests run beside it."""
     parts = tuple(replace(part, seconds=10 * part.seconds) for part in gpu_check.PARTS)
     monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.setattr(
+        gpu_check, "MACHINE", replace(gpu_check.MACHINE, seconds=10 * gpu_check.MACHINE.seconds)
+    )
     monkeypatch.setattr(gpu_check, "MINUTES", 10 * gpu_check.MINUTES)
     assert gpu_check.main(["--rehearse", "--output", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert not (tmp_path / "gpu-check.json").exists()
+    report = json.loads((tmp_path / "gpu-check-rehearsal.json").read_text())
     assert (report["format"], report["ok"], report["shape"]) == (2, True, "tiny")
     assert [part["part"] for part in report["parts"]] == ["machine", *(part.name for part in gpu_check.PARTS)]
     assert report["machine"]["torch"] == torch.__version__
@@ -224,14 +229,38 @@ def test_the_whole_schedule_is_rehearsed_without_a_gpu(
         for table in part["tables"]:
             assert table["rows"]
             assert all(len(row) == len(table["headings"]) for row in table["rows"])
-    assert "Everything that was checked holds." in (tmp_path / "gpu-check.md").read_text()
-    with tarfile.open(tmp_path / "gpu-check-logs.tar.gz") as tar:
+    assert "Everything that was checked holds." in (tmp_path / "gpu-check-rehearsal.md").read_text()
+    with tarfile.open(tmp_path / "gpu-check-rehearsal-logs.tar.gz") as tar:
         assert {"engine/log", "forms/forms.json"} <= set(tar.getnames())
     engine = next(part for part in report["parts"] if part["part"] == "engine")
     decodes = next(table for table in engine["tables"] if table["title"].startswith("Decodes"))
     assert {(row[0], row[1]) for row in decodes["rows"]} == {
         (load, graphs) for load in (row[0] for row in decodes["rows"]) for graphs in ("on", "off")
     }
+
+
+def test_an_interrupted_run_ends_at_once_and_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[str] = []
+    limits_of(monkeypatch, {})
+    whole = gpu_check.run_part
+
+    def run_part(part: gpu_check.Part, *given: Any) -> dict[str, Any]:
+        began.append(part.name)
+        if part.name == "bits":
+            raise SystemExit(143)
+        return whole(part, *given)
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    for options, name in ((["--rehearse"], "gpu-check-rehearsal"), ([], "gpu-check")):
+        assert gpu_check.main([*options, "--output", str(tmp_path)]) == 1
+        assert began == ["machine", "forms", "bits"]
+        states = {
+            one["part"]: one["state"] for one in json.loads((tmp_path / f"{name}.json").read_text())["parts"]
+        }
+        assert (states["forms"], states["bits"], states["engine"]) == ("ok", "not run", "not run")
+        began.clear()
 
 
 def test_failures_are_read_from_what_pytest_prints_file_by_file(tmp_path: Path) -> None:
