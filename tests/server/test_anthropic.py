@@ -137,6 +137,8 @@ def test_a_budget_bounds_the_thought_where_a_token_ends_it() -> None:
     on, adaptive = {"type": "enabled", "budget_tokens": 2000}, {"type": "adaptive"}
     tokens = ThoughtFormat("<think>", "</think>", {"<think>": 7, "</think>": 8})
     assert chat(tokens, thinking=on).thinking_token_budget == 2000
+    opened = ThoughtFormat("[begins]", "</think>", {"</think>": 8})
+    assert chat(opened, thinking=on).thinking_token_budget == 2000, "the prompt may open it"
     assert chat(tokens, thinking=adaptive).thinking_token_budget is None
     assert chat(ThoughtFormat("<think>", "</think>", {}), thinking=on).thinking_token_budget is None
 
@@ -323,3 +325,17 @@ def test_an_error_has_the_clients_type_and_comes_in_a_stream_as_an_event(
         with pytest.raises(anthropic.InternalServerError) as away:
             client.messages.create(**ASK, max_tokens=3)
         assert (away.value.status_code, away.value.type) == (503, "overloaded_error")
+
+
+def test_where_the_base_does_not_think_a_budget_is_refused_but_anthropics_changes_nothing(
+    server: Server,
+) -> None:
+    asked = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2000}
+    with server.client() as http:
+        refused = http.post("/v1/chat/completions", json=asked | {"thinking_token_budget": 5})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            400,
+            "thinking_budget_not_supported",
+        )
+        thinking = {"type": "enabled", "budget_tokens": 1024}
+        assert http.post("/v1/messages", json=asked | {"thinking": thinking}).status_code == 200

@@ -827,8 +827,10 @@ class Planner:
         reasoning_effort: str | None = None,
     ) -> Thinking | None:
         """Return the thought that the answer to a conversation may begin with, if the base thinks."""
-        format = tokenizer.thought_format
+        format, budget = tokenizer.thought_format, body.thinking_token_budget
         if format is None:
+            if budget is not None and body.needs_budget:
+                raise _budget_not_supported("writes no thoughts that could be told from the text")
             return None
         opened = tokenizer.opens_thought(prompt.tokens)
         if body.continue_final_message:
@@ -841,17 +843,12 @@ class Planner:
             if opened is None
             else opened
         )
-        thinking, budget = Thinking(format, bool(opened), on), body.thinking_token_budget
+        thinking = Thinking(format, bool(opened), on)
         if budget is None or not (on or opened):
             return thinking
         bound = format.bounded(budget, opened=bool(opened))
-        if bound is None:
-            raise InvalidRequestError(
-                "thinking_token_budget: this base's chat template has no token that ends a thought, so that "
-                "none can be ended early. Leave it out; max_tokens ends thoughts and texts alike.",
-                param="thinking_token_budget",
-                code="thinking_budget_not_supported",
-            )
+        if bound is None and body.needs_budget:
+            raise _budget_not_supported("has no token that ends a thought, so that none can be ended early")
         return replace(thinking, bound=bound)
 
     async def _answer(
@@ -1105,3 +1102,12 @@ def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
             f"Ask for {room} or fewer, or shorten the prompt.",
         )
     return max(1, wanted.max_tokens)
+
+
+def _budget_not_supported(why: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"thinking_token_budget: this base's chat template {why}. Leave it out; max_tokens ends thoughts and "
+        "texts alike.",
+        param="thinking_token_budget",
+        code="thinking_budget_not_supported",
+    )

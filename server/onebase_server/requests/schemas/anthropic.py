@@ -311,6 +311,7 @@ class ContextManagement(Wire):
 class _Chat(ChatRequest):
     """A chat request that came as another one. schema_param: the field of that one which held its schema."""
 
+    needs_budget: ClassVar[bool] = False
     schema_param: str | None = None
 
     @cached_property
@@ -446,7 +447,8 @@ class ConversationRequest(Tolerant):
         budget = self.thinking.budget_tokens if self.thinking is not None and thinks else None
         if format is not None and format.budget is not None and budget is not None:
             options.setdefault(format.budget, budget)
-        if format is not None and budget is not None and format.bounded(budget, opened=False) is not None:
+        # Whether the prompt opens the thought is known when it is there; here, whether a token ends thoughts.
+        if format is not None and budget is not None and format.bounded(budget, opened=True) is not None:
             fields["thinking_token_budget"] = budget
         return fields | {"chat_template_kwargs": options} | self._format_fields()
 

@@ -306,7 +306,12 @@ def _of_choice(choices: Sequence[str] | None) -> Grammar | None:
 
 
 class ConversationFields(SamplingBody):
-    """Fields of a request with messages, besides those for sampling."""
+    """Fields of a request with messages, besides those for sampling.
+
+    needs_budget: whether a thinking_token_budget that bounds nothing is refused.
+    """
+
+    needs_budget: ClassVar[bool] = True
 
     tools: Annotated[list[ToolObject], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
