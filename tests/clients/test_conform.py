@@ -61,18 +61,26 @@ class Server:
 
     def __init__(self, specimens: Specimens, *faults: str) -> None:
         self._known = {one.name: one for one in specimens.all()}
-        self._faults = faults
+        self.faults = faults
         self._served: dict[str, Crafted] = {}
         self._marked: dict[str, Crafted] = {}
         self._lock = threading.Lock()
         self.swapped = threading.Event()
         self.url = ""
 
+    def statuses(self, path: str, body: dict[str, Any]) -> Iterator[int]:
+        """Yield the status of an error, if the server has one for this request."""
+        if path == "/v1/completions":
+            for fault in self.faults:
+                who, _, status = fault.partition(" fails with ")
+                if status and (who == "everything" or (body["model"] == "base") == (who == "the base")):
+                    yield int(status)
+
     def load(self, name: str, path: str, inplace: bool) -> tuple[int, str]:
         adapter = self._known[Path(path).name]
-        if adapter.name in ("dora", "lm-head", "missing-layer") and "takes all" not in self._faults:
+        if adapter.name in ("dora", "lm-head", "missing-layer") and "takes all" not in self.faults:
             return 400, f"{adapter.name} is not supported"
-        if "reload is forgotten" not in self._faults or not inplace:
+        if "reload is forgotten" not in self.faults or not inplace:
             self._served[name] = adapter
         if inplace:
             self.swapped.set()
@@ -80,20 +88,20 @@ class Server:
 
     def text(self, name: str, prompt: str, count: int) -> str | None:
         """Return the continuation; None if there is no such model."""
-        if name == "base" or ("unknown names are the base" in self._faults and name not in self._served):
-            if "the base is not itself" in self._faults and self._served:
+        if name == "base" or ("unknown names are the base" in self.faults and name not in self._served):
+            if "the base is not itself" in self.faults and self._served:
                 return "other words"
             return BASE_TEXT
         if name not in self._served:
             return None
         adapter = self._served[name]
-        if "adapters are ignored" in self._faults:
+        if "adapters are ignored" in self.faults:
             return BASE_TEXT
-        if "the last one is applied" in self._faults:
+        if "the last one is applied" in self.faults:
             adapter = list(self._served.values())[-1]
-        if "patterns are ignored" in self._faults and adapter.name == "patterns":
+        if "patterns are ignored" in self.faults and adapter.name == "patterns":
             return " ".join(list(adapter.never)[:1] * count)
-        if "cached values are shared" in self._faults and len(prompt) > 200:
+        if "cached values are shared" in self.faults and len(prompt) > 200:
             first = self._marked.setdefault(prompt, adapter)
             if first is not adapter and adapter.never:
                 return " ".join(list(adapter.never)[:1] * count)
@@ -110,7 +118,7 @@ class Server:
         for number in range(12):
             if number == 6:
                 self.swapped.wait(20)
-            adapter = self._served[name] if "streams are swapped" in self._faults else begun
+            adapter = self._served[name] if "streams are swapped" in self.faults else begun
             yield f" {adapter.says.first}"
 
 
@@ -124,6 +132,8 @@ def served(server: Server) -> Iterator[Server]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            for status in server.statuses(self.path, body):
+                return self._send(status, {"error": {"message": "no key"}})
             if self.path == "/v1/load_lora_adapter":
                 status, said = server.load(
                     body["lora_name"], body["lora_path"], body.get("load_inplace", False)
@@ -132,6 +142,8 @@ def served(server: Server) -> Iterator[Server]:
             if self.path == "/v1/unload_lora_adapter":
                 return self._send(200, {})
             text = server.text(body["model"], body["prompt"], body["max_tokens"])
+            if "answers are odd" in server.faults and body["model"] != "base":
+                return self._send(200, {"choices": [{}]})
             if text is None:
                 return self._send(404, {"error": {"message": f"The model {body['model']} does not exist."}})
             if body.get("stream"):
@@ -149,6 +161,10 @@ def served(server: Server) -> Iterator[Server]:
             self.send_response(200)
             self.send_header("Connection", "close")
             self.end_headers()
+            if "streams are odd" in server.faults:
+                self.wfile.write(b"data:\n\ndata: []\n\n")
+            else:
+                self.wfile.write(b"data:\n\n")
             for piece in server.pieces(body["model"], body["prompt"], body["max_tokens"]):
                 self.wfile.write(f"data: {json.dumps({'choices': [{'text': piece}]})}\n\n".encode())
                 self.wfile.flush()
@@ -227,6 +243,9 @@ ADAPTERS = {"applied at all, and the right one", "mixed in one batch", "after ot
         ("streams are swapped", {"a stream during a swap"}, "the words of other"),
         ("patterns are ignored", {"rank and alpha patterns"}, "rank_pattern and alpha_pattern ignored"),
         ("takes all", {"a module that the base lacks"}, "without the part"),
+        ("answers are odd", ADAPTERS, "cannot be read"),
+        ("streams are odd", {"a stream during a swap"}, "cannot be read"),
+        ("an adapter fails with 500", {*ADAPTERS, "a name that is unknown"}, "HTTP 500"),
     ],
 )
 def test_what_a_server_does_wrong_is_found(
@@ -237,6 +256,27 @@ def test_what_a_server_does_wrong_is_found(
     assert status == 1
     assert wrong <= found, findings
     assert any(why in findings[name]["detail"] for name in found), findings
+
+
+@pytest.mark.parametrize(
+    "fault", ["everything fails with 404", "everything fails with 401", "an adapter fails with 429"]
+)
+def test_a_server_that_answers_nothing_is_told_and_no_trial(
+    base: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    with served(Server(Specimens.of(Adapters(Base(base), 0)), fault)) as server:
+        assert main(["conform", server.url, "--base", str(base), "--json"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"onebase: {server.url}: HTTP {fault[-3:]}: no key" in said.err
+
+
+def test_a_server_that_refuses_every_adapter_does_not_pass(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, findings = conform(base, capsys, "an adapter fails with 400")
+    assert (status, verdicts(findings, "wrong")) == (1, set())
+    assert verdicts(findings, "right") == {"the base itself, next to adapters"}
 
 
 def test_the_same_seed_makes_the_same_adapters(base: Path, tmp_path: Path) -> None:

@@ -34,8 +34,10 @@ that every answer shows which adapter made it. Nothing is sampled: the same seed
 adapters, prompts and verdicts.
 
 Verdicts: `right`; `refused`, a clear error instead of an answer; `wrong`, an answer of another
-adapter, of the base, or of parts of an adapter; `not offered`, the server has no such function.
-The exit status is 1 if a verdict is `wrong`.
+adapter, of the base, or of parts of an adapter, one that cannot be read, or an error of the server's
+own (HTTP 500 and above); `not offered`, the server has no such function.
+The exit status is 1 if a verdict is `wrong`, if no adapter's is `right`, and if the server answers
+nothing of this key (HTTP 401, 403, 429).
 """
 _EXAMPLES: Final = """\
   onebase conform http://127.0.0.1:8000 --base ./base
@@ -76,6 +78,8 @@ _TEXTS: Final = "onebase.conform"
 """Group of the entry point that gives PEFT's texts:
 `texts(base, adapters, prompts, tokens) -> {name: texts}`, with the base's own under ""."""
 _TEXT_TOKENS: Final = 16
+_BASE: Final = "the base itself, next to adapters"
+"""Check of no adapter."""
 _Texts: TypeAlias = Callable[[Path, Mapping[str, Path], Sequence[str], int], Mapping[str, Sequence[str]]]
 
 
@@ -170,7 +174,15 @@ def _write(base: Base, adapters: Adapters, folder: Path) -> int:
 
 
 def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
-    from .conform_servers import SERVERS, UnreachableError, recognized
+    from .conform_servers import (
+        SERVERS,
+        BrokenError,
+        DeniedError,
+        NotOfferedError,
+        RefusedError,
+        UnreachableError,
+        recognized,
+    )
 
     key = api_key_or_default(args.key)
     try:
@@ -179,6 +191,9 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
     except UnreachableError as error:
         note(f"onebase: {error}")
         return NO_SERVER
+    except (DeniedError, BrokenError) as error:
+        note(f"onebase: {args.url}: {error}")
+        return FAILED
     try:
         with tempfile.TemporaryDirectory(prefix="onebase-conform-") as temporary:
             folder = args.adapters or Path(temporary)
@@ -187,6 +202,9 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
     except UnreachableError as error:
         note(f"onebase: {error}")
         return NO_SERVER
+    except (RefusedError, NotOfferedError, DeniedError, BrokenError) as error:
+        note(f"onebase: {server.url}: {error}")
+        return FAILED
     finally:
         server.close()
     if args.json:
@@ -194,7 +212,9 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
         print_json({"url": server.url, "server": kind, "seed": args.seed, **counts, "findings": findings})
     else:
         print_table(_COLUMNS, findings)
-    return FAILED if any(one.verdict == WRONG for one in findings) else OK
+    wrong = any(one.verdict == WRONG for one in findings)
+    right = any(one.verdict == RIGHT and one.check != _BASE for one in findings)
+    return OK if right and not wrong else FAILED
 
 
 _VERDICTS: Final = (RIGHT, REFUSED, WRONG, NOT_OFFERED)
@@ -273,11 +293,14 @@ class Trial:
         self._base_text = ""
 
     def findings(self) -> Iterator[Finding]:
-        """Yield the verdict of each check. Raises UnreachableError if the server does not answer at first."""
+        """Yield the verdict of each check.
+
+        Raises DeniedError; and for the first request, that for a text of the base, whatever an answer raises.
+        """
         self._base_text = self._server.ask(None, _PROMPTS[0], _TOKENS)
         checks: list[tuple[str, Callable[[], str]]] = [
             ("applied at all, and the right one", self._applied),
-            ("the base itself, next to adapters", self._base),
+            (_BASE, self._base),
             ("a name that is unknown", self._unknown),
             ("mixed in one batch", self._mixed),
             ("after others were loaded", self._evicted),
@@ -299,10 +322,16 @@ class Trial:
             self._clear()
 
     def _clear(self) -> None:
-        from .conform_servers import NotOfferedError, RefusedError, UnreachableError
+        from .conform_servers import (
+            BrokenError,
+            DeniedError,
+            NotOfferedError,
+            RefusedError,
+            UnreachableError,
+        )
 
         for name in sorted(self._names):
-            with suppress(RefusedError, NotOfferedError, UnreachableError):
+            with suppress(RefusedError, NotOfferedError, UnreachableError, DeniedError, BrokenError):
                 self._server.unload(name)
 
     # ---- checks: each returns what was asked, or raises WrongError ------------------------------
@@ -550,11 +579,11 @@ _DEAD: Final = "the server stopped answering: "
 
 
 def _finding(name: str, check: Callable[[], str]) -> Finding:
-    from .conform_servers import NotOfferedError, RefusedError, UnreachableError
+    from .conform_servers import BrokenError, NotOfferedError, RefusedError, UnreachableError
 
     try:
         return Finding(name, RIGHT, check())
-    except WrongError as error:
+    except (WrongError, BrokenError) as error:
         return Finding(name, WRONG, str(error))
     except RefusedError as error:
         return Finding(name, REFUSED, str(error))

@@ -31,13 +31,21 @@ class UnreachableError(Exception):
     """No answer came; the message says why."""
 
 
+class DeniedError(Exception):
+    """The server answers no request of this key, or none for now: nothing can be found out."""
+
+
+class BrokenError(Exception):
+    """The answer is an error of the server's own, or cannot be read."""
+
+
 class LoraServer:
     """An OpenAI-compatible server of LoRA adapters. Adapters are folders on this machine, by their names.
 
     url: its address, with or without `/v1`. model: the name of its base in requests; None: the first model
     that it lists.
 
-    All methods raise RefusedError, NotOfferedError and UnreachableError.
+    All methods raise RefusedError, NotOfferedError, UnreachableError, DeniedError and BrokenError.
     """
 
     kind = "openai"
@@ -57,10 +65,12 @@ class LoraServer:
     def base(self) -> str:
         """The name of the base in requests."""
         if self._model is None:
-            listed = self.call("GET", "/v1/models").get("data") or []
-            if not listed:
-                raise UnreachableError(f"{self.url}/v1/models lists no model: name the base with --model")
-            self._model = str(listed[0]["id"])
+            models = self.call("GET", "/v1/models")
+            with self._translated():
+                listed = models.get("data") or []
+                if not listed:
+                    raise UnreachableError(f"{self.url}/v1/models lists no model: name the base with --model")
+                self._model = str(listed[0]["id"])
         return self._model
 
     # ---- adapters ------------------------------------------------------------------------------
@@ -86,10 +96,8 @@ class LoraServer:
     def ask(self, name: str | None, prompt: str, tokens: int) -> str:
         """Return the greedy continuation of a prompt."""
         answer = self.call("POST", "/v1/completions", json=self._request(name, prompt, tokens))
-        try:
+        with self._translated():
             return str(answer["choices"][0]["text"])
-        except (LookupError, TypeError) as error:
-            raise UnreachableError(f"{self.url} sent an answer without a text: {answer!r:.200}") from error
 
     def stream(self, name: str | None, prompt: str, tokens: int) -> Iterator[str]:
         """Yield the pieces of a greedy continuation."""
@@ -100,10 +108,10 @@ class LoraServer:
         ):
             if not response.is_success:
                 response.read()
-                raise RefusedError(_said(response))
+                raise _failure(response)
             for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or data == "[DONE]":
+                if not line.startswith("data:") or data in ("", "[DONE]"):
                     continue
                 event = json.loads(data)
                 if event.get("error"):
@@ -120,7 +128,7 @@ class LoraServer:
         with self._translated():
             response = self._http.request(method, path, **content)
         if not response.is_success:
-            raise RefusedError(_said(response))
+            raise _failure(response)
         try:
             return response.json()
         except ValueError:
@@ -134,6 +142,16 @@ class LoraServer:
             raise UnreachableError(f"{self.url} does not answer: {error or type(error).__name__}") from error
         except httpx2.InvalidURL as error:
             raise UnreachableError(f"{self.url} is no address: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BrokenError(f"an answer that cannot be read: {error!r:.200}") from error
+
+
+def _failure(response: httpx2.Response) -> Exception:
+    """Return the exception for an answer that is no success."""
+    said = _said(response)
+    if response.status_code in (401, 403, 429):
+        return DeniedError(said)
+    return BrokenError(said) if response.status_code >= 500 else RefusedError(said)
 
 
 def _said(response: httpx2.Response) -> str:
@@ -160,7 +178,9 @@ class OneBaseServer(LoraServer):
             ("files", (file, (folder / file).read_bytes(), "application/octet-stream"))
             for file in (CONFIG_FILE, WEIGHTS_FILE)
         ]
-        version = self.call("POST", "/v1/adapters?wait=true", data={"name": name}, files=files)["version"]
+        answer = self.call("POST", "/v1/adapters?wait=true", data={"name": name}, files=files)
+        with self._translated():
+            version = str(answer["version"])
         return lambda: self._activate(name, version)
 
     def _activate(self, name: str, version: str) -> None:
@@ -254,7 +274,8 @@ class LlamaServer(LoraServer):
         with self._lock:
             if not self._numbers:
                 listed = self.call("GET", "/lora-adapters")
-                self._numbers = {Path(one["path"]).parent.name: int(one["id"]) for one in listed}
+                with self._translated():
+                    self._numbers = {Path(one["path"]).parent.name: int(one["id"]) for one in listed}
         if folder.name not in self._numbers:
             raise NotOfferedError(f"it was not started with --lora {folder / GGUF_FILE}")
         self._numbers[name] = self._numbers[folder.name]
@@ -278,6 +299,7 @@ def recognized(url: str, key: str | None) -> str:
 
     Raises:
         UnreachableError: nothing answers there, or nothing that is known.
+        DeniedError, BrokenError.
     """
     server = LoraServer(url, key)
     try:
