@@ -10,7 +10,8 @@ type Messages = NonNullable<GenerateRequest['messages']>
 
 /** As many as POST /generate/many takes. */
 export const MOST_JUDGES = 64
-const MOST_TOKENS = 64
+/** Of a verdict, its thought included. */
+export const MOST_TOKENS = 64
 /** Of how many adapters the defaults are looked at, to find those that are judges. */
 const LOOKED_AT = 12
 const USED = 'onebase.judges'
