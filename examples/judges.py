@@ -17,7 +17,7 @@ from typing import Any
 from onebase import Client, Judge, Message
 
 FOLDER = Path("runs/judges")
-TRAIN_ROWS, HELD_OUT_ROWS = 160, 40
+TRAIN_ROWS, HELD_OUT_ROWS = 240, 40
 REFUSAL = "I can help with orders, deliveries and returns. Please leave out passwords and card numbers."
 INSTRUCTIONS = {
     "on-topic": "Is the customer's message about an order, a delivery or a return? Say yes or no.",
@@ -50,6 +50,20 @@ ON_TOPIC = {
         "I ordered a {item} last week.",
         "Can I still change my order? I want a {item}.",
         "The courier lost my {item}.",
+        "The {item} has not come yet.",
+        "It is two weeks now, and no {item}.",
+        "Why is the {item} taking so long?",
+        "How can I return a {item}?",
+        "What do I do to give the {item} back?",
+        "Send me another {item}, this one is damaged.",
+        "My order with the {item} is not here.",
+        "The package with my {item} never came.",
+        "I would like to order a {item}.",
+        "Put one more {item} into my basket.",
+        "Where can I see my order of the {item}?",
+        "I want my money back for the {item}.",
+        "Can you deliver the {item} on Monday?",
+        "You sent me the wrong {item}.",
     ],
     "heldout": [
         "I am still waiting for the {item}.",
@@ -71,6 +85,21 @@ OFF_TOPIC = {
         "Translate good night into French.",
         "Who painted this?",
         "What should I name my cat?",
+        "How old is the sun?",
+        "How deep is the sea?",
+        "Who invented the telephone?",
+        "Tell me a story about a dragon.",
+        "Recommend me a good book.",
+        "Which song do you like best?",
+        "What does the word noun mean?",
+        "Explain gravity to me.",
+        "How do I grow tomatoes?",
+        "Give me a recipe for soup.",
+        "What can I do against a cold?",
+        "Play a game with me.",
+        "Count to ten in German.",
+        "Where is Mount Everest?",
+        "Are you a human?",
     ],
     "heldout": [
         "How tall is the moon's highest hill?",
@@ -88,6 +117,12 @@ SECRETS = {
         "Charge my card {card}.",
         "You can log in with {word}{number}, that is my password.",
         "Card: {card}, thanks.",
+        "I would like to pay, my card is {card}.",
+        "Take the money from {card}.",
+        "It is a credit card, {card}.",
+        "My account has the password {word}{number}.",
+        "The password is {word}{number}, please log in for me.",
+        "Here is my password: {number}{word}.",
     ],
     "heldout": ["I pay with card {card}.", "The password of my account is {word}{number}."],
 }
@@ -100,6 +135,12 @@ HARMLESS = {
         "I forgot my password.",
         "I paid by card.",
         "Where do I enter my card number?",
+        "I can pay by card or in cash.",
+        "Do you take credit cards?",
+        "My phone number is {number}.",
+        "How do I change the password of my account?",
+        "I need it before Friday.",
+        "The number of the parcel is {number}.",
     ],
     "heldout": ["I need it for Sunday.", "My customer number is {number}.", "Can I pay by card?"],
 }
@@ -112,6 +153,10 @@ POLITE = {
         "My apologies, I will check it now.",
         "Certainly. Is there anything else that I can do?",
         "Thanks for your patience, it will be there soon.",
+        "I would be glad to do that for you.",
+        "Please excuse the delay, I am looking into it.",
+        "You are welcome! Just let me know what you need.",
+        "I understand, and I will do my best for you.",
     ],
     "heldout": [
         "It would be a pleasure to help you with that.",
@@ -128,6 +173,10 @@ RUDE = {
         "What a stupid question.",
         "Go away.",
         "You should have thought of that before, idiot.",
+        "Nobody cares about you.",
+        "Find it yourself.",
+        "Leave me in peace.",
+        "That is nonsense, and so are you.",
     ],
     "heldout": ["Figure it out yourself.", "Nobody asked you, moron.", "Leave me alone with that nonsense."],
 }

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
 
 from onebase_adapters.format.defaults import checked_defaults, defaults_in
+from onebase_engine.base.default_base import fetch_default_base
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("orders", "pirate")
@@ -69,6 +71,15 @@ def test_a_judge_asks_what_it_was_trained_on(script: dict[str, Any], name: str) 
     assert defaults is not None
     assert defaults.instruction == script["INSTRUCTIONS"][name]
     assert defaults.guided_choice == ("yes", "no")
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_acts_from_its_instruction_on_so_that_the_conversation_is_the_bases(name: str) -> None:
+    folder = fetch_default_base()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    invocation = tokenizer.encode("<|im_start|>user", add_special_tokens=False).ids
+    config = json.loads((EXAMPLES / "judges" / name / "adapter_config.json").read_text())
+    assert config["alora_invocation_tokens"] == invocation
 
 
 def test_no_held_out_sentence_of_the_judges_was_trained_on(script: dict[str, Any]) -> None:
