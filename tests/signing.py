@@ -48,7 +48,7 @@ def sign(folder: Path, private: Path) -> Path:
 
 
 def make_certificate(
-    folder: Path, identity: str, *, begins: datetime, ends: datetime
+    folder: Path, identity: str, *, begins: datetime, ends: datetime, root_ends: datetime | None = None
 ) -> tuple[Path, Path, Path]:
     """Write a key, a certificate for it, and that of the authority."""
     authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
@@ -60,7 +60,7 @@ def make_certificate(
         .public_key(authority.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(begins - timedelta(days=1))
-        .not_valid_after(datetime.now(UTC) + timedelta(days=3650))
+        .not_valid_after(root_ends or datetime.now(UTC) + timedelta(days=3650))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(authority, hashes.SHA256())
     )

@@ -1,8 +1,8 @@
 """Signatures of adapters, by OpenSSF Model Signing, and the policy that says who may sign which.
 
 A signature is a file `model.sig` next to an adapter's files: a Sigstore bundle with an in-toto statement that
-lists the files and their SHA-256 sums, as `model_signing sign` writes it. It is verified before anything else
-is read from the adapter.
+lists the files and their SHA-256 sums, as `model_signing sign` writes it. It is verified before an adapter is
+registered, proved or loaded; files of the Hub are converted and stored by then, and served by nothing.
 https://github.com/sigstore/model-transparency
 """
 
@@ -23,9 +23,14 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from onebase_adapters.format.added_tokens import TOKENIZER_FILES
-from onebase_adapters.format.config import MLX_WEIGHTS_FILE, MODEL_CONFIG_FILE
-from onebase_adapters.format.defaults import DEFAULTS_FILE, DEFAULTS_FILES
-from onebase_adapters.store.blobs import ADAPTER_FILES
+from onebase_adapters.format.config import (
+    MAX_CONFIG_BYTES,
+    MLX_WEIGHTS_FILE,
+    MODEL_CONFIG_FILE,
+    names_labels,
+)
+from onebase_adapters.format.defaults import DEFAULTS_FILES
+from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE
 from onebase_protocol.adapters import SignatureReport
 
 SIGNATURE_FILE = "model.sig"
@@ -84,18 +89,21 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class SentFiles:
-    """The files of an adapter as they were sent. sums: SHA-256 (hex) by file name. bundle: the signature."""
+    """The files of an adapter as they were sent. sums: SHA-256 (hex) by file name. bundle: the signature.
+    takes_labels: whether its `config.json` adds label names."""
 
     sums: Mapping[str, str]
     bundle: bytes | None = None
+    takes_labels: bool = False
 
     @classmethod
     def of(cls, files: Mapping[str, Path]) -> SentFiles:
         """Read files by their names. Raises OSError."""
-        signature = files.get(SIGNATURE_FILE)
+        signature, config = files.get(SIGNATURE_FILE), files.get(CONFIG_FILE)
         return cls(
             {name: _sum_of(file) for name, file in files.items() if name != SIGNATURE_FILE},
-            None if signature is None else _limited(signature),
+            None if signature is None else _limited(signature, MAX_SIGNATURE_BYTES),
+            config is not None and names_labels(_limited(config, MAX_CONFIG_BYTES)),
         )
 
     @classmethod
@@ -110,14 +118,14 @@ def _sum_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _limited(file: Path) -> bytes:
+def _limited(file: Path, most: int) -> bytes:
     with file.open("rb") as opened:
-        return opened.read(MAX_SIGNATURE_BYTES + 1)
+        return opened.read(most + 1)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Result of a check. bundle: the signature that was sent, as text."""
+    """Result of a check. bundle: the signature that was sent, as text, if it is verified."""
 
     report: SignatureReport
     bundle: str | None = field(default=None, repr=False)
@@ -194,9 +202,8 @@ class SignaturePolicy:
         except SignatureError as error:
             if rule.policy == "require":
                 raise
-            report = SignatureReport("refused", code=error.code, message=str(error))
-        text = None if sent.bundle is None else sent.bundle[:MAX_SIGNATURE_BYTES].decode("utf-8", "replace")
-        return Checked(report, text)
+            return Checked(SignatureReport("refused", code=error.code, message=str(error)))
+        return Checked(report, None if sent.bundle is None else sent.bundle.decode("utf-8", "replace"))
 
     def _verified(self, rule: PolicyRule, sent: SentFiles) -> tuple[str, str | None]:
         """Return the signer, and the name in its certificate. Raises SignatureError."""
@@ -212,27 +219,15 @@ class SignaturePolicy:
         with tempfile.TemporaryDirectory(prefix="onebase-signature-") as folder:
             file = Path(folder) / SIGNATURE_FILE
             file.write_bytes(sent.bundle)
-            name, manifest, certificate = self._signer_of(file)
-        identity = None
-        if certificate is not None:
-            identity = _check_certificate(certificate, name, self.signers[name])
-        if name not in rule.signers:
-            raise SignatureError(
-                "signer_not_allowed",
-                f"The signature is {name}'s, and only {' or '.join(rule.signers) or 'nobody'} may sign this "
-                "name.",
-            )
-        ends = _ends_at(self.signers[name])
-        if ends is not None and time.time() >= ends:
-            raise SignatureError(
-                "signature_expired",
-                f"Signatures of {name} are accepted until {self.signers[name].until} only.",
-            )
+            name, manifest, identity = self._signer_of(file, rule)
         _check_files(manifest, sent)
         return name, identity
 
-    def _signer_of(self, file: Path) -> tuple[str, Any, bytes | None]:
-        """Return the signer who made a signature, its manifest, and its certificate (DER) if it has one.
+    def _signer_of(self, file: Path, rule: PolicyRule) -> tuple[str, Any, str | None]:
+        """Return the signer who made a signature, its manifest, and the name in its certificate, if any.
+
+        Signers may share an authority, so one whom the rule does not name, or whose identity is another, does
+        not end the search.
 
         Raises SignatureError.
         """
@@ -242,17 +237,78 @@ class SignaturePolicy:
             signature = Signature.read(file)
         except Exception as error:
             raise _invalid(f"{SIGNATURE_FILE} cannot be read: {_first_line(error)}.") from error
-        for name, signer in self.signers.items():
+        refused: list[SignatureError] = []
+        for name in dict.fromkeys((*rule.signers, *self.signers)):
+            signer = self.signers[name]
             try:
                 manifest = self._verifier(signer).verify(signature)
             except Exception:  # of another signer, or forged: cryptography, OpenSSL and pydantic each say so
                 continue
-            if signer.key:
-                return name, manifest, None
-            chain = signature.bundle.verification_material.x509_certificate_chain
-            return name, manifest, bytes(chain.certificates[0].raw_bytes)
+            try:
+                return name, manifest, self._accepted(name, rule, signature)
+            except SignatureError as error:
+                refused.append(error)
+        for one in refused:
+            if one.code == "signature_expired":
+                raise one
+        if refused:
+            raise refused[0]
         known = ", ".join(self.signers) or "none"
         raise _invalid(f"{SIGNATURE_FILE} is no signature of a signer that this server knows ({known}).")
+
+    def _accepted(self, name: str, rule: PolicyRule, signature: Any) -> str | None:
+        """Return the name in the certificate of a signer whose signature was verified, if it has one.
+
+        Raises SignatureError unless the rule accepts this signer now.
+        """
+        signer, identity, chain = self.signers[name], None, []
+        if not signer.key:
+            found = signature.bundle.verification_material.x509_certificate_chain
+            chain = [bytes(one.raw_bytes) for one in found.certificates]
+            identity = _check_identity(chain[0], name, signer)
+        if name not in rule.signers:
+            raise SignatureError(
+                "signer_not_allowed",
+                f"The signature is {name}'s, and only {' or '.join(rule.signers) or 'nobody'} may sign this "
+                "name.",
+            )
+        if chain:
+            self._check_dates(chain, name)
+        ends = _ends_at(signer)
+        if ends is not None and time.time() >= ends:
+            raise SignatureError(
+                "signature_expired", f"Signatures of {name} are accepted until {signer.until} only."
+            )
+        return identity
+
+    def _check_dates(self, chain: Sequence[bytes], name: str) -> None:
+        """Raise SignatureError unless all certificates (DER) of a chain are valid now.
+
+        The library verifies the chain as of the day on which the signer's certificate began; a bundle has no
+        trusted time of its own.
+        """
+        from cryptography import x509
+        from OpenSSL import crypto
+
+        leaf, *others = [x509.load_der_x509_certificate(one) for one in chain]
+        if not leaf.not_valid_before_utc <= datetime.now(UTC) < leaf.not_valid_after_utc:
+            raise SignatureError(
+                "signature_expired",
+                f"The certificate of {name} is valid from {leaf.not_valid_before_utc:%Y-%m-%d} to "
+                f"{leaf.not_valid_after_utc:%Y-%m-%d} only.",
+            )
+        store = crypto.X509Store()
+        for file in self.signers[name].certificates:
+            for one in x509.load_pem_x509_certificates((self.folder / file).read_bytes()):
+                store.add_cert(crypto.X509.from_cryptography(one))
+        between = [crypto.X509.from_cryptography(one) for one in others]
+        try:
+            crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf), between).verify_certificate()
+        except crypto.X509StoreContextError as error:
+            raise SignatureError(
+                "signature_expired",
+                f"The certificate of {name} comes from one that is not valid today: {_first_line(error)}.",
+            ) from error
 
     def _verifier(self, signer: SignerEntry) -> Any:
         from model_signing._signing import sign_certificate, sign_ec_key
@@ -277,25 +333,12 @@ def _check_kind(bundle: bytes) -> None:
         )
 
 
-def _check_certificate(certificate: bytes, name: str, signer: SignerEntry) -> str | None:
-    """Return the name in a signer's certificate (DER), if it has one.
-
-    The library verifies the chain as of the day on which the certificate began; a bundle has no trusted time
-    of its own, so the certificate must be valid now.
-
-    Raises SignatureError.
-    """
+def _check_identity(certificate: bytes, name: str, signer: SignerEntry) -> str | None:
+    """Return the name in a signer's certificate (DER), if it has one. Raises SignatureError."""
     from cryptography import x509
     from cryptography.x509.oid import NameOID
 
     found = x509.load_der_x509_certificate(certificate)
-    now = datetime.now(UTC)
-    if not found.not_valid_before_utc <= now < found.not_valid_after_utc:
-        raise SignatureError(
-            "signature_expired",
-            f"The certificate of {name} is valid from {found.not_valid_before_utc:%Y-%m-%d} to "
-            f"{found.not_valid_after_utc:%Y-%m-%d} only.",
-        )
     common = [str(one.value) for one in found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     others: list[str] = []
     try:
@@ -326,8 +369,11 @@ def _check_files(manifest: Any, sent: SentFiles) -> None:
             raise _invalid(f"The signature does not cover {name}.")
         if signed[name] != digest:
             raise _invalid(f"The signature is of another {name}.")
-    if DEFAULTS_FILE in signed and DEFAULTS_FILE not in sent.sums:
-        raise _invalid(f"{DEFAULTS_FILE} was signed with the others, and is left out.")
+    needed = [next((name for name in DEFAULTS_FILES if name in signed), None)]
+    needed += [MODEL_CONFIG_FILE] if sent.takes_labels and MODEL_CONFIG_FILE in signed else []
+    for wanted in needed:
+        if wanted is not None and wanted not in sent.sums:
+            raise _invalid(f"{wanted} was signed with the others, and is left out.")
 
 
 def _invalid(message: str) -> SignatureError:

@@ -217,6 +217,60 @@ def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, adapter: 
     )
 
 
+def test_signers_of_one_authority_are_told_apart_by_their_names(tmp_path: Path, adapter: Path) -> None:
+    now = datetime.now(UTC)
+    made = make_certificate(
+        tmp_path, "b@acme.example", begins=now - timedelta(days=1), ends=now + timedelta(days=1)
+    )
+    sign_by_certificate(adapter, *made)
+    signers = {one: {"certificates": ["root.pem"], "identity": f"{one}@*"} for one in "abc"}
+    found = policy(tmp_path, {"policy": "require", "signers": ["c", "b"]}, **signers)
+    checked = found.check("default", "support", SentFiles.of_folder(adapter))
+    assert checked is not None
+    assert checked.report.signer == "b"
+    only = policy(tmp_path, {"policy": "require", "signers": ["a"]}, **signers)
+    assert refusal(only, adapter).code == "signer_not_allowed"
+
+
+def test_an_authority_that_is_not_valid_any_more_is_refused(tmp_path: Path, adapter: Path) -> None:
+    now = datetime.now(UTC)
+    made = make_certificate(
+        tmp_path,
+        "acme",
+        begins=now - timedelta(days=10),
+        ends=now + timedelta(days=10),
+        root_ends=now - timedelta(days=1),
+    )
+    sign_by_certificate(adapter, *made)
+    found = policy(tmp_path, REQUIRE, acme={"certificates": ["root.pem"]})
+    assert refusal(found, adapter).code == "signature_expired"
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("io.yaml", "{}"), ("Modelfile", "{}"), ("config.json", '{"task_type": "SEQ_CLS"}')],
+)
+def test_a_signed_file_that_the_server_would_read_may_not_be_left_out(
+    tmp_path: Path, adapter: Path, keys: dict[str, Path], name: str, config: str
+) -> None:
+    (adapter / "onebase.json").unlink()
+    (adapter / "adapter_config.json").write_text(config)
+    (adapter / name).write_text("{}")
+    sign(adapter, keys["acme"])
+    (adapter / name).unlink()
+    assert f"{name} was signed" in str(refusal(policy(tmp_path, REQUIRE), adapter))
+
+
+def test_a_signature_that_is_not_verified_is_not_kept(
+    tmp_path: Path, adapter: Path, keys: dict[str, Path]
+) -> None:
+    sign(adapter, keys["other"])
+    warned = policy(tmp_path, {"policy": "warn", "signers": ["acme"]})
+    checked = warned.check("default", "support", SentFiles.of_folder(adapter))
+    assert checked is not None
+    assert checked.bundle is None
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

@@ -68,6 +68,25 @@ def test_a_removed_entry_is_found(tmp_path: Path, number: int) -> None:
     assert verify(tmp_path / "audit", entries) == 1
 
 
+def test_entries_that_are_missing_are_named_as_a_possible_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = log(5)
+    assert verify(tmp_path / "audit", [*entries[:2], *entries[3:]]) == 1
+    assert "missing from this list" in capsys.readouterr().err
+    entries[2]["target"] = "other"
+    assert verify(tmp_path / "audit", entries) == 1
+    assert "missing from this list" not in capsys.readouterr().err
+
+
+def test_a_log_whose_oldest_entries_were_removed_is_right_after_the_sum_of_the_last_of_them(
+    tmp_path: Path,
+) -> None:
+    entries = log(5)
+    assert verify(tmp_path / "audit", entries[2:], "--first", entries[1]["chain"]) == 0
+    assert verify(tmp_path / "audit", entries[3:], "--first", entries[1]["chain"]) == 1
+
+
 def test_an_end_that_was_cut_off_is_found_by_the_sum_of_an_earlier_check(tmp_path: Path) -> None:
     entries = log(5)
     last = entries[-1]["chain"]

@@ -203,3 +203,18 @@ def test_the_sdk_and_the_command_page_through_it(
     with pytest.raises(SystemExit):
         main(["audit", "--since", "yesterday"])
     assert "12h" in capsys.readouterr().err
+
+
+def test_the_chain_is_checked_for_admins_alone_since_others_see_a_part_of_it(
+    server: Server,
+    known: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ONEBASE_URL", server.url)
+    for name, status, said in (("admin", 0, ""), ("one", 1, "admin")):
+        monkeypatch.setenv("ONEBASE_API_KEY", known[name])
+        assert main(["audit", "verify"]) == status
+        error = capsys.readouterr().err
+        assert said in error
+        assert "written after" not in error

@@ -218,8 +218,12 @@ def test_few_merges_of_a_tenant_wait_at_once_and_others_still_may() -> None:
             raise RejectedError("enough", "That is all.")
 
         verifier: Any = SimpleNamespace(merge=hold)
-        nothing: Any = None
-        merging = Merging(nothing, verifier, max_rank=8, max_bytes=1)
+
+        async def unsigned(*parents: object, **how: object) -> None:
+            return None
+
+        adapters: Any = SimpleNamespace(check_parents=unsigned)
+        merging = Merging(adapters, verifier, max_rank=8, max_bytes=1)
 
         async def one(tenant: str) -> None:
             recipe, options = MergeSettings("linear", None, None, None), VersionOptions()

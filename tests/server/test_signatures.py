@@ -184,6 +184,8 @@ def test_a_pull_from_the_hub_needs_the_signature_too(
     answer = pull("acme/signed")
     assert answer.status_code == 200, answer.text
     assert answer.json()["signature"]["signer"] == "acme"
+    (folder / "model.sig").write_text(" " * (65 << 10))
+    assert refused(pull("acme/large")) == "signature_invalid"
 
 
 def test_a_version_that_is_there_already_can_be_signed_afterwards(
@@ -193,6 +195,51 @@ def test_a_version_that_is_there_already_can_be_signed_afterwards(
     assert send(http, "draft-late", folder).json()["signature"]["status"] == "refused"
     sign(folder, keys["acme"])
     assert send(http, "draft-late", folder).json()["signature"]["status"] == "verified"
+
+
+def test_a_verified_signature_is_not_lost_when_the_files_come_again_without_it(
+    http: httpx2.Client, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "again", b"again")
+    sign(folder, keys["acme"])
+    assert send(http, "draft-again", folder).json()["signature"]["status"] == "verified"
+    (folder / "model.sig").unlink()
+    assert send(http, "draft-again", folder).json()["signature"]["status"] == "verified"
+
+
+@pytest.mark.parametrize(("name", "code"), [("support-large", "signature_invalid"), ("large", None)])
+def test_a_signature_that_is_too_large_is_refused_only_where_one_is_needed(
+    http: httpx2.Client, keys: dict[str, Path], tmp_path: Path, name: str, code: str | None
+) -> None:
+    folder = adapter(tmp_path, "large", name.encode())
+    signature = sign(folder, keys["acme"])
+    signature.write_text(signature.read_text() + " " * (64 << 10))
+    answer = send(http, name, folder)
+    if code is None:
+        assert answer.status_code == 200, answer.text
+    else:
+        assert refused(answer) == code
+
+
+def test_a_name_that_no_adapter_may_have_reaches_neither_the_audit_log_nor_the_log(
+    http: httpx2.Client, server: Server, tmp_path: Path
+) -> None:
+    answer = send(http, "support\nforged", adapter(tmp_path, "forged", b"forged"))
+    assert answer.status_code == 400, answer.text
+    assert audited(http, "support\nforged") == []
+    assert "\nforged" not in server.log
+
+
+def test_a_merge_under_a_name_that_needs_a_signature_needs_signed_parents(
+    http: httpx2.Client, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        folder = adapter(tmp_path, name, name.encode())
+        send(http, f"free-{name}", folder, activate="true").raise_for_status()
+    parents = [{"name": f"free-{name}", "weight": 0.5} for name in ("one", "two")]
+    body = {"name": "support-merged", "method": "linear", "adapters": parents}
+    assert refused(http.post("/v1/adapters/merge", json=body)) == "signature_missing"
+    assert audited(http, "support-merged")[0]["action"] == "adapter.refused"
 
 
 def test_a_folder_at_startup_needs_the_signature_too(
@@ -207,6 +254,23 @@ def test_a_folder_at_startup_needs_the_signature_too(
     with serve_scripted(*options, f"support={folder}") as server, server.client() as http:
         (version,) = http.get("/v1/adapters/support/versions").json()["data"]
         assert (version["signature"]["signer"], version["active"]) == ("acme", True)
+
+
+def test_a_folder_whose_version_is_ready_outlives_a_new_rule_and_may_be_signed_later(
+    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "kept", b"kept")
+    options, data = ("words", "--adapter", f"support={folder}"), tmp_path / "data"
+    policy = ("--signatures", str(keys["acme"].parent / "policy.json"))
+    with serve_scripted(*options, data_dir=data):
+        pass
+    for signer in (None, "acme"):
+        if signer is not None:
+            sign(folder, keys[signer])
+        with serve_scripted(*options, *policy, data_dir=data) as server, server.client() as http:
+            (version,) = http.get("/v1/adapters/support/versions").json()["data"]
+            assert version["active"]
+            assert (version["signature"] or {}).get("signer") == signer
 
 
 def test_a_policy_that_cannot_be_used_stops_the_start(serve_scripted: Starter, tmp_path: Path) -> None:

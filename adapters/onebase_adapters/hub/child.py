@@ -200,6 +200,8 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
         size = _size_if_there(request, name)
         if size is not None and size <= most:
             more[name.removeprefix(folder)] = _file(request, name)
+        elif size is not None and name == folder + SIGNATURE_FILE:
+            unused["large"] = [*unused.get("large", ()), SIGNATURE_FILE]
     sums = [_expected_sum(path) for path in paths]
     return {"paths": paths, "sha256": sums, "more": more, **unused}
 

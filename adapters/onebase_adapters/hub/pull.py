@@ -28,6 +28,7 @@ from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
     MODEL_CONFIG_FILE,
     AdapterFormatError,
+    names_labels,
     with_labels,
 )
 from onebase_adapters.format.conversion import convert, needs_conversion
@@ -49,7 +50,7 @@ from onebase_adapters.hub.reference import (
     parse_hub_reference,
     shared_blobs,
 )
-from onebase_adapters.signatures import SIGNATURE_FILE, SentFiles
+from onebase_adapters.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, SentFiles
 from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles, Blob
 from onebase_adapters.store.store import Store, StoreFullError
 from onebase_engine.environment import fetching_environment
@@ -92,7 +93,7 @@ class _Message(msgspec.Struct, frozen=True):
     more: dict[str, str] = {}
     """Paths of further files by their names: a classifier's config, and those of a tokenizer."""
     large: frozenset[str] = frozenset()
-    """Names of files with defaults that are too large to be fetched."""
+    """Names of files beside the adapter that are too large to be fetched."""
     unknown: tuple[str, ...] = ()
     """Names of files with defaults of which nothing is known, because of HF_HUB_OFFLINE."""
     sha256: tuple[str | None, ...] = ()
@@ -152,8 +153,9 @@ def pull(
         max_bytes: for both files together; compared before the transfer, and again while it lasts.
         cancel: event that stops the pull.
         stall_seconds: raise HubError (`hub_unreachable`) when nothing arrives for so long.
-        on_files: called with the files as they are in the repository, and with their signature, which is
-            fetched only if it is given.
+        on_files: called with the sums of the files as they are in the repository, and with their signature,
+            which is fetched only if this is given. The caller verifies it; what is stored until then has no
+            name.
     Raises HubError, PullCancelledError, StoreFullError, StoreError.
     """
     request = {
@@ -174,7 +176,11 @@ def pull(
                 beside = SentFiles.of(more)
                 names = [Path(path).name for path in answer.paths or ()]
                 own_sums = {name: blob.sha256 for name, blob in zip(names, blobs, strict=True)}
-                on_files(SentFiles(own_sums | dict(beside.sums), beside.bundle))
+                bundle = beside.bundle
+                if SIGNATURE_FILE in answer.large:  # left on the Hub; this many bytes are refused too
+                    bundle = bytes(MAX_SIGNATURE_BYTES + 1)
+                takes_labels = names_labels(_beginning(places[0]))
+                on_files(SentFiles(own_sums | dict(beside.sums), bundle, takes_labels))
             more.pop(SIGNATURE_FILE, None)
             own, weights = _beginning(places[0]), store.local(blobs[1].sha256)
             found = _Found(store, more, answer.large, vocabulary)

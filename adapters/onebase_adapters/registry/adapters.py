@@ -243,10 +243,13 @@ class Registry:
                 adapter.versions.insert(0, version)
             elif created:
                 version.source, version.created_by = dict(source), plain(actor)
-            elif SIGNATURE in source:
+            elif _is_better(source.get(SIGNATURE), version.source.get(SIGNATURE)):
                 # What is there already may be signed afterwards.
                 version.source = {**version.source, SIGNATURE: source[SIGNATURE]}
                 adapter.changed, adapter.updated_at = counter, now
+                session.flush()
+                facts = {SIGNATURE: _without_bundle(source[SIGNATURE])}
+                _note(session, "adapter.signed", adapter, version=version.digest, actor=actor, details=facts)
             if created:
                 _set_state(version, state, now)
                 adapter.changed, adapter.updated_at = counter, now
@@ -444,9 +447,20 @@ def _note_arrival(
     details = {name: source[name] for name in _ARRIVAL_FACTS if source.get(name)}
     details["bytes"] = version.config_size + version.weights_size
     if SIGNATURE in source:
-        details[SIGNATURE] = {key: value for key, value in source[SIGNATURE].items() if key != "bundle"}
+        details[SIGNATURE] = _without_bundle(source[SIGNATURE])
     action = _ARRIVALS.get(str(source.get("kind")), "adapter.uploaded")
     _note(session, action, adapter, version=version.digest, actor=actor, details=details)
+
+
+def _without_bundle(signature: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in signature.items() if key != "bundle"}
+
+
+def _is_better(signature: Mapping[str, Any] | None, known: Mapping[str, Any] | None) -> bool:
+    """Return True if a signature takes the place of the known one: none that is verified is lost."""
+    if not signature or signature == known:
+        return False
+    return signature.get("status") == "verified" or not known or known.get("status") != "verified"
 
 
 def _note_deleted(session: Session, adapter: AdapterRow, actor: str = "", *, forced: bool = False) -> None:

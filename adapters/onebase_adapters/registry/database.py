@@ -95,6 +95,7 @@ class Database:
         engine = create_engine(
             url,
             pool_pre_ping=True,
+            isolation_level="READ COMMITTED",  # who waited for the audit log's lock sees the entry before
             hide_parameters=True,
             connect_args={name: value for name, value in given.items() if name not in url.query},
         )

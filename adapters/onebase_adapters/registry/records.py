@@ -226,8 +226,8 @@ class ApiKeyRecord:
 AuditAction = Literal[
     "adapter.uploaded", "adapter.pulled", "adapter.loaded", "adapter.trained", "adapter.merged",
     "adapter.activated", "adapter.rolled_back", "adapter.deactivated", "adapter.pinned", "adapter.unpinned",
-    "adapter.shared", "adapter.unshared", "adapter.refused", "adapter.version_deleted", "adapter.deleted",
-    "file.added",
+    "adapter.shared", "adapter.unshared", "adapter.refused", "adapter.signed", "adapter.version_deleted",
+    "adapter.deleted", "file.added",
     "file.deleted", "job.created", "job.paused", "job.resumed", "job.stopped", "job.cancelled",
     "job.succeeded", "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
     "batch.failed", "batch.expired", "key.created", "key.changed", "key.revoked", "tenant.changed",

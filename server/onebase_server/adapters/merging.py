@@ -131,6 +131,7 @@ class Merging:
 
         Raises VersionFailedError, UnavailableError, DiskFullError.
         """
+        await self._adapters.check_parents(tenant, name, [version for version, _ in parents], actor=actor)
         if self._merges[tenant] >= MOST_MERGES:
             raise UnavailableError(
                 f"{MOST_MERGES} merges of tenant {tenant!r} run or wait already. Send it when one is done.",

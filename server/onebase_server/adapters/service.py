@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.added_tokens import BaseVocabulary, checked_additions
 from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_adapters.format.defaults import checked_defaults
+from onebase_adapters.names import label
 from onebase_adapters.registry import (
     SIGNATURE,
     UNSET,
@@ -177,7 +178,7 @@ class AdapterService:
     async def check_signature(
         self, tenant: str, name: str, sent: SentFiles, *, actor: str = ""
     ) -> Checked | None:
-        """Verify the signature of files that came for a name, before anything is loaded from them.
+        """Verify the signature of files that came for a name, before they are registered under it.
 
         Raises VersionFailedError, which is in the audit log then.
         """
@@ -187,9 +188,32 @@ class AdapterService:
             await self.note_refusal(tenant, name, error, actor=actor)
             raise VersionFailedError(str(error), code=error.code) from error
 
+    async def check_parents(
+        self, tenant: str, name: str, parents: Sequence[VersionRecord], *, actor: str = ""
+    ) -> None:
+        """Refuse a merge under a name that needs a signature, unless all its parents have one of a signer
+        of this name.
+
+        Raises VersionFailedError, which is in the audit log then.
+        """
+        rule = self.signatures.rule(tenant, name)
+        if rule.policy != "require":
+            return
+        for version in parents:
+            found = version.source.get(SIGNATURE) or {}
+            if found.get("status") == "verified" and found.get("signer") in rule.signers:
+                continue
+            error = SignatureError(
+                "signer_not_allowed" if found.get("status") == "verified" else "signature_missing",
+                f"{label(version.name, version.digest)} has no verified signature of "
+                f"{' or '.join(rule.signers)}, which a merge under this name needs of each.",
+            )
+            await self.note_refusal(tenant, name, error, actor=actor)
+            raise VersionFailedError(str(error), code=error.code, param="adapters")
+
     async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> None:
         """Record in the audit log that files were refused; of one tenant at most MOST_REFUSALS a minute."""
-        _log.warning("adapter %s of %s was refused (%s): %s", name, tenant, error.code, error)
+        _log.warning("adapter %r of %r was refused (%s): %s", name, tenant, error.code, error)
         now = time.monotonic()
         self._refusals = {one: window for one, window in self._refusals.items() if window.by_second(now)}
         window = self._refusals.setdefault(tenant, Window())

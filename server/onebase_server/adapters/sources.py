@@ -7,6 +7,8 @@ import hashlib
 import logging
 import os
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -36,8 +38,14 @@ from onebase_adapters.hub.pull import (
     pull,
     resolve,
 )
-from onebase_adapters.registry import DEFAULT_TENANT, VersionRecord
-from onebase_adapters.signatures import SentFiles
+from onebase_adapters.registry import DEFAULT_TENANT, SIGNATURE, VersionRecord
+from onebase_adapters.signatures import (
+    SIGNABLE_FILES,
+    SIGNATURE_FILE,
+    Checked,
+    SentFiles,
+    SignatureError,
+)
 from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -193,20 +201,62 @@ class Folders:
         Raises VersionFailedError, BodyTooLargeError, InvalidRequestError, DiskFullError,
         UnavailableError.
         """
-        checked, sent = None, None
-        if self._adapters.signatures.is_active:
+        known = await self._known(tenant, name, folder)
+        is_checked = self._adapters.signatures.rule(tenant, name).policy != "none"
+        if known is not None:
+            return await self._signed_later(known, folder, actor) if is_checked else known
+        if not is_checked:
+            return await self._register(tenant, name, folder, None, actor, wait_for_verifier, allow_noop)
+        with _copied(self._adapters.store) as copy:
             with _readable(name, folder):
-                sent = await self._adapters.disk.run_blocking(SentFiles.of_folder, folder)
+                await self._adapters.disk.run_blocking(_copy, folder, copy, self._max_bytes)
+                sent = await self._adapters.disk.run_blocking(SentFiles.of_folder, copy)
             checked = await self._adapters.check_signature(tenant, name, sent, actor=actor)
+            return await self._register(tenant, name, copy, checked, actor, wait_for_verifier, allow_noop)
+
+    async def _known(self, tenant: str, name: str, folder: Path) -> VersionRecord | None:
+        """Return the version of a folder's content, if it is registered and ready."""
         record = self._adapters.catalog.of(tenant).own(name)
-        if record is not None:
-            with _readable(name, folder):
-                digest = await self._adapters.disk.run_blocking(
-                    folder_digest, folder, self._adapters.vocabulary
-                )
-            known = record.version(digest)
-            if known is not None and known.state == "ready":
+        if record is None:
+            return None
+        with _readable(name, folder):
+            digest = await self._adapters.disk.run_blocking(folder_digest, folder, self._adapters.vocabulary)
+        known = record.version(digest)
+        return known if known is not None and known.state == "ready" else None
+
+    async def _signed_later(self, known: VersionRecord, folder: Path, actor: str) -> VersionRecord:
+        """Keep the signature of a folder for its version, which stays as it is without a right one."""
+        is_verified = (known.source.get(SIGNATURE) or {}).get("status") == "verified"
+        if is_verified or not (folder / SIGNATURE_FILE).is_file():
+            return known
+        adapters, where = self._adapters, (known.tenant, known.name)
+        with _copied(adapters.store) as copy:
+            try:
+                with _readable(known.name, folder):
+                    await adapters.disk.run_blocking(_copy, folder, copy, self._max_bytes)
+                    sent = await adapters.disk.run_blocking(SentFiles.of_folder, copy)
+                    digest = await adapters.disk.run_blocking(folder_digest, copy, adapters.vocabulary)
+                checked = await adapters.disk.run_blocking(adapters.signatures.check, *where, sent)
+            except SignatureError as error:
+                _log.warning("adapter %r of %r is served as before: %s", known.name, known.tenant, error)
                 return known
+        if checked is None or checked.report.status != "verified" or digest != known.digest:
+            return known
+        options = VersionOptions(any_base=True)
+        return await adapters.add(
+            *where, known.files, {"kind": "folder"}, options, checked=checked, actor=actor
+        )
+
+    async def _register(
+        self,
+        tenant: str,
+        name: str,
+        folder: Path,
+        checked: Checked | None,
+        actor: str,
+        wait_for_verifier: bool,
+        allow_noop: bool,
+    ) -> VersionRecord:
         with _readable(name, folder):
             config = await self._adapters.disk.run_blocking(
                 _read_config, folder, self._max_bytes, self._adapters.vocabulary
@@ -219,10 +269,6 @@ class Folders:
             files = await self._adapters.disk.run_blocking(
                 take_folder, self._adapters.store, folder, self._adapters.vocabulary
             )
-            if sent is not None and sent != await self._adapters.disk.run_blocking(
-                SentFiles.of_folder, folder
-            ):
-                raise InvalidRequestError(f"Adapter {name!r} in {folder} changed while it was read.")
         return await self._adapters.add(
             tenant,
             name,
@@ -257,6 +303,32 @@ class Folders:
             )
             return
         await self._activation.activate(version.tenant, version.name, version.digest, actor=STARTUP_ACTOR)
+
+
+@contextmanager
+def _copied(store: Store) -> Iterator[Path]:
+    """Yield an empty folder on the store's disk."""
+    with tempfile.TemporaryDirectory(
+        prefix="folder-", dir=store.scratch(), ignore_cleanup_errors=True
+    ) as made:
+        yield Path(made)
+
+
+def _copy(folder: Path, target: Path, max_bytes: int) -> None:
+    """Copy what the server reads of an adapter, and its signature, so that all who look at it see the same.
+
+    Raises BodyTooLargeError, OSError.
+    """
+    _check_size(folder, max_bytes)
+    for name in sorted({*SIGNABLE_FILES, SIGNATURE_FILE}):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def _check_size(folder: Path, max_bytes: int) -> None:
+    """Raise BodyTooLargeError for an adapter whose two files are larger. Raises OSError."""
+    if (folder / CONFIG_FILE).stat().st_size + weights_of(folder).stat().st_size > max_bytes:
+        raise BodyTooLargeError(max_bytes, "--max-upload")
 
 
 def _no_vocabulary() -> BaseVocabulary | None:
@@ -299,9 +371,8 @@ def _converted(config: bytes, weights: Path, write: Callable[[bytes], object]) -
 
 
 def _read_config(folder: Path, max_bytes: int, vocabulary: Vocabulary) -> bytes:
-    config, weights = folder / CONFIG_FILE, weights_of(folder)
-    if config.stat().st_size + weights.stat().st_size > max_bytes:
-        raise BodyTooLargeError(max_bytes, "--max-upload")
+    _check_size(folder, max_bytes)
+    weights = weights_of(folder)
     found = _config_of(folder, vocabulary)
     return _converted(found, weights, lambda piece: None) if needs_conversion(found, weights) else found
 

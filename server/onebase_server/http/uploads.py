@@ -20,6 +20,7 @@ from onebase_adapters.format.config import (
     MLX_WEIGHTS_FILE,
     MODEL_CONFIG_FILE,
     AdapterFormatError,
+    names_labels,
     with_labels,
 )
 from onebase_adapters.format.conversion import convert, needs_conversion
@@ -79,8 +80,8 @@ _SMALL = {
     **DEFAULTS_FILES,
 }
 """Files that are read whole, and the largest size of each, in bytes."""
-_OF_VENDORS = DEFAULTS_FILES.keys() - {DEFAULTS_FILE}
-"""Files without which an adapter can be used, so that one that is too large is no error."""
+_CUT_OFF = {SIGNATURE_FILE, *DEFAULTS_FILES} - {DEFAULTS_FILE}
+"""Files without which an adapter can be used, so that one that is too large is no error by itself."""
 FILE_OPTION = "--max-train-file"
 FORM_BYTES = 64 << 10
 """Largest size, in bytes, of a form besides its file: boundaries, headers, fields."""
@@ -373,7 +374,7 @@ class AdapterForm(FormReader[Upload]):
         sums |= {name: writer.sha256 for name, writer in self._tokenizer.items()}
         if self._weights is not None:
             sums[self._weights_name] = self._weights.sha256
-        return SentFiles(sums, bundle)
+        return SentFiles(sums, bundle, names_labels(bytes(self._small[CONFIG_FILE])))
 
     def _read_defaults(self, name: str) -> bytes | None:
         if len(self._small.get(name, b"")) > DEFAULTS_FILES[name]:
@@ -435,7 +436,7 @@ class AdapterForm(FormReader[Upload]):
 
     def _keep(self, name: str, data: memoryview) -> None:
         most = _SMALL[name]
-        if name in _OF_VENDORS:
+        if name in _CUT_OFF:
             data = data[: most + 1 - len(self._small[name])]  # one byte more says that it is too large
         elif len(self._small[name]) + len(data) > most:
             raise InvalidRequestError(

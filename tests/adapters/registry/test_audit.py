@@ -23,6 +23,7 @@ from onebase_adapters.registry import (
     UnknownKeyError,
     acting,
 )
+from onebase_adapters.store.blobs import AdapterFiles
 from onebase_protocol.access import audit_chain
 from onebase_protocol.training import TrainingFailure
 
@@ -71,15 +72,47 @@ def test_each_change_of_an_adapter_is_there_once_with_who_made_it(registry: Regi
     assert [entry.number for entry in found] == sorted(entry.number for entry in found)
 
 
+def check_chain(registry: Registry) -> int:
+    """Check the sums of all entries, and return how many there are."""
+    before, found = "", registry.audit.entries(limit=1000, oldest_first=True)
+    names = [name for name in inspect.signature(audit_chain).parameters if name != "before"]
+    for entry in found:
+        before = audit_chain(before, **{name: getattr(entry, name) for name in names})
+        assert entry.chain == before
+    return len(found)
+
+
 def test_each_entry_is_chained_to_the_one_before_it(registry: Registry) -> None:
     for number in range(3):
         add(registry, f"acme-{number}", str(number))
-    before = ""
-    for entry in registry.audit.entries(limit=100, oldest_first=True):
-        names = [name for name in inspect.signature(audit_chain).parameters if name != "before"]
-        before = audit_chain(before, **{name: getattr(entry, name) for name in names})
-        assert entry.chain == before
-    assert before
+    assert check_chain(registry) == 3
+
+
+def test_the_chain_holds_where_several_threads_of_several_servers_write(
+    registry: Registry, open_registry: Open
+) -> None:
+    servers = [registry, open_registry(base_id="base-2")]
+
+    def write(place: int) -> None:
+        for number in range(8):
+            add_file(servers[place % 2], f"file-{place}-{number}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, range(6)))
+    assert check_chain(registry) == 48
+
+
+def test_a_signature_that_comes_later_is_an_entry_and_a_worse_one_changes_nothing(
+    registry: Registry,
+) -> None:
+    refused, verified = {"status": "refused", "code": "signature_missing"}, {"status": "verified"}
+    files = AdapterFiles(blob("1-config"), blob("1-weights"))
+    for signature in (refused, verified | {"bundle": "{}"}, verified | {"bundle": "{}"}, refused):
+        version, _ = registry.add_version("acme", "1" * 64, files, {"signature": signature})
+    assert version.source["signature"]["status"] == "verified"
+    assert actions(registry) == ["adapter.uploaded", "adapter.signed"]
+    (entry, *_) = registry.audit.entries(limit=1)
+    assert entry.details == {"signature": verified}
 
 
 def test_an_adapter_that_goes_with_its_last_version_has_an_entry_of_its_own(registry: Registry) -> None:

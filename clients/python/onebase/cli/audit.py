@@ -41,8 +41,10 @@ Check that nobody has changed, added or removed an entry of the audit log: each 
 over itself and the entry before it. With a file, as `onebase audit --all --json` prints it, no server
 is asked. All tenants' entries are needed, so the key must be an admin's.
 
-Prints the sum of the last entry. Keep it elsewhere: with --last it is checked that the log still
-has it, so that not even the end was cut off.
+Prints the sum of the last entry. Keep it elsewhere: who owns the database can compute all sums again,
+and with --last it is checked that the log still has that one, so that nothing up to it was changed
+and not even the end was cut off. Where the oldest entries were removed on purpose, --first is the sum
+of the last one of them.
 """
 _FIELDS: Final = tuple(name for name in AuditEntry.__struct_fields__ if name != "object")
 _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -81,12 +83,19 @@ def _verify(argv: list[str]) -> int:
     made.add_argument(
         "file", nargs="?", type=Path, metavar="FILE", help="an exported log (default: the server's)"
     )
+    made.add_argument(
+        "--first",
+        metavar="SUM",
+        default="",
+        help="the sum of the last removed entry (default: none was)",
+    )
     made.add_argument("--last", metavar="SUM", help="the sum that an earlier check printed")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
     args = made.parse_args(argv)
 
     def check(entries: Sequence[AuditEntry]) -> int:
-        error, last = _broken(sorted(entries, key=lambda entry: _number(entry.id)), args.last)
+        ordered = sorted(entries, key=lambda entry: _number(entry.id))
+        error, last = _broken(ordered, args.first, args.last)
         if args.json:
             print_json({"entries": len(entries), "last": last, "error": error})
         elif error is None:
@@ -96,11 +105,17 @@ def _verify(argv: list[str]) -> int:
         return OK if error is None else FAILED
 
     if args.file is None:
-        return perform(made, args, lambda client: check(client.audit(oldest_first=True, limit=None)))
+        return perform(made, args, lambda client: check(_whole(client)))
     try:
         return check(_exported(args.file))
     except (OSError, ValueError) as error:
         made.error(f"{args.file}: {error}")
+
+
+def _whole(client: Client) -> Sequence[AuditEntry]:
+    """Return the whole log of a server. Raises PermissionDeniedError for a key that sees a part of it."""
+    client.keys.list()  # for admins alone; the log itself answers everybody with what they may see
+    return client.audit(oldest_first=True, limit=None)
 
 
 def _exported(file: Path) -> Sequence[AuditEntry]:
@@ -115,14 +130,19 @@ def _number(entry: str) -> int:
     return int(entry.rpartition("-")[2])
 
 
-def _broken(entries: Sequence[AuditEntry], known: str | None) -> tuple[str | None, str]:
-    """Return what is wrong with the chain of entries, oldest first, if anything is, and the last sum."""
-    before, seen = "", known is None
+def _broken(entries: Sequence[AuditEntry], first: str, known: str | None) -> tuple[str | None, str]:
+    """Return what is wrong with the chain of entries, oldest first, if anything is, and the last sum.
+
+    first: the sum of the entry before them.
+    """
+    before, number, seen = first, 0, known is None or known == first
     for entry in entries:
         found = {name: getattr(entry, name) for name in _CHAINED}
         if audit_chain(before, **found) != entry.chain:
-            return f"{entry.id} is not what was written after the entry before it", before
-        before = entry.chain
+            error = f"{entry.id} is not what was written after the entry before it"
+            is_next = _number(entry.id) == number + 1
+            return error + ("" if is_next else ", or entries are missing from this list"), before
+        before, number = entry.chain, _number(entry.id)
         seen = seen or before == known
     return (None if seen else f"no entry has the sum {known}: the end of the log is missing"), before
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset, VersionRecord
+from onebase_adapters.signatures import Checked, SentFiles
 from onebase_edge.errors import (
     ApiError,
     EngineRestartedError,
@@ -146,7 +146,11 @@ async def _upload(
     await services.keys.check_room(caller, check_length(request, limit, "--max-upload"))
     adapters = services.adapters
     with storage_errors():
-        check = partial(adapters.signatures.check, caller.tenant)
+
+        def check(name: str, sent: SentFiles) -> Checked | None:
+            check_name(name, services.catalog.base_name)
+            return adapters.signatures.check(caller.tenant, name, sent)
+
         form = AdapterForm(adapters.store, boundary, limit, adapters.vocabulary, check)
         try:
             upload = await read_form(request, form, adapters.disk)
