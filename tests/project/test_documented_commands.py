@@ -96,7 +96,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves
     (r"onebase serve --host ", PARSE),  # the whole network
     (r"onebase conform (?!--help$)", PARSE),  # of any server; tests/clients/test_conform.py runs it
-    (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends
+    (r"onebase audit (?!.*--help$)", PARSE),  # another server's names; --follow never ends
     (
         r"onebase (keys|tenants) (?!.*--help$)",
         PARSE,
