@@ -37,14 +37,15 @@ _EXAMPLES: Final = """\
   onebase audit verify audit.json
 """
 _VERIFY: Final = """\
-Check that nobody has changed, added or removed an entry of the audit log: each holds a SHA-256 sum
-over itself and the entry before it. With a file, as `onebase audit --all --json` prints it, no server
-is asked. All tenants' entries are needed, so the key must be an admin's.
+Check that the entries of the audit log are as they were written, with none added or removed: each
+holds a SHA-256 sum over itself and the entry before it. With a file, as `onebase audit --all
+--json` prints it, no server is asked. All tenants' entries are needed, so the key must be an
+admin's.
 
-Prints the sum of the last entry. Keep it elsewhere: who owns the database can compute all sums again,
-and with --last it is checked that the log still has that one, so that nothing up to it was changed
-and not even the end was cut off. Where the oldest entries were removed on purpose, --first is the sum
-of the last one of them.
+Prints the sum of the last entry. Keep it elsewhere: who owns the database can compute all sums
+again. With --last it is checked that the log still has that one, so that nothing up to it was
+changed and not even the end was cut off. Where the oldest entries were removed on purpose, --first
+is the sum of the last one of them.
 """
 _FIELDS: Final = tuple(name for name in AuditEntry.__struct_fields__ if name != "object")
 _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
