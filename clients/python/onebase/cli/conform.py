@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from .conform_servers import LoraServer
 
 _DESCRIPTION: Final = """\
-Find out whether a server applies the LoRA adapter that a request names, and no other: alone, next to
-others in one batch, after a reload under the same name, after an eviction, with a cached prefix, in a
-stream during a swap, and for adapters with lm_head, DoRA, and patterns of ranks and alphas.
+Find out whether a server applies the LoRA adapter that a request names, and no other: alone,
+next to others in one batch, after a reload under the same name, after an eviction, with a
+cached prefix, in a stream during a swap, and for adapters with lm_head, DoRA, and patterns of
+ranks and alphas.
 
-Each adapter is made for this from the base's files and lets the base say nothing but two words, so
-that every answer shows which adapter made it. Nothing is sampled: the same seed gives the same
-adapters, prompts and verdicts.
+Each adapter is made for this from the base's files and lets the base say nothing but two words,
+so that every answer shows which adapter made it. Nothing is sampled: the same seed gives the
+same adapters, prompts and verdicts.
 
 Verdicts: `right`; `refused`, a clear error instead of an answer; `wrong`, an answer of another
-adapter, of the base, or of parts of an adapter, one that cannot be read, or an error of the server's
-own (HTTP 500 and above); `not offered`, the server has no such function.
-The exit status is 1 if a verdict is `wrong`, if no adapter's is `right`, and if the server answers
-nothing of this key (HTTP 401, 403, 429).
+adapter, of the base, or of parts of an adapter, one that cannot be read, or an error of the
+server's own (HTTP 500 and above); `not offered`, the server has no such function.
+The exit status is 1 if a verdict is `wrong`, if no adapter's is `right`, and if the server
+answers nothing of this key (HTTP 401, 403, 429).
 """
 _EXAMPLES: Final = """\
   onebase conform http://127.0.0.1:8000 --base ./base
