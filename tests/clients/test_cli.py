@@ -396,6 +396,7 @@ def test_each_help_fits_a_terminal_of_100_columns_and_says_every_default(
 
 NO_DEFAULT = {
     "chat": ["--system TEXT", "--stop TEXT"],
+    "conform": ["--base FOLDER", "--write FOLDER"],
     "generate": [
         "--system TEXT",
         "--stop TEXT",
