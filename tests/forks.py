@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -117,7 +118,7 @@ class Nursery:
                     "environment": dict(os.environ if how["env"] is None else how["env"]),
                     "numbers": [0, 1, 2, *how["pass_fds"]],
                     "session": how["start_new_session"],
-                    "umask": how["umask"],
+                    "umask": how["umask"] if how["umask"] >= 0 else own_umask(),
                     "unbuffered": "-u" in options,
                     "children": children,
                 }
@@ -151,6 +152,12 @@ def serve(requests: socket.socket) -> None:
         requests.send(os.read(told, 100))
         for descriptor in (told, *descriptors):
             os.close(descriptor)
+
+
+def own_umask() -> int:
+    """Return this process's umask, which a child would have, without changing it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)[1], 8)  # type: ignore[index]
 
 
 def become(request: dict[str, Any], descriptors: Sequence[int]) -> None:

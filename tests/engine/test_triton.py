@@ -324,6 +324,7 @@ def test_wider_blocks_of_many_rows_give_the_same_bits(
 ) -> None:
     layers = [linear(kernels, nf4(IN, size, seed=size)) for size in (OUT, 30, 200)]
     x = random(130, IN).to(torch.bfloat16)
+    monkeypatch.setattr(cuda, "UNPACKED_ROWS", 128)  # so many rows have their weights unpacked before
     narrow = CudaLayers(kernels, layers)(x, NOBODY)
     monkeypatch.setattr(cuda, "PROMPT_ROWS", 130)
     for got, wanted in zip(CudaLayers(kernels, layers)(x, NOBODY), narrow, strict=True):
