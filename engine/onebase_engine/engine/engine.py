@@ -747,10 +747,10 @@ class Engine:
     def _end_of_thought(self, sequence: SequenceState | DraftedSequence) -> int | None:
         """Return the token that has to end a thought next, unless `min_tokens` forbids it: then none does."""
         end, sampling = forced_end(sequence), sequence.sampling
+        if end is None or sequence.generated >= sampling.min_tokens:
+            return end
         ends = (self._eos_ids, sampling.end_token_ids, sampling.stop_token_ids)
-        if sequence.generated < sampling.min_tokens and any(end in one for one in ends):
-            return None
-        return end
+        return None if any(end in one for one in ends) else end
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[ScoredToken] | Exception:
         """Score the prompt tokens that follow the segment's, or return the exception that this raised."""
