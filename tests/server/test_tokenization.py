@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
-from transformers import AutoTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onebase_edge.errors import InvalidRequestError
+from onebase_engine.base.chat import encode_texts
 from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 
 
@@ -21,6 +25,54 @@ def test_a_chat_is_tokenized_as_the_bases_tokenizer_does_it(
 
     assert ids == reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids.count(reference.bos_token_id) == reference.decode(ids).count(reference.bos_token)
+
+
+@cache
+def _two_alike(folder: str) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    return AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+PIECES = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    " ",
+    "\n\n",
+    "1234567",
+    "naïve 🎉 漢字",
+    "\x00",
+    "\ud7ff",
+)
+
+
+@given(
+    st.lists(st.lists(st.one_of(st.text(max_size=20), st.sampled_from(PIECES)), max_size=40), max_size=4),
+    st.booleans(),
+    st.booleans(),
+)
+def test_texts_get_the_ids_that_transformers_gives_them(
+    base_folder: str, texts: list[list[str]], special: bool, split: bool
+) -> None:
+    asked = ["".join(pieces) for pieces in texts]
+    reference, tokenizer = _two_alike(base_folder)
+    reference.split_special_tokens = tokenizer.split_special_tokens = split
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+
+    assert encode_texts(tokenizer, asked, special) == [
+        reference.encode(text, add_special_tokens=special) for text in asked
+    ]
+
+
+def test_a_tokenizer_that_encodes_in_its_own_way_does_so(base_folder: str) -> None:
+    class Shouting(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _encode_plus(self, text: list[str], *given: object, **named: object) -> object:
+            return super()._encode_plus([one.upper() for one in text], *given, **named)
+
+    plain = AutoTokenizer.from_pretrained(base_folder)
+    shouting = Shouting(tokenizer_object=plain.backend_tokenizer)
+
+    assert encode_texts(shouting, ["loud"]) == [plain.encode("LOUD", add_special_tokens=False)]
 
 
 def test_the_bytes_of_all_tokens_make_the_text(tokenizer: BaseTokenizer) -> None:

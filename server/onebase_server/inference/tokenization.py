@@ -23,7 +23,7 @@ from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary,
 from onebase_adapters.format.config import AdapterFormatError
 from onebase_edge.errors import InvalidRequestError, UnavailableError
 from onebase_edge.settings import RawControlTokens
-from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
+from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, encode_texts, tokens_around
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
 from onebase_protocol.adapters import TokenizerAdditions
@@ -277,8 +277,7 @@ class BaseTokenizer:
     def answer_header(self) -> list[int]:
         """Return the tokens between a conversation's prompt and an answer without a thought."""
         text = "" if self.thought_format is None else self.thought_format.answer_header
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False) if text else []
-        return ids
+        return self.encode_marks(text) if text else []
 
     @cached_property
     def chat_refusal(self) -> str | None:
@@ -353,13 +352,13 @@ class BaseTokenizer:
                 return [*self._before, *ids, *self._after] if special else ids
             except ControlTokenError as error:
                 raise _control_token("prompt", error) from error
-        made: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
-        return made
+        (ids,) = encode_texts(self._tokenizer, [text], special)
+        return ids
 
     def encode_marks(self, text: str) -> list[int]:
         """Return the ids of a text in which the names of control tokens are those tokens."""
-        made: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return made
+        (ids,) = encode_texts(self._tokenizer, [text])
+        return ids
 
     def encode_chat(self, chat: TemplateInput) -> list[int]:
         """Return the ids of a conversation, ready for the assistant's next words.
@@ -427,7 +426,7 @@ class BaseTokenizer:
             )
         if shown:
             names = {token: self.token_text(token) for token in shown}
-            return ShownPieces(self.decode, names, self._tokenizer.encode("a", add_special_tokens=False))
+            return ShownPieces(self.decode, names, self.encode_marks("a"))
         return WindowPieces(self.decode)
 
     def text_bytes(self, token: int) -> bytes:
