@@ -291,7 +291,7 @@ static inline __attribute__((always_inline)) void score_tile(const void *keys, i
     copy_keys(keys, dim, slots, count, eight, copied);
     from = copied;
   }
-  for (int64_t d = 0; d < dim; d += 32) turn_words(from + d, dim / 2, as_they_are, count, LANES, turned_ + d / 2 * LANES);
+  for (int64_t d = 0; d < dim; d += 32) turn_words(from + d, dim / 2, count, turned_ + d / 2 * LANES);
   if (queries == 8) score_pairs(q, dim, turned_, 8, sums);
   else
     for (int64_t i = 0; i < queries;) {

@@ -76,7 +76,7 @@ static inline void unpack(const onebase_linear *layer, int64_t output, int64_t f
 
 #endif
 
-#if defined(__AMX_BF16__) || !defined(__AVX512BF16__)
+#if defined(__AMX_BF16__) || !defined(__AVX2__)
 
 /* Terms `first .. last` of each of a panel's outputs, a row of `last - first` bf16 for each of the 16. Returns
  * where they lie and the stride between rows: in the scratch, or where the layer has them. */
@@ -242,9 +242,6 @@ static void pair_rows(const product *p, int64_t number) {
 
 #else
 
-/* Terms that are unpacked at once, into the nearest cache. */
-#define CHUNK 128
-
 #if defined(__AVX512BF16__)
 #define TERMS 2
 typedef uint32_t turned; /* two terms of one output */
@@ -253,76 +250,147 @@ typedef uint32_t turned; /* two terms of one output */
 typedef float turned; /* one term of one output */
 #endif
 
+/* Terms that are unpacked at once, into the nearest cache: where a row of them is longer than two of its lines, memory is
+ * read faster. */
+#define CHUNK 128
+
 /* Rows and panels that are multiplied at once: their sums stay in registers. */
 #define ROWS_AT_ONCE 4
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #define PANELS 4
 #else
 #define PANELS 1
 #endif
 
-#if defined(__AVX512BF16__)
+#ifdef __AVX2__
 
-/* 16 rows of `count` words, 16 at most, as `transpose_placed` has them. */
-static inline void turn_words(const void *from, int64_t stride, const int *places, int64_t there, int64_t count,
-                              uint32_t *to) {
-  __mmask16 known = (__mmask16)((1u << count) - 1);
-  if (there == LANES) transpose_placed(from, stride, places, LANES, known, (float *)to);
-  else transpose_placed(from, stride, places, there, known, (float *)to);
+/* `size` bytes of each of a panel's 16 outputs, `stride` apart: where they lie, or in the room with the last one again
+ * and again if not all are `there`. */
+static inline const uint8_t *all_rows(const uint8_t *from, int64_t *stride, int64_t size, int64_t there, uint8_t *room) {
+  if (there == LANES) return from;
+  for (int64_t row = 0; row < LANES; row++) memcpy(room + row * size, from + least(row, there - 1) * *stride, size);
+  *stride = size;
+  return room;
 }
 
-/* Terms `first ..` of a panel of 4-bit weights, `count` of them, 128 at most and a multiple of 32: as bf16 pairs
- * [count / 2, 16].
+#endif
+
+#if defined(__AVX512F__)
+
+/* 16 rows of as many words as columns; those that are not `there` are zero. */
+static inline void turn_words(const void *from, int64_t stride, int64_t there, uint32_t *to) {
+  if (there == LANES) transpose(from, stride, (float *)to);
+  else transpose_some(from, stride, there, 0xffff, (float *)to);
+}
+
+/* Stores pair `number` of terms of 16 outputs, bf16. */
+static inline void put_pair(turned *to, int64_t number, __m512i pair) {
+#if TERMS == 2
+  _mm512_store_si512(to + number * LANES, pair);
+#else
+  _mm512_store_si512(to + 2 * number * LANES, _mm512_slli_epi32(pair, 16));
+  _mm512_store_si512(to + (2 * number + 1) * LANES, _mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
+#endif
+}
+
+/* 32 numbers as bf16. */
+static inline __m512i narrow_two(__m512 low, __m512 high) {
+#ifdef __AVX512BF16__
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+  __m256i first = _mm512_cvtepi32_epi16((__m512i)narrowed((floats)low));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), _mm512_cvtepi32_epi16((__m512i)narrowed((floats)high)), 1);
+#endif
+}
+
+/* Terms `first ..` of a panel of 4-bit weights, `count` of them, 128 at most and a multiple of 32:
+ * [count / TERMS, 16].
  *
- * Eight terms of an output are a word. Two lanes next to each other get it, one of them shifted, so that their
- * lowest four bits are terms 2n and 2n + 1, for the next n one byte further up: only these bits choose from the
- * table, whatever lies above them. Rounded, the lanes are pairs. */
-static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, uint32_t *to) {
-  static const int places[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
-  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+ * A vector has 32 terms of each of four outputs, of `4 * quarter + w` in a quarter of it. The 16 weights that each of
+ * them may have in a block are a table of 64 bf16, from which a word's lowest six bits choose: four of a weight and
+ * the number of its quarter. */
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, turned *to) {
+  const __m512i quarter = _mm512_set_epi64(0x3030303030303030, 0x3030303030303030, 0x2020202020202020,
+                                           0x2020202020202020, 0x1010101010101010, 0x1010101010101010, 0, 0);
+  const __m512i nibbles = _mm512_set1_epi8(15);
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
-  int64_t blocks = layer->in >> shift, stride = layer->in / 8, within = ((int64_t)1 << shift) - 1;
-  const uint32_t *from = (const uint32_t *)layer->weight + (panel * LANES * layer->in + first) / 8;
+  int64_t blocks = layer->in >> shift, stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
+  const uint8_t *from = (const uint8_t *)layer->weight + (panel * LANES * layer->in + first) / 2;
   const float *absmax = layer->absmax + panel * blocks * LANES;
-  __m512 code = _mm512_loadu_ps(layer->code), low = _mm512_setzero_ps(), high = low;
-  _Alignas(64) uint32_t words_[16 * 16];
+  __m512 code = _mm512_loadu_ps(layer->code);
+  __m512i tables[4][2];
   for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
   for (int64_t block = first >> shift; block << shift < first + count; block++)
     __builtin_prefetch(absmax + (PANELS * blocks + block) * LANES);
-  turn_words(from, stride, places, there, count / 8, words_);
-  for (int64_t i = 0; i < count / 8; i++, to += 4 * LANES) {
-    if (i == 0 || !((first + 8 * i) & within)) {
-      __m512 scale = _mm512_loadu_ps(absmax + ((first + 8 * i) >> shift) * LANES);
-      low = _mm512_permutexvar_ps(twice, scale);
-      high = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
+  uint8_t room[LANES * CHUNK / 2];
+  from = all_rows(from, &stride, count / 2, there, room);
+  for (int64_t done = 0; done < count; done += 32, to += 32 / TERMS * LANES) {
+    if (done == 0 || !((first + done) & within)) {
+      const float *scale = absmax + ((first + done) >> shift) * LANES;
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; w++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+          __m512 low = _mm512_mul_ps(code, _mm512_set1_ps(scale[8 * half + w]));
+          __m512 high = _mm512_mul_ps(code, _mm512_set1_ps(scale[8 * half + w + 4]));
+          tables[w][half] = narrow_two(low, high);
+        }
     }
-    __m512i word = _mm512_load_si512(words_ + 16 * i), shifted = _mm512_srli_epi32(word, 4);
-    __m512i ones = _mm512_unpacklo_epi32(shifted, word), twos = _mm512_unpackhi_epi32(shifted, word);
+    __m512i words[4][2];
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; w++) {
+      const uint8_t *own = from + w * stride + done / 2;
+      __m512i packed = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)own));
+      packed = _mm512_inserti32x4(packed, _mm_loadu_si128((const __m128i *)(own + 4 * stride)), 1);
+      packed = _mm512_inserti32x4(packed, _mm_loadu_si128((const __m128i *)(own + 8 * stride)), 2);
+      packed = _mm512_inserti32x4(packed, _mm_loadu_si128((const __m128i *)(own + 12 * stride)), 3);
+      /* Of each byte the high four bits are the first term of a pair. */
+      __m512i ones = _mm512_ternarylogic_epi32(_mm512_srli_epi32(packed, 4), nibbles, quarter, 0xea);
+      __m512i twos = _mm512_ternarylogic_epi32(packed, nibbles, quarter, 0xea);
+      words[w][0] = _mm512_mask_blend_epi16(0xaaaaaaaa, ones, _mm512_slli_epi32(twos, 16));
+      words[w][1] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(ones, 16), twos);
+    }
 #pragma GCC unroll 4
     for (int pair = 0; pair < 4; pair++) {
-      __m512 one = _mm512_permutexvar_ps(_mm512_srli_epi32(ones, 8 * pair), code);
-      __m512 two = _mm512_permutexvar_ps(_mm512_srli_epi32(twos, 8 * pair), code);
-      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(two, high), _mm512_mul_ps(one, low));
-      _mm512_store_si512(to + pair * LANES, (__m512i)both);
+      __m512i own[4];
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; w++) {
+        __m512i which = pair % 2 ? _mm512_srli_epi16(words[w][pair / 2], 8) : words[w][pair / 2];
+        own[w] = _mm512_permutex2var_epi16(tables[w][0], which, tables[w][1]);
+      }
+      __m512i a = _mm512_unpacklo_epi32(own[0], own[1]), b = _mm512_unpackhi_epi32(own[0], own[1]);
+      __m512i c = _mm512_unpacklo_epi32(own[2], own[3]), d = _mm512_unpackhi_epi32(own[2], own[3]);
+      put_pair(to, pair, _mm512_unpacklo_epi64(a, c));
+      put_pair(to, pair + 4, _mm512_unpackhi_epi64(a, c));
+      put_pair(to, pair + 8, _mm512_unpacklo_epi64(b, d));
+      put_pair(to, pair + 12, _mm512_unpackhi_epi64(b, d));
     }
   }
 }
 
-/* Terms `first ..` of a panel, `count` of them, 128 at most and a multiple of 32: [count / 2, 16]. */
-static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
-                              uint32_t *to) {
-  (void)scratch;
+/* Terms `first ..` of a panel, `count` of them, 128 at most and a multiple of 32: [count / TERMS, 16]. */
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, turned *to) {
   if (layer->kind == ONEBASE_NF4) {
     turn_nf4(layer, panel, first, count, to);
     return;
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
   const uint32_t *from = (const uint32_t *)((const bf16 *)layer->weight + panel * LANES * layer->in + first);
-  for (int64_t k = 0; k < count; k += 32, from += 16, to += 16 * LANES) {
+  for (int64_t k = 0; k < count; k += 32, from += 16, to += 32 / TERMS * LANES) {
     for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
-    turn_words(from, stride, as_they_are, there, 16, to);
+#if TERMS == 2
+    turn_words(from, stride, there, to);
+#else
+    _Alignas(64) uint32_t pairs[16 * LANES];
+    turn_words(from, stride, there, pairs);
+    for (int64_t pair = 0; pair < 16; pair++) put_pair(to, pair, _mm512_load_si512(pairs + pair * LANES));
+#endif
   }
 }
+
+#endif
+
+#ifdef __AVX512BF16__
 
 static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats weights) {
   uint32_t pair;
@@ -332,61 +400,6 @@ static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats wei
 
 #else
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-
-/* Of 16 numbers, in two halves, those that the lowest four bits of each word say, scaled and as bf16 has them. The
- * NaN that a scale may be stays one. */
-static inline __m256 chosen(__m256i which, __m256 low, __m256 high, __m256 scale) {
-  __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(which, 28));
-  __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, which), _mm256_permutevar8x32_ps(high, which), upper);
-  __m256i bits = _mm256_castps_si256(_mm256_mul_ps(value, scale));
-  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000)));
-}
-
-/* Terms `first ..` of a panel of 4-bit weights, `count` of them and a multiple of 8: [count, 16]. Eight terms of an
- * output are a word, of each byte the high one first. */
-static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
-  int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
-  int64_t blocks = layer->in >> shift, stride = layer->in / 2;
-  const uint8_t *from = (const uint8_t *)layer->weight + panel * LANES * stride + first / 2;
-  const float *absmax = layer->absmax + panel * blocks * LANES;
-  __m256 low = _mm256_loadu_ps(layer->code), high = _mm256_loadu_ps(layer->code + 8);
-  _Alignas(32) uint32_t some[LANES] = {0};
-  for (int64_t k = 0; k < count; k += 8, from += 4) {
-    const float *scale = absmax + ((first + k) >> shift) * LANES;
-    for (int64_t lane = 0; lane < there; lane++) memcpy(some + lane, from + lane * stride, sizeof *some);
-    __m256i words[2] = {_mm256_load_si256((const __m256i *)some), _mm256_load_si256((const __m256i *)(some + 8))};
-    __m256 scales[2] = {_mm256_loadu_ps(scale), _mm256_loadu_ps(scale + 8)};
-#pragma GCC unroll 4
-    for (int byte = 0; byte < 4; byte++, to += 2 * LANES)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        __m256i one = _mm256_srli_epi32(words[half], 8 * byte + 4), two = _mm256_srli_epi32(words[half], 8 * byte);
-        _mm256_storeu_ps(to + 8 * half, chosen(one, low, high, scales[half]));
-        _mm256_storeu_ps(to + LANES + 8 * half, chosen(two, low, high, scales[half]));
-      }
-  }
-}
-
-#endif
-
-/* Terms `first ..` of a panel, `count` of them: [count, 16]. */
-static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
-                              float *to) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if (layer->kind == ONEBASE_NF4) {
-    turn_nf4(layer, panel, first, count, to);
-    return;
-  }
-#endif
-  int64_t stride;
-  const bf16 *from = panel_of(layer, panel, first, first + count, scratch, &stride);
-  for (int64_t k = 0; k < count; k++)
-    for (int output = 0; output < LANES; output++) to[LANES * k + output] = widened(from[output * stride + k]);
-}
-
 static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats weights) {
   return fused(each(widened(x[k])), weights, sum);
 }
@@ -395,28 +408,156 @@ static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats wei
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
-/* Adds the products of `count` terms, an even number, to the sums of some rows and one panel: [rows of the batch, 16].
- * Two terms of a row are read as a word. */
-static inline __attribute__((always_inline)) void add_products(const bf16 *x, int64_t in, const turned *weights,
-                                                               int64_t count, const int rows, const int panels,
-                                                               int64_t panel_size, float *sums) {
-  (void)panels, (void)panel_size;
+/* Stores four pairs of terms of eight outputs, bf16: vector `w` has them of outputs w and w + 4, each in a half of it.
+ * to: [terms, 16]. */
+static inline void put_pairs(float *to, const __m256i *pairs) {
+  const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+  __m256i a = _mm256_unpacklo_epi32(pairs[0], pairs[1]), b = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
+  __m256i c = _mm256_unpacklo_epi32(pairs[2], pairs[3]), d = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
+  __m256i turned_[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
+                        _mm256_unpackhi_epi64(b, d)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++, to += 2 * LANES) {
+    _mm256_store_si256((__m256i *)to, _mm256_slli_epi32(turned_[i], 16));
+    _mm256_store_si256((__m256i *)(to + LANES), _mm256_and_si256(turned_[i], upper));
+  }
+}
+
+/* 16 bytes of an output in each half of a vector. */
+static inline __m256i two_rows(const uint8_t *one, const uint8_t *other) {
+  __m256i first = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)one));
+  return _mm256_inserti128_si256(first, _mm_loadu_si128((const __m128i *)other), 1);
+}
+
+/* Numbers times a scale as bf16, in the low half of each word. The NaN that a scale may be stays one. */
+static inline __m256i scaled(__m256 numbers, float scale) {
+  __m256i bits = _mm256_castps_si256(_mm256_mul_ps(numbers, _mm256_set1_ps(scale)));
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
+
+/* The 16 weights that two outputs may have in a block, bf16, each output's in a half: their low and their high bytes.
+ * code: numbers 0 to 3 and 8 to 11, and the others. */
+static inline void fill_tables(const __m256 *code, float one, float other, __m256i *tables) {
+  __m256i first = _mm256_packus_epi32(scaled(code[0], one), scaled(code[1], one));
+  __m256i second = _mm256_packus_epi32(scaled(code[0], other), scaled(code[1], other));
+  const __m256i low = _mm256_set1_epi16(255);
+  __m256i lows = _mm256_packus_epi16(_mm256_and_si256(first, low), _mm256_and_si256(second, low));
+  __m256i highs = _mm256_packus_epi16(_mm256_srli_epi16(first, 8), _mm256_srli_epi16(second, 8));
+  tables[0] = _mm256_permute4x64_epi64(lows, 0xd8);
+  tables[1] = _mm256_permute4x64_epi64(highs, 0xd8);
+}
+
+/* Terms `first ..` of a panel of 4-bit weights, `count` of them and a multiple of 32: [count, 16]. */
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
+  int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
+  int64_t blocks = layer->in >> shift, stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
+  const uint8_t *from = (const uint8_t *)layer->weight + (panel * LANES * layer->in + first) / 2;
+  const float *absmax = layer->absmax + panel * blocks * LANES;
+  const __m256i nibbles = _mm256_set1_epi8(15);
+  __m256 halves_[2] = {_mm256_loadu_ps(layer->code), _mm256_loadu_ps(layer->code + 8)};
+  __m256 code[2] = {_mm256_permute2f128_ps(halves_[0], halves_[1], 0x20),
+                    _mm256_permute2f128_ps(halves_[0], halves_[1], 0x31)};
+  __m256i tables[2][4][2];
+  for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
+  uint8_t room[LANES * CHUNK / 2];
+  from = all_rows(from, &stride, count / 2, there, room);
+  for (int64_t done = 0; done < count; done += 32, from += 16) {
+    if (done == 0 || !((first + done) & within)) {
+      const float *scale = absmax + ((first + done) >> shift) * LANES;
+      for (int half = 0; half < 2; half++)
+        for (int w = 0; w < 4; w++) fill_tables(code, scale[8 * half + w], scale[8 * half + w + 4], tables[half][w]);
+    }
+    for (int half = 0; half < 2; half++) {
+      __m256i pairs[4][4];
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; w++) {
+        const uint8_t *own = from + (8 * half + w) * stride;
+        __m256i packed = two_rows(own, own + 4 * stride), low = tables[half][w][0], high = tables[half][w][1];
+        /* Of each byte the high four bits are the first term of a pair. */
+        __m256i ones = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibbles), twos = _mm256_and_si256(packed, nibbles);
+        __m256i one_low = _mm256_shuffle_epi8(low, ones), one_high = _mm256_shuffle_epi8(high, ones);
+        __m256i two_low = _mm256_shuffle_epi8(low, twos), two_high = _mm256_shuffle_epi8(high, twos);
+        __m256i one = _mm256_unpacklo_epi8(one_low, one_high), two = _mm256_unpacklo_epi8(two_low, two_high);
+        pairs[0][w] = _mm256_unpacklo_epi16(one, two);
+        pairs[1][w] = _mm256_unpackhi_epi16(one, two);
+        one = _mm256_unpackhi_epi8(one_low, one_high), two = _mm256_unpackhi_epi8(two_low, two_high);
+        pairs[2][w] = _mm256_unpacklo_epi16(one, two);
+        pairs[3][w] = _mm256_unpackhi_epi16(one, two);
+      }
+      for (int four = 0; four < 4; four++) put_pairs(to + (done + 8 * four) * LANES + 8 * half, pairs[four]);
+    }
+  }
+}
+
+/* Terms `first ..` of a panel, `count` of them and a multiple of 32: [count, 16]. */
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
+  if (layer->kind == ONEBASE_NF4) {
+    turn_nf4(layer, panel, first, count, to);
+    return;
+  }
+  int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in * 2;
+  const uint8_t *from = (const uint8_t *)layer->weight + panel * LANES * stride + first * 2;
+  for (int64_t row = 0; row < LANES; row++)
+    for (int64_t k = 0; k < count; k += 32) __builtin_prefetch(from + (PANELS * LANES + row) * stride + 2 * k);
+  uint8_t room[LANES * CHUNK * 2];
+  from = all_rows(from, &stride, count * 2, there, room);
+  for (int64_t k = 0; k < count; k += 8, from += 16)
+    for (int half = 0; half < 2; half++) {
+      const uint8_t *own = from + 8 * half * stride;
+      __m256i pairs[4];
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; w++) pairs[w] = two_rows(own + w * stride, own + (w + 4) * stride);
+      put_pairs(to + k * LANES + 8 * half, pairs);
+    }
+}
+
+#elif !defined(__AVX512F__)
+
+/* Terms `first ..` of a panel, `count` of them, CHUNK at most: [count, 16]. */
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
+  bf16 unpacked[LANES * CHUNK];
+  int64_t stride;
+  const bf16 *from = panel_of(layer, panel, first, first + count, unpacked, &stride);
+  for (int64_t k = 0; k < count; k++)
+    for (int output = 0; output < LANES; output++) to[LANES * k + output] = widened(from[output * stride + k]);
+}
+
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+/* Adds the products of `count` terms, an even number, to the sums of some rows and panels, of which one has more than
+ * one: of a panel [rows of the batch, 16]. Two terms of a row are read as a word. */
+static inline __attribute__((always_inline)) void add_some(const bf16 *x, int64_t in, const turned *weights,
+                                                           int64_t count, const int rows, const int panels,
+                                                           int64_t panel_size, float *sums) {
   const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
   __m256 own[2 * ROWS_AT_ONCE];
-  for (int i = 0; i < 2 * rows; i++) own[i] = _mm256_loadu_ps(sums + 8 * i);
+  for (int i = 0; i < 2 * rows * panels; i++) own[i] = _mm256_loadu_ps(sums + i / 2 / rows * panel_size + i % (2 * rows) * 8);
   for (int64_t k = 0; k < count; k += 2, weights += 2 * LANES)
-    for (int row = 0; row < rows; row++) {
+    for (int i = 0; i < rows * panels; i++) {
+      const turned *from = weights + i / rows * CHUNK * LANES;
       int32_t pair;
-      memcpy(&pair, x + row * in + k, sizeof pair);
+      memcpy(&pair, x + i % rows * in + k, sizeof pair);
       __m256i both = _mm256_set1_epi32(pair);
       __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
       __m256 second = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
       for (int half = 0; half < 2; half++) {
-        __m256 sum = _mm256_fmadd_ps(first, _mm256_load_ps(weights + 8 * half), own[2 * row + half]);
-        own[2 * row + half] = _mm256_fmadd_ps(second, _mm256_load_ps(weights + LANES + 8 * half), sum);
+        __m256 sum = _mm256_fmadd_ps(first, _mm256_load_ps(from + 8 * half), own[2 * i + half]);
+        own[2 * i + half] = _mm256_fmadd_ps(second, _mm256_load_ps(from + LANES + 8 * half), sum);
       }
     }
-  for (int i = 0; i < 2 * rows; i++) _mm256_storeu_ps(sums + 8 * i, own[i]);
+  for (int i = 0; i < 2 * rows * panels; i++) _mm256_storeu_ps(sums + i / 2 / rows * panel_size + i % (2 * rows) * 8, own[i]);
+}
+
+static inline __attribute__((always_inline)) void add_products(const bf16 *x, int64_t in, const turned *weights,
+                                                               int64_t count, const int rows, const int panels,
+                                                               int64_t panel_size, float *sums) {
+  if (rows == 1) add_some(x, in, weights, count, 1, panels, panel_size, sums);
+  else
+    for (int i = 0; i < panels; i++)
+      add_some(x, in, weights + i * CHUNK * LANES, count, rows, 1, panel_size, sums + i * panel_size);
 }
 
 #else
@@ -455,7 +596,6 @@ static void multiply(const product *p, const onebase_linear *layer, int64_t pane
   _Alignas(64) turned weights[PANELS * CHUNK / TERMS * LANES];
   int64_t in = p->in, block = least(layer->block, in);
   float *part = scratch;
-  bf16 *unpacked = (bf16 *)(scratch + PANELS * panel_size);
   for (int64_t k = 0; k < in; k += block) {
     int64_t last = least(k + block, in);
     float *to = k ? part : sums;
@@ -463,7 +603,7 @@ static void multiply(const product *p, const onebase_linear *layer, int64_t pane
     for (int64_t first = k; first < last; first += CHUNK) {
       int64_t count = least(CHUNK, last - first);
       for (int64_t i = 0; i < panels; i++)
-        turn_chunk(layer, panel + i, first, count, unpacked, weights + i * (CHUNK / TERMS) * LANES);
+        turn_chunk(layer, panel + i, first, count, weights + i * (CHUNK / TERMS) * LANES);
       if (panels == PANELS) add_rows(p->x + first, in, weights, count, p->rows, PANELS, panel_size, to);
       else
         for (int64_t i = 0; i < panels; i++)
@@ -799,7 +939,7 @@ static int linear(const onebase_linear *const *layers, bf16 *const *ys, int64_t 
   preparing += parts_of(rows, p.tile);
   int64_t scratch = p.in * LANES / 2;
 #else
-  int64_t scratch = PANELS * p.padded * LANES + CHUNK * LANES / 2;
+  int64_t scratch = PANELS * p.padded * LANES;
 #endif
   p.panel_size = parts_of(2 * PANELS * p.padded * LANES + scratch, LANES) * LANES;
   p.panels = onebase_scratch(ONEBASE_PANELS, threads * p.panel_size * 4);

@@ -149,16 +149,12 @@ static inline float sum_of(floats value) {
 }
 
 #ifdef __AVX512F__
-static const int as_they_are[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-/* 16 rows, of which `places` says the order, as columns. What is not `known` of a row is zero, and all of those
- * that are not `there`. */
-static inline __attribute__((always_inline)) void transpose_placed(const float *from, int64_t stride,
-                                                                   const int *places, int64_t there,
-                                                                   __mmask16 known, float *to) {
+/* 16 rows as columns. What is not `known` of a row is zero, and all of those that are not `there`. */
+static inline __attribute__((always_inline)) void transpose_some(const float *from, int64_t stride, int64_t there,
+                                                                 __mmask16 known, float *to) {
   __m512 r[16], t[16];
   for (int i = 0; i < 16; i++)
-    r[i] = places[i] < there ? _mm512_maskz_loadu_ps(known, from + places[i] * stride) : _mm512_setzero_ps();
+    r[i] = i < there ? _mm512_maskz_loadu_ps(known, from + i * stride) : _mm512_setzero_ps();
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
@@ -184,7 +180,7 @@ static inline __attribute__((always_inline)) void transpose_placed(const float *
 
 static inline void transpose(const float *from, int64_t stride, float *to) {
 #ifdef __AVX512F__
-  transpose_placed(from, stride, as_they_are, LANES, 0xffff, to);
+  transpose_some(from, stride, LANES, 0xffff, to);
 #else
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) to[16 * j + i] = from[i * stride + j];
