@@ -645,8 +645,8 @@ def test_no_step_records_a_layer_whatever_its_number_of_rows(
         raise AssertionError("a step waits for a recording")
 
     engine = lab.engine(draft_tokens=8)
-    layers = len(engine.model._recorded)
-    if not layers or not isinstance(parts(engine)[1].q_proj.kernel, NativeLinear):
+    calls = sum(layer.leader is None for layer in engine.model._recorded)
+    if not calls or not isinstance(parts(engine)[1].q_proj.kernel, NativeLinear):
         pytest.skip("the kernels in C do not compute here")
     monkeypatch.setattr(fusion, "Recording", refuse)
     used: list[int] = []
@@ -656,10 +656,47 @@ def test_no_step_records_a_layer_whatever_its_number_of_rows(
     )
     asked = [Request(tuple(range(3 + n, 3 + 2 * n)), None, 1, 0) for n in range(1, fusion.MOST_ROWS + 2)]
     texts = [run(engine, [one]) for one in asked]
-    assert Counter(used) == dict.fromkeys(range(1, fusion.MOST_ROWS + 1), layers)
+    assert Counter(used) == dict.fromkeys(range(1, fusion.MOST_ROWS + 1), calls)
     monkeypatch.setitem(sys.modules, "onebase_engine.engine.fusion", None)
     plain = lab.engine(draft_tokens=8)
     assert texts == [run(plain, [one]) for one in asked]
+
+
+def test_layers_run_as_one_call_until_somebody_looks_between_them(lab: Lab) -> None:
+    engine, asked = lab.engine(), [Request(tuple(range(3, 9)), None, 4, 0)]
+    layers = engine.model._recorded
+    if not layers:
+        pytest.skip("the kernels in C do not compute here")
+    assert [len(layer.chain) for layer in layers] == [len(layers)] + [0] * (len(layers) - 1)
+    expected, seen = run(engine, asked), []
+    last = layers[-1]._module
+    hook = last.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    assert run(engine, asked) == expected
+    hook.remove()
+    plain = lab.engine()
+    plain.model._recorded[0].part()
+    others: list[torch.Tensor] = []
+    plain.model._recorded[-1]._module.register_forward_pre_hook(
+        lambda _, given: others.append(given[0].clone())
+    )
+    assert run(plain, asked) == expected
+    assert len(seen) == len(others) > 1
+    assert all(torch.equal(one, other) for one, other in zip(seen, others, strict=True))
+    assert run(engine, asked) == expected
+
+
+def test_layers_that_are_given_something_else_than_in_the_trial_compute_one_by_one(lab: Lab) -> None:
+    engine, asked = lab.engine(), [Request(tuple(range(3, 9)), None, 4, 0)]
+    layers = engine.model._recorded
+    if not layers:
+        pytest.skip("the kernels in C do not compute here")
+    expected = run(engine, asked)
+    module = layers[1]._module
+    forward = module.forward
+    module.forward = lambda hidden, **named: forward(hidden.clone(), **named)
+
+    assert run(engine, asked) == expected
+    assert not layers[0].chain
 
 
 @pytest.mark.parametrize("fault", ["other bits", "an error"])

@@ -3,8 +3,9 @@
 The modelling code stays as it is. Layers that are called with the same rows are multiplied at the first call.
 A gated MLP is one call and `down_proj`. Queries and keys are rotated where attention reads them, and residual
 sums are computed with the product that they add. A decoder layer that consists of nothing else is recorded
-once, before the first request, and then runs as one call for any small number of rows. Each fusion is used
-only if a pass of the whole model gives the same bits with it and without.
+once, before the first request, and then runs as one call for any small number of rows; layers of which each
+reads what the one before has written, and nothing else that differs, run as one call together. Each fusion is
+used only if a pass of the whole model gives the same bits with it and without.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -81,6 +84,8 @@ def fuse(
     if not trial.passes(whole, passes, begin=lambda: run(0, MOST_ROWS)):
         logger.info("kernels: decoder layers are not recorded, which would change bits")
         return []
+    if recorded and not trial.passes(list(_chains(recorded, run)), passes):
+        logger.info("kernels: decoder layers are called one by one, as together they would change bits")
     return recorded
 
 
@@ -238,6 +243,9 @@ def _rotating(module: Any, attention: PagedAttention, turn: Callable[..., Any]) 
 
 # ---- whole decoder layers ----------------------------------------------------------------------
 
+_Call: TypeAlias = "tuple[RecordedLayer, Sequence[torch.Tensor], torch.Tensor]"
+"""A recorded layer, what it was given in a pass and what it gave."""
+
 
 @dataclass
 class _Memory:
@@ -249,6 +257,8 @@ class _Memory:
     """Fixed places of a layer's arguments, by number among its tensors, shape and dtype."""
     said: set[str] = field(default_factory=set)
     """Reasons why layers are not recorded that have been logged."""
+    watched: list[_Call] | None = None
+    """Calls of layers by their recordings in the pass that is watched, in order."""
 
 
 class RecordedLayer:
@@ -269,16 +279,25 @@ class RecordedLayer:
         self._attention = attention
         self._kernels = kernels
         self._rows = rows
-        self._memory = memory
+        self.memory = memory
         self._arena, self._before = memory.arenas[number % 2], memory.arenas[1 - number % 2]
         inside = [one for one in module.modules() if one is not module]
         self._wrapped = [one for one in inside if isinstance(one, SlotModule)]
         self._hooks = [hooks for one in inside for hooks in (one._forward_pre_hooks, one._forward_hooks)]
+        self._own_hooks = [module._forward_pre_hooks, module._forward_hooks]
         self._tried = False
         """Whether the layer was to be recorded."""
         self._programs: dict[int, Program] = {}
         """The recording by number of rows; empty if there is none."""
         self._plain = True
+        self.chain: Sequence[RecordedLayer] = ()
+        """This layer and those after it that it computes with it; empty if it has none."""
+        self.leader: RecordedLayer | None = None
+        """The layer that computes this one with it."""
+        self._chained: dict[int, Program | None] = {}
+        """Programs of the chain, by number of rows."""
+        self._ran: tuple[torch.Tensor, ...] | None = None
+        """What the other layers of the chain must be given in this pass; None if each computes by itself."""
 
     @property
     def switch(self) -> _Switch:
@@ -290,9 +309,17 @@ class RecordedLayer:
         """Check whether adapters in the slots now replace a part of the layer."""
         self._plain = not any(one.replacements for one in self._wrapped)
 
+    @property
+    def _alone(self) -> bool:
+        """Whether nothing needs what happens within this layer, or between it and its neighbours."""
+        return self._plain and not any(self._hooks) and not any(self._own_hooks)
+
     def _forward(self, *args: Any, **named: Any) -> Any:
         step = self._attention.step
         given = _tensors(args, named)
+        if self.leader is not None and self.leader._ran is not None:
+            return self.leader.result_for(given)
+        self._ran = None
         if not self._plain or step is None or not given or given[0].dim() != 3 or any(self._hooks):
             return self._whole(*args, **named)
         count = given[0].shape[1]
@@ -304,7 +331,52 @@ class RecordedLayer:
         program = self._programs.get(count) or self._shorter(count)
         if program is None:
             return self._whole(*args, **named)
-        return program.run_calls(given, self._rows.tokens, step)
+        if (
+            self.chain
+            and (together := self._together(count)) is not None
+            and all(o._alone for o in self.chain)
+        ):
+            result = together.run_calls(given, self._rows.tokens, step)
+            self._ran = (result, *given[1:])
+            return result
+        result = program.run_calls(given, self._rows.tokens, step)
+        if self.memory.watched is not None:
+            self.memory.watched.append((self, given, result))
+        return result
+
+    def result_for(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the chain's result as that of one of its layers, which this one has computed.
+
+        Raises:
+            RuntimeError: the layer is given something else than in the pass by which the chain was found. Each
+                layer computes by itself from then on.
+        """
+        ran = self._ran
+        if ran is None or len(ran) != len(given) or any(a is not b for a, b in zip(ran, given, strict=True)):
+            self.part()
+            raise RuntimeError("a decoder layer was given other tensors than the layers before it")
+        return ran[0]
+
+    def lead(self, chain: Sequence[RecordedLayer]) -> None:
+        """Compute these layers, of which this is the first, in one call."""
+        self.chain = chain
+        for one in chain[1:]:
+            one.leader = self
+
+    def part(self) -> None:
+        """Have each layer of the chain compute by itself again."""
+        for one in self.chain[1:]:
+            one.leader = None
+        self.chain, self._ran = (), None
+        self._chained.clear()
+
+    def _together(self, count: int) -> Program | None:
+        """Return the programs of the chain for so many rows as one; None if one of them is missing."""
+        if count not in self._chained:
+            programs = [one._programs.get(count) or one._shorter(count) for one in self.chain]
+            there = [one for one in programs if one is not None]
+            self._chained[count] = Program.joined(there) if len(there) == len(programs) else None
+        return self._chained[count]
 
     def _shorter(self, count: int) -> Program | None:
         """Return the recording for fewer rows than it was made with; None if there is none."""
@@ -326,8 +398,8 @@ class RecordedLayer:
                 raise UnrecordableError("a layer gives more than its rows")
             self._programs[MOST_ROWS] = recording.program(result)
         except UnrecordableError as error:
-            if str(error) not in self._memory.said:
-                self._memory.said.add(str(error))
+            if str(error) not in self.memory.said:
+                self.memory.said.add(str(error))
                 logger.info("kernels: %s are not recorded: %s", type(self._module).__name__, error)
             return self._whole(*args, **named)
         return result
@@ -336,11 +408,31 @@ class RecordedLayer:
         if self._before.holds(tensor):
             return Fixed(tensor)
         key = (number, tuple(tensor.shape), tensor.dtype)
-        fixed = self._memory.fixed
+        fixed = self.memory.fixed
         if key not in fixed:
             fixed[key] = Fixed(torch.empty_like(tensor, memory_format=torch.contiguous_format))
         fixed[key].load_tensor(tensor, step)
         return fixed[key]
+
+
+def _chains(recorded: Sequence[RecordedLayer], run: Callable[[int, int], torch.Tensor]) -> Iterator[_Switch]:
+    """Yield switches for the layers that run as one call, as a pass shows which are given what."""
+    memory = recorded[0].memory
+    memory.watched = []
+    run(0, TILE)
+    calls, memory.watched = memory.watched, None
+    ends = [at for at in range(1, len(calls)) if not _follows(calls[at - 1], calls[at])]
+    for first, last in pairwise([0, *ends, len(calls)]):
+        if last - first > 1:
+            layers = tuple(layer for layer, _, _ in calls[first:last])
+            yield partial(layers[0].lead, layers), layers[0].part
+
+
+def _follows(before: _Call, call: _Call) -> bool:
+    """Return whether a layer is given what the one before has given, and the same tensors besides."""
+    (_, given, result), (_, then, _) = before, call
+    same = len(given) == len(then) and all(a is b for a, b in zip(given[1:], then[1:], strict=True))
+    return same and then[0] is result
 
 
 def _recorded_layers(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Fixed:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self._pointer = tensor.data_ptr()
+        self.pointer = tensor.data_ptr()
         self._from: tuple[torch.Tensor, Contexts] | None = None
         self._first: dict[int, Fixed] = {}
 
@@ -73,7 +74,7 @@ class Fixed:
     def load_tensor(self, tensor: torch.Tensor, step: Contexts) -> None:
         """Copy the step's tensor to the fixed place, unless it is there already."""
         there = self._from is not None and self._from[0] is tensor and self._from[1] is step
-        if there or tensor.data_ptr() == self._pointer:
+        if there or tensor.data_ptr() == self.pointer:
             return
         self.tensor.copy_(tensor)
         self._from = tensor, step
@@ -96,6 +97,19 @@ class Program:
         self._calls = (KernelCall * len(calls))(*calls)
         self._inputs = tuple(inputs)
         self._result = result
+
+    @classmethod
+    def joined(cls, programs: Sequence[Program]) -> Program | None:
+        """Return a program that makes the calls of all, each of which reads the result of the one before as its
+        first tensor, and besides what the first program reads. None if they read other places."""
+        first, last = programs[0], programs[-1]
+        places = {number: fixed.pointer for number, fixed in first._inputs}
+        for before, program in pairwise(programs):
+            own = {number: fixed.pointer for number, fixed in program._inputs}
+            if own.pop(0, None) != before._result.data_ptr() or own.items() - places.items():
+                return None
+        calls = [call for program in programs for call in program._calls]
+        return cls(first._kernels, calls, first._inputs, last._result)
 
     def first_rows(self, count: int) -> Program:
         """Return the same calls for the first `count` rows alone. Nothing is computed."""

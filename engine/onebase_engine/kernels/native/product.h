@@ -250,8 +250,7 @@ typedef uint32_t turned; /* two terms of one output */
 typedef float turned; /* one term of one output */
 #endif
 
-/* Terms that are unpacked at once, into the nearest cache: where a row of them is longer than two of its lines, memory is
- * read faster. */
+/* Terms that are unpacked at once, into the nearest cache. Fewer would have memory read less of a row at a time. */
 #define CHUNK 128
 
 /* Rows and panels that are multiplied at once: their sums stay in registers. */
@@ -266,7 +265,8 @@ typedef float turned; /* one term of one output */
 
 /* `size` bytes of each of a panel's 16 outputs, `stride` apart: where they lie, or in the room with the last one again
  * and again if not all are `there`. */
-static inline const uint8_t *all_rows(const uint8_t *from, int64_t *stride, int64_t size, int64_t there, uint8_t *room) {
+static inline const uint8_t *all_rows(const uint8_t *from, int64_t *stride, int64_t size, int64_t there,
+                                      uint8_t *room) {
   if (there == LANES) return from;
   for (int64_t row = 0; row < LANES; row++) memcpy(room + row * size, from + least(row, there - 1) * *stride, size);
   *stride = size;
@@ -475,7 +475,8 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
         const uint8_t *own = from + (8 * half + w) * stride;
         __m256i packed = two_rows(own, own + 4 * stride), low = tables[half][w][0], high = tables[half][w][1];
         /* Of each byte the high four bits are the first term of a pair. */
-        __m256i ones = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibbles), twos = _mm256_and_si256(packed, nibbles);
+        __m256i ones = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibbles);
+        __m256i twos = _mm256_and_si256(packed, nibbles);
         __m256i one_low = _mm256_shuffle_epi8(low, ones), one_high = _mm256_shuffle_epi8(high, ones);
         __m256i two_low = _mm256_shuffle_epi8(low, twos), two_high = _mm256_shuffle_epi8(high, twos);
         __m256i one = _mm256_unpacklo_epi8(one_low, one_high), two = _mm256_unpacklo_epi8(two_low, two_high);
@@ -534,7 +535,8 @@ static inline __attribute__((always_inline)) void add_some(const bf16 *x, int64_
                                                            int64_t panel_size, float *sums) {
   const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
   __m256 own[2 * ROWS_AT_ONCE];
-  for (int i = 0; i < 2 * rows * panels; i++) own[i] = _mm256_loadu_ps(sums + i / 2 / rows * panel_size + i % (2 * rows) * 8);
+  for (int i = 0; i < 2 * rows * panels; i++)
+    own[i] = _mm256_loadu_ps(sums + i / 2 / rows * panel_size + i % (2 * rows) * 8);
   for (int64_t k = 0; k < count; k += 2, weights += 2 * LANES)
     for (int i = 0; i < rows * panels; i++) {
       const turned *from = weights + i / rows * CHUNK * LANES;
@@ -548,7 +550,8 @@ static inline __attribute__((always_inline)) void add_some(const bf16 *x, int64_
         own[2 * i + half] = _mm256_fmadd_ps(second, _mm256_load_ps(from + LANES + 8 * half), sum);
       }
     }
-  for (int i = 0; i < 2 * rows * panels; i++) _mm256_storeu_ps(sums + i / 2 / rows * panel_size + i % (2 * rows) * 8, own[i]);
+  for (int i = 0; i < 2 * rows * panels; i++)
+    _mm256_storeu_ps(sums + i / 2 / rows * panel_size + i % (2 * rows) * 8, own[i]);
 }
 
 static inline __attribute__((always_inline)) void add_products(const bf16 *x, int64_t in, const turned *weights,
