@@ -297,7 +297,7 @@ class RecordedLayer:
         self._chained: dict[int, Program | None] = {}
         """Programs of the chain, by number of rows."""
         self._ran: tuple[torch.Tensor, ...] | None = None
-        """What the other layers of the chain must be given in this pass; None if each computes by itself."""
+        """Tensors that the chain's other layers must be given in this pass; None if each computes alone."""
 
     @property
     def switch(self) -> _Switch:
@@ -348,8 +348,8 @@ class RecordedLayer:
         """Return the chain's result as that of one of its layers, which this one has computed.
 
         Raises:
-            RuntimeError: the layer is given something else than in the pass by which the chain was found. Each
-                layer computes by itself from then on.
+            RuntimeError: the layer is given something else than in the pass by which the chain was found.
+                From then on, each layer computes alone.
         """
         ran = self._ran
         if ran is None or len(ran) != len(given) or any(a is not b for a, b in zip(ran, given, strict=True)):

@@ -100,8 +100,8 @@ class Program:
 
     @classmethod
     def joined(cls, programs: Sequence[Program]) -> Program | None:
-        """Return a program that makes the calls of all, each of which reads the result of the one before as its
-        first tensor, and besides what the first program reads. None if they read other places."""
+        """Return a program that makes the calls of all. Each must read the result of the one before as its
+        first tensor, and otherwise what the first program reads; None if they read other places."""
         first, last = programs[0], programs[-1]
         places = {number: fixed.pointer for number, fixed in first._inputs}
         for before, program in pairwise(programs):
