@@ -127,8 +127,8 @@ def _clamped(
     ratio: torch.Tensor, inputs: Mapping[str, torch.Tensor], config: Mapping[str, float]
 ) -> torch.Tensor:
     """Clip ratios to the thresholds of each token, where the row gives them, or to those of the settings."""
-    low, high = (inputs.get(name, torch.tensor(config[name]).to(ratio)) for name in _CLIPS)
-    return torch.maximum(torch.minimum(ratio, high), low)
+    low, high = (inputs.get(name, ratio.new_tensor(config[name])) for name in _CLIPS)
+    return torch.minimum(torch.maximum(ratio, low), high)
 
 
 def _clips(low: float, high: float) -> dict[str, float]:
