@@ -88,6 +88,8 @@ class Registry:
         self.takeovers = Takeovers(self._database, base_id)
         """Jobs that move to another server."""
         self.batches = BatchRecords(self._database, base_id)
+        self.live = LiveRecords(self._database, base_id)
+        """Sessions, samplers and promised samples of live training."""
         self.proofs = ProofRecords(self._database, base_id)
         """Claims of servers to prove versions, and proofs by kernels."""
         self.keys = ApiKeys(self._database)
