@@ -52,6 +52,7 @@ _ARRIVALS: Mapping[str, AuditAction] = {
     "hub": "adapter.pulled",
     "folder": "adapter.loaded",
     "training": "adapter.trained",
+    "live": "adapter.trained",
     "merge": "adapter.merged",
 }
 """Actions in the audit log, by the kind of a version's source."""

@@ -10,9 +10,10 @@ from typing import Any
 from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
+from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import Database, plain, plain_json
 from onebase_adapters.registry.errors import UnknownLiveError
-from onebase_adapters.registry.records import record_of
+from onebase_adapters.registry.records import AuditAction, record_of
 from onebase_adapters.registry.tables import LiveSampleRow, LiveSamplerRow, LiveSessionRow
 
 _MANY = 500
@@ -107,6 +108,11 @@ class LiveRecords:
         )
         with self._database.read() as reading:
             return set(reading.scalars(query))
+
+    def note_run(self, action: AuditAction, tenant: str, run: str, details: Mapping[str, Any]) -> None:
+        """Add an entry about a run to the audit log."""
+        with self._database.write_uncounted() as writing:
+            audit.note(writing, action, tenant, run, base_id=self._base_id, details=details)
 
     def add_sampler(self, sampler: LiveSampler, server: str) -> LiveSampler:
         """Add a sampler, and return it; or return the one that has its id. Raises UnknownLiveError if that is
