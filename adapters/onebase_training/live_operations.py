@@ -87,8 +87,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it.
 
-    digest: SHA-256 of the two PEFT files: equal weights have equal digests. step: optimizer steps done. bytes:
-    size of the folder. created, expires: Unix seconds.
+    digest: SHA-256 of the two PEFT files: equal weights have equal digests. step: optimizer steps done.
+    bytes: size of the folder. created, expires: Unix seconds.
     """
 
     name: str

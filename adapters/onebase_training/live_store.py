@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -37,7 +37,13 @@ _KINDS: tuple[Kind, ...] = ("weights", "sampler")
 _encode = msgspec.msgpack.Encoder().encode
 _operations: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
 _results: msgspec.msgpack.Decoder[Result] = msgspec.msgpack.Decoder(Result)
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
+
+
+class Decoder(Protocol[T]):
+    """Decoder of msgspec for one type."""
+
+    def decode(self, content: bytes, /) -> T: ...
 
 
 class UnknownModelError(KeyError):
@@ -63,8 +69,8 @@ class ModelRefusedError(ValueError):
 
 
 class Made(msgspec.Struct, frozen=True, kw_only=True):
-    """What the trainer made of a spec. `refused`: reason why it made nothing, or "". `parameters`: trained
-    numbers."""
+    """Outcome of a spec. `refused`: reason why the trainer made no model, or "". `parameters`: number of
+    trained parameters."""
 
     refused: str = ""
     targets: list[str] = []
@@ -310,7 +316,7 @@ def _write(path: Path, content: bytes) -> None:
     replace_synced(work, path)
 
 
-def _read(path: Path, decoder: Any) -> Any:
+def _read(path: Path, decoder: Decoder[T]) -> T | None:
     try:
         return decoder.decode(path.read_bytes())
     except FileNotFoundError:
