@@ -280,8 +280,8 @@ class LiveNotFoundError(ApiError):
 
     def __init__(self, kind: str, name: str, param: str) -> None:
         super().__init__(
-            f"{param}: there is no {kind} {name[:120]!r} here. It belongs to another tenant or another server, "
-            "or is gone.",
+            f"{param}: there is no {kind} {name[:120]!r} here. It belongs to another tenant or another "
+            "server, or is gone.",
             code=self.codes[kind],
             param=param,
         )

@@ -117,7 +117,7 @@ class SamplerAnswer(Sparse, frozen=True):
 
 
 class WeightsInfoAnswer(Sparse, frozen=True, kw_only=True):
-    """What a client must know of a checkpoint to go on from it."""
+    """Facts about a checkpoint that a client needs to continue from it."""
 
     base_model: str
     is_lora: bool
@@ -187,3 +187,15 @@ class SessionsAnswer(Sparse, frozen=True):
 
 class NothingAnswer(Sparse, frozen=True):
     """An empty object."""
+
+
+class FutureResult(Sparse, frozen=True):
+    """A result that is sent as JSON, with the fields of its kind; or `error`, with its `category`."""
+
+    type: str | None = None
+    model_id: str | None = None
+    path: str | None = None
+    sampling_session_id: str | None = None
+    metrics: dict[str, float] | None = None
+    error: str | None = None
+    category: Literal["user", "server", "unknown"] | None = None

@@ -17,6 +17,7 @@ from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords, check_owner
 from onebase_adapters.registry.keys import ApiKeys
+from onebase_adapters.registry.live import LiveRecords
 from onebase_adapters.registry.proofs import ProofRecords
 from onebase_adapters.registry.quotas import Tenants, check_adapters, check_bytes
 from onebase_adapters.registry.records import (

@@ -101,11 +101,10 @@ class LiveRecords:
             if finished:
                 row.finished_at = now
 
-    def open_sessions(self, since: float) -> set[str]:
-        """Return the ids of unfinished sessions whose clients were seen since then."""
-        query = select(LiveSessionRow.id).where(
-            LiveSessionRow.finished_at.is_(None), LiveSessionRow.seen_at >= since
-        )
+    def open_sessions(self, seen: float, finished: float) -> set[str]:
+        """Return the ids of sessions that were seen since then and did not finish before that time."""
+        is_open = or_(LiveSessionRow.finished_at.is_(None), LiveSessionRow.finished_at >= finished)
+        query = select(LiveSessionRow.id).where(LiveSessionRow.seen_at >= seen, is_open)
         with self._database.read() as reading:
             return set(reading.scalars(query))
 

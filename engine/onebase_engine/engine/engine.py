@@ -1112,6 +1112,6 @@ def check_scores(request: protocol.Submit) -> None:
         raise NeverFitsError(
             "prompt_logprobs_too_large",
             "logprobs",
-            f"prompt logprobs with {top} alternatives are limited to {max(0, most)} tokens, and this prompt has "
-            f"{len(request.prompt)}; lower logprobs or shorten the prompt",
+            f"prompt logprobs with {top} alternatives are limited to {max(0, most)} tokens, and this prompt "
+            f"has {len(request.prompt)}; lower logprobs or shorten the prompt",
         )

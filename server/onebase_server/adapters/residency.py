@@ -332,7 +332,9 @@ class Residency:
         """Unload versions that nobody can ask for any more, each when its last request has ended. Live ones
         stay until `forget`."""
         self._unwanted = {
-            digest for digest, entry in self._entries.items() if entry.packed.path is None and not wanted(digest)
+            digest
+            for digest, entry in self._entries.items()
+            if entry.packed.path is None and not wanted(digest)
         }
         for digest in list(self._unwanted):
             self._unload_if_unwanted(self._entries[digest])

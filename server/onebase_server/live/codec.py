@@ -10,9 +10,9 @@ import importlib.util
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -110,8 +110,8 @@ def _datum(wire: Any, index: int, message: Any) -> Datum:
         kind = chunk.WhichOneof("chunk")
         if kind != "encoded_text" or len(chunk.encoded_text.tokens) % 4:
             raise RefusedOperationError(
-                f"{place}.model_input: {kind or 'an empty chunk'} is not served, for this server's bases read "
-                "text alone. Send encoded_text."
+                f"{place}.model_input: {kind or 'an empty chunk'} is not served, for this server's bases "
+                "read text alone. Send encoded_text."
             )
         tokens.append(chunk.encoded_text.tokens)
     inputs = {
@@ -122,7 +122,7 @@ def _datum(wire: Any, index: int, message: Any) -> Datum:
 
 
 def _tensor(wire: Any, place: str, message: Any) -> Tensor:
-    kinds = {wire.DTYPE_FLOAT32: "float32", wire.DTYPE_INT64: "int64"}
+    kinds: dict[int, Literal["float32", "int64"]] = {wire.DTYPE_FLOAT32: "float32", wire.DTYPE_INT64: "int64"}
     kind, shape = kinds.get(message.dtype), tuple(message.shape)
     if kind is None:
         raise RefusedOperationError(f"{place}: its dtype is not served. Send float32 or int64.")
@@ -149,7 +149,7 @@ def dense_cells(place: str, shape: Sequence[int], crow: Sequence[int], columns: 
     Raises RefusedOperationError.
     """
     fits = len(shape) == 2 and min(shape) >= 0 and len(crow) == shape[0] + 1 and crow[0] == 0
-    fits = fits and crow[-1] == len(columns) and all(a <= b for a, b in zip(crow, crow[1:], strict=False))
+    fits = fits and crow[-1] == len(columns) and all(a <= b for a, b in pairwise(crow))
     if not fits or not all(0 <= column < shape[1] for column in columns):
         raise RefusedOperationError(f"{place}: its rows and columns do not fit its shape {list(shape)}.")
     return [
@@ -243,7 +243,8 @@ def write_sample(result: SampleResult) -> bytes:
 
 
 def _write_top(message: Any, rows: Sequence[Sequence[tuple[int, float]]], width: int) -> None:
-    tokens, logprobs = array(_INTS), array(_FLOATS)
+    tokens: array[int] = array(_INTS)
+    logprobs: array[float] = array(_FLOATS)
     for row in rows:
         missing = width - len(row)
         tokens.extend([token for token, _ in row] + [0] * missing)

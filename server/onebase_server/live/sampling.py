@@ -87,7 +87,7 @@ class Targets(msgspec.Struct, frozen=True):
 
 
 class SampleOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sample is drawn from and how. It says all, so that it may be drawn again to the same bits.
+    """Prompt and settings of a sample, which may be drawn again to the same bits.
 
     stops: texts that end a sequence; stop_tokens: tokens that do, besides the base's own unless `ignore_eos`.
     top, prompt_top: most likely tokens at each place. last_n: prompt tokens that are scored; None: all.
@@ -360,8 +360,8 @@ class Samples:
         room = base.max_length - length
         if order.max_tokens is not None and order.max_tokens > room:
             raise InvalidRequestError(
-                f"sampling_params.max_tokens: {order.max_tokens} tokens after a prompt of {length} are more than "
-                f"the base's {base.max_length}. Ask for {room} or fewer.",
+                f"sampling_params.max_tokens: {order.max_tokens} tokens after a prompt of {length} are more "
+                f"than the base's {base.max_length}. Ask for {room} or fewer.",
                 param="sampling_params.max_tokens",
                 code="context_length_exceeded",
             )

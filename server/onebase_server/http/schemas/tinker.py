@@ -42,7 +42,7 @@ class ClientConfigRequest(Message):
 class CreateSessionRequest(Message):
     """Body of POST /api/v1/create_session."""
 
-    tags: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100)] = []
+    tags: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100, default_factory=list)]
     user_metadata: UserMetadata | None = None
     sdk_version: Annotated[str, Field(max_length=100)] = ""
     display_name: Annotated[str, Field(max_length=500)] | None = None
@@ -143,6 +143,14 @@ class SaveWeightsRequest(Message):
     user_metadata: UserMetadata | None = None
 
 
+class SaveExternalRequest(Message):
+    """Body of POST /api/v1/save_weights_external."""
+
+    ignored: ClassVar = frozenset({"type", "path", "ttl_seconds", "age_encryption_recipients"})
+    model_id: LiveId
+    seq_id: SequenceNumber
+
+
 class SaveForSamplerRequest(Message):
     """Body of POST /api/v1/save_weights_for_sampler: a name, or the number of a sampling session."""
 
@@ -221,10 +229,10 @@ class InputChunk(Tolerant):
 
     type: str = "encoded_text"
     tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)] | None = None
-    neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = {
-        name: () for name in ("data", "format", "expected_tokens", "location", "dmel", "override_dimensions")
-    }
-    reasons: ClassVar = {name: "this server's bases read text alone. Send encoded_text" for name in neutral}
+    neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = dict.fromkeys(
+        ("data", "format", "expected_tokens", "location", "dmel", "override_dimensions"), ()
+    )
+    reasons: ClassVar = dict.fromkeys(neutral, "this server's bases read text alone. Send encoded_text")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -240,7 +248,7 @@ class ModelInput(Tolerant):
 
 
 class SamplingSettings(Tolerant):
-    """How a sample is drawn."""
+    """Settings by which a sample is drawn."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int | None = None
