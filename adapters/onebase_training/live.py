@@ -389,8 +389,8 @@ class LiveModels:
     Args:
         base: as `load_base` or `attach` returns it.
         gate: passed between any two layers; it may raise Interrupted, and nothing is lost by that.
-        on_begin, on_done: called with the model's id and the number of the operation; for a model that was
-            made, or refused, `on_done` gets the number 0.
+        on_done: called with the model's id and the number of an operation that has its result; for a model
+            that was made, or refused, with 0.
     """
 
     def __init__(
@@ -400,12 +400,11 @@ class LiveModels:
         gate: Gate,
         name: BaseName,
         *,
-        on_begin: Callable[[str, int], None] = lambda model_id, seq_id: None,
         on_done: Callable[[str, int], None] = lambda model_id, seq_id: None,
         point_seconds: float = POINT_SECONDS,
     ) -> None:
         self._base, self._store, self._gate, self._name = base, store, gate, name
-        self._on_begin, self._on_done = on_begin, on_done
+        self._on_done = on_done
         self._point_seconds = point_seconds
         self._models: dict[str, LiveModel] = {}
         self._since_point: dict[str, float] = {}
@@ -447,6 +446,13 @@ class LiveModels:
                 self._models.pop(model_id, None)
         return False
 
+    def write_points(self) -> None:
+        """Write all models to the disk, so that nothing has to be done over. Raises OSError."""
+        for model_id, model in self._models.items():
+            if self._since_point[model_id] and self._store.is_live(model_id):
+                last = self._store.last_result(model_id)
+                self._write_point(model, last, self._store.result(model_id, last))
+
     def _do_next_of(self, model_id: str) -> bool:
         if not self._store.is_live(model_id):
             return False
@@ -456,7 +462,7 @@ class LiveModels:
         operation = self._store.operation(model_id, seq_id)
         if operation is None:
             return False
-        self._on_begin(model_id, seq_id)
+        self._store.write_begun(model_id, seq_id)
         began = time.monotonic()
         model = self._models[model_id]
         result = self._done(model, seq_id, operation)
@@ -546,13 +552,12 @@ class LiveModels:
             operation, kept = self._store.operation(model_id, seq_id), self._store.result(model_id, seq_id)
             if operation is None or _leaves_state(operation) or isinstance(kept, Refused):
                 continue
-            self._on_begin(model_id, seq_id)
             again = self._done(model, seq_id, operation)
             if isinstance(again, Refused):
                 raise RuntimeError(f"operation {seq_id} of {model_id} cannot be done over: {again.message}")
             if isinstance(again, Stepped) and isinstance(kept, Stepped) and again != kept:
                 logger.warning("operation %d of %s came out otherwise than before", seq_id, model_id)
-        self._since_point[model_id] = time.monotonic() - began
+        self._since_point[model_id] = time.monotonic() - began if last > point else 0.0
 
     def _write_point(self, model: LiveModel, seq_id: int, result: Result | None) -> None:
         """Write the model's state after an operation, with its result: either both survive, or none."""

@@ -34,7 +34,7 @@ RESULTS_KEPT = 1024
 CHECKPOINT, RESULT = "checkpoint.json", "result"
 PACKED = "packed.safetensors"
 """File of a checkpoint that the engine loads."""
-_SPEC, _REMOVED, _MADE = "model.json", "removed.json", "made.json"
+_SPEC, _REMOVED, _MADE, _BEGUN = "model.json", "removed.json", "made.json", ".begun"
 _KINDS: tuple[Kind, ...] = ("weights", "sampler")
 _encode = msgspec.msgpack.Encoder().encode
 _operations: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
@@ -199,6 +199,18 @@ class LiveStore:
         _write(self._path(model_id, "results", seq_id), _encode(result))
         with suppress(FileNotFoundError):
             self._path(model_id, "results", seq_id - RESULTS_KEPT).unlink()
+
+    def write_begun(self, model_id: str, seq_id: int) -> None:
+        """Record the operation that is being done now, for whoever finds that its process has died."""
+        (self.root / _BEGUN).write_text(f"{model_id} {seq_id}")
+
+    def died_of(self) -> tuple[str, int] | None:
+        """Return the operation that was begun last, if it has no result."""
+        with suppress(FileNotFoundError, ValueError, UnknownModelError):
+            model_id, seq_id = (self.root / _BEGUN).read_text().split()
+            if self.is_live(model_id) and self.last_result(model_id) < int(seq_id):
+                return model_id, int(seq_id)
+        return None
 
     def next_seq(self, model_id: str) -> int:
         """Return the number of the next operation to be done."""

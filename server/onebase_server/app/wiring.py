@@ -43,6 +43,7 @@ from onebase_server.jobs.service import JobService
 from onebase_server.live.sampling import Samples
 from onebase_server.live.service import LiveTraining
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
+from onebase_server.processes.live_client import LIVE_COMMAND, LiveSettings, LiveTrainer
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
@@ -61,6 +62,7 @@ from onebase_server.tenancy.pacing import RequestPacer
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter
 from onebase_server.tenancy.usage import TenantUsageRecorder
+from onebase_training.live_store import LiveStore
 
 RECORD_THREADS = 4
 KEY_THREADS = 2
@@ -77,6 +79,7 @@ class Commands:
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
+    live: Sequence[str] = LIVE_COMMAND
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
     """Limits of the engine's restarts."""
 
@@ -160,10 +163,22 @@ def assemble(
     hub = HubAdapters(adapters, pulls)
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
+    live = LiveTrainer(
+        LiveStore(Path(settings.data_dir).expanduser().absolute() / "live"),
+        threads.disk,
+        LiveSettings(
+            base.name,
+            base.revision,
+            share=settings.train_share,
+            memory=settings.train_memory // max(1, settings.train_jobs),
+            busy_fd=busy.fd,
+            command=commands.live,
+        ),
+    )
     supervisor.listen(
         EngineListeners(
             versions=residency,
-            base=(training.scheduler, parts.verifier),
+            base=(training.scheduler, live, parts.verifier),
             prepare=Preparation(adapters, folders, residency).prepare_adapters,
         )
     )
@@ -180,7 +195,7 @@ def assemble(
     batches = _batches(settings, storage, training, keys, limiter, supervisor)
     measured, answers = RequestMeasurements(), Counter[tuple[str, int]]()
     live_training = LiveTraining(
-        None,
+        live if settings.train_jobs else None,
         storage.registry.live,
         threads.records,
         training.folders.server,
@@ -237,6 +252,7 @@ def assemble(
         views=AdapterViews(adapters, hub, residency, _reference(base, settings)),
         verifier=parts.verifier,
         training=training,
+        live=live,
         live_training=live_training,
         samples=samples,
         batches=batches,

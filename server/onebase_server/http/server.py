@@ -50,6 +50,7 @@ async def run_server(
             shutdown.push_async_callback(_cancel, task)
         shutdown.push_async_callback(services.supervisor.stop)
         shutdown.push_async_callback(services.training.scheduler.stop)
+        shutdown.push_async_callback(services.live.stop)
         shutdown.push_async_callback(services.batches.runner.stop)
         shutdown.push_async_callback(services.samples.stop)
         shutdown.push_async_callback(services.live_training.stop)
