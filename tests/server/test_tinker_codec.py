@@ -36,7 +36,8 @@ def test_a_pass_arrives_as_the_client_meant_it() -> None:
     body = body_of(
         datum(
             1, 2, 3,
-            target_tokens=tinker.TensorData.from_numpy(targets), weights=tinker.TensorData.from_numpy(weights),
+            target_tokens=tinker.TensorData.from_numpy(targets),
+            weights=tinker.TensorData.from_numpy(weights),
         ),
         clip_low_threshold=0.8, mode="strict",
     )  # fmt: skip

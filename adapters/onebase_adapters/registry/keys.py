@@ -164,7 +164,7 @@ def id_of(key: str) -> str | None:
 
 
 def is_key_of(key: str, record: ApiKeyRecord | None) -> bool:
-    """Return True if `key` is that of this record, in the same time for a wrong secret and for no record."""
+    """Return True if `key` is that of this record, in equal time for a wrong secret and for no record."""
     return hmac.compare_digest(
         _sha256(key.removeprefix(_PREFIX)), _NOBODY if record is None else record.sha256
     )

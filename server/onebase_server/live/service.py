@@ -36,6 +36,7 @@ from onebase_server.adapters.catalog import AdapterChoice, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
+from onebase_server.processes.live_client import LiveTrainer
 from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.usage import TenantUsageRecorder
@@ -87,20 +88,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class Trainer(Protocol):
-    """The process that trains, as far as requests concern it."""
-
-    store: LiveStore
-
-    async def create(self, spec: ModelSpec) -> None: ...
-    async def created(self, model_id: str, timeout: float) -> bool: ...
-    async def submit(self, model_id: str, seq_id: int, operation: Operation) -> None: ...
-    async def wait(self, model_id: str, seq_id: int, timeout: float) -> Result | None: ...
-    def expired(self, model_id: str, seq_id: int) -> bool: ...
-    def queue_state(self) -> str: ...
-    async def remove(self, model_id: str, keep_checkpoints: bool = True) -> None: ...
-
-
 @dataclass(frozen=True)
 class Place:
     """A checkpoint as a path names it."""
@@ -149,7 +136,7 @@ class LiveTraining:
 
     def __init__(
         self,
-        trainer: Trainer | None,
+        trainer: LiveTrainer | None,
         records: LiveRecords,
         threads: Threads,
         server: str,
@@ -315,7 +302,7 @@ class LiveTraining:
     async def end_run(self, caller: Caller, run: str) -> None:
         """End a run; its named checkpoints stay."""
         spec = await self.run(caller, run)
-        await self._training().remove(run)
+        await self._training().unload(run)
         await self._note("run.ended", spec.owner, run, {})
 
     async def submit(self, caller: Caller, run: str, number: int, operation: Operation) -> str:
@@ -379,7 +366,7 @@ class LiveTraining:
         if seq_id == 0:
             return spec, await self._created(spec, seconds)
         found = await trainer.wait(run, seq_id, seconds)
-        if found is None and trainer.expired(run, seq_id):
+        if found is None and await trainer.expired(run, seq_id):
             raise ResultGoneError(request_id)
         if isinstance(found, Computed):
             self._charge(spec, seq_id, found)
@@ -508,7 +495,7 @@ class LiveTraining:
         """Prove a checkpoint as a version of an adapter once it is saved."""
         trainer = self._training()
         while (result := await trainer.wait(run, number, 600.0)) is None:
-            if trainer.expired(run, number):
+            if await trainer.expired(run, number):
                 return
         if isinstance(result, Saved):
             await self._prove(tenant, result.checkpoint)
@@ -561,7 +548,7 @@ class LiveTraining:
         )
         for spec in await self._disk(store.models):
             if spec.session not in open_sessions:
-                await self._training().remove(spec.id)
+                await self._training().unload(spec.id)
                 await self._note("run.ended", spec.owner, spec.id, {})
         for spec in await self._disk(store.runs):
             steps = [one for one in await self._disk(store.checkpoints, spec.id) if Place.of(one).is_of_step]
@@ -594,7 +581,7 @@ class LiveTraining:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _training(self) -> Trainer:
+    def _training(self) -> LiveTrainer:
         if self._trainer is None:
             raise InvalidRequestError(
                 "This server does not train (--train-jobs 0). Its operator allows it.", code="training_off"
