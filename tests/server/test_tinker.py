@@ -309,10 +309,10 @@ def test_a_policy_learns_from_reward_alone(client: tinker.ServiceClient) -> None
     """What rl_loop does: groups of samples, advantages, importance sampling."""
     training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=8, seed=1).result()
     prompt, rewards = types.ModelInput.from_ints(PROMPT), []
-    for step in range(6):
+    for step in range(8):
         sampler = training.save_weights_and_get_sampling_client().result()
-        drawn = sampler.sample(prompt, 16, params(6, stop=[], seed=step)).result().sequences
-        gained = [float(np.mean([token < 25_000 for token in one.tokens])) for one in drawn]
+        drawn = sampler.sample(prompt, 16, params(6, stop=[], seed=step, top_k=8)).result().sequences
+        gained = [float(np.mean([token % 2 == 0 for token in one.tokens])) for one in drawn]
         rewards.append(float(np.mean(gained)))
         data = []
         for one, reward in zip(drawn, gained, strict=True):
@@ -322,7 +322,7 @@ def test_a_policy_learns_from_reward_alone(client: tinker.ServiceClient) -> None
             data.append(row([*PROMPT, *one.tokens], logprobs=logprobs, advantages=advantages))
         training.forward_backward(data, "importance_sampling")
         training.optim_step(types.AdamParams(learning_rate=2e-2)).result()
-    assert rewards[-1] > rewards[0] + 0.1
+    assert rewards[-1] > rewards[0] + 0.2
 
 
 def test_a_custom_loss_runs_as_weights(client: tinker.ServiceClient) -> None:
@@ -339,8 +339,7 @@ def test_a_custom_loss_runs_as_weights(client: tinker.ServiceClient) -> None:
         stepped = training.optim_step(types.AdamParams(learning_rate=1e-2))
         margins.append(passed.result().metrics["margin"])
         stepped.result()
-    assert margins == sorted(margins)
-    assert margins[-1] > margins[0]
+    assert margins[-1] > margins[0] + 0.5
 
 
 def test_a_checkpoint_continues_a_run_and_becomes_a_version(
