@@ -25,8 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from onebase_adapters.proof.extract import extract
 from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_engine.base.load import longest_row
+from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.machine import is_out_of_memory
 from onebase_training.batches import Packed, first_fit
 from onebase_training.checkpoint import CONFIG, WEIGHTS, save_peft
@@ -53,6 +55,7 @@ from onebase_training.live_operations import (
 )
 from onebase_training.live_store import (
     CHECKPOINT,
+    PACKED,
     RESULT,
     LiveStore,
     Made,
@@ -257,6 +260,7 @@ class LiveModel:
             (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
             if kept:
                 save_file(self._moments(), work / _OPTIMIZER)
+            packed, packed_bytes = self._write_packed(work / PACKED)
             checkpoint = Checkpoint(
                 name=operation.name,
                 kind=operation.kind,
@@ -275,9 +279,18 @@ class LiveModel:
                 optimizer=kept,
                 created=now,
                 expires=None if operation.ttl_seconds is None else now + operation.ttl_seconds,
+                packed=packed,
+                packed_bytes=packed_bytes,
+                metadata=operation.metadata,
             )
             (work / CHECKPOINT).write_bytes(msgspec.json.encode(checkpoint))
         return checkpoint
+
+    def _write_packed(self, path: Path) -> tuple[str, int]:
+        """Write the weights as the engine loads them. Return the file's SHA-256 and size. Raises OSError."""
+        write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id="")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
 
     def load(self, start: Load | Start) -> Checkpoint:
         """Become a checkpoint, and without its optimizer begin a new one; gradients are dropped.

@@ -88,7 +88,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it.
 
     digest: SHA-256 of the two PEFT files: equal weights have equal digests. step: optimizer steps done.
-    bytes: size of the folder. created, expires: Unix seconds.
+    bytes: size of the folder. created, expires: Unix seconds. packed, packed_bytes: SHA-256 and size of
+    `packed.safetensors`, which the engine loads. metadata: as it was saved with.
     """
 
     name: str
@@ -108,6 +109,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: bool
     created: float
     expires: float | None = None
+    packed: str = ""
+    packed_bytes: int = 0
+    metadata: dict[str, str] | None = None
 
 
 # ---- operations ------------------------------------------------------------------------------
@@ -140,6 +144,7 @@ class Save(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     kind: Kind
     ttl_seconds: float | None = None
     overwrite: bool = False
+    metadata: dict[str, str] | None = None
 
 
 class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -32,6 +32,8 @@ from onebase_training.live_operations import (
 RESULTS_KEPT = 1024
 """Number of a model's newest results that can be asked for."""
 CHECKPOINT, RESULT = "checkpoint.json", "result"
+PACKED = "packed.safetensors"
+"""File of a checkpoint that the engine loads."""
 _SPEC, _REMOVED, _MADE, _BEGUN = "model.json", "removed.json", "made.json", ".begun"
 _KINDS: tuple[Kind, ...] = ("weights", "sampler")
 _encode = msgspec.msgpack.Encoder().encode

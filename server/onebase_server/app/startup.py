@@ -179,7 +179,7 @@ class _Server:
                 ("reading the load", services.load.keep_reading),
                 ("renewing the lease", partial(training.peers.keep, training.scheduler)),
                 ("sharing quotas", services.sharing.keep),
-                ("deleting expired checkpoints", services.live.keep_tidy),
+                ("tidying live training", partial(services.live_training.keep_tidy, services.samples)),
             )
         ]
         async with (

@@ -28,6 +28,7 @@ from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
 from onebase_server.http.deps import READ_THREADS, Services, Training
 from onebase_server.http.metrics import MetricsCollector
+from onebase_server.http.routes.generation import RequestUsageRecorder
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.inference.tokenization import BaseTokenizer, Tokenizers
 from onebase_server.jobs.checkpoints import CheckpointModels
@@ -39,6 +40,8 @@ from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
+from onebase_server.live.sampling import Samples
+from onebase_server.live.service import LiveTraining
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
 from onebase_server.processes.live_client import LIVE_COMMAND, LiveSettings, LiveTrainer
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
@@ -97,6 +100,7 @@ class _AdapterParts:
     verifier: VerifierClient
     activation: ActivationService
     service: AdapterService
+    files: PackedAdapterFiles
 
 
 class Preparation:
@@ -190,6 +194,33 @@ def assemble(
     sharing = QuotaSharing(training.peers, limiter, lambda: keys.has_quotas)
     batches = _batches(settings, storage, training, keys, limiter, supervisor)
     measured, answers = RequestMeasurements(), Counter[tuple[str, int]]()
+    live_training = LiveTraining(
+        live if settings.train_jobs else None,
+        storage.registry.live,
+        threads.records,
+        training.folders.server,
+        base_names=base.names,
+        tokenizer=base.repo or str(base.folder),
+        files=parts.files,
+        residency=residency,
+        library=adapters,
+        usage=usage,
+    )
+    reading = Threads("read", READ_THREADS)
+    samples = Samples(
+        storage.registry.live,
+        threads.records,
+        training.folders.server,
+        planner=planner,
+        supervisor=supervisor,
+        tokenizer=tokenizer,
+        reading=reading,
+        residency=residency,
+        keys=keys,
+        limiter=limiter,
+        choose=live_training.choose,
+        recorder=lambda reservation, request: RequestUsageRecorder(reservation, usage, measured, request),
+    )
     metrics = MetricsCollector(
         supervisor=supervisor,
         catalog=parts.catalog,
@@ -222,6 +253,8 @@ def assemble(
         verifier=parts.verifier,
         training=training,
         live=live,
+        live_training=live_training,
+        samples=samples,
         batches=batches,
         measured=measured,
         tracing=tracing,
@@ -229,7 +262,7 @@ def assemble(
         answers=answers,
         load=LoadRecorder(measured, answers, supervisor.client.total, lambda: supervisor.client.stats),
         pacer=RequestPacer(),
-        reading=Threads("read", READ_THREADS),
+        reading=reading,
     )
 
 
@@ -270,7 +303,7 @@ def _adapter_parts(
         link.send,
         settings.queue_limit,
         prove=proofs.for_kernels,
-        knows=catalog.knows,
+        knows=lambda use: files.is_live(use.digest) or catalog.knows(use),
     )
     activation = ActivationService(registry, store, catalog, residency, records, disk)
     service = AdapterService(
@@ -288,7 +321,7 @@ def _adapter_parts(
         signatures=signatures or SignaturePolicy(),
     )
     residency.subscribe(service.prove_again)
-    return _AdapterParts(catalog, residency, verifier, activation, service)
+    return _AdapterParts(catalog, residency, verifier, activation, service, files)
 
 
 def _reference(base: ResolvedBase, settings: Settings) -> BaseReference:

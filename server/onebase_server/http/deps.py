@@ -39,6 +39,8 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
+from onebase_server.live.sampling import Samples
+from onebase_server.live.service import LiveTraining
 from onebase_server.processes.live_client import LiveTrainer
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
@@ -142,6 +144,8 @@ class Services:
     verifier: VerifierClient
     training: Training
     live: LiveTrainer
+    live_training: LiveTraining
+    samples: Samples
     batches: BatchService
     measured: RequestMeasurements
     tracing: Tracing
