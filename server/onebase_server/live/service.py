@@ -299,12 +299,6 @@ class LiveTraining:
         specs = await self._disk(self._store().runs)
         return [spec for spec in reversed(specs) if spec.owner == caller.tenant]
 
-    async def end_run(self, caller: Caller, run: str) -> None:
-        """End a run; its named checkpoints stay."""
-        spec = await self.run(caller, run)
-        await self._training().unload(run)
-        await self._note("run.ended", spec.owner, run, {})
-
     async def submit(self, caller: Caller, run: str, number: int, operation: Operation) -> str:
         """Accept an operation of a run, and return its id: it is done in its turn, once. Raises
         InvalidRequestError."""
