@@ -34,6 +34,7 @@ from onebase_training.live_operations import (
     Datum,
     Load,
     ModelSpec,
+    Operation,
     OptimStep,
     Refuse,
     Refused,
@@ -244,7 +245,7 @@ def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
     base: torch.nn.Module, tmp_path: Path
 ) -> None:
     overflowing = text_row(4, weights=np.array([3e38, 3e38, 3e38, 3e38], "f4"))
-    refused = {
+    refused: dict[int, Operation] = {
         2: ask(text_row(4), policy_row(4), loss="ppo"),
         3: ask(overflowing),
         4: Refuse(message="images are not trained here"),
@@ -253,7 +254,12 @@ def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
         7: OptimStep(beta1=1.5),
         8: ask(),
     }
-    rest = {1: ask(text_row(6)), 9: STEP, 10: STEP, 11: Save(name="end", kind="sampler")}
+    rest: dict[int, Operation] = {
+        1: ask(text_row(6)),
+        9: STEP,
+        10: STEP,
+        11: Save(name="end", kind="sampler"),
+    }
     found = done(base, tmp_path / "a", dict(sorted((refused | rest).items())), LEARNING)
     assert [type(result) for result in found[1:8]] == [Refused] * 7
     assert [result.code for result in found[2:4]] == ["not_finite", "invalid_request"]
@@ -405,7 +411,7 @@ def test_a_process_cut_at_each_write_continues_with_the_same_bits(
 
 
 def test_points_cover_what_is_done_and_its_operations_go(base: torch.nn.Module, tmp_path: Path) -> None:
-    operations = {1: ask(text_row(6)), 2: STEP, 3: ask(text_row(6)), 4: STEP}
+    operations: dict[int, Operation] = {1: ask(text_row(6)), 2: STEP, 3: ask(text_row(6)), 4: STEP}
     store = LiveStore(tmp_path)
     store.create(LEARNING)
     for seq_id, operation in operations.items():
