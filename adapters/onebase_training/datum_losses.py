@@ -55,6 +55,11 @@ class Loss:
     wide: bool = False
     """Whether it takes K targets a position."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether it compares the learner's logprobs with the sampler's."""
+        return "logprobs" in self.required
+
     def settings(self, given: Config) -> dict[str, float]:
         """Return the settings with defaults. Raises RefusedError."""
         found = dict(self.config)

@@ -32,7 +32,7 @@ from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.machine import is_out_of_memory
 from onebase_training.batches import Packed, first_fit
 from onebase_training.checkpoint import CONFIG, WEIGHTS, save_peft
-from onebase_training.datum_losses import Row, check_row, find_loss, target_logprobs
+from onebase_training.datum_losses import Loss, Row, check_row, find_loss, target_logprobs
 from onebase_training.events import Gate
 from onebase_training.live_operations import (
     Checkpoint,
@@ -64,6 +64,7 @@ from onebase_training.live_store import (
     read_checkpoint,
 )
 from onebase_training.recipe import HIGHEST_RANK, Recipe, RecipeError
+from onebase_training.replies import Scorer
 from onebase_training.trainable import ADAPTER, Trainable, head_name, target_parameters
 
 MICRO_TOKENS = 1024
@@ -92,9 +93,10 @@ class LiveModel:
     Raises RecipeError: the base has no layers that were asked for, or the rank is too high.
     """
 
-    def __init__(self, base: nn.Module, spec: ModelSpec, gate: Gate, name: BaseName) -> None:
+    def __init__(self, base: nn.Module, spec: ModelSpec, gate: Gate, name: BaseName, scorer: Scorer) -> None:
         self.spec = spec
         self.steps = 0
+        self._scorer = scorer
         self._name = name
         size = sum(one.numel() * one.element_size() for one in base.parameters())
         recipe = Recipe(
@@ -135,36 +137,61 @@ class LiveModel:
             check_row(datum, loss, place, self._words, self._longest)
             for place, datum in enumerate(operation.data)
         ]
-        order = sorted(range(len(rows)), key=lambda place: (-len(rows[place]), place))
-        found: dict[int, torch.Tensor] = {}
-        total = 0.0
-        self._clear()
-        for bin_ in first_fit([len(rows[place]) for place in order], MICRO_TOKENS):
-            places = [order[one] for one in bin_]
-            some = [rows[place] for place in places]
-            logprobs = self._logprobs(some, forward_only=operation.forward_only)
-            losses = [
-                loss.elementwise(one, {name: value.to(one) for name, value in row.inputs.items()}, settings)
-                for one, row in zip(logprobs, some, strict=True)
-            ]
-            sums = [one.detach().double().sum() for one in losses]
-            for place, value in zip(places, sums, strict=True):
-                if not torch.isfinite(value):
-                    raise RefusedError(f"data[{place}]: the loss is not finite", "not_finite")
-            if not operation.forward_only:
-                torch.cat([one.flatten() for one in losses]).sum().backward()  # type: ignore[no-untyped-call]
-            total += sum(float(value) for value in sums)
-            found |= {place: one.detach().cpu() for place, one in zip(places, logprobs, strict=True)}
+        exact = self._sampler_logprobs(rows) if operation.forward_only or loss.compares else {}
+        if operation.forward_only:
+            losses = [_loss(loss, exact[place], row, settings) for place, row in enumerate(rows)]
+            found, sums = exact, [float(one.double().sum()) for one in losses]
+        else:
+            found, sums = self._backward(rows, loss, settings, exact)
+        for place, value in enumerate(sums):
+            if not math.isfinite(value):
+                raise RefusedError(f"data[{place}]: the loss is not finite", "not_finite")
         if not operation.forward_only:
             self._add_gradients()
         return Computed(
             outputs=[{"logprobs": Tensor.of(found[place].numpy())} for place in range(len(rows))],
-            metrics={"loss:sum": total},
+            metrics={"loss:sum": math.fsum(sums)},
             tokens=sum(map(len, rows)),
             seconds=time.monotonic() - began,
         )
 
-    def _logprobs(self, rows: list[Row], *, forward_only: bool) -> list[torch.Tensor]:
+    def _backward(
+        self, rows: list[Row], loss: Loss, settings: Mapping[str, float], exact: Mapping[int, torch.Tensor]
+    ) -> tuple[dict[int, torch.Tensor], list[float]]:
+        """Compute gradients, and return each row's logprobs and its loss.
+
+        exact: the sampler's logprobs, which replace those of this pass; the gradients are of this pass.
+        """
+        found, sums = dict[int, torch.Tensor](), [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda place: (-len(rows[place]), place))
+        self._clear()
+        for one_pass in first_fit([len(rows[place]) for place in order], MICRO_TOKENS):
+            places = [order[one] for one in one_pass]
+            losses = []
+            for place, own in zip(places, self._logprobs([rows[place] for place in places]), strict=True):
+                logprobs = exact[place].to(own) + (own - own.detach()) if exact else own
+                found[place] = logprobs.detach().cpu()
+                losses.append(_loss(loss, logprobs, rows[place], settings))
+                sums[place] = float(losses[-1].detach().double().sum())
+            torch.cat([one.flatten() for one in losses]).sum().backward()  # type: ignore[no-untyped-call]
+        return found, sums
+
+    def _sampler_logprobs(self, rows: list[Row]) -> dict[int, torch.Tensor]:
+        """Return the logprobs of the rows' targets, fp32, by the engine that serves. Raises RefusedError."""
+        scored = self._scorer.logprobs(
+            self._trainable.weights(),
+            [row.tokens.tolist() for row in rows],
+            [row.targets.view(len(row), -1).tolist() for row in rows],
+        )
+        found = {}
+        for place, (row, values) in enumerate(zip(rows, scored, strict=True)):
+            if values is None:
+                raise RefusedError(f"data[{place}]: the logits are not finite", "not_finite")
+            found[place] = torch.tensor(values).view(row.targets.shape)
+        return found
+
+    def _logprobs(self, rows: list[Row]) -> list[torch.Tensor]:
+        """Return the logprobs of the rows' targets, fp32, with gradients: all rows in one pass."""
         device, lengths = self._trainable.device, [len(row) for row in rows]
         tokens = torch.cat([row.tokens for row in rows]).to(device)
         packed = Packed(
@@ -175,9 +202,6 @@ class LiveModel:
             owner=tokens,
             lengths=lengths,
         )
-        if forward_only:
-            with self._trainable.evaluating():
-                return target_logprobs(self._trainable.logits(packed), rows)
         return target_logprobs(self._trainable.logits(packed), rows)
 
     def _clear(self) -> None:
@@ -345,6 +369,11 @@ class LiveModel:
             self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **state}
 
 
+def _loss(loss: Loss, logprobs: torch.Tensor, row: Row, settings: Mapping[str, float]) -> torch.Tensor:
+    inputs = {name: value.to(logprobs) for name, value in row.inputs.items()}
+    return loss.elementwise(logprobs, inputs, settings)
+
+
 def targets_of(base: nn.Module, spec: ModelSpec) -> tuple[str, ...]:
     """Return a recipe's targets for what is to be trained. Raises RecipeError: nothing is."""
     if not 1 <= spec.rank <= HIGHEST_RANK:
@@ -391,6 +420,8 @@ class LiveModels:
         gate: passed between any two layers; it may raise Interrupted, and nothing is lost by that.
         on_done: called with the model's id and the number of an operation that has its result; for a model
             that was made, or refused, with 0.
+        point_seconds: time of computing after which a point is written.
+        int8_cache: whether the engine that serves keeps keys and values in int8.
     """
 
     def __init__(
@@ -402,8 +433,10 @@ class LiveModels:
         *,
         on_done: Callable[[str, int], None] = lambda model_id, seq_id: None,
         point_seconds: float = POINT_SECONDS,
+        int8_cache: bool = False,
     ) -> None:
         self._base, self._store, self._gate, self._name = base, store, gate, name
+        self._scorer = Scorer(base, gate.wait, int8_cache=int8_cache)
         self._on_done = on_done
         self._point_seconds = point_seconds
         self._models: dict[str, LiveModel] = {}
@@ -525,7 +558,7 @@ class LiveModels:
             return False
         spec = self._store.spec(model_id)
         try:
-            model = LiveModel(self._base, spec, self._gate, self._name)
+            model = LiveModel(self._base, spec, self._gate, self._name, self._scorer)
             if self._store.last_point(model_id) < 0:
                 if spec.start is not None:
                     model.load(spec.start)

@@ -17,7 +17,7 @@ from tests.server.support import children, command_of
 from tests.training.live_support import SPECS, STEP, ask, lesson, text_row
 from tests.training.runs import assert_equal, tiny_base
 
-from onebase_edge.background import Threads
+from onebase_edge.background import Backoff, Threads
 from onebase_engine.base.attach import publish
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.processes import live_client
@@ -80,7 +80,7 @@ KILLS = int(os.environ.get("ONEBASE_LIVE_KILLS", "4"))
 def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_never_was(
     published: _Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_client, "RESTARTS", live_client.Backoff(0.01, 0.01))
+    monkeypatch.setattr(live_client, "RESTARTS", Backoff(0.01, 0.01))
     monkeypatch.setattr(live_client, "MAX_DEATHS", KILLS + 1)
     draw = random.Random(7)
     kills = 0
@@ -184,7 +184,7 @@ LiveModel.forward_backward = forward_backward
 from onebase_server.processes.live import main
 sys.exit(main())
 """
-    monkeypatch.setattr(live_client, "RESTARTS", live_client.Backoff(0.01, 0.01))
+    monkeypatch.setattr(live_client, "RESTARTS", Backoff(0.01, 0.01))
 
     async def work(live: LiveTrainer) -> None:
         await live.create(SPECS[0])

@@ -92,7 +92,7 @@ def live_models(base: torch.nn.Module, root: Path, gate: Gate | None = None, **o
 def done(
     base: torch.nn.Module,
     root: Path,
-    operations: Mapping[int, Operation],
+    operations: Mapping[int, Any],
     spec: ModelSpec = SPECS[0],
     check: Callable[[Result], Any] = lambda result: result,
 ) -> list[Any]:

@@ -93,6 +93,7 @@ class _LiveWork:
             LiveStore(Path(start.root)),
             self._gate(start.share, device),
             BaseName(start.base_name, start.base_commit),
+            int8_cache=start.config.kv_dtype == "int8",
             on_done=lambda model_id, seq_id: self._channel.send(Done(model_id, seq_id)),
         )
         for model_id, seq_id in start.refuse:

@@ -38,8 +38,6 @@ RESTARTS = Backoff(0.2, 30.0)
 """Pauses, in seconds, before a trainer that died is started again."""
 STOP_SECONDS = 15.0
 """Time, in seconds, in which the trainer may write its models to the disk when the server stops."""
-TIDY_SECONDS = 60.0
-"""Time, in seconds, between two looks for checkpoints that have expired."""
 
 _log = logging.getLogger(__name__)
 
@@ -151,12 +149,6 @@ class LiveTrainer:
         for key, event in list(self._changed.items()):
             if key[0] == model_id:
                 event.set()
-
-    async def keep_tidy(self) -> None:
-        """Delete checkpoints once they have expired, until cancelled."""
-        while True:
-            await self._disk.run_blocking(self.store.remove_expired, time.time())
-            await asyncio.sleep(TIDY_SECONDS)
 
     def _event(self, model_id: str, seq_id: int) -> asyncio.Event:
         return self._changed.setdefault((model_id, seq_id), asyncio.Event())
