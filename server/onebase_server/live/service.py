@@ -132,6 +132,7 @@ class LiveTraining:
         trainer: None: this server does not train.
         base_names: names by which clients may ask for the base.
         tokenizer: where clients find its tokenizer: a repository on the Hub, or else a folder here.
+        max_rank: highest rank that the engine serves.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class LiveTraining:
         *,
         base_names: Collection[str],
         tokenizer: str,
+        max_rank: int,
         files: PackedAdapterFiles,
         residency: Residency,
         library: AdapterService,
@@ -154,6 +156,7 @@ class LiveTraining:
         self._server = server
         self._base_names = tuple(base_names)
         self.tokenizer = tokenizer
+        self._max_rank = max_rank
         self._files = files
         self._residency = residency
         self._library = library
@@ -218,6 +221,11 @@ class LiveTraining:
         """Create a run of a session, which the trainer then makes. Return its id. Raises
         InvalidRequestError."""
         self.check_base(base_model)
+        if rank > self._max_rank:
+            raise InvalidRequestError(
+                f"lora_config.rank: {rank} is more than this server serves, {self._max_rank} (--max-rank).",
+                param="lora_config.rank",
+            )
         await self.session(caller, session_id)
         run = f"{session_id}:train:{number}"
         if seed is None:  # the same for a request that comes again
