@@ -33,7 +33,7 @@ from onebase_engine.machine import is_out_of_memory
 from onebase_training.batches import Packed, first_fit
 from onebase_training.checkpoint import CONFIG, WEIGHTS, save_peft
 from onebase_training.datum_losses import Loss, Row, check_row, find_loss, target_logprobs
-from onebase_training.events import Gate
+from onebase_training.events import Gate, Interrupted
 from onebase_training.live_operations import (
     Checkpoint,
     Computed,
@@ -68,7 +68,7 @@ from onebase_training.replies import Scorer
 from onebase_training.trainable import ADAPTER, Trainable, head_name, target_parameters
 
 MICRO_TOKENS = 1024
-"""Tokens computed in one pass. It never changes for a model: other passes add up to other last bits."""
+"""Tokens computed in one pass, whatever the memory: other passes would add up to other last bits."""
 CHECKPOINTING_BYTES = 1 << 30
 """Size of a base from which on activations are computed twice instead of kept."""
 POINT_SECONDS = 30.0
@@ -441,6 +441,8 @@ class LiveModels:
         self._point_seconds = point_seconds
         self._models: dict[str, LiveModel] = {}
         self._since_point: dict[str, float] = {}
+        self._broken: dict[str, Refused] = {}
+        """Result of each operation of a model that could not be made here."""
         self._turns: deque[str] = deque()
 
     def look(self, model_id: str) -> None:
@@ -477,6 +479,7 @@ class LiveModels:
                     raise
             if not self._store.is_live(model_id):
                 self._models.pop(model_id, None)
+                self._broken.pop(model_id, None)
         return False
 
     def write_points(self) -> None:
@@ -489,12 +492,16 @@ class LiveModels:
     def _do_next_of(self, model_id: str) -> bool:
         if not self._store.is_live(model_id):
             return False
-        if model_id not in self._models and not self._make(model_id):
-            return self._refuse_next(model_id)
+        if model_id not in self._models and model_id not in self._broken:
+            self._make(model_id)
         seq_id = self._store.next_seq(model_id)
         operation = self._store.operation(model_id, seq_id)
         if operation is None:
             return False
+        if model_id in self._broken:
+            self._store.write_result(model_id, seq_id, self._broken[model_id])
+            self._on_done(model_id, seq_id)
+            return True
         self._store.write_begun(model_id, seq_id)
         began = time.monotonic()
         model = self._models[model_id]
@@ -507,16 +514,6 @@ class LiveModels:
             self._since_point[model_id] += time.monotonic() - began
             if isinstance(operation, OptimStep) and self._since_point[model_id] > self._point_seconds:
                 self._write_point(model, seq_id, result)
-        return True
-
-    def _refuse_next(self, model_id: str) -> bool:
-        """Refuse the next operation of a model that could not be made."""
-        made = self._store.made(model_id)
-        seq_id = self._store.next_seq(model_id)
-        if made is None or self._store.operation(model_id, seq_id) is None:
-            return False
-        self._store.write_result(model_id, seq_id, Refused(message=made.refused, code="model_refused"))
-        self._on_done(model_id, seq_id)
         return True
 
     def _done(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
@@ -551,28 +548,36 @@ class LiveModels:
 
     # ---- what is on the disk -------------------------------------------------------------------
 
-    def _make(self, model_id: str) -> bool:
-        """Make the model that a spec asks for, or continue it. Returns False if it is refused."""
+    def _make(self, model_id: str) -> None:
+        """Make the model that a spec asks for, or continue it. One that cannot be made fails alone."""
         made = self._store.made(model_id)
-        if made is not None and made.refused:
-            return False
-        spec = self._store.spec(model_id)
         try:
-            model = LiveModel(self._base, spec, self._gate, self._name, self._scorer)
+            if made is not None and made.refused:
+                raise RefusedError(made.refused, "model_refused")
+            model = LiveModel(self._base, self._store.spec(model_id), self._gate, self._name, self._scorer)
             if self._store.last_point(model_id) < 0:
-                if spec.start is not None:
-                    model.load(spec.start)
+                if model.spec.start is not None:
+                    model.load(model.spec.start)
                 self._write_point(model, 0, None)
+            self._continue(model)
         except (RecipeError, RefusedError) as error:
+            self._broken[model_id] = Refused(message=str(error), code="model_refused")
             self._store.write_made(model_id, Made(refused=str(error)))
-            self._on_done(model_id, 0)
-            return False
-        self._continue(model)
-        self._models[model_id] = model
-        if made is None:
-            self._store.write_made(model_id, Made(targets=model.targets, parameters=model.parameters))
+        except Exception as error:
+            if isinstance(error, Interrupted | torch.AcceleratorError):
+                raise
+            logger.exception("training model %s cannot be continued", model_id)
+            message = f"the model cannot be continued: {error or type(error).__name__}"
+            if is_out_of_memory(error):
+                message = "the trainer has no memory for this model: unload others, or lower the rank"
+            self._broken[model_id] = Refused(message=message, code="model_broken", category="server")
+            if made is None:
+                self._store.write_made(model_id, Made(refused=message))
+        else:
+            self._models[model_id] = model
+            if made is None:
+                self._store.write_made(model_id, Made(targets=model.targets, parameters=model.parameters))
         self._on_done(model_id, 0)
-        return True
 
     def _continue(self, model: LiveModel) -> None:
         """Read the newest point, and do over what was done since."""

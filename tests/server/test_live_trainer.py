@@ -95,7 +95,7 @@ def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_never_was
                 results[spec.id, seq_id] = await _result(live, spec.id, seq_id)
 
     async def broken(live: LiveTrainer, results: dict[tuple[str, int], Result]) -> None:
-        take, left = live._take, draw.randrange(1, 9)
+        take, left = live._take, draw.randrange(1, 6)
 
         def kill(pid: int | None) -> None:
             nonlocal kills
@@ -108,7 +108,7 @@ def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_never_was
             take(message)
             left -= 1
             if not left:
-                left = draw.randrange(1, 9)
+                left = draw.randrange(1, 6)
                 asyncio.get_running_loop().call_later(draw.uniform(0.0, 0.04), kill, live.pid)
 
         live._take = counted  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,12 +18,13 @@ from tests.training.live_support import ids_of, policy_row, text_row
 from onebase_training.datum_losses import LOSSES, Row, check_row, find_loss, target_logprobs
 from onebase_training.live_operations import Datum, RefusedError
 
-Array = np.ndarray
+Array = npt.NDArray[Any]
 LOW, HIGH = 0.8, 1.2
 
 
 def _clip(ratio: Array, low: Array | float, high: Array | float) -> Array:
-    return np.minimum(np.maximum(ratio, low), high)
+    clipped: Array = np.minimum(np.maximum(ratio, low), high)
+    return clipped
 
 
 def _clipped(ratio: Array, advantages: Array, low: Array | float, high: Array | float) -> tuple[Array, Array]:
@@ -85,7 +87,7 @@ def test_every_loss_is_its_formula_and_its_gradient_the_formulas(data: Any, name
         losses = loss.elementwise(
             found, {one: torch.tensor(value, dtype=dtype) for one, value in inputs.items()}, config
         )
-        losses.sum().backward()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
         np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=exact, atol=exact)
         if dtype == torch.float64:
             assert found.grad is not None

@@ -280,6 +280,18 @@ def test_a_model_that_cannot_be_made_says_why_to_each_operation(
         assert why in made.refused
 
 
+def test_a_model_whose_state_is_damaged_fails_alone(base: torch.nn.Module, tmp_path: Path) -> None:
+    done(base, tmp_path, {1: ask(text_row(5)), 2: STEP}, LEARNING)
+    (tmp_path / "learning" / "points" / "00000000" / "state.safetensors").write_bytes(b"half")
+    store = LiveStore(tmp_path)
+    store.submit("learning", 3, STEP)
+    (beside,) = done(base, tmp_path, {1: ask(text_row(5))}, SPECS[0])
+    assert isinstance(beside, Computed)
+    refused = store.result("learning", 3)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.category) == ("model_broken", "server")
+
+
 def test_an_unloaded_model_is_gone_but_for_its_checkpoints(base: torch.nn.Module, tmp_path: Path) -> None:
     done(base, tmp_path, {1: Save(name="a", kind="weights")}, LEARNING)
     store = LiveStore(tmp_path)
@@ -359,7 +371,7 @@ def test_names_and_times_of_checkpoints(base: torch.nn.Module, tmp_path: Path) -
 # ---- a process that ends -----------------------------------------------------------------------
 
 
-class _CutError(Exception):
+class _CutError(BaseException):
     """Stands for the death of the process."""
 
 
