@@ -279,12 +279,13 @@ class LiveModel:
             raise RefusedError(f"there is a checkpoint {operation.name!r}: choose another name, or overwrite")
         now, kept = time.time(), operation.kind == "weights"
         with atomic_directory(folder) as work:
-            save_peft(self._trainable.model, work, base=self._name.name, commit=self._name.commit)
-            (work / "README.md").unlink(missing_ok=True)
-            (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
+            packed, packed_bytes = self._write_packed(work / PACKED)
+            if not operation.packed_only:
+                save_peft(self._trainable.model, work, base=self._name.name, commit=self._name.commit)
+                (work / "README.md").unlink(missing_ok=True)
+                (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
             if kept:
                 save_file(self._moments(), work / _OPTIMIZER)
-            packed, packed_bytes = self._write_packed(work / PACKED)
             checkpoint = Checkpoint(
                 name=operation.name,
                 kind=operation.kind,
@@ -292,7 +293,7 @@ class LiveModel:
                 model=self.spec.id,
                 seq_id=seq_id,
                 step=self.steps,
-                digest=_digest(work),
+                digest=packed if operation.packed_only else _digest(work),
                 bytes=sum(path.stat().st_size for path in work.iterdir()),
                 rank=self.spec.rank,
                 alpha=self.spec.alpha,

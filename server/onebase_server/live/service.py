@@ -351,7 +351,7 @@ class LiveTraining:
         """Accept that a step's weights are sampled: they are the sampler's alone, and not proved."""
         spec = await self.run(caller, run)
         place = Place(run, "sampler", f"live-{sampler_number}")
-        operation = Save(name=place.name, kind="sampler", overwrite=True)
+        operation = Save(name=place.name, kind="sampler", overwrite=True, packed_only=True)
         accepted = await self.submit(caller, run, number, operation)
         await self._add_sampler(caller, spec.session, sampler_number, spec.base, place)
         return accepted
