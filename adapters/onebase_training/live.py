@@ -9,6 +9,7 @@ pass.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -279,9 +280,8 @@ class LiveModel:
             raise RefusedError(f"there is a checkpoint {operation.name!r}: choose another name, or overwrite")
         now, kept = time.time(), operation.kind == "weights"
         with atomic_directory(folder) as work:
-            save_peft(self._trainable.model, work, base=self._name.name, commit=self._name.commit)
-            (work / "README.md").unlink(missing_ok=True)
-            (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
+            if not operation.packed_only:
+                self._write_peft(work)
             if kept:
                 save_file(self._moments(), work / _OPTIMIZER)
             packed, packed_bytes = self._write_packed(work / PACKED)
@@ -292,7 +292,7 @@ class LiveModel:
                 model=self.spec.id,
                 seq_id=seq_id,
                 step=self.steps,
-                digest=_digest(work),
+                digest=packed if operation.packed_only else _digest(work),
                 bytes=sum(path.stat().st_size for path in work.iterdir()),
                 rank=self.spec.rank,
                 alpha=self.spec.alpha,
@@ -309,6 +309,21 @@ class LiveModel:
             )
             (work / CHECKPOINT).write_bytes(msgspec.json.encode(checkpoint))
         return checkpoint
+
+    def _write_peft(self, folder: Path) -> None:
+        """Write the adapter as PEFT does, whose own way takes longer than a step. Raises OSError."""
+        config = self._trainable.model.peft_config[ADAPTER]
+        if config.target_parameters:  # which PEFT renames
+            save_peft(self._trainable.model, folder, base=self._name.name, commit=self._name.commit)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            named = copy.copy(config)
+            named.base_model_name_or_path, named.revision = self._name.name, self._name.commit
+            named.inference_mode, named.target_modules = True, sorted(config.target_modules)
+            named.save_pretrained(str(folder))
+            tensors = {_file_name(name): one.detach().cpu() for name, one in self._parameters.items()}
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
 
     def _write_packed(self, path: Path) -> tuple[str, int]:
         """Write the weights as the engine loads them. Return the file's SHA-256 and size. Raises OSError."""
@@ -331,6 +346,8 @@ class LiveModel:
             raise RefusedError(
                 f"the checkpoint has alpha {checkpoint.alpha:g}, the model {self.spec.alpha:g}"
             )
+        if not (folder / WEIGHTS).exists():
+            raise RefusedError(f"checkpoint {checkpoint.name!r} is a snapshot for sampling: save its weights")
         weights = load_file(folder / WEIGHTS)
         named = {_file_name(name): name for name in self._parameters}
         if {name: one.shape for name, one in weights.items()} != {

@@ -27,6 +27,7 @@ from onebase_engine.base.load import fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
 from onebase_training import replies
+from onebase_training.checkpoint import save_peft
 from onebase_training.events import Interrupted, OpenGate
 from onebase_training.live import BaseName, LiveModel, LiveModels
 from onebase_training.live_operations import (
@@ -338,12 +339,29 @@ def test_a_checkpoint_is_a_peft_folder_with_the_trained_numbers(
     found = done(base, tmp_path, steps | {4: Save(name="s", kind="sampler")}, LEARNING)
     folder = Path(found[-1].checkpoint.folder)
     assert not (folder / "optimizer.safetensors").exists()
+    trained = model_of(base)
+    trained.load(Start(str(folder)))
+    save_peft(trained._trainable.model, tmp_path / "peft", base="tiny", commit=None)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
     loaded = PeftModel.from_pretrained(peft_view(base), str(folder))
     ids = ids_of(12, 0)
     with torch.no_grad():
         logits = loaded(input_ids=torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0].float()
     picked = torch.log_softmax(logits, 1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
     np.testing.assert_allclose(picked.numpy(), logprobs(found[2])[0], atol=0.05)
+
+
+def test_a_snapshot_for_sampling_has_the_engines_file_alone(base: torch.nn.Module, tmp_path: Path) -> None:
+    snapshot = Save(name="s", kind="sampler", packed_only=True)
+    load = Load(folder=str(tmp_path / "learning" / "sampler" / "s"))
+    first, whole, refused = done(
+        base, tmp_path, {1: snapshot, 2: Save(name="w", kind="sampler"), 3: load}, LEARNING
+    )
+    names = {path.name for path in Path(first.checkpoint.folder).iterdir()}
+    assert names == {"packed.safetensors", "checkpoint.json"}
+    assert first.checkpoint.packed == whole.checkpoint.packed
+    assert "a snapshot for sampling" in refused.message
 
 
 def test_names_and_times_of_checkpoints(base: torch.nn.Module, tmp_path: Path) -> None:
