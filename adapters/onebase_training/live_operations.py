@@ -88,8 +88,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it.
 
     digest: SHA-256 of the two PEFT files, or of the packed one if it is alone: equal weights have equal
-    digests. step: optimizer steps done. bytes: size of the folder. created, expires: Unix seconds. packed, packed_bytes: SHA-256 and size of
-    `packed.safetensors`, which the engine loads. metadata: as it was saved with.
+    digests. step: optimizer steps done. bytes: size of the folder. created, expires: Unix seconds. packed,
+    packed_bytes: SHA-256 and size of `packed.safetensors`, which the engine loads. metadata: as it was saved.
     """
 
     name: str

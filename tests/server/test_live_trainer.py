@@ -28,6 +28,8 @@ from onebase_training.live_operations import Computed, Refused, Result, Saved, S
 from onebase_training.live_store import LiveStore, UnknownModelError
 
 pytestmark = pytest.mark.usefixtures("forks")
+KILLS = int(os.environ.get("ONEBASE_LIVE_KILLS", "4"))
+"""Moments at which the trainer is killed; more of them take three seconds each."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,9 @@ def run(
 
 
 async def _result(live: LiveTrainer, model: str, seq_id: int) -> Result:
-    found = await live.wait(model, seq_id, 120.0)
+    found = await live.wait(model, seq_id, 60.0 + 20 * KILLS)
     assert found is not None
     return found
-
-
-KILLS = int(os.environ.get("ONEBASE_LIVE_KILLS", "4"))
-"""Moments at which the trainer is killed; more of them take three seconds each."""
 
 
 def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_never_was(
