@@ -280,11 +280,11 @@ class LiveModel:
             raise RefusedError(f"there is a checkpoint {operation.name!r}: choose another name, or overwrite")
         now, kept = time.time(), operation.kind == "weights"
         with atomic_directory(folder) as work:
+            packed, packed_bytes = self._write_packed(work / PACKED)
             if not operation.packed_only:
                 self._write_peft(work)
             if kept:
                 save_file(self._moments(), work / _OPTIMIZER)
-            packed, packed_bytes = self._write_packed(work / PACKED)
             checkpoint = Checkpoint(
                 name=operation.name,
                 kind=operation.kind,

@@ -201,6 +201,7 @@ def assemble(
         training.folders.server,
         base_names=base.names,
         tokenizer=base.repo or str(base.folder),
+        max_rank=settings.max_rank,
         files=parts.files,
         residency=residency,
         library=adapters,

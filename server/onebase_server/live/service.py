@@ -132,6 +132,7 @@ class LiveTraining:
         trainer: None: this server does not train.
         base_names: names by which clients may ask for the base.
         tokenizer: where clients find its tokenizer: a repository on the Hub, or else a folder here.
+        max_rank: highest rank that the engine serves.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class LiveTraining:
         *,
         base_names: Collection[str],
         tokenizer: str,
+        max_rank: int,
         files: PackedAdapterFiles,
         residency: Residency,
         library: AdapterService,
@@ -154,6 +156,7 @@ class LiveTraining:
         self._server = server
         self._base_names = tuple(base_names)
         self.tokenizer = tokenizer
+        self._max_rank = max_rank
         self._files = files
         self._residency = residency
         self._library = library
@@ -218,6 +221,11 @@ class LiveTraining:
         """Create a run of a session, which the trainer then makes. Return its id. Raises
         InvalidRequestError."""
         self.check_base(base_model)
+        if rank > self._max_rank:
+            raise InvalidRequestError(
+                f"lora_config.rank: {rank} is more than this server serves, {self._max_rank} (--max-rank).",
+                param="lora_config.rank",
+            )
         await self.session(caller, session_id)
         run = f"{session_id}:train:{number}"
         if seed is None:  # the same for a request that comes again
@@ -299,12 +307,6 @@ class LiveTraining:
         specs = await self._disk(self._store().runs)
         return [spec for spec in reversed(specs) if spec.owner == caller.tenant]
 
-    async def end_run(self, caller: Caller, run: str) -> None:
-        """End a run; its named checkpoints stay."""
-        spec = await self.run(caller, run)
-        await self._training().unload(run)
-        await self._note("run.ended", spec.owner, run, {})
-
     async def submit(self, caller: Caller, run: str, number: int, operation: Operation) -> str:
         """Accept an operation of a run, and return its id: it is done in its turn, once. Raises
         InvalidRequestError."""
@@ -349,7 +351,7 @@ class LiveTraining:
         """Accept that a step's weights are sampled: they are the sampler's alone, and not proved."""
         spec = await self.run(caller, run)
         place = Place(run, "sampler", f"live-{sampler_number}")
-        operation = Save(name=place.name, kind="sampler", overwrite=True)
+        operation = Save(name=place.name, kind="sampler", overwrite=True, packed_only=True)
         accepted = await self.submit(caller, run, number, operation)
         await self._add_sampler(caller, spec.session, sampler_number, spec.base, place)
         return accepted

@@ -237,14 +237,6 @@ async def get_info(body: OfModelRequest, services: Provided, caller: Calling) ->
     )
 
 
-@router.post("/unload_model", responses=answer(wire.FutureAnswer, 404))
-@needs("train")
-async def unload_model(body: OfModelRequest, services: Provided, caller: Calling) -> Response:
-    """End a run; its named checkpoints stay."""
-    await services.live_training.end_run(caller, body.model_id)
-    return json_response(wire.FutureAnswer(f"{body.model_id}:0", body.model_id))
-
-
 @router.post(
     "/forward_backward",
     responses=answer(wire.FutureAnswer, 404, 507),
@@ -452,7 +444,7 @@ def _order(body: SampleRequest) -> SampleOrder:
 @router.post(
     "/retrieve_future",
     responses={
-        **answer(wire.FutureResult, 404),
+        **answer(wire.FutureResult, 404, also=(codec.MEDIA_TYPE,)),
         **answer(wire.TryAgainAnswer, status=408, description="The result is not there yet"),
         **refused(410),
     },
