@@ -149,7 +149,6 @@ class Save(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     ttl_seconds: float | None = None
     overwrite: bool = False
     metadata: dict[str, str] | None = None
-    packed_only: bool = False
 
 
 class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):
