@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.server.support import children, command_of
+from tests.server.support import live_trainers
 from tests.training.live_support import SPECS, STEP, ask, lesson, text_row
 from tests.training.runs import assert_equal, tiny_base
 
@@ -66,7 +66,7 @@ def run(
             await live.stop()
 
     asyncio.run(serve())
-    assert not [pid for pid in children(os.getpid()) if "live" in command_of(pid)]
+    assert live_trainers(os.getpid()) == []
 
 
 async def _result(live: LiveTrainer, model: str, seq_id: int) -> Result:
