@@ -605,7 +605,9 @@ class LiveModels:
         began = time.monotonic()
         for seq_id in range(point + 1, last + 1):
             operation, kept = self._store.operation(model_id, seq_id), self._store.result(model_id, seq_id)
-            if operation is None or _leaves_state(operation) or isinstance(kept, Refused):
+            if operation is None:
+                raise RuntimeError(f"operation {seq_id} of {model_id} is missing")
+            if _leaves_state(operation) or isinstance(kept, Refused):
                 continue
             again = self._done(model, seq_id, operation)
             if isinstance(again, Refused):

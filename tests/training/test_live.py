@@ -487,6 +487,31 @@ def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) ->
     assert_equal(saved(store.result("small", 14)), saved(plain[-1]))
 
 
+def test_a_copy_made_while_a_model_is_trained_goes_on_where_it_was(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    whole = done(base, tmp_path / "whole", lesson(tmp_path / "whole", "small"))
+    root, copies = tmp_path / "root", []
+    store = LiveStore(root)
+    store.create(SPECS[0])
+    models = live_models(base, root, point_seconds=0.0)
+    for seq_id, operation in lesson(root, "small").items():
+        store.submit("small", seq_id, operation)
+        models.look("small")
+        store.back_up(tmp_path / f"copy {seq_id}")
+        copies.append(LiveStore(tmp_path / f"copy {seq_id}"))
+        while models.do_next():
+            pass
+    for copy in copies[5:12:3]:
+        assert copy.checkpoint("small", "weights", "half").folder.startswith(str(copy.root))
+        for seq_id, operation in lesson(root, "small").items():
+            copy.submit("small", seq_id, operation)
+        again = live_models(base, copy.root)
+        while again.do_next():
+            pass
+        assert_equal(saved(copy.result("small", 14)), saved(whole[-1]))
+
+
 def test_results_are_kept_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onebase_training.live_store.RESULTS_KEPT", 2)
     store = LiveStore(tmp_path)
