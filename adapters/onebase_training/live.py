@@ -65,7 +65,7 @@ from onebase_training.live_store import (
     read_checkpoint,
 )
 from onebase_training.recipe import HIGHEST_RANK, Recipe, RecipeError
-from onebase_training.replies import Scorer
+from onebase_training.replies import Scorer, ScoringError
 from onebase_training.trainable import ADAPTER, Trainable, head_name, target_parameters
 
 MICRO_TOKENS = 1024
@@ -179,11 +179,12 @@ class LiveModel:
 
     def _sampler_logprobs(self, rows: list[Row]) -> dict[int, torch.Tensor]:
         """Return the logprobs of the rows' targets, fp32, by the engine that serves. Raises RefusedError."""
-        scored = self._scorer.logprobs(
-            self._trainable.weights(),
-            [row.tokens.tolist() for row in rows],
-            [row.targets.view(len(row), -1).tolist() for row in rows],
-        )
+        tokens = [row.tokens.tolist() for row in rows]
+        targets = [row.targets.view(len(row), -1).tolist() for row in rows]
+        try:
+            scored = self._scorer.logprobs(self._trainable.weights(), tokens, targets)
+        except ScoringError as error:
+            raise RefusedError(str(error)) from error
         found = {}
         for place, (row, values) in enumerate(zip(rows, scored, strict=True)):
             if values is None:

@@ -269,6 +269,15 @@ def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
     assert found[-1].checkpoint.digest == plain[-1].checkpoint.digest
 
 
+def test_a_row_that_the_engine_refuses_is_refused(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_engine.engine.engine.MAX_SCORE_BYTES", 1000)
+    found = done(base, tmp_path, {1: ask(text_row(90), forward_only=True), 2: ask(text_row(90))}, LEARNING)
+    assert "prompt logprobs with 0 alternatives are limited" in found[0].message
+    assert isinstance(found[1], Computed)
+
+
 def test_a_model_that_cannot_be_made_says_why_to_each_operation(
     base: torch.nn.Module, tmp_path: Path
 ) -> None:
