@@ -190,6 +190,7 @@ class Scorer:
             self._engine = None  # its sequences are half done
             raise error.cause if isinstance(error, _PassError) else error from None
         engine.unload_adapter(version)
+        engine.versions.take_dropped()  # which nobody else asks for
         return found
 
     def _prepared(self, longest: int, blocks: int) -> Engine:
