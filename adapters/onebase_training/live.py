@@ -9,6 +9,7 @@ pass.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -64,7 +65,7 @@ from onebase_training.live_store import (
     read_checkpoint,
 )
 from onebase_training.recipe import HIGHEST_RANK, Recipe, RecipeError
-from onebase_training.replies import Scorer
+from onebase_training.replies import Scorer, ScoringError
 from onebase_training.trainable import ADAPTER, Trainable, head_name, target_parameters
 
 MICRO_TOKENS = 1024
@@ -178,11 +179,12 @@ class LiveModel:
 
     def _sampler_logprobs(self, rows: list[Row]) -> dict[int, torch.Tensor]:
         """Return the logprobs of the rows' targets, fp32, by the engine that serves. Raises RefusedError."""
-        scored = self._scorer.logprobs(
-            self._trainable.weights(),
-            [row.tokens.tolist() for row in rows],
-            [row.targets.view(len(row), -1).tolist() for row in rows],
-        )
+        tokens = [row.tokens.tolist() for row in rows]
+        targets = [row.targets.view(len(row), -1).tolist() for row in rows]
+        try:
+            scored = self._scorer.logprobs(self._trainable.weights(), tokens, targets)
+        except ScoringError as error:
+            raise RefusedError(str(error)) from error
         found = {}
         for place, (row, values) in enumerate(zip(rows, scored, strict=True)):
             if values is None:
@@ -281,9 +283,7 @@ class LiveModel:
         with atomic_directory(folder) as work:
             packed, packed_bytes = self._write_packed(work / PACKED)
             if not operation.packed_only:
-                save_peft(self._trainable.model, work, base=self._name.name, commit=self._name.commit)
-                (work / "README.md").unlink(missing_ok=True)
-                (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
+                self._write_peft(work)
             if kept:
                 save_file(self._moments(), work / _OPTIMIZER)
             checkpoint = Checkpoint(
@@ -311,6 +311,21 @@ class LiveModel:
             (work / CHECKPOINT).write_bytes(msgspec.json.encode(checkpoint))
         return checkpoint
 
+    def _write_peft(self, folder: Path) -> None:
+        """Write the adapter as PEFT does, whose own way takes longer than a step. Raises OSError."""
+        config = self._trainable.model.peft_config[ADAPTER]
+        if config.target_parameters:  # which PEFT renames
+            save_peft(self._trainable.model, folder, base=self._name.name, commit=self._name.commit)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            named = copy.copy(config)
+            named.base_model_name_or_path, named.revision = self._name.name, self._name.commit
+            named.inference_mode, named.target_modules = True, sorted(config.target_modules)
+            named.save_pretrained(str(folder))
+            tensors = {_file_name(name): one.detach().cpu() for name, one in self._parameters.items()}
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
+
     def _write_packed(self, path: Path) -> tuple[str, int]:
         """Write the weights as the engine loads them. Return the file's SHA-256 and size. Raises OSError."""
         write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id="")
@@ -332,6 +347,8 @@ class LiveModel:
             raise RefusedError(
                 f"the checkpoint has alpha {checkpoint.alpha:g}, the model {self.spec.alpha:g}"
             )
+        if not (folder / WEIGHTS).exists():
+            raise RefusedError(f"checkpoint {checkpoint.name!r} is a snapshot for sampling: save its weights")
         weights = load_file(folder / WEIGHTS)
         named = {_file_name(name): name for name in self._parameters}
         if {name: one.shape for name, one in weights.items()} != {
@@ -589,7 +606,9 @@ class LiveModels:
         began = time.monotonic()
         for seq_id in range(point + 1, last + 1):
             operation, kept = self._store.operation(model_id, seq_id), self._store.result(model_id, seq_id)
-            if operation is None or _leaves_state(operation) or isinstance(kept, Refused):
+            if operation is None:
+                raise RuntimeError(f"operation {seq_id} of {model_id} is missing")
+            if _leaves_state(operation) or isinstance(kept, Refused):
                 continue
             again = self._done(model, seq_id, operation)
             if isinstance(again, Refused):

@@ -87,10 +87,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it.
 
-    digest: SHA-256 of the two PEFT files, or of the packed one if there are none: equal weights have equal
+    digest: SHA-256 of the two PEFT files, or of the packed one if it is alone: equal weights have equal
     digests. step: optimizer steps done. bytes: size of the folder. created, expires: Unix seconds. packed,
-    packed_bytes: SHA-256 and size of `packed.safetensors`, which the engine loads. metadata: as it was saved
-    with.
+    packed_bytes: SHA-256 and size of `packed.safetensors`, which the engine loads. metadata: as it was saved.
     """
 
     name: str
@@ -141,15 +140,15 @@ class OptimStep(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class Save(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Save a checkpoint: `weights` with the optimizer, to continue from, or `sampler`, to be served.
 
-    packed_only: only as the engine loads it, since it is served for a short time.
+    packed_only: write the file that the engine loads and no PEFT folder, which takes half the time.
     """
 
     name: str
     kind: Kind
+    packed_only: bool = False
     ttl_seconds: float | None = None
     overwrite: bool = False
     metadata: dict[str, str] | None = None
-    packed_only: bool = False
 
 
 class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -31,6 +31,7 @@ from onebase_training.live_operations import (
 
 RESULTS_KEPT = 1024
 """Number of a model's newest results that can be asked for."""
+_BACKUP_TRIES = 5
 CHECKPOINT, RESULT = "checkpoint.json", "result"
 PACKED = "packed.safetensors"
 """File of a checkpoint that the engine loads."""
@@ -157,6 +158,19 @@ class LiveStore:
         """End a model and delete its checkpoints."""
         self.unload(model_id)
         shutil.rmtree(self.folder(model_id), ignore_errors=True)
+
+    def back_up(self, target: Path) -> None:
+        """Copy all models to a folder that is not there, while they are trained. Raises OSError."""
+        for spec in self.runs():
+            for _ in range(_BACKUP_TRIES):
+                point = self.last_point(spec.id)
+                shutil.rmtree(target / spec.id, ignore_errors=True)
+                with suppress(FileNotFoundError, shutil.Error):  # a point was written meanwhile
+                    _copy_model(self.folder(spec.id), target / spec.id)
+                    if self.last_point(spec.id) == point:
+                        break
+            else:
+                raise OSError(f"training model {spec.id} changes faster than it is copied")
 
     # ---- operations and results --------------------------------------------------------------
 
@@ -308,13 +322,24 @@ class LiveStore:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the checkpoint in a folder, or None."""
-    return _read(folder / CHECKPOINT, msgspec.json.Decoder(Checkpoint))
+    """Return the checkpoint in a folder, which may have moved, or None."""
+    found = _read(folder / CHECKPOINT, msgspec.json.Decoder(Checkpoint))
+    return None if found is None else msgspec.structs.replace(found, folder=str(folder))
 
 
 def encoded(result: Result) -> bytes:
     """Return a result as its file has it."""
     return _encode(result)
+
+
+def _copy_model(folder: Path, target: Path) -> None:
+    """Copy a model's folder. A result is copied before its operation, which was there before it."""
+    target.mkdir(parents=True)
+    for part in (folder / name for name in ("results", "operations", "points", *_KINDS)):
+        if part.is_dir():
+            shutil.copytree(part, target / part.name, ignore=shutil.ignore_patterns(".*"))
+    for path in folder.glob("*.json"):
+        shutil.copyfile(path, target / path.name)
 
 
 def _same(one: ModelSpec, other: ModelSpec) -> bool:

@@ -136,6 +136,10 @@ def score_choices(
     return found
 
 
+class ScoringError(Exception):
+    """The engine refuses a row; the message says why."""
+
+
 class Scorer:
     """Scores tokens by the engine that serves, so that a trainer has the sampler's own numbers: bit for bit
     on the CPU, where a pass of training rounds otherwise.
@@ -161,7 +165,7 @@ class Scorer:
     ) -> list[list[list[float]] | None]:
         """Return the logprobs, in nats, of the tokens that are named after each token of each row.
 
-        A row whose logits are not finite gets None.
+        A row whose logits are not finite gets None. Raises ScoringError.
         """
         asked = [_Row(str(number), [*ids, 0], 0) for number, ids in enumerate(rows)]
         engine = self._prepared(max(row.blocks for row in asked), sum(row.blocks for row in asked))
@@ -179,13 +183,14 @@ class Scorer:
                 engine.step()
             for output in engine.take_outputs():
                 if output.finish == "error" and output.error_code != "not_finite":
-                    raise RuntimeError(f"a row cannot be scored: {output.error_message}")
+                    raise ScoringError(f"row {output.id} cannot be scored: {output.error_message}")
                 if output.prompt_logprobs is not None and output.finish != "error":
                     found[int(output.id)] = [one.named for one in output.prompt_logprobs]
         except BaseException as error:
             self._engine = None  # its sequences are half done
             raise error.cause if isinstance(error, _PassError) else error from None
         engine.unload_adapter(version)
+        engine.versions.take_dropped()  # which nobody else asks for
         return found
 
     def _prepared(self, longest: int, blocks: int) -> Engine:

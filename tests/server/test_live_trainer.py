@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.server.support import children, command_of
+from tests.server.support import live_trainers
 from tests.training.live_support import SPECS, STEP, ask, lesson, text_row
 from tests.training.runs import assert_equal, tiny_base
 
@@ -28,6 +28,8 @@ from onebase_training.live_operations import Computed, Refused, Result, Saved, S
 from onebase_training.live_store import LiveStore, UnknownModelError
 
 pytestmark = pytest.mark.usefixtures("forks")
+KILLS = int(os.environ.get("ONEBASE_LIVE_KILLS", "4"))
+"""Moments at which the trainer is killed; more of them take three seconds each."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,13 @@ def run(
             await live.stop()
 
     asyncio.run(serve())
-    assert not [pid for pid in children(os.getpid()) if "live" in command_of(pid)]
+    assert live_trainers(os.getpid()) == []
 
 
 async def _result(live: LiveTrainer, model: str, seq_id: int) -> Result:
-    found = await live.wait(model, seq_id, 120.0)
+    found = await live.wait(model, seq_id, 60.0 + 20 * KILLS)
     assert found is not None
     return found
-
-
-KILLS = int(os.environ.get("ONEBASE_LIVE_KILLS", "4"))
-"""Moments at which the trainer is killed; more of them take three seconds each."""
 
 
 def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_never_was(

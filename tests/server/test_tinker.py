@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -422,23 +423,6 @@ def test_accepted_operations_survive_a_killed_server(
 ) -> None:
     data = tmp_path / "data"
 
-    def submit(http: httpx2.Client, run: str) -> list[str]:
-        ids = []
-        for number in range(1, 9):
-            if number % 2:
-                body = pass_body(run, number)
-                answer = http.post(
-                    "/api/v1/forward_backward",
-                    content=body,
-                    headers={"content-type": "application/x-protobuf"},
-                )
-            else:
-                step = {"adam_params": {"learning_rate": 0.01}, "model_id": run, "seq_id": number}
-                answer = http.post("/api/v1/optim_step", json=step)
-            assert answer.status_code == 200, answer.text
-            ids.append(answer.json()["request_id"])
-        return ids
-
     results = []
     for killed in (False, True):
         with (
@@ -446,7 +430,7 @@ def test_accepted_operations_survive_a_killed_server(
             server.client() as http,
         ):
             run = new_run(http)
-            ids = submit(http, run)
+            ids = submit_steps(http, run)
             if not killed:
                 results.append([retrieved(http, one).content for one in ids])
                 continue
@@ -457,9 +441,49 @@ def test_accepted_operations_survive_a_killed_server(
             serve_real("--base", str(small_base), *OPTIONS, data_dir=data) as server,
             server.client() as http,
         ):
-            submit(http, run)  # a client that saw no answer sends them again
+            submit_steps(http, run)  # a client that saw no answer sends them again
             results.append([retrieved(http, one).content for one in ids])
     assert results[0] == results[1]
+
+
+def submit_steps(http: httpx2.Client, run: str) -> list[str]:
+    """Eight operations, a pass and a step in turns, and their futures."""
+    ids = []
+    for number in range(1, 9):
+        if number % 2:
+            body = pass_body(run, number)
+            answer = http.post(
+                "/api/v1/forward_backward",
+                content=body,
+                headers={"content-type": "application/x-protobuf"},
+            )
+        else:
+            step = {"adam_params": {"learning_rate": 0.01}, "model_id": run, "seq_id": number}
+            answer = http.post("/api/v1/optim_step", json=step)
+        assert answer.status_code == 200, answer.text
+        ids.append(answer.json()["request_id"])
+    return ids
+
+
+def test_accepted_operations_survive_the_death_of_engine_and_trainer(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    with (
+        serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path / "data") as server,
+        server.client() as http,
+    ):
+        whole = [retrieved(http, one).content for one in submit_steps(http, new_run(http))]
+        ids = submit_steps(http, run := new_run(http))
+        found = []
+        for place, one in enumerate(ids):
+            found.append(retrieved(http, one).content)
+            if place in (0, 4):
+                for pid in server.live_pids():
+                    os.kill(pid, signal.SIGKILL)
+            if place == 2:
+                os.kill(server.engine_pid(), signal.SIGKILL)
+        submit_steps(http, run)
+        assert found == whole == [retrieved(http, one).content for one in ids]
 
 
 def new_run(http: httpx2.Client) -> str:

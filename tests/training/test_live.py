@@ -27,6 +27,7 @@ from onebase_engine.base.load import fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
 from onebase_training import replies
+from onebase_training.checkpoint import save_peft
 from onebase_training.events import Interrupted, OpenGate
 from onebase_training.live import BaseName, LiveModel, LiveModels
 from onebase_training.live_operations import (
@@ -268,6 +269,15 @@ def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
     assert found[-1].checkpoint.digest == plain[-1].checkpoint.digest
 
 
+def test_a_row_that_the_engine_refuses_is_refused(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_engine.engine.engine.MAX_SCORE_BYTES", 1000)
+    found = done(base, tmp_path, {1: ask(text_row(90), forward_only=True), 2: ask(text_row(90))}, LEARNING)
+    assert "prompt logprobs with 0 alternatives are limited" in found[0].message
+    assert isinstance(found[1], Computed)
+
+
 def test_a_model_that_cannot_be_made_says_why_to_each_operation(
     base: torch.nn.Module, tmp_path: Path
 ) -> None:
@@ -338,12 +348,29 @@ def test_a_checkpoint_is_a_peft_folder_with_the_trained_numbers(
     found = done(base, tmp_path, steps | {4: Save(name="s", kind="sampler")}, LEARNING)
     folder = Path(found[-1].checkpoint.folder)
     assert not (folder / "optimizer.safetensors").exists()
+    trained = model_of(base)
+    trained.load(Start(str(folder)))
+    save_peft(trained._trainable.model, tmp_path / "peft", base="tiny", commit=None)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
     loaded = PeftModel.from_pretrained(peft_view(base), str(folder))
     ids = ids_of(12, 0)
     with torch.no_grad():
         logits = loaded(input_ids=torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0].float()
     picked = torch.log_softmax(logits, 1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
     np.testing.assert_allclose(picked.numpy(), logprobs(found[2])[0], atol=0.05)
+
+
+def test_a_snapshot_for_sampling_has_the_engines_file_alone(base: torch.nn.Module, tmp_path: Path) -> None:
+    snapshot = Save(name="s", kind="sampler", packed_only=True)
+    load = Load(folder=str(tmp_path / "learning" / "sampler" / "s"))
+    first, whole, refused = done(
+        base, tmp_path, {1: snapshot, 2: Save(name="w", kind="sampler"), 3: load}, LEARNING
+    )
+    names = {path.name for path in Path(first.checkpoint.folder).iterdir()}
+    assert names == {"packed.safetensors", "checkpoint.json"}
+    assert first.checkpoint.packed == whole.checkpoint.packed
+    assert "a snapshot for sampling" in refused.message
 
 
 def test_names_and_times_of_checkpoints(base: torch.nn.Module, tmp_path: Path) -> None:
@@ -467,6 +494,31 @@ def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) ->
         models.write_points()
     assert stops >= 3
     assert_equal(saved(store.result("small", 14)), saved(plain[-1]))
+
+
+def test_a_copy_made_while_a_model_is_trained_goes_on_where_it_was(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    whole = done(base, tmp_path / "whole", lesson(tmp_path / "whole", "small"))
+    root, copies = tmp_path / "root", []
+    store = LiveStore(root)
+    store.create(SPECS[0])
+    models = live_models(base, root, point_seconds=0.0)
+    for seq_id, operation in lesson(root, "small").items():
+        store.submit("small", seq_id, operation)
+        models.look("small")
+        store.back_up(tmp_path / f"copy {seq_id}")
+        copies.append(LiveStore(tmp_path / f"copy {seq_id}"))
+        while models.do_next():
+            pass
+    for copy in copies[5:12:3]:
+        assert copy.checkpoint("small", "weights", "half").folder.startswith(str(copy.root))
+        for seq_id, operation in lesson(root, "small").items():
+            copy.submit("small", seq_id, operation)
+        again = live_models(base, copy.root)
+        while again.do_next():
+            pass
+        assert_equal(saved(copy.result("small", 14)), saved(whole[-1]))
 
 
 def test_results_are_kept_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

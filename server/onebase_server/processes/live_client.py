@@ -244,6 +244,8 @@ class LiveTrainer:
         finally:
             self._child, self._ready = None, False
             await child.end()
+            for event in self._changed.values():
+                event.set()  # a result may have been written, and its writer killed before it reported it
 
     def _take(self, message: FromLive) -> None:
         if isinstance(message, LiveReady):
