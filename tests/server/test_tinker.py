@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 from tinker import types
 
 from .access import Keys
-from .support import Server, Starter
+from .support import ROOT, Server, Starter
 
 OPTIONS = ("--kv-memory", "100MB", "--threads", "1", "--max-rows", "16")
 PROMPT = [504, 2920, 282, 4649, 314]
@@ -83,12 +84,14 @@ def test_logprobs_of_a_prompt_of_its_likeliest_and_of_named_tokens_agree(
     top = whole.topk_prompt_logprobs
     assert whole.prompt_logprobs is not None
     assert top is not None
+    assert top[4] is not None
+    likeliest = top[4][0]
     assert whole.prompt_logprobs[0] is None
     assert top[0] is None
     assert len(top) == len(PROMPT)
     assert sampler.compute_logprobs(prompt).result() == whole.prompt_logprobs
     wanted = torch.full((len(PROMPT) - 1, 2), -1, dtype=torch.int64)
-    wanted[0, 1], wanted[3, 0] = PROMPT[1], top[4][0][0]
+    wanted[0, 1], wanted[3, 0] = PROMPT[1], likeliest[0]
     for given in (
         types.TensorData.from_torch(wanted),
         types.TensorData.from_torch_sparse(wanted, pad_value=-1),
@@ -97,7 +100,7 @@ def test_logprobs_of_a_prompt_of_its_likeliest_and_of_named_tokens_agree(
         assert answer.target_prompt_logprobs is not None
         scored = answer.target_prompt_logprobs.to_torch()
         assert scored[0, 1].item() == whole.prompt_logprobs[1]
-        assert scored[3, 0].item() == top[4][0][1]
+        assert scored[3, 0].item() == likeliest[1]
         assert scored[wanted < 0].abs().sum() == 0
     last = sampler.compute_logprobs(prompt, prompt_logprobs_last_n=2).result()
     assert last == [None, None, None, *whole.prompt_logprobs[-2:]]
@@ -287,7 +290,8 @@ def test_supervised_steps_are_sampled_at_once(client: tinker.ServiceClient, live
     drawn = samplers[-1].sample(prompt, 1, params(temperature=0.0, stop=[])).result().sequences[0]
     assert drawn.tokens == [100] * 4
     # Each sampler keeps the weights that it was made with.
-    scores = [sum(one.compute_logprobs(types.ModelInput.from_ints(tokens)).result()[1:]) for one in samplers]
+    whole = types.ModelInput.from_ints(tokens)
+    scores = [sum(score or 0.0 for score in one.compute_logprobs(whole).result()) for one in samplers]
     assert scores == sorted(scores)
     assert scores[0] < scores[-1] / 2
     with live.client() as http:
@@ -324,6 +328,20 @@ def test_a_policy_learns_from_reward_alone(client: tinker.ServiceClient) -> None
         training.forward_backward(data, "importance_sampling")
         training.optim_step(types.AdamParams(learning_rate=2e-2)).result()
     assert rewards[-1] > rewards[0] + 0.2
+
+
+def test_the_loop_of_the_how_to_page_runs(
+    live: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/how-to/tinker.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name, value in (("BASE_URL", live.url), ("API_KEY", "tml-dummy"), ("TELEMETRY", "0")):
+        monkeypatch.setenv(f"TINKER_{name}", value)
+    exec(compile(snippet, "docs/how-to/tinker.md", "exec"), {})  # noqa: S102 (our own documentation)
+    *steps, path = capsys.readouterr().out.strip().split("\n")
+    losses = [float(line.split()[1]) for line in steps]
+    assert losses[-1] < losses[0]
+    assert path.endswith("/sampler_weights/final")
 
 
 def test_a_custom_loss_runs_as_weights(client: tinker.ServiceClient) -> None:
@@ -405,10 +423,11 @@ def test_refused_requests_keep_their_place_and_the_run_goes_on(client: tinker.Se
     training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=1).result()
     image = types.ImageChunk(data=b"\x89PNG", format="png", expected_tokens=1)
     pictured = types.Datum(model_input=types.ModelInput(chunks=[image]), loss_fn_inputs={})
-    for data, loss, told in (
+    refused: Any = (
         ([pictured], "cross_entropy", "image is not served"),
         ([supervised([1, 2, 3])], "stable_reinforce", "importance_sampling"),
-    ):
+    )
+    for data, loss, told in refused:
         with pytest.raises(tinker.RequestFailedError, match=told):
             training.forward_backward(data, loss).result()
     with pytest.raises(tinker.RequestFailedError, match="save_weights_for_sampler"):

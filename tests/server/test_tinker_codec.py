@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tinker
@@ -16,7 +18,7 @@ from onebase_server.live.codec import Sampled, SampleResult
 from onebase_training.live_operations import Computed, Tensor
 
 
-def body_of(*data: tinker.Datum, loss: str = "ppo", **config: float | str) -> bytes:
+def body_of(*data: tinker.Datum, loss: Any = "ppo", **config: float | str) -> bytes:
     """What the client sends."""
     given = tinker.types.ForwardBackwardInput(data=list(data), loss_fn=loss, loss_fn_config=config or None)
     request = tinker.types.ForwardBackwardRequest(
@@ -101,7 +103,11 @@ def test_a_compressed_body_may_not_grow_beyond_the_limit() -> None:
 
 
 def test_results_of_rows_of_any_width_are_what_the_client_reads() -> None:
-    arrays = [np.full((3,), -1.5, np.float32), np.arange(8, dtype=np.float32).reshape(4, 2), np.zeros((0,))]
+    arrays: list[Any] = [
+        np.full((3,), -1.5, np.float32),
+        np.arange(8, dtype=np.float32).reshape(4, 2),
+        np.zeros((0,)),
+    ]
     outputs = [{"logprobs": Tensor.of(one)} for one in arrays]
     computed = Computed(outputs=outputs, metrics={"loss:sum": 4.5}, tokens=7, seconds=0.1)
     read = deserialize_forward_backward_output(codec.write_pass(computed))
