@@ -183,6 +183,8 @@ class Samples:
             return
         if sampler.created_at < self._began and await self._read(caller.tenant, sample_id) is not None:
             return
+        if sample_id in self._open:  # it came again while this looked
+            return
         self._request(order, caller, AdapterChoice())
         mine = sum(one.sample.tenant == caller.tenant for one in self._open.values())
         if mine >= MOST_OPEN:
