@@ -53,7 +53,10 @@ ROUTES = {
     ),
     "reading": ("Vectors, classes, scores", {"pooling": "Texts that are read"}),
     "adapters": ("Adapters", {"adapters": "Adapters and versions", "vllm": "vLLM's"}),
-    "training": ("Training, batches, files", {"training": "Jobs", "batches": "Batches", "files": "Files"}),
+    "training": (
+        "Training, batches, files",
+        {"training": "Jobs", "batches": "Batches", "files": "Files", "tinker": "The Tinker API's"},
+    ),
     "access": (
         "Keys, quotas, usage, audit",
         {"keys": "Keys", "usage": "Quotas and usage", "audit": "Audit"},

@@ -101,21 +101,28 @@ def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bo
     order = sorted(numbers, key=lambda number: (-len(rows[number]), number))
     if not packing:
         return [MicroBatch(rows[number].samples, (number,)) for number in order]
-    bins: list[list[int]] = []
-    room = _Room(len(order), limit)
-    for number in order:
-        place = room.first(len(rows[number]))
-        if place is None or place >= len(bins):
-            place = len(bins)
-            bins.append([])
-        bins[place].append(number)
-        room.reserve_tokens(place, len(rows[number]))
+    bins = [[order[place] for place in one] for one in first_fit([len(rows[one]) for one in order], limit)]
     return [
         MicroBatch(
             samples=tuple(sample for number in one for sample in rows[number].samples), rows=tuple(one)
         )
         for one in bins
     ]
+
+
+def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Return the places of the lengths in bins of at most `limit`, each in the first that has room; a longer
+    one has a bin to itself."""
+    bins: list[list[int]] = []
+    room = _Room(len(lengths), limit)
+    for number, length in enumerate(lengths):
+        place = room.first(length)
+        if place is None or place >= len(bins):
+            place = len(bins)
+            bins.append([])
+        bins[place].append(number)
+        room.reserve_tokens(place, length)
+    return bins
 
 
 class _Room:

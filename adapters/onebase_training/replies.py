@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from onebase_adapters.store.atomic_files import write_atomically
@@ -135,6 +136,75 @@ def score_choices(
     return found
 
 
+class ScoringError(Exception):
+    """The engine refuses a row; the message says why."""
+
+
+class Scorer:
+    """Scores tokens by the engine that serves, so that a trainer has the sampler's own numbers: bit for bit
+    on the CPU, where a pass of training rounds otherwise.
+
+    Args:
+        wait: called between layers; what it raises ends the scoring.
+        int8_cache: whether the engine keeps keys and values in int8.
+
+    Raises UnsupportedBaseError as `generate_replies`.
+    """
+
+    def __init__(self, base: nn.Module, wait: Callable[[], None], *, int8_cache: bool = False) -> None:
+        self._base, self._wait = base, wait
+        self._kv_dtype = torch.int8 if int8_cache else None
+        self._engine: Engine | None = None
+        self._blocks = self._versions = 0
+
+    def logprobs(
+        self,
+        adapter: AdapterWeights,
+        rows: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[Sequence[int]]],
+    ) -> list[list[list[float]] | None]:
+        """Return the logprobs, in nats, of the tokens that are named after each token of each row.
+
+        A row whose logits are not finite gets None. Raises ScoringError.
+        """
+        asked = [_Row(str(number), [*ids, 0], 0) for number, ids in enumerate(rows)]
+        engine = self._prepared(max(row.blocks for row in asked), sum(row.blocks for row in asked))
+        self._versions += 1
+        version = f"{_VERSION} {self._versions}"
+        found: list[list[list[float]] | None] = [None] * len(rows)
+        try:
+            engine.put_adapter(version, adapter)
+            for row, named in zip(asked, targets, strict=True):
+                places = {place: list(tokens) for place, tokens in enumerate(named, start=1)}
+                sampling = Sampling(max_tokens=0, prompt_logprobs=0, prompt_targets=places)
+                refs = [AdapterRef(version)]
+                engine.submit(Submit(id=row.id, prompt=row.ids, sampling=sampling, adapters=refs))
+            while engine.busy:
+                engine.step()
+            for output in engine.take_outputs():
+                if output.finish == "error" and output.error_code != "not_finite":
+                    raise ScoringError(f"row {output.id} cannot be scored: {output.error_message}")
+                if output.prompt_logprobs is not None and output.finish != "error":
+                    found[int(output.id)] = [one.named for one in output.prompt_logprobs]
+        except BaseException as error:
+            self._engine = None  # its sequences are half done
+            raise error.cause if isinstance(error, _PassError) else error from None
+        engine.unload_adapter(version)
+        engine.versions.take_dropped()  # which nobody else asks for
+        return found
+
+    def _prepared(self, longest: int, blocks: int) -> Engine:
+        """Return an engine with room for rows of so many blocks, all of them at once if they are few."""
+        wanted = max(longest, min(blocks, BATCH_TOKENS // _BLOCK))
+        if self._engine is None or wanted > self._blocks:
+            self._engine = None
+            self._blocks = wanted
+            self._engine = _engine(
+                self._base, wanted, wanted, frozenset(), self._wait, kv_dtype=self._kv_dtype
+            )
+        return self._engine
+
+
 def stop_ids(base: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end a reply: those of the base's generation config, its config and the
     tokenizer."""
@@ -194,11 +264,17 @@ def _take(row: _Row, output: SequenceOutput) -> None:
 
 
 def _engine(
-    base: nn.Module, longest: int, blocks: int, stops: frozenset[int], wait: Callable[[], None]
+    base: nn.Module,
+    longest: int,
+    blocks: int,
+    stops: frozenset[int],
+    wait: Callable[[], None],
+    *,
+    kv_dtype: torch.dtype | None = None,
 ) -> Engine:
     """Return an engine with `blocks` of keys and values, and at least those of the `longest` sequence."""
     try:
-        model = _GatedModel(base, wait)
+        model = _GatedModel(base, wait, kv_dtype)
     except UnsupportedBaseError as error:
         raise UnsupportedBaseError(
             f"metrics and sample_prompts need replies, and {error}; leave them out, or choose another base"
@@ -228,8 +304,8 @@ class _GatedModel(ServedModel):
     """Calls `wait` between layers. What it raises, or the pass itself, does not concern the pass's
     sequences."""
 
-    def __init__(self, base: nn.Module, wait: Callable[[], None]) -> None:
-        super().__init__(base, slots=1)
+    def __init__(self, base: nn.Module, wait: Callable[[], None], kv_dtype: torch.dtype | None) -> None:
+        super().__init__(base, slots=1, kv_dtype=kv_dtype)
 
         def wait_or_note(*_: object) -> None:
             try:

@@ -280,7 +280,7 @@ def _classifier(tree: Any, recipe: Recipe, labels: Sequence[str]) -> Any:
 
     Raises RecipeError: there is none for this base.
     """
-    if _head_name(tree) in target_layers(tree, recipe.targets):
+    if head_name(tree) in target_layers(tree, recipe.targets):
         raise RecipeError("targets", "lm_head is in no classifier: leave it out")
     targets = resolve_targets(tree, recipe.targets)
     config = tree.config.get_text_config()
@@ -387,7 +387,7 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Line
         RecipeError: a target means no linear layer of this model; the message lists those that exist.
     """
     layers = _linear_layers(model)
-    head = _head_name(model)
+    head = head_name(model)
     body = {name: layer for name, layer in layers.items() if name != head}
     chosen = set[str]()
     for target in targets:
@@ -451,7 +451,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
         inside = {id(module) for module in decoder.modules()}
     else:
         inside = {id(module) for module in model.modules()}
-    head = _head_name(model)
+    head = head_name(model)
     return {
         name: module
         for name, module in model.named_modules()
@@ -467,7 +467,7 @@ def _is_bypassed(model: Any, name: str) -> bool:
     return kind in _BYPASSING and name.endswith(".out_proj")
 
 
-def _head_name(model: Any) -> str | None:
+def head_name(model: Any) -> str | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return next((name for name, module in model.named_modules() if module is head), None) if head else None
 

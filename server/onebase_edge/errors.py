@@ -24,6 +24,8 @@ ApiError
 ├── TrainingFileNotFoundError    no such file
 ├── JobNotFoundError             no such training job
 ├── BatchNotFoundError           no such batch
+├── LiveNotFoundError            no such session, run, sampler, checkpoint or result of live training
+├── ResultGoneError              a result of live training is not kept any more
 ├── StateConflictError           it collides with the state of what it names
 │   └── ActivationConflictError  another version is active than was expected
 ├── AdapterDeletedError          its adapter was deleted while it ran
@@ -44,7 +46,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 
 class ApiError(Exception):
@@ -264,6 +266,36 @@ class BatchNotFoundError(ApiError):
         super().__init__(message, code="batch_not_found", param="batch_id")
 
 
+class LiveNotFoundError(ApiError):
+    """Live training knows nothing of this id, or another tenant has it. kind: session, run, sampler,
+    checkpoint or result."""
+
+    codes: ClassVar = {
+        "session": "session_not_found",
+        "run": "run_not_found",
+        "sampler": "sampler_not_found",
+        "checkpoint": "checkpoint_not_found",
+        "result": "result_not_found",
+    }
+
+    def __init__(self, kind: str, name: str, param: str) -> None:
+        super().__init__(
+            f"{param}: there is no {kind} {name[:120]!r} here. It belongs to another tenant or another "
+            "server, or is gone.",
+            code=self.codes[kind],
+            param=param,
+        )
+
+
+class ResultGoneError(ApiError):
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"request_id: the result of {request_id[:120]!r} is not kept any more. Send the request again.",
+            code="result_gone",
+            param="request_id",
+        )
+
+
 class StateConflictError(ApiError):
     """Conflict of the request with the state of what it names."""
 
@@ -418,6 +450,8 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     TrainingFileNotFoundError: (404, "invalid_request_error"),
     JobNotFoundError: (404, "invalid_request_error"),
     BatchNotFoundError: (404, "invalid_request_error"),
+    LiveNotFoundError: (404, "invalid_request_error"),
+    ResultGoneError: (410, "invalid_request_error"),
     StateConflictError: (409, "invalid_request_error"),
     ActivationConflictError: (409, "invalid_request_error"),
     AdapterDeletedError: (409, "invalid_request_error"),

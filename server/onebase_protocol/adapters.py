@@ -92,7 +92,7 @@ class AdapterSource(Sparse, frozen=True):
     """Source of a version's files."""
 
     kind: str
-    """`upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`."""
+    """`upload`, `hub`, `folder`, `training`, `live`, `checkpoint` or `merge`."""
     repo: str | None = None
     revision: str | None = None
     """Revision that was asked for, such as `main`."""
@@ -100,7 +100,7 @@ class AdapterSource(Sparse, frozen=True):
     """The commit that `revision` was at that moment."""
     subfolder: str | None = None
     job: str | None = None
-    """The job that trained it."""
+    """The job, or the run of live training, that trained it."""
     step: int | None = None
     """The job's step of which it is the checkpoint."""
     parent_version: ParentAnswer | None = field(default=None, name="parent")

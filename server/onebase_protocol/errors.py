@@ -115,6 +115,12 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
+        "sequence_conflict not_installed training_off",
+        "[live training](how-to/tinker.md) has another request under this `seq_id`, which is still waiting; "
+        "the server was installed without `onebase[tinker]`; `--train-jobs` is 0",
+    ),
+    _meaning(
+        400,
         "thread_unsupported_request",
         "Anthropic's routes keep no conversations: send all messages",
     ),
@@ -165,6 +171,12 @@ ERROR_CODES = (
     ),
     _meaning(
         404,
+        "session_not_found run_not_found sampler_not_found checkpoint_not_found result_not_found",
+        "[live training](how-to/tinker.md) has no such session, run, sampler, checkpoint or result; also if "
+        "another tenant or another server has it",
+    ),
+    _meaning(
+        404,
         "http_404 console_missing",
         "there is nothing at this path; the server was installed without the console",
     ),
@@ -194,6 +206,11 @@ ERROR_CODES = (
         409,
         "adapter_deleted",
         "the adapter, or its version, was deleted while the request ran",
+    ),
+    _meaning(
+        410,
+        "result_gone",
+        "the result of a request of live training is not kept any more: send the request again",
     ),
     _meaning(
         413,

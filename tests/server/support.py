@@ -121,6 +121,10 @@ class Server:
         """The process ids of the trainers that run."""
         return [pid for pid in children(self.process.pid) if "trainer" in command_of(pid)]
 
+    def live_pids(self) -> list[int]:
+        """The process ids of the trainers of live adapters: one, or none."""
+        return live_trainers(self.process.pid)
+
     def _child(self, kind: str) -> int:
         (child,) = (pid for pid in children(self.process.pid) if kind in command_of(pid))
         return child
@@ -173,6 +177,16 @@ def children(pid: int) -> list[int]:
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # that thread has just ended
             found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def live_trainers(pid: int) -> list[int]:
+    """The trainers of live adapters that a process has started."""
+    found = []
+    for child in children(pid):
+        with contextlib.suppress(FileNotFoundError):
+            if "live" in Path(f"/proc/{child}/cmdline").read_text().split("\0"):
+                found.append(child)
     return found
 
 

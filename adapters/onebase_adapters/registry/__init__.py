@@ -23,10 +23,12 @@ from onebase_adapters.registry.errors import (
     UnknownFileError,
     UnknownJobError,
     UnknownKeyError,
+    UnknownLiveError,
     UnknownVersionError,
 )
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
+from onebase_adapters.registry.live import LiveRecords, LiveSample, LiveSampler, LiveSession
 from onebase_adapters.registry.quotas import KEY_QUOTAS, TENANT_QUOTAS, Tenants
 from onebase_adapters.registry.records import (
     AUDIT_ACTIONS,
@@ -118,6 +120,10 @@ __all__ = [
     "JobState",
     "JobStateError",
     "JobStop",
+    "LiveRecords",
+    "LiveSample",
+    "LiveSampler",
+    "LiveSession",
     "NewBatch",
     "NewJob",
     "NotReadyError",
@@ -150,6 +156,7 @@ __all__ = [
     "UnknownFileError",
     "UnknownJobError",
     "UnknownKeyError",
+    "UnknownLiveError",
     "UnknownVersionError",
     "Unset",
     "UsageFigures",

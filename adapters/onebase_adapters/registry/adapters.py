@@ -17,6 +17,7 @@ from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords, check_owner
 from onebase_adapters.registry.keys import ApiKeys
+from onebase_adapters.registry.live import LiveRecords
 from onebase_adapters.registry.proofs import ProofRecords
 from onebase_adapters.registry.quotas import Tenants, check_adapters, check_bytes
 from onebase_adapters.registry.records import (
@@ -52,6 +53,7 @@ _ARRIVALS: Mapping[str, AuditAction] = {
     "hub": "adapter.pulled",
     "folder": "adapter.loaded",
     "training": "adapter.trained",
+    "live": "adapter.trained",
     "merge": "adapter.merged",
 }
 """Actions in the audit log, by the kind of a version's source."""
@@ -88,6 +90,8 @@ class Registry:
         self.takeovers = Takeovers(self._database, base_id)
         """Jobs that move to another server."""
         self.batches = BatchRecords(self._database, base_id)
+        self.live = LiveRecords(self._database, base_id)
+        """Sessions, samplers and promised samples of live training."""
         self.proofs = ProofRecords(self._database, base_id)
         """Claims of servers to prove versions, and proofs by kernels."""
         self.keys = ApiKeys(self._database)

@@ -127,3 +127,14 @@ class BatchStateError(RegistryError):
     def __init__(self, message: str, state: str) -> None:
         super().__init__(message)
         self.state = state
+
+
+class UnknownLiveError(RegistryError):
+    """There is no session or sampler of this id for this tenant. `kind`: which of them. `param`: the field
+    that names it."""
+
+    def __init__(self, kind: str, name: str, param: str) -> None:
+        super().__init__(f"There is no {kind} {name[:120]!r}.")
+        self.kind = kind
+        self.name = name
+        self.param = param

@@ -1,7 +1,8 @@
 """API keys: who may do what, for which tenant. The registry holds their hashes, never the keys.
 
 A key is `ob-<id>-<secret>`. The secret has 256 random bits, so one SHA-256 protects it: there is no
-dictionary to try, and a slow hash would only slow down each request.
+dictionary to try, and a slow hash would only slow down each request. It is the same key with `tml-` before
+it, which clients of the Tinker API demand.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ USED_SECONDS = 3600.0
 MAX_NAME = 200
 MAX_PRIORITY = 4
 """Largest priority. Priorities are whole numbers from its negative to this; a key has 0 by default."""
-_KEY = re.compile(r"(ob-[0-9a-f]{16})-[A-Za-z0-9_-]{43}")
+_PREFIX = "tml-"
+_KEY = re.compile(r"(?:tml-)?(ob-[0-9a-f]{16})-[A-Za-z0-9_-]{43}")
 _NOBODY = "0" * 64
 
 
@@ -162,8 +164,10 @@ def id_of(key: str) -> str | None:
 
 
 def is_key_of(key: str, record: ApiKeyRecord | None) -> bool:
-    """Return True if `key` is that of this record, in the same time for a wrong secret and for no record."""
-    return hmac.compare_digest(_sha256(key), _NOBODY if record is None else record.sha256)
+    """Return True if `key` is that of this record, in equal time for a wrong secret and for no record."""
+    return hmac.compare_digest(
+        _sha256(key.removeprefix(_PREFIX)), _NOBODY if record is None else record.sha256
+    )
 
 
 def _sha256(key: str) -> str:

@@ -230,11 +230,12 @@ AuditAction = Literal[
     "adapter.deleted", "file.added",
     "file.deleted", "job.created", "job.paused", "job.resumed", "job.stopped", "job.cancelled",
     "job.succeeded", "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
-    "batch.failed", "batch.expired", "key.created", "key.changed", "key.revoked", "tenant.changed",
+    "batch.failed", "batch.expired", "run.created", "run.ended", "key.created", "key.changed",
+    "key.revoked", "tenant.changed",
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in AUDIT_ACTIONS))
-"""Kinds of actions, their first parts: `adapter`, `file`, `job`, `batch`, `key`, `tenant`."""
+"""Kinds of actions, their first parts: `adapter`, `file`, `job`, `batch`, `run`, `key`, `tenant`."""
 
 
 @dataclass(frozen=True)

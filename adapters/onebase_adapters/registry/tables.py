@@ -14,6 +14,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Text,
@@ -411,3 +412,54 @@ class CheckpointRow(Table):
     at: Mapped[float] = mapped_column(DoubleType)
     train_loss: Mapped[float | None] = mapped_column(DoubleType)
     valid_loss: Mapped[float | None] = mapped_column(DoubleType)
+
+
+class LiveSessionRow(Table):
+    """A session of a client that trains step by step. details: what the client says of it."""
+
+    __tablename__ = "live_sessions"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    tenant: Mapped[str] = mapped_column(String, index=True)
+    key: Mapped[str] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    seen_at: Mapped[float] = mapped_column(DoubleType, index=True)
+    finished_at: Mapped[float | None] = mapped_column(DoubleType)
+    details: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class LiveSamplerRow(Table):
+    """A sampling session: the weights that its samples come from. path: those of a checkpoint; None: the
+    base. clients: number of clients besides its first one."""
+
+    __tablename__ = "live_samplers"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    session: Mapped[str] = mapped_column(String, index=True)
+    base_id: Mapped[str] = mapped_column(String)
+    tenant: Mapped[str] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String, index=True)
+    base_model: Mapped[str] = mapped_column(Text)
+    path: Mapped[str | None] = mapped_column(String)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    clients: Mapped[int] = mapped_column(Integer, default=0)
+
+
+class LiveSampleRow(Table):
+    """A promised sample. request: its body and seed, until it is there. result: what the client gets; error:
+    why there is none."""
+
+    __tablename__ = "live_samples"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    sampler: Mapped[str] = mapped_column(String, index=True)
+    base_id: Mapped[str] = mapped_column(String)
+    tenant: Mapped[str] = mapped_column(String)
+    key: Mapped[str] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String, index=True)
+    request: Mapped[bytes | None] = mapped_column(LargeBinary)
+    result: Mapped[bytes | None] = mapped_column(LargeBinary)
+    error: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    finished_at: Mapped[float | None] = mapped_column(DoubleType, index=True)

@@ -756,8 +756,11 @@ class Engine:
         """Score the prompt tokens that follow the segment's, or return the exception that this raised."""
         sequence = segment.sequence
         targets = [sequence.tokens[number + 1] for number in segment.scored]
+        by_place = sequence.sampling.prompt_targets
+        named = [by_place.get(number + 1, []) for number in segment.scored] if by_place else []
+        top = sequence.sampling.prompt_logprobs or 0
         try:
-            return score_tokens(logits[:, : sequence.words], targets, sequence.sampling.prompt_logprobs or 0)
+            return score_tokens(logits[:, : sequence.words], targets, top, named)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -1103,11 +1106,12 @@ def check_scores(request: protocol.Submit) -> None:
     top = request.sampling.prompt_logprobs
     if top is None:
         return
-    most = MAX_SCORE_BYTES // (SCORED_TOKEN_BYTES + ALTERNATIVE_BYTES * top)
+    named = 9 * sum(map(len, request.sampling.prompt_targets.values()))  # a float of msgpack
+    most = (MAX_SCORE_BYTES - named) // (SCORED_TOKEN_BYTES + ALTERNATIVE_BYTES * top)
     if len(request.prompt) > most:
         raise NeverFitsError(
             "prompt_logprobs_too_large",
             "logprobs",
-            f"prompt logprobs with {top} alternatives are limited to {most} tokens, and this prompt has "
-            f"{len(request.prompt)}; lower logprobs or shorten the prompt",
+            f"prompt logprobs with {top} alternatives are limited to {max(0, most)} tokens, and this prompt "
+            f"has {len(request.prompt)}; lower logprobs or shorten the prompt",
         )

@@ -102,6 +102,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """Number of alternatives reported next to the chosen token's logprob; None reports no logprobs."""
     prompt_logprobs: int | None = None
     """Like `logprobs`, for every prompt token but the first; bypasses the prefix cache."""
+    prompt_targets: dict[int, list[int]] = {}
+    """Tokens that are scored as well, by the place in the prompt at which they might stand; with
+    `prompt_logprobs`."""
     thought: ThoughtBudget | None = None
 
     @property
@@ -117,6 +120,8 @@ class ScoredToken(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top: list[tuple[int, float]]
     """Alternatives: the most likely tokens with their logprobs, in descending order."""
+    named: list[float] = []
+    """Logprobs of the tokens that the request names at this place."""
 
 
 # ---- api -> engine ---------------------------------------------------------------------------

@@ -246,8 +246,13 @@ def begin_draw_apart(
     return read_apart
 
 
-def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[ScoredToken]:
-    """Return logprobs under raw logits [rows, vocab]: one token's in each row, and the `top` largest."""
+def score_tokens(
+    logits: torch.Tensor, tokens: Sequence[int], top: int, named: Sequence[Sequence[int]] = ()
+) -> list[ScoredToken]:
+    """Return logprobs under raw logits [rows, vocab]: one token's in each row, and the `top` largest.
+
+    named: further tokens of each row; none at all if it is empty.
+    """
     scored: list[ScoredToken] = []
     for first in range(0, len(tokens), _SCORED_AT_ONCE):
         chunk = tokens[first : first + _SCORED_AT_ONCE]
@@ -256,12 +261,19 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[
             # A GPU sums a row that begins elsewhere in another order: by its place among the others.
             raw = functional.pad(raw, (0, padding), value=-torch.inf)
         logprobs = torch.log_softmax(raw, dim=-1)[:, : logits.shape[1]]
-        chosen = logprobs.gather(1, sent(np.array(chunk), logits.device)[:, None])
+        more = named[first : first + len(chunk)] or [[]] * len(chunk)
+        width = 1 + max(map(len, more))
+        wanted = np.zeros((len(chunk), width), dtype=np.int64)
+        for row, (token, others) in enumerate(zip(chunk, more, strict=True)):
+            wanted[row, : 1 + len(others)] = [token, *others]
+        chosen = logprobs.gather(1, sent(wanted, logits.device))
         values, indices = _largest(logprobs, top, ordered=logits.device.type != "cpu")
         # All are fp64 exactly, and an accelerator is waited for once.
-        for token, row in zip(chunk, torch.cat([chosen, values, indices], dim=1).tolist(), strict=True):
-            best, ids = row[1 : 1 + values.shape[1]], map(int, row[1 + values.shape[1] :])
-            scored.append(ScoredToken(token, row[0], list(zip(ids, best, strict=True))))
+        rows = torch.cat([chosen, values, indices], dim=1).tolist()
+        for token, others, numbers in zip(chunk, more, rows, strict=True):
+            best, ids = numbers[width : width + values.shape[1]], numbers[width + values.shape[1] :]
+            alternatives = list(zip(map(int, ids), best, strict=True))
+            scored.append(ScoredToken(token, numbers[0], alternatives, numbers[1 : 1 + len(others)]))
     return scored
 
 

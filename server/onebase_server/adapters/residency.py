@@ -50,11 +50,13 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class PackedAdapterFile:
     """Packed file of a proven version. `versions`: those that had it at that time. `is_proved`: True if it
-    was proved with this server's kernels."""
+    was proved with this server's kernels. `path`: where the file of a live version is, which belongs to no
+    adapter and was not proved."""
 
     blob: Blob
     versions: tuple[VersionRecord, ...]
     is_proved: bool = True
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,35 @@ class MemoryUse:
 
 
 class PackedAdapterFiles:
-    """The packed adapters of the versions that the catalog knows as ready. `kernels`: this server's."""
+    """The packed adapters of the versions that the catalog knows as ready, and of live versions. `kernels`:
+    this server's."""
 
     def __init__(self, catalog: Catalog, store: Store, disk: Threads, kernels: Callable[[], str]) -> None:
         self._catalog = catalog
         self._store = store
         self._disk = disk
         self._kernels = kernels
+        self._live: dict[str, PackedAdapterFile] = {}
+
+    def add_live(self, path: Path, sha256: str, size: int) -> None:
+        """Let requests run with a live version, whose digest is that of its file."""
+        self._live[sha256] = PackedAdapterFile(Blob(sha256, size), (), path=path)
+
+    def drop_live(self, path: Path) -> set[str]:
+        """Forget the live versions in a folder, and return their digests."""
+        gone = {digest for digest, file in self._live.items() if file.path and file.path.parent == path}
+        for digest in gone:
+            del self._live[digest]
+        return gone
+
+    def is_live(self, digest: str) -> bool:
+        """Return True if it is a live version."""
+        return digest in self._live
 
     def find(self, digest: str) -> PackedAdapterFile:
         """Return the version's file. Its size is the tensors' and a header's. Raises AdapterNotFoundError."""
+        if (live := self._live.get(digest)) is not None:
+            return live
         ready = [version for version in self._catalog.of_digest(digest) if version.state == "ready"]
         kernels = self._kernels()
         for version in ready:
@@ -96,6 +117,8 @@ class PackedAdapterFiles:
 
     async def fetch(self, packed: PackedAdapterFile) -> Path:
         """Return a local path; a file in a remote store is fetched first. Raises StoreError."""
+        if packed.path is not None:
+            return packed.path
         return await self._disk.run_blocking(self._store.local, packed.blob.sha256)
 
 
@@ -306,10 +329,22 @@ class Residency:
                 _log.error("pinned version %s cannot be loaded: %s", digest[:12], error)
 
     def keep_only(self, wanted: Callable[[str], bool]) -> None:
-        """Unload versions that nobody can ask for any more, each when its last request has ended."""
-        self._unwanted = {digest for digest in self._entries if not wanted(digest)}
+        """Unload versions that nobody can ask for any more, each when its last request has ended. Live ones
+        stay until `forget`."""
+        self._unwanted = {
+            digest
+            for digest, entry in self._entries.items()
+            if entry.packed.path is None and not wanted(digest)
+        }
         for digest in list(self._unwanted):
             self._unload_if_unwanted(self._entries[digest])
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Unload live versions that nobody can ask for any more, each when its last request has ended."""
+        for digest in digests:
+            if (entry := self._entries.get(digest)) is not None:
+                self._unwanted.add(digest)
+                self._unload_if_unwanted(entry)
 
     def _unload_if_unwanted(self, entry: CacheEntry) -> None:
         if entry.digest in self._unwanted and entry.is_loaded and not entry.leases:

@@ -179,6 +179,7 @@ class _Server:
                 ("reading the load", services.load.keep_reading),
                 ("renewing the lease", partial(training.peers.keep, training.scheduler)),
                 ("sharing quotas", services.sharing.keep),
+                ("tidying live training", partial(services.live_training.keep_tidy, services.samples)),
             )
         ]
         async with (

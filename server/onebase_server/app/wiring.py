@@ -28,6 +28,7 @@ from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
 from onebase_server.http.deps import READ_THREADS, Services, Training
 from onebase_server.http.metrics import MetricsCollector
+from onebase_server.http.routes.generation import RequestUsageRecorder
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.inference.tokenization import BaseTokenizer, Tokenizers
 from onebase_server.jobs.checkpoints import CheckpointModels
@@ -39,7 +40,10 @@ from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
+from onebase_server.live.sampling import Samples
+from onebase_server.live.service import LiveTraining
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
+from onebase_server.processes.live_client import LIVE_COMMAND, LiveSettings, LiveTrainer
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
@@ -58,6 +62,7 @@ from onebase_server.tenancy.pacing import RequestPacer
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter
 from onebase_server.tenancy.usage import TenantUsageRecorder
+from onebase_training.live_store import LiveStore
 
 RECORD_THREADS = 4
 KEY_THREADS = 2
@@ -74,6 +79,7 @@ class Commands:
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
+    live: Sequence[str] = LIVE_COMMAND
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
     """Limits of the engine's restarts."""
 
@@ -94,6 +100,7 @@ class _AdapterParts:
     verifier: VerifierClient
     activation: ActivationService
     service: AdapterService
+    files: PackedAdapterFiles
 
 
 class Preparation:
@@ -156,10 +163,22 @@ def assemble(
     hub = HubAdapters(adapters, pulls)
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
+    live = LiveTrainer(
+        LiveStore(Path(settings.data_dir).expanduser().absolute() / "live"),
+        threads.disk,
+        LiveSettings(
+            base.name,
+            base.revision,
+            share=settings.train_share,
+            memory=settings.train_memory // max(1, settings.train_jobs),
+            busy_fd=busy.fd,
+            command=commands.live,
+        ),
+    )
     supervisor.listen(
         EngineListeners(
             versions=residency,
-            base=(training.scheduler, parts.verifier),
+            base=(training.scheduler, live, parts.verifier),
             prepare=Preparation(adapters, folders, residency).prepare_adapters,
         )
     )
@@ -175,6 +194,34 @@ def assemble(
     sharing = QuotaSharing(training.peers, limiter, lambda: keys.has_quotas)
     batches = _batches(settings, storage, training, keys, limiter, supervisor)
     measured, answers = RequestMeasurements(), Counter[tuple[str, int]]()
+    live_training = LiveTraining(
+        live if settings.train_jobs else None,
+        storage.registry.live,
+        threads.records,
+        training.folders.server,
+        base_names=base.names,
+        tokenizer=base.repo or str(base.folder),
+        max_rank=settings.max_rank,
+        files=parts.files,
+        residency=residency,
+        library=adapters,
+        usage=usage,
+    )
+    reading = Threads("read", READ_THREADS)
+    samples = Samples(
+        storage.registry.live,
+        threads.records,
+        training.folders.server,
+        planner=planner,
+        supervisor=supervisor,
+        tokenizer=tokenizer,
+        reading=reading,
+        residency=residency,
+        keys=keys,
+        limiter=limiter,
+        choose=live_training.choose,
+        recorder=lambda reservation, request: RequestUsageRecorder(reservation, usage, measured, request),
+    )
     metrics = MetricsCollector(
         supervisor=supervisor,
         catalog=parts.catalog,
@@ -206,6 +253,9 @@ def assemble(
         views=AdapterViews(adapters, hub, residency, _reference(base, settings)),
         verifier=parts.verifier,
         training=training,
+        live=live,
+        live_training=live_training,
+        samples=samples,
         batches=batches,
         measured=measured,
         tracing=tracing,
@@ -213,7 +263,7 @@ def assemble(
         answers=answers,
         load=LoadRecorder(measured, answers, supervisor.client.total, lambda: supervisor.client.stats),
         pacer=RequestPacer(),
-        reading=Threads("read", READ_THREADS),
+        reading=reading,
     )
 
 
@@ -254,7 +304,7 @@ def _adapter_parts(
         link.send,
         settings.queue_limit,
         prove=proofs.for_kernels,
-        knows=catalog.knows,
+        knows=lambda use: files.is_live(use.digest) or catalog.knows(use),
     )
     activation = ActivationService(registry, store, catalog, residency, records, disk)
     service = AdapterService(
@@ -272,7 +322,7 @@ def _adapter_parts(
         signatures=signatures or SignaturePolicy(),
     )
     residency.subscribe(service.prove_again)
-    return _AdapterParts(catalog, residency, verifier, activation, service)
+    return _AdapterParts(catalog, residency, verifier, activation, service, files)
 
 
 def _reference(base: ResolvedBase, settings: Settings) -> BaseReference:

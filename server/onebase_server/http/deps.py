@@ -39,6 +39,9 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
+from onebase_server.live.sampling import Samples
+from onebase_server.live.service import LiveTraining
+from onebase_server.processes.live_client import LiveTrainer
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.requests import strict_json
@@ -140,6 +143,9 @@ class Services:
     views: AdapterViews
     verifier: VerifierClient
     training: Training
+    live: LiveTrainer
+    live_training: LiveTraining
+    samples: Samples
     batches: BatchService
     measured: RequestMeasurements
     tracing: Tracing

@@ -28,6 +28,7 @@ _TOLD = {
     404: "What the request names is not there",
     408: "The request did not arrive in time",
     409: "What the request names is in a state that does not allow it",
+    410: "What the request asks for is not kept any more",
     413: "The body, or what it asks for, is over a limit",
     416: "The file does not have this range",
     422: "The version was found not to be fit to be served, or the request ended engines again and again",

@@ -50,7 +50,10 @@ async def run_server(
             shutdown.push_async_callback(_cancel, task)
         shutdown.push_async_callback(services.supervisor.stop)
         shutdown.push_async_callback(services.training.scheduler.stop)
+        shutdown.push_async_callback(services.live.stop)
         shutdown.push_async_callback(services.batches.runner.stop)
+        shutdown.push_async_callback(services.samples.stop)
+        shutdown.push_async_callback(services.live_training.stop)
         shutdown.push_async_callback(_end_http, services, server, http)
         shutdown.callback(first_ready.cancel)
         shutdown.callback(stopped.cancel)
@@ -78,6 +81,7 @@ async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
     await services.supervisor.ready.wait()
     freeze_loaded()
     on_ready()
+    await asyncio.gather(services.samples.resume(), services.live_training.resume())
 
 
 async def _drain(services: Services, server: QuietServer, engine: asyncio.Task[None]) -> None:

@@ -137,7 +137,7 @@ class Work:
         with alone(Path(job.folder)):
             on_gpu = config.device != "cpu" and torch.cuda.is_available()
             device = torch.device("cuda" if on_gpu else "cpu")
-            torch.set_num_threads(_threads(config))
+            torch.set_num_threads(threads_of(config))
             rate = slow = None
             if not on_gpu:
                 rate, slow = measured_rates(device, base_settings(config, device).dtype)
@@ -160,7 +160,7 @@ class Work:
     def _train(self, message: Train) -> Trained:
         job, config = message.job, message.config
         with alone(Path(job.folder)):
-            torch.set_num_threads(_threads(config))
+            torch.set_num_threads(threads_of(config))
             base = attach(base_settings(config, CPU), message.manifest, self._base_fd)
             device = next(base.parameters()).device
             importlib.import_module("peft")  # before the limit, which is for what the job takes
@@ -181,7 +181,7 @@ class Work:
 
     def _gate(self, share: float, device: torch.device) -> SharedGate:
         flag = None if self._busy_fd is None else BusyFlag(self._busy_fd)
-        finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else _done
+        finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else no_wait
         return SharedGate(lambda: bool(flag), share, self._stopping, finish=finish)
 
     def _stopping(self) -> Reason | None:
@@ -241,11 +241,11 @@ def _parent(files: ParentFiles | None) -> Parent | None:
     return Parent(files.label, files.digest, Path(files.config), Path(files.weights))
 
 
-def _threads(config: EngineConfig) -> int:
+def threads_of(config: EngineConfig) -> int:
     return config.threads or len(os.sched_getaffinity(0))
 
 
-def _done() -> None:
+def no_wait() -> None:
     """Do nothing: on the CPU nothing is left to wait for."""
 
 

@@ -20,6 +20,7 @@ from onebase_edge.errors import (
     InvalidRequestError,
     JobNotFoundError,
     KeyNotFoundError,
+    LiveNotFoundError,
     QuotaExceededError,
     StateConflictError,
     TrainingFileNotFoundError,
@@ -94,6 +95,8 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise TrainingFileNotFoundError(str(error)) from error
     except registry.UnknownJobError as error:
         raise JobNotFoundError(str(error)) from error
+    except registry.UnknownLiveError as error:
+        raise LiveNotFoundError(error.kind, error.name, error.param) from error
     except registry.UnknownBatchError as error:
         raise BatchNotFoundError(str(error)) from error
     except registry.JobStateError as error:

@@ -28,6 +28,7 @@ from onebase_engine.base.identity import BaseIdentityError, base_id
 from onebase_engine.environment import computing_environment
 from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_engine.redaction import redacted
+from onebase_training.live_store import LiveStore
 
 SWEEP_SECONDS = 3600.0
 _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtype")
@@ -185,7 +186,8 @@ BACKUP_MARK = ".onebase-backup"
 
 
 def back_up(settings: Settings, target: Path) -> list[str]:
-    """Copy the registry, the store and the files of jobs and batches to a folder, while servers use them.
+    """Copy the registry, the store and the files of jobs, batches and live adapters to a folder, while
+    servers use them.
 
     `target` is then a data folder of its own: it may be served, or take the place of the old one. A second
     time only new blobs are copied. The registry comes first: the store has a version's files before the
@@ -222,6 +224,8 @@ def back_up(settings: Settings, target: Path) -> list[str]:
         for name in ("training", "batches"):
             shutil.rmtree(target / name, ignore_errors=True)
             _copy_files(data / name, target / name)
+        shutil.rmtree(target / "live", ignore_errors=True)
+        LiveStore(data / "live").back_up(target / "live")
         os.sync()
     except (OSError, StoreError, sqlite3.Error) as error:
         raise StorageError(

@@ -46,6 +46,7 @@ def upgrade() -> None:
     _create_jobs()
     _create_files_of_jobs()
     _create_batches()
+    _create_live()
 
 
 def _parent(column: str) -> sa.ForeignKey:
@@ -341,4 +342,44 @@ def _create_batches() -> None:
         sa.Column("error_file", sa.String()),
         sa.Index(None, "server", "state"),
         sa.Index(None, "tenant", "number"),
+    )
+
+
+def _create_live() -> None:
+    op.create_table(
+        "live_sessions",
+        sa.Column("id", sa.String(), primary_key=True),
+        sa.Column("tenant", sa.String(), nullable=False, index=True),
+        sa.Column("key", sa.String(), nullable=False),
+        sa.Column("server", sa.String(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("seen_at", sa.Double(), nullable=False, index=True),
+        sa.Column("finished_at", sa.Double()),
+        sa.Column("details", sa.JSON(), nullable=False),
+    )
+    op.create_table(
+        "live_samplers",
+        sa.Column("id", sa.String(), primary_key=True),
+        sa.Column("session", sa.String(), nullable=False, index=True),
+        sa.Column("base_id", sa.String(), nullable=False),
+        sa.Column("tenant", sa.String(), nullable=False),
+        sa.Column("server", sa.String(), nullable=False, index=True),
+        sa.Column("base_model", sa.Text(), nullable=False),
+        sa.Column("path", sa.String()),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("clients", sa.Integer(), nullable=False),
+    )
+    op.create_table(
+        "live_samples",
+        sa.Column("id", sa.String(), primary_key=True),
+        sa.Column("sampler", sa.String(), nullable=False, index=True),
+        sa.Column("base_id", sa.String(), nullable=False),
+        sa.Column("tenant", sa.String(), nullable=False),
+        sa.Column("key", sa.String(), nullable=False),
+        sa.Column("server", sa.String(), nullable=False, index=True),
+        sa.Column("request", sa.LargeBinary()),
+        sa.Column("result", sa.LargeBinary()),
+        sa.Column("error", sa.JSON()),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("finished_at", sa.Double(), index=True),
     )

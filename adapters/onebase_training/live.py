@@ -1,0 +1,636 @@
+"""Live adapters on one base: each operation is done once, in its model's order, and survives the process.
+
+What an operation changes is in memory until a point is written: weights, gradients since the last step and
+the optimizer's state, atomically. A new process reads the newest point, repeats the operations since then
+that have a result, for the state alone, and continues. On the CPU the bits are those of a process that was
+never killed, since a model's operations depend on nothing but the model: rows of two models never share a
+pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from onebase_adapters.proof.extract import extract
+from onebase_adapters.store.atomic_files import atomic_directory
+from onebase_engine.base.load import longest_row
+from onebase_engine.lora.packed_adapter import write_packed_adapter
+from onebase_engine.machine import is_out_of_memory
+from onebase_training.batches import Packed, first_fit
+from onebase_training.checkpoint import CONFIG, WEIGHTS, save_peft
+from onebase_training.datum_losses import Loss, Row, check_row, find_loss, target_logprobs
+from onebase_training.events import Gate, Interrupted
+from onebase_training.live_operations import (
+    Checkpoint,
+    Computed,
+    ForwardBackward,
+    Load,
+    Loaded,
+    ModelSpec,
+    Operation,
+    OptimStep,
+    Refuse,
+    Refused,
+    RefusedError,
+    Result,
+    Save,
+    Saved,
+    Start,
+    Stepped,
+    Tensor,
+)
+from onebase_training.live_store import (
+    CHECKPOINT,
+    PACKED,
+    RESULT,
+    LiveStore,
+    Made,
+    UnknownModelError,
+    encoded,
+    read_checkpoint,
+)
+from onebase_training.recipe import HIGHEST_RANK, Recipe, RecipeError
+from onebase_training.replies import Scorer, ScoringError
+from onebase_training.trainable import ADAPTER, Trainable, head_name, target_parameters
+
+MICRO_TOKENS = 1024
+"""Tokens computed in one pass, whatever the memory: other passes would add up to other last bits."""
+CHECKPOINTING_BYTES = 1 << 30
+"""Size of a base from which on activations are computed twice instead of kept."""
+POINT_SECONDS = 30.0
+"""Time of computing, in seconds, that a process that begins again may have to do over."""
+_OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseName:
+    """Name of the base in an adapter's config, and its commit on the Hub, if it has one."""
+
+    name: str
+    commit: str | None = None
+
+
+class LiveModel:
+    """One live adapter in memory: its weights, the gradients added up since the last step, and Adam's state.
+
+    Raises RecipeError: the base has no layers that were asked for, or the rank is too high.
+    """
+
+    def __init__(self, base: nn.Module, spec: ModelSpec, gate: Gate, name: BaseName, scorer: Scorer) -> None:
+        self.spec = spec
+        self.steps = 0
+        self._scorer = scorer
+        self._name = name
+        size = sum(one.numel() * one.element_size() for one in base.parameters())
+        recipe = Recipe(
+            r=spec.rank,
+            alpha=spec.alpha,
+            seed=spec.seed % 2**31,
+            targets=targets_of(base, spec),
+            gradient_checkpointing=size > CHECKPOINTING_BYTES,
+        )
+        self._trainable = Trainable(base, recipe, gate)
+        self._words = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        self._longest = longest_row(base.config) or 2**20
+        self._parameters = self._trainable.named_parameters()
+        self._gradients: dict[str, torch.Tensor] | None = None
+        self._reset_optimizer()
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the layers that are trained, as PEFT's config has them."""
+        config = self._trainable.model.peft_config[ADAPTER]
+        return sorted([*config.target_modules, *(config.target_parameters or ())])
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    # ---- computing -----------------------------------------------------------------------------
+
+    def forward_backward(self, operation: ForwardBackward) -> Computed:
+        """Compute losses and, unless `forward_only`, add their gradients. Raises RefusedError."""
+        began = time.monotonic()
+        loss = find_loss(operation.loss)
+        settings = loss.settings(operation.config)
+        if not operation.data:
+            raise RefusedError("data has no rows")
+        rows = [
+            check_row(datum, loss, place, self._words, self._longest)
+            for place, datum in enumerate(operation.data)
+        ]
+        exact = self._sampler_logprobs(rows) if operation.forward_only or loss.compares else {}
+        if operation.forward_only:
+            losses = [_loss(loss, exact[place], row, settings) for place, row in enumerate(rows)]
+            found, sums = exact, [float(one.double().sum()) for one in losses]
+        else:
+            found, sums = self._backward(rows, loss, settings, exact)
+        for place, value in enumerate(sums):
+            if not math.isfinite(value):
+                raise RefusedError(f"data[{place}]: the loss is not finite", "not_finite")
+        if not operation.forward_only:
+            self._add_gradients()
+        return Computed(
+            outputs=[{"logprobs": Tensor.of(found[place].numpy())} for place in range(len(rows))],
+            metrics={"loss:sum": math.fsum(sums)},
+            tokens=sum(map(len, rows)),
+            seconds=time.monotonic() - began,
+        )
+
+    def _backward(
+        self, rows: list[Row], loss: Loss, settings: Mapping[str, float], exact: Mapping[int, torch.Tensor]
+    ) -> tuple[dict[int, torch.Tensor], list[float]]:
+        """Compute gradients, and return each row's logprobs and its loss.
+
+        exact: the sampler's logprobs, which replace those of this pass; the gradients are of this pass.
+        """
+        found, sums = dict[int, torch.Tensor](), [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda place: (-len(rows[place]), place))
+        self._clear()
+        for one_pass in first_fit([len(rows[place]) for place in order], MICRO_TOKENS):
+            places = [order[one] for one in one_pass]
+            losses = []
+            for place, own in zip(places, self._logprobs([rows[place] for place in places]), strict=True):
+                logprobs = exact[place].to(own) + (own - own.detach()) if exact else own
+                found[place] = logprobs.detach().cpu()
+                losses.append(_loss(loss, logprobs, rows[place], settings))
+                sums[place] = float(losses[-1].detach().double().sum())
+            torch.cat([one.flatten() for one in losses]).sum().backward()  # type: ignore[no-untyped-call]
+        return found, sums
+
+    def _sampler_logprobs(self, rows: list[Row]) -> dict[int, torch.Tensor]:
+        """Return the logprobs of the rows' targets, fp32, by the engine that serves. Raises RefusedError."""
+        tokens = [row.tokens.tolist() for row in rows]
+        targets = [row.targets.view(len(row), -1).tolist() for row in rows]
+        try:
+            scored = self._scorer.logprobs(self._trainable.weights(), tokens, targets)
+        except ScoringError as error:
+            raise RefusedError(str(error)) from error
+        found = {}
+        for place, (row, values) in enumerate(zip(rows, scored, strict=True)):
+            if values is None:
+                raise RefusedError(f"data[{place}]: the logits are not finite", "not_finite")
+            found[place] = torch.tensor(values).view(row.targets.shape)
+        return found
+
+    def _logprobs(self, rows: list[Row]) -> list[torch.Tensor]:
+        """Return the logprobs of the rows' targets, fp32, with gradients: all rows in one pass."""
+        device, lengths = self._trainable.device, [len(row) for row in rows]
+        tokens = torch.cat([row.tokens for row in rows]).to(device)
+        packed = Packed(
+            ids=tokens[None],
+            positions=torch.cat([torch.arange(length) for length in lengths]).to(device)[None],
+            keep=torch.arange(len(tokens), device=device),
+            targets=tokens,
+            owner=tokens,
+            lengths=lengths,
+        )
+        return target_logprobs(self._trainable.logits(packed), rows)
+
+    def _clear(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _add_gradients(self) -> None:
+        """Add the gradients of one operation, which fail together. Raises RefusedError."""
+        new = {
+            name: torch.zeros_like(one) if one.grad is None else one.grad
+            for name, one in self._parameters.items()
+        }
+        self._clear()
+        if not all(bool(torch.isfinite(one).all()) for one in new.values()):
+            raise RefusedError("the gradient is not finite: lower the weights or advantages", "not_finite")
+        before = self._gradients
+        self._gradients = new if before is None else {name: before[name] + one for name, one in new.items()}
+
+    def optim_step(self, operation: OptimStep) -> Stepped:
+        """Step AdamW. Raises RefusedError."""
+        numbers = {name: getattr(operation, name) for name in operation.__struct_fields__}
+        for name, value in numbers.items():
+            highest = 1.0 if name.startswith("beta") else math.inf
+            if not 0 <= value < highest:
+                raise RefusedError(f"adam_params.{name} is {value}: write a number from 0 to {highest:g}")
+        if self._gradients is None:
+            raise RefusedError("there is no gradient to step with: call forward_backward first")
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._gradients[name].clone()
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), operation.grad_clip_norm or math.inf)
+        if not torch.isfinite(norm):
+            self._clear()
+            raise RefusedError("the gradient is not finite: load a checkpoint", "not_finite")
+        for group in self._optimizer.param_groups:
+            group |= {
+                "lr": operation.learning_rate,
+                "betas": (operation.beta1, operation.beta2),
+                "eps": operation.eps,
+                "weight_decay": operation.weight_decay,
+            }
+        self._optimizer.step()
+        self._clear()
+        self._gradients = None
+        self.steps += 1
+        return Stepped(metrics={"grad_norm": float(norm)}, step=self.steps)
+
+    def _reset_optimizer(self) -> None:
+        self._optimizer = torch.optim.AdamW(self._parameters.values())
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def write_state(self, folder: Path) -> None:
+        """Write everything that the model is into a folder. Raises OSError."""
+        tensors = _named("weight", self._parameters) | self._moments()
+        if self._gradients is not None:
+            tensors |= _named("gradient", self._gradients)
+        save_file(tensors, folder / _STATE)
+        (folder / _META).write_bytes(msgspec.json.encode({"steps": self.steps}))
+
+    def read_state(self, folder: Path) -> None:
+        """Become what `write_state` wrote. Raises OSError, ValueError: the folder is damaged."""
+        tensors, meta = load_file(folder / _STATE), msgspec.json.decode((folder / _META).read_bytes())
+        self._set(_part("weight", tensors))
+        self._set_moments(tensors, meta["steps"])
+        self._gradients = {
+            name: one.to(self._trainable.device) for name, one in _part("gradient", tensors).items()
+        } or None
+
+    def save(self, folder: Path, operation: Save, seq_id: int) -> Checkpoint:
+        """Write a checkpoint, which is whole when it appears. Raises OSError, RefusedError."""
+        before = read_checkpoint(folder)
+        if before is not None and before.seq_id == seq_id:
+            return before  # of a process that was killed before it could tell
+        if before is not None and not operation.overwrite:
+            raise RefusedError(f"there is a checkpoint {operation.name!r}: choose another name, or overwrite")
+        now, kept = time.time(), operation.kind == "weights"
+        with atomic_directory(folder) as work:
+            packed, packed_bytes = self._write_packed(work / PACKED)
+            if not operation.packed_only:
+                self._write_peft(work)
+            if kept:
+                save_file(self._moments(), work / _OPTIMIZER)
+            checkpoint = Checkpoint(
+                name=operation.name,
+                kind=operation.kind,
+                folder=str(folder),
+                model=self.spec.id,
+                seq_id=seq_id,
+                step=self.steps,
+                digest=packed if operation.packed_only else _digest(work),
+                bytes=sum(path.stat().st_size for path in work.iterdir()),
+                rank=self.spec.rank,
+                alpha=self.spec.alpha,
+                targets=self.targets,
+                train_mlp=self.spec.train_mlp,
+                train_attn=self.spec.train_attn,
+                train_unembed=self.spec.train_unembed,
+                optimizer=kept,
+                created=now,
+                expires=None if operation.ttl_seconds is None else now + operation.ttl_seconds,
+                packed=packed,
+                packed_bytes=packed_bytes,
+                metadata=operation.metadata,
+            )
+            (work / CHECKPOINT).write_bytes(msgspec.json.encode(checkpoint))
+        return checkpoint
+
+    def _write_peft(self, folder: Path) -> None:
+        """Write the adapter as PEFT does, whose own way takes longer than a step. Raises OSError."""
+        config = self._trainable.model.peft_config[ADAPTER]
+        if config.target_parameters:  # which PEFT renames
+            save_peft(self._trainable.model, folder, base=self._name.name, commit=self._name.commit)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            named = copy.copy(config)
+            named.base_model_name_or_path, named.revision = self._name.name, self._name.commit
+            named.inference_mode, named.target_modules = True, sorted(config.target_modules)
+            named.save_pretrained(str(folder))
+            tensors = {_file_name(name): one.detach().cpu() for name, one in self._parameters.items()}
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
+
+    def _write_packed(self, path: Path) -> tuple[str, int]:
+        """Write the weights as the engine loads them. Return the file's SHA-256 and size. Raises OSError."""
+        write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id="")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
+
+    def load(self, start: Load | Start) -> Checkpoint:
+        """Become a checkpoint, and without its optimizer begin a new one; gradients are dropped.
+
+        Raises RefusedError: there is none, it lacks the optimizer, or it is of other layers or ranks.
+        """
+        folder = Path(start.folder)
+        checkpoint = read_checkpoint(folder)
+        if checkpoint is None:
+            raise RefusedError("there is no such checkpoint, or it has expired", "not_found")
+        if start.optimizer and not checkpoint.optimizer:
+            raise RefusedError(f"checkpoint {checkpoint.name!r} has no optimizer: load its weights alone")
+        if checkpoint.alpha != self.spec.alpha:
+            raise RefusedError(
+                f"the checkpoint has alpha {checkpoint.alpha:g}, the model {self.spec.alpha:g}"
+            )
+        if not (folder / WEIGHTS).exists():
+            raise RefusedError(f"checkpoint {checkpoint.name!r} is a snapshot for sampling: save its weights")
+        weights = load_file(folder / WEIGHTS)
+        named = {_file_name(name): name for name in self._parameters}
+        if {name: one.shape for name, one in weights.items()} != {
+            saved: self._parameters[name].shape for saved, name in named.items()
+        }:
+            raise RefusedError(
+                f"the checkpoint has rank {checkpoint.rank} on {', '.join(checkpoint.targets)}, the model "
+                f"rank {self.spec.rank} on {', '.join(self.targets)}: make a model from the checkpoint"
+            )
+        moments = load_file(folder / _OPTIMIZER) if start.optimizer else {}
+        self._set({named[saved]: one for saved, one in weights.items()})
+        self._set_moments(moments, checkpoint.step if start.optimizer else 0)
+        self._gradients = None
+        return checkpoint
+
+    def _set(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(values[name])
+
+    def _moments(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for kind in _MOMENTS:
+            states = {name: self._optimizer.state.get(one) for name, one in self._parameters.items()}
+            found |= _named(kind, {name: state[kind] for name, state in states.items() if state})
+        return found
+
+    def _set_moments(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
+        self._reset_optimizer()
+        self.steps = steps
+        moments = {kind: _part(kind, tensors) for kind in _MOMENTS}
+        for name, parameter in self._parameters.items() if moments[_MOMENTS[0]] else ():
+            state: dict[str, Any] = {
+                kind: values[name].to(parameter.device).clone() for kind, values in moments.items()
+            }
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **state}
+
+
+def _loss(loss: Loss, logprobs: torch.Tensor, row: Row, settings: Mapping[str, float]) -> torch.Tensor:
+    inputs = {name: value.to(logprobs) for name, value in row.inputs.items()}
+    return loss.elementwise(logprobs, inputs, settings)
+
+
+def targets_of(base: nn.Module, spec: ModelSpec) -> tuple[str, ...]:
+    """Return a recipe's targets for what is to be trained. Raises RecipeError: nothing is."""
+    if not 1 <= spec.rank <= HIGHEST_RANK:
+        raise RecipeError("rank", f"rank is {spec.rank}: write a whole number from 1 to {HIGHEST_RANK}")
+    found = ["all-linear"] if spec.train_attn and spec.train_mlp else []
+    if not found:
+        found = [name for name, on in (("attention", spec.train_attn), ("mlp", spec.train_mlp)) if on]
+    if spec.train_mlp and target_parameters(base, ["experts"]):
+        found.append("experts")
+    if spec.train_unembed and (head := head_name(base)):
+        found.append(head)
+    if not found:
+        raise RecipeError("targets", "nothing is to be trained: set train_mlp, train_attn or train_unembed")
+    return tuple(found)
+
+
+def _named(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{kind} {name}": one.detach().contiguous().cpu() for name, one in tensors.items()}
+
+
+def _part(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    start = f"{kind} "
+    return {name.removeprefix(start): one for name, one in tensors.items() if name.startswith(start)}
+
+
+def _file_name(name: str) -> str:
+    """Return a parameter's name as PEFT's files have it."""
+    return name.replace(f".{ADAPTER}", "")
+
+
+def _digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        with (folder / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+class LiveModels:
+    """The live adapters of a store, done one operation at a time, the models in turns.
+
+    Args:
+        base: as `load_base` or `attach` returns it.
+        gate: passed between any two layers; it may raise Interrupted, and nothing is lost by that.
+        on_done: called with the model's id and the number of an operation that has its result; for a model
+            that was made, or refused, with 0.
+        point_seconds: time of computing after which a point is written.
+        int8_cache: whether the engine that serves keeps keys and values in int8.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        store: LiveStore,
+        gate: Gate,
+        name: BaseName,
+        *,
+        on_done: Callable[[str, int], None] = lambda model_id, seq_id: None,
+        point_seconds: float = POINT_SECONDS,
+        int8_cache: bool = False,
+    ) -> None:
+        self._base, self._store, self._gate, self._name = base, store, gate, name
+        self._scorer = Scorer(base, gate.wait, int8_cache=int8_cache)
+        self._on_done = on_done
+        self._point_seconds = point_seconds
+        self._models: dict[str, LiveModel] = {}
+        self._since_point: dict[str, float] = {}
+        self._broken: dict[str, Refused] = {}
+        """Result of each operation of a model that could not be made here."""
+        self._turns: deque[str] = deque()
+
+    def look(self, model_id: str) -> None:
+        """Note that something was written for a model."""
+        if model_id not in self._turns:
+            self._turns.append(model_id)
+
+    def look_at_all(self) -> None:
+        """Note all models of the store."""
+        for spec in self._store.models():
+            self.look(spec.id)
+
+    def refuse(self, model_id: str, seq_id: int, refused: Refused) -> None:
+        """Give an operation that has no result this one. Raises OSError."""
+        self._store.complete(model_id)
+        if seq_id == self._store.next_seq(model_id) and self._store.is_live(model_id):
+            self._store.write_result(model_id, seq_id, refused)
+            self._on_done(model_id, seq_id)
+
+    def do_next(self) -> bool:
+        """Do one operation of the model whose turn it is. Returns False if nothing waits.
+
+        Raises OSError, Interrupted: no result was written. The operation is done again by the next process,
+        from the state before it.
+        """
+        while self._turns:
+            model_id = self._turns.popleft()
+            try:
+                if self._do_next_of(model_id):
+                    self._turns.append(model_id)
+                    return True
+            except (UnknownModelError, FileNotFoundError):
+                if self._store.is_live(model_id):
+                    raise
+            if not self._store.is_live(model_id):
+                self._models.pop(model_id, None)
+                self._broken.pop(model_id, None)
+        return False
+
+    def write_points(self) -> None:
+        """Write all models to the disk, so that nothing has to be done over. Raises OSError."""
+        for model_id, model in self._models.items():
+            if self._since_point[model_id] and self._store.is_live(model_id):
+                last = self._store.last_result(model_id)
+                self._write_point(model, last, self._store.result(model_id, last))
+
+    def _do_next_of(self, model_id: str) -> bool:
+        if not self._store.is_live(model_id):
+            return False
+        if model_id not in self._models and model_id not in self._broken:
+            self._make(model_id)
+        seq_id = self._store.next_seq(model_id)
+        operation = self._store.operation(model_id, seq_id)
+        if operation is None:
+            return False
+        if model_id in self._broken:
+            self._store.write_result(model_id, seq_id, self._broken[model_id])
+            self._on_done(model_id, seq_id)
+            return True
+        self._store.write_begun(model_id, seq_id)
+        began = time.monotonic()
+        model = self._models[model_id]
+        result = self._done(model, seq_id, operation)
+        if isinstance(operation, Load) and not isinstance(result, Refused):
+            self._write_point(model, seq_id, result)  # the checkpoint may be gone when it would be done over
+        self._store.write_result(model_id, seq_id, result)
+        self._on_done(model_id, seq_id)
+        if not isinstance(result, Refused) and not _leaves_state(operation):
+            self._since_point[model_id] += time.monotonic() - began
+            if isinstance(operation, OptimStep) and self._since_point[model_id] > self._point_seconds:
+                self._write_point(model, seq_id, result)
+        return True
+
+    def _done(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
+        try:
+            return self._result(model, seq_id, operation)
+        except RefusedError as error:
+            return error.refused
+        except Exception as error:
+            if is_out_of_memory(error):
+                message = "it needs more memory than the trainer may take: send fewer or shorter rows"
+                return Refused(message=message, code="out_of_memory", category="server")
+            if isinstance(error, OSError) and isinstance(operation, Save):
+                return Refused(message=f"it cannot be saved: {error}", code="disk_full", category="server")
+            raise
+
+    def _result(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
+        if isinstance(operation, ForwardBackward):
+            return model.forward_backward(operation)
+        if isinstance(operation, OptimStep):
+            return model.optim_step(operation)
+        if isinstance(operation, Load):
+            return Loaded(model.load(operation))
+        if isinstance(operation, Refuse):
+            raise RefusedError(operation.message, operation.code)
+        try:
+            folder = self._store.checkpoint_folder(model.spec.id, operation.kind, operation.name)
+        except KeyError:
+            raise RefusedError(
+                f"{operation.name!r} is no name for a checkpoint: take letters, digits, '.', '_' and '-'"
+            ) from None
+        return Saved(model.save(folder, operation, seq_id))
+
+    # ---- what is on the disk -------------------------------------------------------------------
+
+    def _make(self, model_id: str) -> None:
+        """Make the model that a spec asks for, or continue it. One that cannot be made fails alone."""
+        made = self._store.made(model_id)
+        try:
+            if made is not None and made.refused:
+                raise RefusedError(made.refused, "model_refused")
+            model = LiveModel(self._base, self._store.spec(model_id), self._gate, self._name, self._scorer)
+            if self._store.last_point(model_id) < 0:
+                if model.spec.start is not None:
+                    model.load(model.spec.start)
+                self._write_point(model, 0, None)
+            self._continue(model)
+        except (RecipeError, RefusedError) as error:
+            self._broken[model_id] = Refused(message=str(error), code="model_refused")
+            self._store.write_made(model_id, Made(refused=str(error)))
+        except Exception as error:
+            if isinstance(error, Interrupted | torch.AcceleratorError):
+                raise
+            logger.exception("training model %s cannot be continued", model_id)
+            message = f"the model cannot be continued: {error or type(error).__name__}"
+            if is_out_of_memory(error):
+                message = "the trainer has no memory for this model: unload others, or lower the rank"
+            self._broken[model_id] = Refused(message=message, code="model_broken", category="server")
+            if made is None:
+                self._store.write_made(model_id, Made(refused=message))
+        else:
+            self._models[model_id] = model
+            if made is None:
+                self._store.write_made(model_id, Made(targets=model.targets, parameters=model.parameters))
+        self._on_done(model_id, 0)
+
+    def _continue(self, model: LiveModel) -> None:
+        """Read the newest point, and do over what was done since."""
+        model_id = model.spec.id
+        self._store.complete(model_id)
+        point, last = self._store.last_point(model_id), self._store.last_result(model_id)
+        model.read_state(self._store.point(model_id, point))
+        began = time.monotonic()
+        for seq_id in range(point + 1, last + 1):
+            operation, kept = self._store.operation(model_id, seq_id), self._store.result(model_id, seq_id)
+            if operation is None:
+                raise RuntimeError(f"operation {seq_id} of {model_id} is missing")
+            if _leaves_state(operation) or isinstance(kept, Refused):
+                continue
+            again = self._done(model, seq_id, operation)
+            if isinstance(again, Refused):
+                raise RuntimeError(f"operation {seq_id} of {model_id} cannot be done over: {again.message}")
+            if isinstance(again, Stepped) and isinstance(kept, Stepped) and again != kept:
+                logger.warning("operation %d of %s came out otherwise than before", seq_id, model_id)
+        self._since_point[model_id] = time.monotonic() - began if last > point else 0.0
+
+    def _write_point(self, model: LiveModel, seq_id: int, result: Result | None) -> None:
+        """Write the model's state after an operation, with its result: either both survive, or none."""
+        with atomic_directory(self._store.point(model.spec.id, seq_id)) as work:
+            model.write_state(work)
+            if result is not None:
+                (work / RESULT).write_bytes(encoded(result))
+        self._store.forget_before(model.spec.id, seq_id)
+        for work in self._store.point(model.spec.id, seq_id).parent.glob(".*"):
+            shutil.rmtree(work, ignore_errors=True)
+        self._since_point[model.spec.id] = 0.0
+
+
+def _leaves_state(operation: Operation) -> bool:
+    """Return True for an operation after which the model is what it was."""
+    return isinstance(operation, Save | Refuse) or (
+        isinstance(operation, ForwardBackward) and operation.forward_only
+    )

@@ -1,0 +1,370 @@
+"""Folders of live adapters: operations that are to be done, their results, points to continue from, and
+checkpoints.
+
+One file holds one operation or one result, and is whole and on the disk before anybody is told of it. The
+server writes specs and operations, the trainer the rest, so that either may be killed at any moment: the
+files say what was accepted, and what was done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from onebase_adapters.store.atomic_files import replace_synced, sync
+from onebase_training.live_operations import (
+    CHECKPOINT_NAME,
+    MODEL_ID,
+    Checkpoint,
+    Kind,
+    ModelSpec,
+    Operation,
+    Result,
+)
+
+RESULTS_KEPT = 1024
+"""Number of a model's newest results that can be asked for."""
+_BACKUP_TRIES = 5
+CHECKPOINT, RESULT = "checkpoint.json", "result"
+PACKED = "packed.safetensors"
+"""File of a checkpoint that the engine loads."""
+_SPEC, _REMOVED, _MADE, _BEGUN = "model.json", "removed.json", "made.json", ".begun"
+_KINDS: tuple[Kind, ...] = ("weights", "sampler")
+_encode = msgspec.msgpack.Encoder().encode
+_operations: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
+_results: msgspec.msgpack.Decoder[Result] = msgspec.msgpack.Decoder(Result)
+T = TypeVar("T", covariant=True)
+
+
+class Decoder(Protocol[T]):
+    """Decoder of msgspec for one type."""
+
+    def decode(self, content: bytes, /) -> T: ...
+
+
+class UnknownModelError(KeyError):
+    """There is no such live adapter."""
+
+    def __str__(self) -> str:
+        return f"There is no training model {self.args[0]!r}, or it was unloaded."
+
+
+class UnknownCheckpointError(KeyError):
+    """There is no such checkpoint, or it has expired."""
+
+    def __str__(self) -> str:
+        return f"There is no checkpoint {'/'.join(self.args)}, or it has expired."
+
+
+class SequenceConflictError(ValueError):
+    """Another operation was accepted under this number."""
+
+
+class ModelRefusedError(ValueError):
+    """The live adapter cannot be made as it was asked for; the message says why."""
+
+
+class Made(msgspec.Struct, frozen=True, kw_only=True):
+    """Outcome of a spec. `refused`: reason why the trainer made no model, or "". `parameters`: number of
+    trained parameters."""
+
+    refused: str = ""
+    targets: list[str] = []
+    parameters: int = 0
+
+
+class LiveStore:
+    """All live adapters of one server, each in a folder of its name. Methods raise OSError; those that take a
+    model's id, UnknownModelError."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+
+    # ---- models ------------------------------------------------------------------------------
+
+    def folder(self, model_id: str) -> Path:
+        """Return the folder of a model, which may not exist."""
+        if not MODEL_ID.fullmatch(model_id):
+            raise UnknownModelError(model_id)
+        return self.root / model_id
+
+    def create(self, spec: ModelSpec) -> None:
+        """Accept a model. The same spec may come again.
+
+        Raises SequenceConflictError: there is, or was, another one with this id.
+        """
+        folder = self.folder(spec.id)
+        with self._lock:
+            for name in (_SPEC, _REMOVED):
+                if (folder / name).exists():
+                    if name == _SPEC and _same(self.spec(spec.id), spec):
+                        return
+                    raise SequenceConflictError(f"there is another training model {spec.id!r}")
+            for part in ("operations", "results", "points", *_KINDS):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+            _write(folder / _SPEC, msgspec.json.encode(spec))
+            sync(self.root)
+
+    def models(self) -> list[ModelSpec]:
+        """Return the models that are trained, oldest first."""
+        return [spec for spec in self.runs() if self.is_live(spec.id)]
+
+    def runs(self) -> list[ModelSpec]:
+        """Return all models that were ever made and have a folder, unloaded ones included, oldest first."""
+        names = os.listdir(self.root) if self.root.is_dir() else []
+        found = []
+        for name in names:
+            with suppress(UnknownModelError):
+                found.append(self.spec(name))
+        return sorted(found, key=lambda spec: (spec.created, spec.id))
+
+    def is_live(self, model_id: str) -> bool:
+        """Return True if the model exists and was not unloaded."""
+        return (self.folder(model_id) / _SPEC).exists()
+
+    def spec(self, model_id: str) -> ModelSpec:
+        """Return the spec of a model, which may be unloaded."""
+        for name in (_SPEC, _REMOVED):
+            with suppress(FileNotFoundError):
+                return msgspec.json.decode((self.folder(model_id) / name).read_bytes(), type=ModelSpec)
+        raise UnknownModelError(model_id)
+
+    def made(self, model_id: str) -> Made | None:
+        """Return what the trainer made of the spec; None if it did not come to it yet."""
+        return _read(self.folder(model_id) / _MADE, msgspec.json.Decoder(Made))
+
+    def write_made(self, model_id: str, made: Made) -> None:
+        """Record what was made of the spec."""
+        _write(self.folder(model_id) / _MADE, msgspec.json.encode(made))
+
+    def unload(self, model_id: str) -> None:
+        """End a model: nothing of it is done any more, and only its checkpoints stay."""
+        folder = self.folder(model_id)
+        with self._lock:
+            with suppress(FileNotFoundError):
+                replace_synced(folder / _SPEC, folder / _REMOVED)
+            for part in ("operations", "results", "points"):
+                shutil.rmtree(folder / part, ignore_errors=True)
+
+    def remove(self, model_id: str) -> None:
+        """End a model and delete its checkpoints."""
+        self.unload(model_id)
+        shutil.rmtree(self.folder(model_id), ignore_errors=True)
+
+    def back_up(self, target: Path) -> None:
+        """Copy all models to a folder that is not there, while they are trained. Raises OSError."""
+        for spec in self.runs():
+            for _ in range(_BACKUP_TRIES):
+                point = self.last_point(spec.id)
+                shutil.rmtree(target / spec.id, ignore_errors=True)
+                with suppress(FileNotFoundError, shutil.Error):  # a point was written meanwhile
+                    _copy_model(self.folder(spec.id), target / spec.id)
+                    if self.last_point(spec.id) == point:
+                        break
+            else:
+                raise OSError(f"training model {spec.id} changes faster than it is copied")
+
+    # ---- operations and results --------------------------------------------------------------
+
+    def submit(self, model_id: str, seq_id: int, operation: Operation) -> None:
+        """Accept an operation: it is on the disk when this returns. The same one may come again.
+
+        Raises:
+            SequenceConflictError: another operation waits under this number.
+        """
+        if seq_id < 1:
+            raise SequenceConflictError(f"seq_id is {seq_id}: a model's operations are numbered from 1")
+        path, content = self._path(model_id, "operations", seq_id), _encode(operation)
+        with self._lock:
+            if not self.is_live(model_id):
+                raise UnknownModelError(model_id)
+            if seq_id < self.next_seq(model_id):
+                return
+            with suppress(FileNotFoundError):
+                if path.read_bytes() != content:
+                    raise SequenceConflictError(
+                        f"seq_id {seq_id} of model {model_id} waits as another operation"
+                    )
+                return
+            _write(path, content)
+
+    def operation(self, model_id: str, seq_id: int) -> Operation | None:
+        """Return an operation that was accepted; None if it was not, or a point covers it."""
+        return _read(self._path(model_id, "operations", seq_id), _operations)
+
+    def has_next(self, model_id: str) -> bool:
+        """Return True if the next operation was accepted."""
+        return self._path(model_id, "operations", self.next_seq(model_id)).exists()
+
+    def result(self, model_id: str, seq_id: int) -> Result | None:
+        """Return a kept result, or None."""
+        return _read(self._path(model_id, "results", seq_id), _results)
+
+    def write_result(self, model_id: str, seq_id: int, result: Result) -> None:
+        """Record a result: the operation is done when this returns."""
+        _write(self._path(model_id, "results", seq_id), _encode(result))
+        with suppress(FileNotFoundError):
+            self._path(model_id, "results", seq_id - RESULTS_KEPT).unlink()
+
+    def write_begun(self, model_id: str, seq_id: int) -> None:
+        """Record the operation that is being done now, for whoever finds that its process has died."""
+        (self.root / _BEGUN).write_text(f"{model_id} {seq_id}")
+
+    def died_of(self) -> tuple[str, int] | None:
+        """Return the operation that was begun last, if it has no result."""
+        with suppress(FileNotFoundError, ValueError, UnknownModelError):
+            model_id, seq_id = (self.root / _BEGUN).read_text().split()
+            if self.is_live(model_id) and self.last_result(model_id) < int(seq_id):
+                return model_id, int(seq_id)
+        return None
+
+    def next_seq(self, model_id: str) -> int:
+        """Return the number of the next operation to be done."""
+        return max(self.last_result(model_id), self.last_point(model_id)) + 1
+
+    def last_result(self, model_id: str) -> int:
+        """Return the number of the newest result, or 0."""
+        return max(_numbers(self.folder(model_id) / "results"), default=0)
+
+    def expired(self, model_id: str, seq_id: int) -> bool:
+        """Return True if an operation was done whose result is no longer kept."""
+        is_done = 1 <= seq_id <= self.last_result(model_id)
+        return is_done and not self._path(model_id, "results", seq_id).exists()
+
+    def _path(self, model_id: str, part: str, seq_id: int) -> Path:
+        return self.folder(model_id) / part / f"{seq_id:08d}"
+
+    # ---- points ------------------------------------------------------------------------------
+
+    def point(self, model_id: str, seq_id: int) -> Path:
+        """Return the folder of the state after an operation; 0: after the model was made."""
+        return self._path(model_id, "points", seq_id)
+
+    def last_point(self, model_id: str) -> int:
+        """Return the number of the operation after which the newest point was written, or -1."""
+        return max(_numbers(self.folder(model_id) / "points"), default=-1)
+
+    def complete(self, model_id: str) -> None:
+        """Write the result that only the newest point has, because its writer was killed meanwhile."""
+        seq_id = self.last_point(model_id)
+        if seq_id > 0 and not self._path(model_id, "results", seq_id).exists():
+            result = _read(self.point(model_id, seq_id) / RESULT, _results)
+            if result is not None:
+                self.write_result(model_id, seq_id, result)
+
+    def forget_before(self, model_id: str, seq_id: int) -> None:
+        """Delete older points than this one, and the operations that it covers."""
+        for number in _numbers(self.folder(model_id) / "points"):
+            if number < seq_id:
+                shutil.rmtree(self.point(model_id, number), ignore_errors=True)
+        for number in _numbers(self.folder(model_id) / "operations"):
+            if number <= seq_id:
+                self._path(model_id, "operations", number).unlink(missing_ok=True)
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def checkpoint_folder(self, model_id: str, kind: Kind, name: str) -> Path:
+        """Return the folder of a checkpoint, which may not exist. Raises UnknownCheckpointError."""
+        if kind not in _KINDS or not CHECKPOINT_NAME.fullmatch(name):
+            raise UnknownCheckpointError(model_id, kind, name)
+        return self.folder(model_id) / kind / name
+
+    def checkpoint(self, model_id: str, kind: Kind, name: str) -> Checkpoint:
+        """Return a checkpoint. Raises UnknownCheckpointError."""
+        found = read_checkpoint(self.checkpoint_folder(model_id, kind, name))
+        if found is None:
+            raise UnknownCheckpointError(model_id, kind, name)
+        return found
+
+    def checkpoints(self, model_id: str) -> list[Checkpoint]:
+        """Return all checkpoints of a model, oldest first."""
+        return sorted(self._checkpoints(model_id), key=lambda one: (one.created, one.seq_id))
+
+    def _checkpoints(self, model_id: str) -> Iterator[Checkpoint]:
+        for kind in _KINDS:
+            place = self.folder(model_id) / kind
+            for name in os.listdir(place) if place.is_dir() else ():
+                found = None if name.startswith(".") else read_checkpoint(place / name)
+                if found is not None:
+                    yield found
+
+    def set_ttl(self, model_id: str, kind: Kind, name: str, expires: float | None) -> Checkpoint:
+        """Set when a checkpoint expires, in Unix seconds; None: never. Raises UnknownCheckpointError."""
+        changed = msgspec.structs.replace(self.checkpoint(model_id, kind, name), expires=expires)
+        _write(self.checkpoint_folder(model_id, kind, name) / CHECKPOINT, msgspec.json.encode(changed))
+        return changed
+
+    def delete_checkpoint(self, model_id: str, kind: Kind, name: str) -> None:
+        """Delete a checkpoint. Raises UnknownCheckpointError."""
+        self.checkpoint(model_id, kind, name)
+        folder = self.checkpoint_folder(model_id, kind, name)
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # from here on there is none
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def remove_expired(self, now: float) -> list[Checkpoint]:
+        """Delete the checkpoints whose time is over, and return them. `now`: Unix seconds."""
+        gone = []
+        for spec in self.runs():
+            for found in self.checkpoints(spec.id):
+                if found.expires is not None and found.expires <= now:
+                    with suppress(UnknownCheckpointError):
+                        self.delete_checkpoint(spec.id, found.kind, found.name)
+                    gone.append(found)
+        return gone
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the checkpoint in a folder, which may have moved, or None."""
+    found = _read(folder / CHECKPOINT, msgspec.json.Decoder(Checkpoint))
+    return None if found is None else msgspec.structs.replace(found, folder=str(folder))
+
+
+def encoded(result: Result) -> bytes:
+    """Return a result as its file has it."""
+    return _encode(result)
+
+
+def _copy_model(folder: Path, target: Path) -> None:
+    """Copy a model's folder. A result is copied before its operation, which was there before it."""
+    target.mkdir(parents=True)
+    for part in (folder / name for name in ("results", "operations", "points", *_KINDS)):
+        if part.is_dir():
+            shutil.copytree(part, target / part.name, ignore=shutil.ignore_patterns(".*"))
+    for path in folder.glob("*.json"):
+        shutil.copyfile(path, target / path.name)
+
+
+def _same(one: ModelSpec, other: ModelSpec) -> bool:
+    return msgspec.structs.replace(one, created=0.0) == msgspec.structs.replace(other, created=0.0)
+
+
+def _write(path: Path, content: bytes) -> None:
+    work = path.with_name(f".{path.name}.part")
+    with work.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    replace_synced(work, path)
+
+
+def _read(path: Path, decoder: Decoder[T]) -> T | None:
+    try:
+        return decoder.decode(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _numbers(folder: Path) -> Iterator[int]:
+    """Yield the numbers that are names in a folder; none if it is gone."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if name.isdigit():
+                yield int(name)

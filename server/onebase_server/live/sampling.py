@@ -1,0 +1,500 @@
+"""Promised samples: each is drawn once, in its turn, and its result outlives this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from onebase_adapters.registry import LiveRecords, LiveSample, LiveSampler, RegistryError
+from onebase_edge.background import Backoff, Threads
+from onebase_edge.errors import (
+    ApiError,
+    EngineRestartedError,
+    InvalidRequestError,
+    QueueFullError,
+    QuotaSpentError,
+    ResultGoneError,
+    UnauthenticatedError,
+    UnavailableError,
+    status_of,
+)
+from onebase_engine.engine.messages import Sampling, ScoredToken
+from onebase_server.adapters.catalog import AdapterChoice
+from onebase_server.adapters.residency import Residency
+from onebase_server.inference.generation import GenerationRequest, GenerationRun, Prompt, UsageRecorder
+from onebase_server.inference.stream import OutputPiece
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.live.codec import RefusedOperationError, Sampled, SampleResult, dense_cells, write_sample
+from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.requests.planner import Planner, check_prompts
+from onebase_server.storage.calls import storage_errors
+from onebase_server.tenancy.access import Caller, KeyRing
+from onebase_server.tenancy.quotas import Limiter, QuotaReservation
+
+MOST_OPEN = 10_000
+"""Largest number of samples of one tenant that are promised and not there yet."""
+MOST_RUNNING = 64
+"""Largest number of requests for samples of one tenant that the engine has at once."""
+KEPT_SECONDS = 3600.0
+"""Seconds for which a result is kept."""
+_IN_MEMORY_SECONDS = 60.0
+_AGAIN = Backoff(0.1, 5.0)
+_PASSING = (EngineRestartedError, QueueFullError, QuotaSpentError, UnavailableError)
+"""Errors after which a sample is tried again."""
+_CANCELLED = {"error": "The sample was cancelled.", "category": "user"}
+
+_log = logging.getLogger(__name__)
+
+
+class Targets(msgspec.Struct, frozen=True):
+    """Tokens whose log-probabilities are wanted at each place of a prompt after its first, [places, K].
+
+    tokens: their ids, -1 where none is wanted: all, or those at `columns` of the rows that `crow` delimits.
+    """
+
+    tokens: list[int]
+    shape: tuple[int, int]
+    crow: list[int] | None = None
+    columns: list[int] | None = None
+
+    def cells(self) -> list[int]:
+        """Return the places of `tokens` in the dense matrix. Raises InvalidRequestError."""
+        if self.crow is None or self.columns is None:
+            if len(self.tokens) != self.shape[0] * self.shape[1]:
+                raise _bad_targets(f"has {len(self.tokens)} values and the shape {list(self.shape)}")
+            return list(range(len(self.tokens)))
+        try:
+            cells = dense_cells("target_prompt_logprobs", self.shape, self.crow, self.columns)
+        except RefusedOperationError as error:
+            raise InvalidRequestError(error.message, param="target_prompt_logprobs") from error
+        if len(cells) != len(self.tokens):
+            raise _bad_targets("has another number of values than of columns")
+        return cells
+
+    def by_place(self) -> dict[int, list[int]]:
+        """Return the wanted tokens by place in the prompt. Raises InvalidRequestError."""
+        wanted: dict[int, list[int]] = {}
+        for cell, token in zip(self.cells(), self.tokens, strict=True):
+            if token >= 0:
+                wanted.setdefault(cell // self.shape[1] + 1, []).append(token)
+        return wanted
+
+
+class SampleOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Prompt and settings of a sample, which may be drawn again to the same bits.
+
+    stops: texts that end a sequence; stop_tokens: tokens that do, besides the base's own unless `ignore_eos`.
+    top, prompt_top: most likely tokens at each place. last_n: prompt tokens that are scored; None: all.
+    """
+
+    prompt: list[int]
+    n: int
+    seed: int
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    stops: list[str] = []
+    stop_tokens: list[int] = []
+    ignore_eos: bool = False
+    top: int = 0
+    prompt_logprobs: bool = False
+    prompt_top: int = 0
+    last_n: int | None = None
+    targets: Targets | None = None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Return True if the prompt's tokens are scored in any way."""
+        return self.prompt_logprobs or self.prompt_top > 0 or self.targets is not None
+
+
+@dataclass(eq=False)
+class _Open:
+    """A sample that is in memory. `task`: what draws it."""
+
+    sample: LiveSample
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+class Samples:
+    """The samples of one server. Called from one event loop.
+
+    Args:
+        choose: returns the weights that a sampler samples from; raises ApiError if they are gone.
+        recorder: makes the recorder of a request's usage.
+    """
+
+    def __init__(
+        self,
+        records: LiveRecords,
+        threads: Threads,
+        server: str,
+        *,
+        planner: Planner,
+        supervisor: EngineSupervisor,
+        tokenizer: BaseTokenizer,
+        reading: Threads,
+        residency: Residency,
+        keys: KeyRing,
+        limiter: Limiter,
+        choose: Callable[[LiveSampler], Awaitable[AdapterChoice]],
+        recorder: Callable[[QuotaReservation, GenerationRequest], UsageRecorder],
+    ) -> None:
+        self._records = records
+        self._threads = threads
+        self._server = server
+        self._planner = planner
+        self._supervisor = supervisor
+        self._tokenizer = tokenizer
+        self._reading = reading
+        self._residency = residency
+        self._keys = keys
+        self._limiter = limiter
+        self._choose = choose
+        self._recorder = recorder
+        self._open: dict[str, _Open] = {}
+        self._turns: dict[str, asyncio.Semaphore] = {}
+        self._writer = _Writer(records, threads, server)
+        self._began = time.time()
+
+    async def promise(
+        self,
+        sample_id: str,
+        sampler: LiveSampler,
+        order: SampleOrder,
+        caller: Caller,
+        reservation: QuotaReservation,
+    ) -> None:
+        """Promise a sample: it will be drawn, also after a restart. Once promised, an id stays what it is.
+
+        reservation: of the request, which the sample takes over.
+
+        Raises InvalidRequestError, QueueFullError, UnavailableError.
+        """
+        if sample_id in self._open:
+            return
+        if sampler.created_at < self._began and await self._read(caller.tenant, sample_id) is not None:
+            return
+        if sample_id in self._open:  # it came again while this looked
+            return
+        self._request(order, caller, AdapterChoice())
+        mine = sum(one.sample.tenant == caller.tenant for one in self._open.values())
+        if mine >= MOST_OPEN:
+            raise QueueFullError(1, mine, MOST_OPEN, 1.0)
+        sample = LiveSample(
+            sample_id, sampler.id, caller.tenant, caller.key, msgspec.msgpack.encode(order), time.time()
+        )
+        opened = self._open[sample_id] = _Open(sample)
+        try:
+            with storage_errors():
+                await self._writer.write(sample)
+        except BaseException:
+            del self._open[sample_id]
+            raise
+        reservation.leave = _nothing
+        self._begin(opened, sampler, order, caller, reservation)
+
+    async def result(self, tenant: str, sample_id: str, seconds: float) -> LiveSample | None:
+        """Return a finished sample, within some seconds; None if it is not there by then. Raises
+        ResultGoneError, UnavailableError."""
+        opened = self._open.get(sample_id)
+        if opened is None or opened.sample.tenant != tenant:
+            found = await self._read(tenant, sample_id)
+            if found is None or found.finished_at is None:
+                raise ResultGoneError(sample_id)
+            return found
+        try:
+            async with asyncio.timeout(seconds):
+                await opened.finished.wait()
+        except TimeoutError:
+            return None
+        return opened.sample
+
+    def cancel(self, tenant: str, sample_id: str) -> None:
+        """End a sample, unless it is there already."""
+        opened = self._open.get(sample_id)
+        if opened is not None and opened.sample.tenant == tenant and opened.task is not None:
+            opened.task.cancel()
+
+    @property
+    def samplers(self) -> set[str]:
+        """Ids of the samplers with unfinished samples."""
+        return {one.sample.sampler for one in self._open.values() if not one.finished.is_set()}
+
+    async def resume(self) -> None:
+        """Draw the samples that an earlier process of this server promised. Raises RegistryError."""
+        for sample in await self._threads.run_blocking(self._records.open_samples, self._server):
+            if sample.id in self._open or sample.request is None:
+                continue
+            opened = self._open[sample.id] = _Open(sample)
+            opened.task = asyncio.get_running_loop().create_task(self._resume(opened))
+
+    async def stop(self) -> None:
+        """End all that run; the next process of this server draws them again."""
+        tasks = [one.task for one in self._open.values() if one.task is not None and not one.task.done()]
+        self._writer.closed = True
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def forget(self) -> None:
+        """Delete the results that were kept for long enough. Raises RegistryError."""
+        now = time.time()
+        for sample_id, opened in list(self._open.items()):
+            finished = opened.sample.finished_at
+            if finished is not None and finished < now - _IN_MEMORY_SECONDS:
+                del self._open[sample_id]
+        await self._threads.run_blocking(self._records.forget_samples, now - KEPT_SECONDS)
+
+    async def _read(self, tenant: str, sample_id: str) -> LiveSample | None:
+        with storage_errors():
+            return await self._threads.run_blocking(self._records.sample, tenant, sample_id)
+
+    # ---- drawing -----------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        opened: _Open,
+        sampler: LiveSampler,
+        order: SampleOrder,
+        caller: Caller,
+        reservation: QuotaReservation,
+    ) -> None:
+        work = self._finish(opened, self._draw(sampler, order, caller, reservation))
+        opened.task = asyncio.get_running_loop().create_task(work)
+
+    async def _resume(self, opened: _Open) -> None:
+        sample = opened.sample
+
+        async def drawn() -> bytes:
+            caller = await self._keys.caller_of(sample.key)
+            with storage_errors():
+                sampler = await self._threads.run_blocking(
+                    self._records.sampler, sample.tenant, sample.sampler
+                )
+            order = msgspec.msgpack.decode(sample.request or b"", type=SampleOrder)
+            reservation = self._limiter.enter(caller, resumed=True)
+            return await self._draw(sampler, order, caller, reservation)
+
+        await self._finish(opened, drawn())
+
+    async def _finish(self, opened: _Open, drawn: Awaitable[bytes]) -> None:
+        """Keep what comes of a sample, its error too."""
+        result, error = None, None
+        try:
+            result = await drawn
+        except asyncio.CancelledError:
+            if self._writer.closed:
+                raise
+            error = _CANCELLED
+        except ApiError as refused:
+            user = status_of(refused)[0] < 500 and not isinstance(refused, UnauthenticatedError)
+            error = {"error": refused.message, "category": "user" if user else "server"}
+        except Exception:
+            _log.exception("sample %s failed", opened.sample.id)
+            error = {"error": "The server failed on this sample; its log says why.", "category": "server"}
+        finished = replace(opened.sample, request=None, result=result, error=error, finished_at=time.time())
+        for pause in _AGAIN.pauses():
+            try:
+                await self._writer.write(finished)
+                break
+            except RegistryError as failure:
+                _log.error("the result of sample %s waits for the registry: %s", finished.id, failure)
+            await asyncio.sleep(pause)
+        opened.sample = finished
+        opened.finished.set()
+
+    async def _draw(
+        self, sampler: LiveSampler, order: SampleOrder, caller: Caller, reservation: QuotaReservation
+    ) -> bytes:
+        """Return the message of a sample, once the engine has room for it. Raises ApiError."""
+        turn = self._turns.setdefault(caller.tenant, asyncio.Semaphore(MOST_RUNNING))
+        try:
+            async with turn:
+                for pause in _AGAIN.pauses():
+                    try:
+                        return await self._drawn(sampler, order, caller, reservation)
+                    except _PASSING as error:
+                        _log.debug("a sample of %s waits: %s", sampler.id, error)
+                    await asyncio.sleep(pause)
+        finally:
+            reservation.sequences_ended()
+            reservation.settle(0)
+        raise AssertionError("pauses have no end")
+
+    async def _drawn(
+        self, sampler: LiveSampler, order: SampleOrder, caller: Caller, reservation: QuotaReservation
+    ) -> bytes:
+        request = self._request(order, caller, await self._choose(sampler))
+        reservation.admit(request.reserved_tokens, request.choices)
+        run = GenerationRun(
+            self._supervisor,
+            self._tokenizer,
+            self._reading,
+            request,
+            recorder=self._recorder(reservation, request),
+        )
+        try:
+            await run.start(self._residency)
+        except BaseException:
+            reservation.sequences_ended()
+            reservation.settle(0)
+            raise
+        choices = await run.collect()
+        scores = run.prompt_logprobs.get(0, [])
+        return await self._reading.run_for(
+            caller.tenant, lambda: write_sample(_result(order, choices, scores, run.usage.cached))
+        )
+
+    def _request(self, order: SampleOrder, caller: Caller, adapter: AdapterChoice) -> GenerationRequest:
+        """Return the request to the engine. Raises InvalidRequestError, UnavailableError."""
+        base, length = self._planner.base(), len(order.prompt)
+        check_prompts([Prompt(order.prompt)], base, "prompt")
+        self._planner.check_limits(order.n, None)
+        room = base.max_length - length
+        if order.max_tokens is not None and order.max_tokens > room:
+            raise InvalidRequestError(
+                f"sampling_params.max_tokens: {order.max_tokens} tokens after a prompt of {length} are more "
+                f"than the base's {base.max_length}. Ask for {room} or fewer.",
+                param="sampling_params.max_tokens",
+                code="context_length_exceeded",
+            )
+        _check_scored(order, length, base.vocab_size)
+        fits = min(room, max(1, base.kv_longest - length))
+        sampling = Sampling(
+            temperature=order.temperature,
+            top_k=max(order.top_k, 0),
+            top_p=order.top_p,
+            seed=order.seed,
+            stop_token_ids=tuple(order.stop_tokens),
+            end_token_ids=self._tokenizer.end_tokens,
+            max_tokens=fits if order.max_tokens is None else order.max_tokens,
+            ignore_eos=order.ignore_eos,
+            logprobs=order.top,
+            prompt_logprobs=order.prompt_top if order.scores_prompt else None,
+            prompt_targets={} if order.targets is None else order.targets.by_place(),
+        )
+        return GenerationRequest(
+            id=f"sample-{time.monotonic_ns():x}",
+            tenant=caller.tenant,
+            priority=caller.priority,
+            prompts=(Prompt(order.prompt),),
+            sampling=sampling,
+            adapter=adapter,
+            n=order.n,
+            stops=tuple(order.stops),
+            token_ids=True,
+            expected_tokens=sampling.max_tokens,
+        )
+
+
+class _Writer:
+    """Writes samples to the registry, all that wait in one transaction. Once it is closed, a sample that is
+    cancelled stays unfinished there."""
+
+    def __init__(self, records: LiveRecords, threads: Threads, server: str) -> None:
+        self.closed = False
+        self._records = records
+        self._threads = threads
+        self._server = server
+        self._waiting: list[tuple[LiveSample, asyncio.Future[None]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def write(self, sample: LiveSample) -> None:
+        """Write a sample; it is on the disk when this returns. Raises RegistryError."""
+        written = asyncio.get_running_loop().create_future()
+        self._waiting.append((sample, written))
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._write_all())
+        await written
+
+    async def _write_all(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            samples = [sample for sample, _ in batch]
+            try:
+                await self._threads.run_blocking(self._records.write_samples, samples, self._server)
+            except BaseException as error:
+                for _, written in batch:
+                    if not written.done():
+                        written.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                for _, written in batch:
+                    if not written.done():
+                        written.set_result(None)
+
+
+def _nothing() -> None:
+    """Leave the reservation of a request to its sample."""
+
+
+def _check_scored(order: SampleOrder, length: int, vocabulary: int) -> None:
+    """Raise InvalidRequestError for prompt logprobs that the prompt does not have."""
+    if order.last_n is not None and order.last_n > length - 1:
+        raise InvalidRequestError(
+            f"prompt_logprobs_last_n: the prompt has {length - 1} tokens after its first. Ask for so many or "
+            "fewer.",
+            param="prompt_logprobs_last_n",
+        )
+    if order.targets is None:
+        return
+    if order.targets.shape[0] != length - 1:
+        raise _bad_targets(f"has {order.targets.shape[0]} rows, and the prompt {length - 1} tokens to score")
+    if not order.targets.by_place():
+        raise _bad_targets("names no token")
+    if max(order.targets.tokens) >= vocabulary:
+        raise _bad_targets(f"names a token that is not in the vocabulary (0 to {vocabulary - 1})")
+
+
+def _bad_targets(why: str) -> InvalidRequestError:
+    return InvalidRequestError(f"target_prompt_logprobs: it {why}.", param="target_prompt_logprobs")
+
+
+def _result(
+    order: SampleOrder, choices: Sequence[OutputPiece], scores: Sequence[ScoredToken], cached: int
+) -> SampleResult:
+    sequences = [
+        Sampled(
+            tokens=choice.ids,
+            logprobs=[0.0 if info.logprob is None else info.logprob for info in choice.tokens],
+            stopped=choice.finish_reason == "stop",
+            top=[list(info.top or ()) for info in choice.tokens] if order.top else None,
+        )
+        for choice in choices
+    ]
+    first = len(order.prompt) - (order.last_n or len(order.prompt))
+    prompt, top = None, None
+    if order.prompt_logprobs:
+        prompt = [None, *(score.logprob for score in scores)]
+        prompt[:first] = [None] * first
+    if order.prompt_top:
+        top = [[], *(list(score.top) for score in scores)]
+        top[:first] = [[]] * first
+    return SampleResult(
+        sequences=sequences,
+        cached=cached,
+        prompt_logprobs=prompt,
+        prompt_top=top,
+        targets=None if order.targets is None else _targets(order.targets, scores),
+        top_width=order.top,
+        prompt_top_width=order.prompt_top,
+    )
+
+
+def _targets(targets: Targets, scores: Sequence[ScoredToken]) -> Mapping[str, Any]:
+    """Return the log-probabilities of named tokens, in the order and the form of their ids."""
+    values, width = [], targets.shape[1]
+    left = {place: iter(score.named) for place, score in enumerate(scores)}
+    for cell, token in zip(targets.cells(), targets.tokens, strict=True):
+        values.append(next(left[cell // width]) if token >= 0 else 0.0)
+    return {"shape": targets.shape, "values": values, "crow": targets.crow, "columns": targets.columns}

@@ -1,0 +1,666 @@
+"""Live training for clients: sessions, runs, their requests in order, checkpoints and samplers.
+
+A run is one adapter that a client trains step by step. What it accepted, its results and its checkpoints are
+files of the trainer (`onebase_training.live_store`); this service says who may ask for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from onebase_adapters.registry import LiveRecords, LiveSampler, LiveSession, Origin, RegistryError, acting
+from onebase_adapters.registry.records import AuditAction
+from onebase_adapters.store.store import StoreError
+from onebase_edge.background import Threads
+from onebase_edge.errors import (
+    ApiError,
+    DiskFullError,
+    InvalidRequestError,
+    LiveNotFoundError,
+    ResultGoneError,
+    UnavailableError,
+)
+from onebase_engine.engine.messages import AdapterRef
+from onebase_server.adapters.catalog import AdapterChoice, VersionRef, same_base
+from onebase_server.adapters.residency import PackedAdapterFiles, Residency
+from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.adapters.sources import take_folder
+from onebase_server.processes.live_client import LiveTrainer
+from onebase_server.storage.calls import storage_errors
+from onebase_server.tenancy.access import Caller
+from onebase_server.tenancy.usage import TenantUsageRecorder
+from onebase_training.live_operations import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    Computed,
+    Kind,
+    Loaded,
+    ModelSpec,
+    Operation,
+    Refused,
+    Result,
+    Save,
+    Saved,
+    Start,
+    Stepped,
+)
+from onebase_training.live_store import (
+    PACKED,
+    LiveStore,
+    ModelRefusedError,
+    SequenceConflictError,
+    UnknownCheckpointError,
+    UnknownModelError,
+)
+
+LIVE = "live"
+"""Name of live versions in leases, usage and metrics: each step has another one."""
+MOST_RUNS = 64
+"""Largest number of runs of one tenant that are trained at once."""
+IDLE_SECONDS = 900.0
+"""Seconds without a sample after which a step's weights are deleted, unless they are its run's newest."""
+LOST_SECONDS = 6 * 3600.0
+"""Seconds without a sign of a session's client after which its runs end."""
+ENDED_SECONDS = 600.0
+"""Seconds after the end of a session after which its runs end."""
+TIDY_SECONDS = 30.0
+_CHARGED = 10_000
+_SCHEME = "tinker://"
+_KINDS: Mapping[str, Kind] = {"weights": "weights", "sampler_weights": "sampler"}
+_SEGMENTS: Mapping[Kind, str] = {"weights": "weights", "sampler": "sampler_weights"}
+_OF_STEP = re.compile(r"live-(\d+)")
+"""Name of weights that are kept for one sampling session."""
+_RUN = re.compile(r"(.+):train:(\d+)")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint as a path names it."""
+
+    run: str
+    kind: Kind
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{_SCHEME}{self.run}/{_SEGMENTS[self.kind]}/{self.name}"
+
+    @property
+    def is_of_step(self) -> bool:
+        """Return True for weights that are kept for one sampling session."""
+        return self.kind == "sampler" and _OF_STEP.fullmatch(self.name) is not None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Place:
+        return cls(checkpoint.model, checkpoint.kind, checkpoint.name)
+
+    @classmethod
+    def read(cls, path: str, param: str) -> Place:
+        """Raises InvalidRequestError."""
+        parts = path.removeprefix(_SCHEME).split("/")
+        if not path.startswith(_SCHEME) or len(parts) != 3 or parts[1] not in _KINDS:
+            raise InvalidRequestError(
+                f"{param}: {path[:120]!r} names no checkpoint. Write tinker://RUN/weights/NAME or "
+                "tinker://RUN/sampler_weights/NAME.",
+                param=param,
+            )
+        return cls(parts[0], _KINDS[parts[1]], parts[2])
+
+
+class LiveTraining:
+    """Live training of one server. Called from one event loop.
+
+    All methods for requests raise LiveNotFoundError for what the caller's tenant does not have, and
+    UnavailableError while the registry cannot be reached.
+
+    Args:
+        trainer: None: this server does not train.
+        base_names: names by which clients may ask for the base.
+        tokenizer: where clients find its tokenizer: a repository on the Hub, or else a folder here.
+        max_rank: highest rank that the engine serves.
+    """
+
+    def __init__(
+        self,
+        trainer: LiveTrainer | None,
+        records: LiveRecords,
+        threads: Threads,
+        server: str,
+        *,
+        base_names: Collection[str],
+        tokenizer: str,
+        max_rank: int,
+        files: PackedAdapterFiles,
+        residency: Residency,
+        library: AdapterService,
+        usage: TenantUsageRecorder,
+    ) -> None:
+        self._trainer = trainer
+        self._records = records
+        self._threads = threads
+        self._server = server
+        self._base_names = tuple(base_names)
+        self.tokenizer = tokenizer
+        self._max_rank = max_rank
+        self._files = files
+        self._residency = residency
+        self._library = library
+        self._usage = usage
+        self._charged: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._sampled: dict[str, float] = {}
+        """Time of the last sample from each checkpoint's path."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._began = time.time()
+
+    # ---- sessions ----------------------------------------------------------------------------
+
+    async def create_session(self, caller: Caller, details: Mapping[str, Any]) -> str:
+        session = LiveSession(str(uuid.uuid4()), caller.tenant, caller.key, time.time(), details)
+        await self._call(self._records.add_session, session, self._server)
+        return session.id
+
+    async def session(self, caller: Caller, session_id: str) -> LiveSession:
+        return await self._call(self._records.session, caller.tenant, session_id)
+
+    async def sessions(self, caller: Caller, offset: int, limit: int) -> list[str]:
+        """Return the ids of the tenant's sessions, newest first."""
+        return await self._call(self._records.sessions, caller.tenant, offset=offset, limit=limit)
+
+    async def session_seen(self, caller: Caller, session_id: str, *, finished: bool = False) -> None:
+        """Note that a session's client lives, or has finished."""
+        await self._call(self._records.session_seen, caller.tenant, session_id, finished=finished)
+
+    @property
+    def trains(self) -> bool:
+        """Return True if this server trains."""
+        return self._trainer is not None
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Return the names by which clients may ask for the base."""
+        return tuple(dict.fromkeys(self._base_names))
+
+    def check_base(self, name: str) -> None:
+        """Raise InvalidRequestError if a client's name of a base does not mean this one."""
+        if not same_base(name.partition(":")[0], *self._base_names):
+            raise InvalidRequestError(
+                f"base_model: {name[:120]!r} is not served here. The base is {self._base_names[0]!r}.",
+                param="base_model",
+            )
+
+    # ---- runs --------------------------------------------------------------------------------
+
+    async def create_run(
+        self,
+        caller: Caller,
+        session_id: str,
+        number: int,
+        *,
+        base_model: str,
+        rank: int,
+        seed: int | None,
+        train: Mapping[str, bool],
+        metadata: Mapping[str, Any] | None,
+        start: Start | None = None,
+    ) -> str:
+        """Create a run of a session, which the trainer then makes. Return its id. Raises
+        InvalidRequestError."""
+        self.check_base(base_model)
+        if rank > self._max_rank:
+            raise InvalidRequestError(
+                f"lora_config.rank: {rank} is more than this server serves, {self._max_rank} (--max-rank).",
+                param="lora_config.rank",
+            )
+        await self.session(caller, session_id)
+        run = f"{session_id}:train:{number}"
+        if seed is None:  # the same for a request that comes again
+            seed = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4])
+        store = self._store()
+        mine = await self._disk(lambda: [spec for spec in store.models() if spec.owner == caller.tenant])
+        if len(mine) >= MOST_RUNS and run not in {spec.id for spec in mine}:
+            raise InvalidRequestError(
+                f"model_seq_id: {MOST_RUNS} runs of this tenant are trained already. End a session of them "
+                "first (ServiceClient.close).",
+                param="model_seq_id",
+            )
+        spec = ModelSpec(
+            id=run,
+            rank=rank,
+            seed=seed % 2**63,
+            start=start,
+            owner=caller.tenant,
+            base=base_model,
+            session=session_id,
+            metadata=dict(metadata or {}),
+            created=time.time(),
+            **train,
+        )
+        try:
+            await self._on_disk(self._training().create(spec))
+        except SequenceConflictError as error:
+            raise InvalidRequestError(
+                f"model_seq_id: {error}.", param="model_seq_id", code="sequence_conflict"
+            ) from error
+        except ModelRefusedError as error:
+            raise InvalidRequestError(f"lora_config: {error}", param="lora_config") from error
+        await self._note("run.created", caller.tenant, run, {"rank": rank, "base_model": base_model})
+        return run
+
+    async def continue_from(
+        self,
+        caller: Caller,
+        session_id: str,
+        number: int,
+        path: str,
+        *,
+        optimizer: bool,
+        base_model: str | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> str:
+        """Create a run that begins with a checkpoint. Return its id. Raises InvalidRequestError."""
+        found = await self.checkpoint(caller, path, "path")
+        if optimizer and not found.optimizer:
+            raise InvalidRequestError(
+                f"optimizer: {path[:200]!r} was saved without the optimizer's state. Load it without.",
+                param="optimizer",
+            )
+        parent = await self._disk(self._store().spec, found.model)
+        return await self.create_run(
+            caller,
+            session_id,
+            number,
+            base_model=base_model or parent.base,
+            rank=found.rank,
+            seed=parent.seed,
+            train={name: getattr(found, name) for name in ("train_mlp", "train_attn", "train_unembed")},
+            metadata=metadata,
+            start=Start(folder=found.folder, optimizer=optimizer),
+        )
+
+    async def run(self, caller: Caller, run: str, param: str = "model_id") -> ModelSpec:
+        """Return a run of the caller's tenant."""
+        try:
+            spec = await self._disk(self._store().spec, run)
+        except UnknownModelError as error:
+            raise LiveNotFoundError("run", run, param) from error
+        if spec.owner != caller.tenant:
+            raise LiveNotFoundError("run", run, param)
+        return spec
+
+    async def runs(self, caller: Caller) -> list[ModelSpec]:
+        """Return all runs of the caller's tenant, newest first."""
+        specs = await self._disk(self._store().runs)
+        return [spec for spec in reversed(specs) if spec.owner == caller.tenant]
+
+    async def submit(self, caller: Caller, run: str, number: int, operation: Operation) -> str:
+        """Accept an operation of a run, and return its id: it is done in its turn, once. Raises
+        InvalidRequestError."""
+        await self.run(caller, run)
+        try:
+            await self._on_disk(self._training().submit(run, number, operation))
+        except UnknownModelError as error:
+            raise LiveNotFoundError("run", run, "model_id") from error
+        except SequenceConflictError as error:
+            raise InvalidRequestError(
+                f"seq_id: {error}.", param="seq_id", code="sequence_conflict"
+            ) from error
+        return f"{run}:{number}"
+
+    async def save(
+        self,
+        caller: Caller,
+        run: str,
+        number: int,
+        name: str,
+        kind: Kind,
+        ttl: float | None,
+        overwrite: bool,
+        metadata: dict[str, str] | None,
+    ) -> str:
+        """Accept that a checkpoint is saved under a name; that of a sampler is proved, too. Raises
+        InvalidRequestError."""
+        place = Place(run, kind, name)
+        if not CHECKPOINT_NAME.fullmatch(name) or place.is_of_step:
+            raise InvalidRequestError(
+                f"path: {name[:80]!r} cannot be a checkpoint's name. Use letters, digits, '.', '_' and '-', "
+                "and not live- with a number.",
+                param="path",
+            )
+        operation = Save(name=name, kind=kind, ttl_seconds=ttl, overwrite=overwrite, metadata=metadata)
+        accepted = await self.submit(caller, run, number, operation)
+        if kind == "sampler":
+            self._begin(self._prove_saved(caller.tenant, run, number))
+        return accepted
+
+    async def save_for_session(self, caller: Caller, run: str, number: int, sampler_number: int) -> str:
+        """Accept that a step's weights are sampled: they are the sampler's alone, and not proved."""
+        spec = await self.run(caller, run)
+        place = Place(run, "sampler", f"live-{sampler_number}")
+        operation = Save(name=place.name, kind="sampler", overwrite=True, packed_only=True)
+        accepted = await self.submit(caller, run, number, operation)
+        await self._add_sampler(caller, spec.session, sampler_number, spec.base, place)
+        return accepted
+
+    async def result(
+        self, caller: Caller, request_id: str, seconds: float
+    ) -> tuple[ModelSpec, Result | None]:
+        """Return a run, and the result of one of its operations within some seconds; None: not yet. Number 0
+        is its creation. Raises ResultGoneError."""
+        run, _, number = request_id.rpartition(":")
+        if not number.isdigit():
+            raise LiveNotFoundError("result", request_id, "request_id")
+        spec, trainer, seq_id = await self.run(caller, run, "request_id"), self._training(), int(number)
+        if seq_id == 0:
+            return spec, await self._created(spec, seconds)
+        found = await trainer.wait(run, seq_id, seconds)
+        if found is None and await trainer.expired(run, seq_id):
+            raise ResultGoneError(request_id)
+        if isinstance(found, Computed):
+            self._charge(spec, seq_id, found)
+        return spec, found
+
+    async def _created(self, spec: ModelSpec, seconds: float) -> Result | None:
+        try:
+            if not await self._training().created(spec.id, seconds):
+                return None
+        except ModelRefusedError as error:
+            return Refused(message=str(error))
+        return Stepped(metrics={}, step=0)
+
+    @property
+    def queue_state(self) -> str:
+        """State of the trainer's queue, in the client's words."""
+        return self._training().queue_state()
+
+    def _charge(self, spec: ModelSpec, number: int, computed: Computed) -> None:
+        """Record once what a pass took."""
+        if (spec.id, number) not in self._charged:
+            self._charged[spec.id, number] = None
+            if len(self._charged) > _CHARGED:
+                self._charged.popitem(last=False)
+            self._usage.trained(spec.owner, LIVE, computed.seconds, computed.tokens)
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    async def checkpoint(self, caller: Caller, path: str, param: str) -> Checkpoint:
+        """Return a checkpoint by its path. Raises InvalidRequestError."""
+        place = Place.read(path, param)
+        try:
+            spec = await self._disk(self._store().spec, place.run)
+            found = await self._disk(self._store().checkpoint, place.run, place.kind, place.name)
+        except (UnknownModelError, UnknownCheckpointError) as error:
+            raise LiveNotFoundError("checkpoint", path, param) from error
+        if spec.owner != caller.tenant or _has_expired(found):
+            raise LiveNotFoundError("checkpoint", path, param)
+        return found
+
+    async def checkpoints(self, run: str) -> list[Checkpoint]:
+        """Return the named checkpoints of a run, oldest first."""
+        found = await self._disk(self._store().checkpoints, run)
+        return [one for one in found if not Place.of(one).is_of_step and not _has_expired(one)]
+
+    async def delete_checkpoint(self, caller: Caller, path: str) -> None:
+        """Delete a checkpoint; the version that it was proved as stays."""
+        found = await self.checkpoint(caller, path, "checkpoint_id")
+        await self._delete(found)
+
+    async def set_ttl(self, caller: Caller, path: str, ttl: float | None) -> None:
+        """Set after how many seconds from now a checkpoint expires; None: never."""
+        found = await self.checkpoint(caller, path, "checkpoint_id")
+        expires = None if ttl is None else time.time() + ttl
+        await self._disk(self._store().set_ttl, found.model, found.kind, found.name, expires)
+
+    async def _delete(self, checkpoint: Checkpoint) -> None:
+        self._residency.forget(self._files.drop_live(Path(checkpoint.folder)))
+        self._sampled.pop(Place.of(checkpoint).path, None)
+        with suppress(UnknownCheckpointError):
+            await self._disk(
+                self._store().delete_checkpoint, checkpoint.model, checkpoint.kind, checkpoint.name
+            )
+
+    # ---- samplers ----------------------------------------------------------------------------
+
+    async def create_sampler(
+        self, caller: Caller, session_id: str, number: int, base_model: str | None, path: str | None
+    ) -> LiveSampler:
+        """Create a sampler of a checkpoint, or else of the base. Raises InvalidRequestError."""
+        await self.session(caller, session_id)
+        if path is None:
+            self.check_base(base_model or "")
+            return await self._add_sampler(caller, session_id, number, base_model or "", None)
+        found = await self.checkpoint(caller, path, "model_path")
+        spec = await self.run(caller, found.model, "model_path")
+        return await self._add_sampler(caller, session_id, number, base_model or spec.base, Place.of(found))
+
+    async def _add_sampler(
+        self, caller: Caller, session_id: str, number: int, base_model: str, place: Place | None
+    ) -> LiveSampler:
+        path = None if place is None else place.path
+        name = f"{session_id}:sample:{number}"
+        sampler = LiveSampler(name, session_id, caller.tenant, base_model, path, time.time())
+        return await self._call(self._records.add_sampler, sampler, self._server)
+
+    async def sampler(self, caller: Caller, sampler_id: str) -> LiveSampler:
+        return await self._call(self._records.sampler, caller.tenant, sampler_id)
+
+    async def samplers(self, caller: Caller, session_id: str) -> list[LiveSampler]:
+        """Return a session's samplers, oldest first."""
+        return await self._call(self._records.samplers, caller.tenant, session_id)
+
+    async def join_sampler(self, caller: Caller, sampler_id: str) -> int:
+        """Count one more client of a sampler, and return its number."""
+        return await self._call(self._records.join_sampler, caller.tenant, sampler_id)
+
+    async def choose(self, sampler: LiveSampler) -> AdapterChoice:
+        """Return the weights that a sampler samples from, as a live version. Raises LiveNotFoundError."""
+        if sampler.path is None:
+            return AdapterChoice()
+        self._sampled[sampler.path] = time.time()
+        found = await self._weights(sampler.path)
+        if found is None:
+            raise LiveNotFoundError("checkpoint", sampler.path, "sampling_session_id")
+        self._files.add_live(Path(found.folder) / PACKED, found.packed, found.packed_bytes)
+        ref = AdapterRef(found.packed)
+        return AdapterChoice((ref,), (VersionRef(sampler.tenant, LIVE, ref.digest),), f"live@{ref.digest}")
+
+    async def live_version(self, sampler: LiveSampler) -> str | None:
+        """Return the digest of the weights that a sampler samples from; None for the base, and before they
+        are saved."""
+        found = None if sampler.path is None else await self._weights(sampler.path)
+        return None if found is None else found.packed
+
+    async def _weights(self, path: str) -> Checkpoint | None:
+        place = Place.read(path, "sampling_session_id")
+        try:
+            return await self._disk(self._store().checkpoint, place.run, place.kind, place.name)
+        except (UnknownModelError, UnknownCheckpointError):
+            return None
+
+    # ---- named checkpoints become versions ---------------------------------------------------
+
+    async def _prove_saved(self, tenant: str, run: str, number: int) -> None:
+        """Prove a checkpoint as a version of an adapter once it is saved."""
+        trainer = self._training()
+        while (result := await trainer.wait(run, number, 600.0)) is None:
+            if await trainer.expired(run, number):
+                return
+        if isinstance(result, Saved):
+            await self._prove(tenant, result.checkpoint)
+
+    async def _prove(self, tenant: str, checkpoint: Checkpoint) -> None:
+        place = Place.of(checkpoint)
+        try:
+            with storage_errors():
+                files = await self._library.disk.run_blocking(
+                    take_folder, self._library.store, Path(checkpoint.folder)
+                )
+            source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
+            with acting(Origin(actor="live training")):
+                await self._library.add(
+                    tenant, adapter_name(place.run), files, source, VersionOptions(any_base=True)
+                )
+        except (ApiError, StoreError, OSError) as error:
+            _log.error("checkpoint %s is not proved: %s", place.path, error)
+
+    def proved_as(self, tenant: str, checkpoint: Checkpoint) -> tuple[str, str] | None:
+        """Return the adapter and the version that a checkpoint is, or is to be, proved as."""
+        name, path = adapter_name(checkpoint.model), Place.of(checkpoint).path
+        adapter = self._library.catalog.of(tenant).own(name)
+        for version in () if adapter is None else adapter.versions:
+            if version.source.get("path") == path:
+                return name, version.digest
+        return None
+
+    # ---- upkeep ------------------------------------------------------------------------------
+
+    async def keep_tidy(self, samples: SamplersInUse) -> None:
+        """Delete for ever what expired, weights of steps that nobody samples from, and ended runs."""
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            if self._trainer is None:
+                continue
+            with suppress(RegistryError):
+                await self.tidy(samples.samplers)
+
+    async def tidy(self, in_use: Collection[str], now: float | None = None) -> None:
+        """Delete what nobody needs any more. in_use: samplers with unfinished samples. Raises
+        RegistryError."""
+        now, store = now or time.time(), self._store()
+        for expired in await self._disk(store.remove_expired, now):
+            self._residency.forget(self._files.drop_live(Path(expired.folder)))
+        seen = max(0.0, now - LOST_SECONDS)
+        lost_since_start = now - self._began < LOST_SECONDS
+        open_sessions = await self._threads.run_blocking(
+            self._records.open_sessions, 0.0 if lost_since_start else seen, now - ENDED_SECONDS
+        )
+        for spec in await self._disk(store.models):
+            if spec.session not in open_sessions:
+                await self._training().unload(spec.id)
+                await self._note("run.ended", spec.owner, spec.id, {})
+        for spec in await self._disk(store.runs):
+            steps = [one for one in await self._disk(store.checkpoints, spec.id) if Place.of(one).is_of_step]
+            kept = steps[-1:] if spec.session in open_sessions else []
+            for one in steps:
+                place, sampler = Place.of(one), f"{spec.session}:sample:{one.name.removeprefix('live-')}"
+                last = max(one.created, self._sampled.get(place.path, 0.0), self._began)
+                if one not in kept and sampler not in in_use and last < now - IDLE_SECONDS:
+                    await self._delete(one)
+
+    async def stop(self) -> None:
+        """End what waits for checkpoints to be saved."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def resume(self) -> None:
+        """Prove the checkpoints that an earlier process of this server had no time for."""
+        if self._trainer is None:
+            return
+        for spec in await self._disk(self._store().runs):
+            for one in await self.checkpoints(spec.id):
+                if one.kind == "sampler" and self.proved_as(spec.owner, one) is None:
+                    self._begin(self._prove(spec.owner, one))
+
+    # ---- parts -------------------------------------------------------------------------------
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _training(self) -> LiveTrainer:
+        if self._trainer is None:
+            raise InvalidRequestError(
+                "This server does not train (--train-jobs 0). Its operator allows it.", code="training_off"
+            )
+        return self._trainer
+
+    def _store(self) -> LiveStore:
+        return self._training().store
+
+    async def _note(self, action: AuditAction, tenant: str, run: str, details: Mapping[str, Any]) -> None:
+        try:
+            await self._threads.run_blocking(self._records.note_run, action, tenant, run, details)
+        except RegistryError as error:
+            _log.warning("%s of %s is not in the audit log: %s", action, run, error)
+
+    async def _call(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with storage_errors():
+            return await self._threads.run_blocking(call, *args, **kwargs)
+
+    async def _disk(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._library.disk.run_blocking(call, *args, **kwargs)
+
+    async def _on_disk(self, work: Awaitable[None]) -> None:
+        """Wait for files to be written. Raises DiskFullError, UnavailableError."""
+        try:
+            await work
+        except OSError as error:
+            if error.errno in (28, 122):
+                raise DiskFullError from error
+            raise UnavailableError(
+                f"The folder of live training cannot be written to: {error}.",
+                code="store_unavailable",
+                retry_after=5,
+            ) from error
+
+
+class SamplersInUse(Protocol):
+    """Owner of promised samples."""
+
+    @property
+    def samplers(self) -> set[str]: ...
+
+
+def adapter_name(run: str) -> str:
+    """Return the name of the adapter whose versions a run's named checkpoints become."""
+    found = _RUN.fullmatch(run)
+    session, number = found.groups() if found else (run, "0")
+    return f"run-{session[:8]}-{number}"
+
+
+def sampler_of(checkpoint: Checkpoint, session: str) -> str | None:
+    """Return the id of the sampling session that a step's weights are for; None for a named checkpoint."""
+    found = _OF_STEP.fullmatch(checkpoint.name) if checkpoint.kind == "sampler" else None
+    return None if found is None else f"{session}:sample:{found[1]}"
+
+
+def answer_of(spec: ModelSpec, number: int, result: Result) -> Mapping[str, Any]:
+    """Return the client's form of a result that is sent as JSON."""
+    if isinstance(result, Refused):
+        return {"error": result.message, "category": result.category}
+    if number == 0 and spec.start is not None:
+        return {"model_id": spec.id, "type": "load_weights"}
+    if number == 0:
+        return {"model_id": spec.id, "type": "create_model"}
+    if isinstance(result, Stepped):
+        return {"metrics": result.metrics}
+    if isinstance(result, Loaded):
+        return {"path": Place.of(result.checkpoint).path, "model_id": spec.id, "type": "load_weights"}
+    if not isinstance(result, Saved):
+        raise TypeError(f"{type(result).__name__} is not sent as JSON")
+    saved = result.checkpoint
+    if saved.kind == "weights":
+        return {"path": Place.of(saved).path, "type": "save_weights"}
+    sampler = sampler_of(saved, spec.session)
+    where = {"path": Place.of(saved).path} if sampler is None else {"sampling_session_id": sampler}
+    return where | {"type": "save_weights_for_sampler"}
+
+
+def _has_expired(checkpoint: Checkpoint) -> bool:
+    return checkpoint.expires is not None and checkpoint.expires <= time.time()

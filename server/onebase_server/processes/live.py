@@ -1,0 +1,129 @@
+"""The trainer of live adapters: a process on the engine's base that does the operations of all of them.
+
+The api runs it as `python -m onebase_server.processes live --fd N --base-fd M [--busy-fd K]`. It may be
+killed at any moment: the next one continues from the folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from onebase_engine.base.attach import attach
+from onebase_engine.machine import keep_freed_memory
+from onebase_server.processes.child import Channel, begin
+from onebase_server.processes.engine import base_settings
+from onebase_server.processes.live_protocol import (
+    Done,
+    LiveFailed,
+    LiveReady,
+    Look,
+    StartLive,
+    StopLive,
+    ToLive,
+    to_live_decoder,
+)
+from onebase_server.processes.time_share import BusyFlag, SharedGate
+from onebase_server.processes.trainer import CPU, alone, bound_memory, memory_limit, no_wait, threads_of
+from onebase_training.events import Interrupted, Reason
+from onebase_training.live import BaseName, LiveModels
+from onebase_training.live_operations import Refused
+from onebase_training.live_store import LiveStore
+
+DIED = Refused(
+    message="The trainer died of this operation each time that it was tried: send fewer or shorter rows.",
+    code="trainer_died",
+    category="server",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    inherited = begin("live")
+    keep_freed_memory()
+    return run_live(inherited.sock, inherited.base_fd, inherited.busy_fd)
+
+
+def run_live(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> int:
+    """Do operations until the api stops this process or goes; returns the process's exit status."""
+    channel = Channel[ToLive](sock, to_live_decoder().decode, leave_within=0.0)
+    try:
+        return _LiveWork(channel, base_fd, busy_fd).do()
+    finally:
+        channel.close()
+
+
+class _LiveWork:
+    """One process's work."""
+
+    def __init__(self, channel: Channel[ToLive], base_fd: int | None, busy_fd: int | None) -> None:
+        self._channel = channel
+        self._base_fd = base_fd
+        self._busy_fd = busy_fd
+        self._reason: Reason | None = None
+        self._looks: dict[str, None] = {}
+
+    def do(self) -> int:
+        start = self._channel.receive()
+        if not isinstance(start, StartLive):
+            return 0
+        try:
+            with alone(Path(start.root)):
+                self._run(start)
+        except Exception as error:
+            logger.exception("live adapters cannot be trained")
+            self._channel.send(LiveFailed(f"{type(error).__name__}: {error}"))
+            return 1
+        return 0
+
+    def _run(self, start: StartLive) -> None:
+        torch.set_num_threads(threads_of(start.config))
+        base = attach(base_settings(start.config, CPU), start.manifest, self._base_fd)
+        device = next(base.parameters()).device
+        importlib.import_module("peft")  # before the limit, which is for what the models take
+        bound_memory(memory_limit(start.memory_limit, device, start.config), device)
+        models = LiveModels(
+            base,
+            LiveStore(Path(start.root)),
+            self._gate(start.share, device),
+            BaseName(start.base_name, start.base_commit),
+            int8_cache=start.config.kv_dtype == "int8",
+            on_done=lambda model_id, seq_id: self._channel.send(Done(model_id, seq_id)),
+        )
+        for model_id, seq_id in start.refuse:
+            models.refuse(model_id, seq_id, DIED)
+        self._channel.send(LiveReady())
+        models.look_at_all()
+        try:
+            while self._reason is None:
+                if not models.do_next() and not self._looks:
+                    self._take(self._channel.receive())
+                self._stopping()
+                for model_id in self._looks:
+                    models.look(model_id)
+                self._looks.clear()
+        except Interrupted:
+            pass
+        models.write_points()
+
+    def _gate(self, share: float, device: torch.device) -> SharedGate:
+        flag = None if self._busy_fd is None else BusyFlag(self._busy_fd)
+        finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else no_wait
+        return SharedGate(lambda: bool(flag), share, self._stopping, finish=finish)
+
+    def _stopping(self) -> Reason | None:
+        for message in self._channel.arrived():
+            self._take(message)
+        return self._reason
+
+    def _take(self, message: ToLive) -> None:
+        if isinstance(message, Look):
+            self._looks[message.model_id] = None
+        elif isinstance(message, StopLive):
+            self._reason = "pause"

@@ -1,0 +1,527 @@
+"""The Tinker API by its own client, against a real server with a small base."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import tinker
+import torch
+from tinker import types
+
+from .access import Keys
+from .support import ROOT, Server, Starter
+
+OPTIONS = ("--kv-memory", "100MB", "--threads", "1", "--max-rows", "16")
+PROMPT = [504, 2920, 282, 4649, 314]
+
+
+@pytest.fixture(scope="module")
+def live(serve_real: Starter, small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path_factory.mktemp("live")) as server:
+        yield server
+
+
+@pytest.fixture
+def client(live: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tinker.ServiceClient]:
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    made = tinker.ServiceClient(base_url=live.url, api_key="tml-dummy")
+    yield made
+    made.close("success").result()
+
+
+def params(tokens: int = 4, **settings: Any) -> types.SamplingParams:
+    return types.SamplingParams(max_tokens=tokens, **settings)
+
+
+def row(tokens: list[int], **inputs: Any) -> types.Datum:
+    """A row whose targets are its next tokens."""
+    given = {"target_tokens": np.array(tokens[1:], np.int64), **inputs}
+    arrays = {name: types.TensorData.from_numpy(np.asarray(one)) for name, one in given.items()}
+    return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=arrays)
+
+
+def supervised(tokens: list[int]) -> types.Datum:
+    return row(tokens, weights=np.ones(len(tokens) - 1, np.float32))
+
+
+# ---- sampling --------------------------------------------------------------------------------------
+
+
+def test_the_base_is_listed_and_sampled(client: tinker.ServiceClient) -> None:
+    (model,) = client.get_server_capabilities().supported_models
+    assert model.sampleable
+    assert model.max_context_length == 512
+    sampler = client.create_sampling_client(base_model=str(model.model_name)).result()
+    answer = sampler.sample(types.ModelInput.from_ints(PROMPT), 2, params(seed=1, stop=[])).result()
+    first, second = answer.sequences
+    assert len(first.tokens) == len(second.tokens) == 4
+    assert first.stop_reason == "length"
+    assert first.tokens != second.tokens
+    assert first.sequence_id != second.sequence_id
+    again = sampler.sample(types.ModelInput.from_ints(PROMPT), 2, params(seed=1, stop=[])).result()
+    assert [one.tokens for one in again.sequences] == [first.tokens, second.tokens]
+    assert again.sequences[0].logprobs == first.logprobs
+
+
+def test_logprobs_of_a_prompt_of_its_likeliest_and_of_named_tokens_agree(
+    client: tinker.ServiceClient,
+) -> None:
+    sampler = client.create_sampling_client(base_model="smollm2-135m-instruct").result()
+    prompt = types.ModelInput.from_ints(PROMPT)
+    whole = sampler.sample(
+        prompt, 1, params(1), include_prompt_logprobs=True, topk_prompt_logprobs=3
+    ).result()
+    top = whole.topk_prompt_logprobs
+    assert whole.prompt_logprobs is not None
+    assert top is not None
+    assert top[4] is not None
+    likeliest = top[4][0]
+    assert whole.prompt_logprobs[0] is None
+    assert top[0] is None
+    assert len(top) == len(PROMPT)
+    assert sampler.compute_logprobs(prompt).result() == whole.prompt_logprobs
+    wanted = torch.full((len(PROMPT) - 1, 2), -1, dtype=torch.int64)
+    wanted[0, 1], wanted[3, 0] = PROMPT[1], likeliest[0]
+    for given in (
+        types.TensorData.from_torch(wanted),
+        types.TensorData.from_torch_sparse(wanted, pad_value=-1),
+    ):
+        answer = sampler.sample(prompt, 1, params(1), target_prompt_logprobs=given).result()
+        assert answer.target_prompt_logprobs is not None
+        scored = answer.target_prompt_logprobs.to_torch()
+        assert scored[0, 1].item() == whole.prompt_logprobs[1]
+        assert scored[3, 0].item() == likeliest[1]
+        assert scored[wanted < 0].abs().sum() == 0
+    last = sampler.compute_logprobs(prompt, prompt_logprobs_last_n=2).result()
+    assert last == [None, None, None, *whole.prompt_logprobs[-2:]]
+
+
+def test_an_explicit_list_of_stops_replaces_the_end_of_sequence(client: tinker.ServiceClient) -> None:
+    sampler = client.create_sampling_client(base_model="smollm2-135m-instruct").result()
+    prompt = types.ModelInput.from_ints(PROMPT)
+    greedy = sampler.sample(prompt, 1, params(6, temperature=0.0, stop=[])).result().sequences[0]
+    third = greedy.tokens[2]
+    stopped = sampler.sample(prompt, 1, params(6, temperature=0.0, stop=[third])).result().sequences[0]
+    assert stopped.stop_reason == "stop"
+    assert stopped.tokens == greedy.tokens[: greedy.tokens.index(third) + 1]
+    assert len(stopped.logprobs or ()) == len(stopped.tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k: "),
+        ({"record_stability_info": True}, "importance_sampling, ppo, cispo or gspo"),
+        ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "bases read text alone"),
+        ({"num_samples": 100_000}, "--max-choices"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 9}, "has 4 tokens after its first"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "has 1 rows"),
+        ({"top_secret": 1}, "top_secret: this server does not know this field"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(live: Server, fields: dict[str, Any], told: str) -> None:
+    with live.client() as http:
+        sampler = new_sampler(http)
+        answer = http.post("/api/v1/asample", json=sample_body(sampler, 0, **fields))
+        assert answer.status_code == 400
+        assert told in answer.json()["error"]["message"]
+
+
+def new_session(http: httpx2.Client) -> str:
+    body = {"tags": [], "user_metadata": {"run": "7"}, "sdk_version": "0.38.0", "type": "create_session"}
+    answer = http.post("/api/v1/create_session", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["session_id"])
+
+
+def new_sampler(http: httpx2.Client, number: int = 0, session: str | None = None, **of: str) -> str:
+    body = {"session_id": session or new_session(http), "sampling_session_seq_id": number}
+    body |= of or {"base_model": "smollm2-135m-instruct"}
+    answer = http.post("/api/v1/create_sampling_session", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["sampling_session_id"])
+
+
+def sample_body(sampler: str, number: int, **fields: Any) -> dict[str, Any]:
+    body = {
+        "num_samples": 1,
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": PROMPT}]},
+        "sampling_params": {"max_tokens": 4, "temperature": 1, "top_k": -1, "top_p": 1, "seed": 5},
+        "sampling_session_id": sampler,
+        "seq_id": number,
+        "type": "sample",
+    }
+    return body | fields
+
+
+def retrieved(http: httpx2.Client, request_id: str) -> httpx2.Response:
+    """The result, however long it takes."""
+    for _ in range(10):
+        answer = http.post("/api/v1/retrieve_future", json={"request_id": request_id})
+        if answer.status_code != 408:
+            break
+        assert answer.json()["type"] == "try_again"
+    return answer
+
+
+def test_a_request_that_comes_again_is_the_same_promise(live: Server) -> None:
+    with live.client() as http:
+        body = sample_body(new_sampler(http), 3, sampling_params={"max_tokens": 4})
+        first = http.post("/api/v1/asample", json=body).json()
+        result = retrieved(http, first["request_id"])
+        assert http.post("/api/v1/asample", json=body).json() == first
+        assert result.headers["content-type"] == "application/x-protobuf"
+        assert retrieved(http, first["request_id"]).content == result.content  # no second draw
+
+
+def test_clients_of_one_sampler_get_numbers_of_their_own(live: Server) -> None:
+    with live.client() as http:
+        body = {"sampling_session_id": new_sampler(http)}
+        answers = [http.post("/api/v1/join_sampling_session", json=body).json() for _ in range(2)]
+    assert [one["client_counter"] for one in answers] == [1, 2]
+
+
+def test_unknown_ids_are_told_apart(live: Server) -> None:
+    with live.client() as http:
+        unknown = "0:sample:0:1"
+        gone = http.post("/api/v1/retrieve_future", json={"request_id": unknown})
+        assert (gone.status_code, gone.json()["error"]["code"]) == (410, "result_gone")
+        answer = http.get("/api/v1/samplers/nobody")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "sampler_not_found")
+        answer = http.post("/api/v1/session_heartbeat", json={"session_id": "nobody"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "session_not_found")
+        answer = http.post("/api/v1/get_info", json={"model_id": "nobody:train:0"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "run_not_found")
+        path = "tinker://nobody:train:0/weights/a"
+        answer = http.post("/api/v1/weights_info", json={"tinker_path": path})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "checkpoint_not_found")
+
+
+def test_promised_samples_survive_a_killed_server(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    data, ids, first = tmp_path / "data", [], None
+    with serve_real("--base", str(small_base), *OPTIONS, data_dir=data) as server, server.client() as http:
+        sampler = new_sampler(http)
+        for number in range(12):
+            asked = sample_body(sampler, number, sampling_params={"max_tokens": 200, "seed": number})
+            ids.append(http.post("/api/v1/asample", json=asked).json()["request_id"])
+        first = retrieved(http, ids[0]).content
+        server.signal(signal.SIGKILL)
+        server.exit_status()
+    with serve_real("--base", str(small_base), *OPTIONS, data_dir=data) as server, server.client() as http:
+        results = [retrieved(http, one) for one in ids]
+        assert [one.status_code for one in results] == [200] * 12
+        assert results[0].content == first
+        # Those that were drawn twice are what one draw would have been.
+        direct = http.post("/api/v1/asample", json=sample_body(
+            sampler, 99, sampling_params={"max_tokens": 200, "seed": 11})).json()["request_id"]  # fmt: skip
+        assert sequences(retrieved(http, direct)) == sequences(results[11])
+
+
+def sequences(answer: httpx2.Response) -> Any:
+    from tinker.proto.response_conv import deserialize_sample_response
+
+    return [(one.tokens, one.logprobs) for one in deserialize_sample_response(answer.content).sequences]
+
+
+# ---- tenants and keys ------------------------------------------------------------------------------
+
+
+def test_keys_are_taken_with_the_prefix_that_the_client_demands(
+    serve_real: Starter, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    keys = Keys(tmp_path / "data")
+    mine = keys.make("generate", "train", tenant="acme")
+    other = keys.make("generate", "train", tenant="globex")
+    reader = keys.make("adapters", tenant="acme")
+    keys.close()
+    with serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path / "data") as server:
+        client = tinker.ServiceClient(base_url=server.url, api_key=f"tml-{mine}")
+        sampler = client.create_sampling_client(base_model="smollm2-135m-instruct").result()
+        answer = sampler.sample(types.ModelInput.from_ints(PROMPT), 1, params()).result()
+        sampler_id, sample = sampler._sampling_session_id, answer.sequences[0].sequence_id.rpartition(":")[0]
+        client.close("success").result()
+        with server.client() as http:
+            for key, status in ((mine, 200), (other, 404), (f"{mine}x", 401), ("dummy", 401)):
+                headers = {"X-API-Key": f"tml-{key}"}
+                assert http.get(f"/api/v1/samplers/{sampler_id}", headers=headers).status_code == status
+            found = http.post(
+                "/api/v1/retrieve_future", json={"request_id": sample}, headers={"X-API-Key": f"tml-{other}"}
+            )
+            assert found.status_code == 410  # another tenant's is as unknown as none
+            body = {"session_id": "x", "model_seq_id": 0, "base_model": "x", "lora_config": {"rank": 4}}
+            refusal = http.post("/api/v1/create_model", json=body, headers={"X-API-Key": f"tml-{reader}"})
+            assert (refusal.status_code, refusal.json()["error"]["code"]) == (403, "insufficient_scope")
+            usage = http.get("/v1/usage", headers={"X-API-Key": mine}).json()
+            assert "acme" in json.dumps(usage)
+            assert "completion_tokens" in json.dumps(usage)
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+
+def test_supervised_steps_are_sampled_at_once(client: tinker.ServiceClient, live: Server) -> None:
+    """What sl_loop does: passes and steps, then samples of what they made."""
+    run = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=8, seed=3)
+    training = run.result()
+    assert training.get_info().lora_rank == 8
+    tokens = [*PROMPT, 100, 100, 100, 100]
+    prompt = types.ModelInput.from_ints(tokens[:5])
+    losses, samplers = [], []
+    for _ in range(8):
+        passed = training.forward_backward([supervised(tokens)] * 2, "cross_entropy")
+        stepped = training.optim_step(types.AdamParams(learning_rate=2e-2))
+        losses.append(passed.result().metrics["loss:sum"])
+        stepped.result()
+        samplers.append(training.save_weights_and_get_sampling_client().result())
+    assert losses[-1] < losses[0] / 2
+    drawn = samplers[-1].sample(prompt, 1, params(temperature=0.0, stop=[])).result().sequences[0]
+    assert drawn.tokens == [100] * 4
+    # Each sampler keeps the weights that it was made with.
+    whole = types.ModelInput.from_ints(tokens)
+    scores = [sum(score or 0.0 for score in one.compute_logprobs(whole).result()) for one in samplers]
+    assert scores == sorted(scores)
+    assert scores[0] < scores[-1] / 2
+    with live.client() as http:
+        shown = http.get(f"/api/v1/samplers/{samplers[-1]._sampling_session_id}").json()
+    assert len(shown["live"]) == 64
+
+
+def test_the_trainer_and_the_sampler_agree_on_logprobs(client: tinker.ServiceClient) -> None:
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=1).result()
+    tokens = list(range(300, 340))
+    training.forward_backward([supervised(tokens)], "cross_entropy").result()
+    training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    sampler = training.save_weights_and_get_sampling_client().result()
+    (output,) = training.forward([supervised(tokens)], "cross_entropy").result().loss_fn_outputs
+    sampled = sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result()[1:]
+    assert np.abs(output["logprobs"].to_numpy() - np.array(sampled)).max() < 2e-2
+
+
+def test_a_policy_learns_from_reward_alone(client: tinker.ServiceClient) -> None:
+    """What rl_loop does: groups of samples, advantages, importance sampling."""
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=8, seed=1).result()
+    prompt, rewards = types.ModelInput.from_ints(PROMPT), []
+    for step in range(8):
+        sampler = training.save_weights_and_get_sampling_client().result()
+        drawn = sampler.sample(prompt, 16, params(6, stop=[], seed=step, top_k=8)).result().sequences
+        gained = [float(np.mean([token % 2 == 0 for token in one.tokens])) for one in drawn]
+        rewards.append(float(np.mean(gained)))
+        data = []
+        for one, reward in zip(drawn, gained, strict=True):
+            before, advantage = len(PROMPT) - 1, reward - rewards[-1]
+            logprobs = np.array([0.0] * before + list(one.logprobs or ()), np.float32)
+            advantages = np.array([0.0] * before + [advantage] * len(one.tokens), np.float32)
+            data.append(row([*PROMPT, *one.tokens], logprobs=logprobs, advantages=advantages))
+        training.forward_backward(data, "importance_sampling")
+        training.optim_step(types.AdamParams(learning_rate=2e-2)).result()
+    assert rewards[-1] > rewards[0] + 0.2
+
+
+def test_the_loop_of_the_how_to_page_runs(
+    live: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/how-to/tinker.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name, value in (("BASE_URL", live.url), ("API_KEY", "tml-dummy"), ("TELEMETRY", "0")):
+        monkeypatch.setenv(f"TINKER_{name}", value)
+    exec(compile(snippet, "docs/how-to/tinker.md", "exec"), {})  # noqa: S102 (our own documentation)
+    *steps, path = capsys.readouterr().out.strip().split("\n")
+    losses = [float(line.split()[1]) for line in steps]
+    assert losses[-1] < losses[0]
+    assert path.endswith("/sampler_weights/final")
+
+
+def test_a_custom_loss_runs_as_weights(client: tinker.ServiceClient) -> None:
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=1).result()
+
+    def contrast(data: Any, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        better, worse = (one.sum() for one in logprobs)
+        loss = -torch.nn.functional.logsigmoid(0.1 * (better - worse))
+        return loss, {"margin": float(better - worse)}
+
+    data, margins = [supervised([1, 2, 3]), supervised([1, 5, 6])], []
+    for _ in range(4):
+        passed = training.forward_backward_custom(data, contrast)
+        stepped = training.optim_step(types.AdamParams(learning_rate=1e-2))
+        margins.append(passed.result().metrics["margin"])
+        stepped.result()
+    assert margins[-1] > margins[0] + 0.5
+
+
+def test_a_checkpoint_continues_a_run_and_becomes_a_version(
+    client: tinker.ServiceClient, live: Server
+) -> None:
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=2).result()
+    tokens = list(range(40, 60))
+    for _ in range(2):
+        training.forward_backward([supervised(tokens)], "cross_entropy")
+        training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    saved = training.save_state("state-1", user_metadata={"step": "2"}).result().path
+    served = training.save_weights_for_sampler("final", ttl_seconds=7200).result().path
+    assert saved == f"tinker://{training.model_id}/weights/state-1"
+
+    def step(one: tinker.TrainingClient) -> float:
+        before = one.forward_backward([supervised(tokens)], "cross_entropy").result().metrics["loss:sum"]
+        one.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        return before + one.forward([supervised(tokens)], "cross_entropy").result().metrics["loss:sum"]
+
+    other = client.create_training_client_from_state_with_optimizer(saved).result()
+    assert step(other) == step(training)  # Adam's moments too, bit for bit
+
+    sampler = client.create_sampling_client(model_path=served).result()
+    assert sampler.sample(types.ModelInput.from_ints([40, 41]), 1, params(2)).result().sequences
+    rest = client.create_rest_client()
+    listed = rest.list_checkpoints(training.model_id).result().checkpoints
+    assert {one.checkpoint_id for one in listed} == {"weights/state-1", "sampler_weights/final"}
+    assert {one.checkpoint_id: one.user_metadata for one in listed}["weights/state-1"] == {"step": "2"}
+    assert rest.get_training_run(training.model_id).result().lora_rank == 4
+    with live.client() as http:
+        shown = wait_for(lambda: proved(http, training.model_id))
+        text = http.post(
+            "/v1/completions",
+            json={"model": f"{shown['adapter']}@{shown['version']}", "prompt": PROMPT, "max_tokens": 2},
+        )
+        assert text.status_code == 200, text.text
+    rest.delete_checkpoint(training.model_id, "weights/state-1").result()
+    left = rest.list_checkpoints(training.model_id).result().checkpoints
+    assert [one.checkpoint_id for one in left] == ["sampler_weights/final"]
+
+
+def proved(http: httpx2.Client, run: str) -> dict[str, Any] | None:
+    """The checkpoint `final`, once its version is ready."""
+    found = http.get(f"/api/v1/training_runs/{run}/checkpoints").json()["checkpoints"]
+    shown = next(one for one in found if one["checkpoint_id"] == "sampler_weights/final")
+    if shown.get("version") is None:
+        return None
+    version: dict[str, Any] = http.get(f"/v1/adapters/{shown['adapter']}/versions/{shown['version']}").json()
+    assert version["state"] != "failed", version
+    return shown if version["state"] == "ready" else None
+
+
+def wait_for(find: Callable[[], dict[str, Any] | None], seconds: float = 120.0) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    while (found := find()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+def test_refused_requests_keep_their_place_and_the_run_goes_on(client: tinker.ServiceClient) -> None:
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=1).result()
+    image = types.ImageChunk(data=b"\x89PNG", format="png", expected_tokens=1)
+    pictured = types.Datum(model_input=types.ModelInput(chunks=[image]), loss_fn_inputs={})
+    refused: Any = (
+        ([pictured], "cross_entropy", "image is not served"),
+        ([supervised([1, 2, 3])], "stable_reinforce", "importance_sampling"),
+    )
+    for data, loss, told in refused:
+        with pytest.raises(tinker.RequestFailedError, match=told):
+            training.forward_backward(data, loss).result()
+    with pytest.raises(tinker.RequestFailedError, match="save_weights_for_sampler"):
+        training.save_weights_external("x").result()
+    assert training.forward([supervised([1, 2, 3])], "cross_entropy").result().metrics["loss:sum"] > 0
+    with pytest.raises(tinker.BadRequestError, match="nobody/else"):
+        client.create_lora_training_client(base_model="nobody/else", rank=4).result()
+
+
+def test_accepted_operations_survive_a_killed_server(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+
+    results = []
+    for killed in (False, True):
+        with (
+            serve_real("--base", str(small_base), *OPTIONS, data_dir=data) as server,
+            server.client() as http,
+        ):
+            run = new_run(http)
+            ids = submit_steps(http, run)
+            if not killed:
+                results.append([retrieved(http, one).content for one in ids])
+                continue
+            retrieved(http, ids[2])
+            server.signal(signal.SIGKILL)
+            server.exit_status()
+        with (
+            serve_real("--base", str(small_base), *OPTIONS, data_dir=data) as server,
+            server.client() as http,
+        ):
+            submit_steps(http, run)  # a client that saw no answer sends them again
+            results.append([retrieved(http, one).content for one in ids])
+    assert results[0] == results[1]
+
+
+def submit_steps(http: httpx2.Client, run: str) -> list[str]:
+    """Eight operations, a pass and a step in turns, and their futures."""
+    ids = []
+    for number in range(1, 9):
+        if number % 2:
+            body = pass_body(run, number)
+            answer = http.post(
+                "/api/v1/forward_backward",
+                content=body,
+                headers={"content-type": "application/x-protobuf"},
+            )
+        else:
+            step = {"adam_params": {"learning_rate": 0.01}, "model_id": run, "seq_id": number}
+            answer = http.post("/api/v1/optim_step", json=step)
+        assert answer.status_code == 200, answer.text
+        ids.append(answer.json()["request_id"])
+    return ids
+
+
+def test_accepted_operations_survive_the_death_of_engine_and_trainer(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    with (
+        serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path / "data") as server,
+        server.client() as http,
+    ):
+        whole = [retrieved(http, one).content for one in submit_steps(http, new_run(http))]
+        ids = submit_steps(http, run := new_run(http))
+        found = []
+        for place, one in enumerate(ids):
+            found.append(retrieved(http, one).content)
+            if place in (0, 4):
+                for pid in server.live_pids():
+                    os.kill(pid, signal.SIGKILL)
+            if place == 2:
+                os.kill(server.engine_pid(), signal.SIGKILL)
+        submit_steps(http, run)
+        assert found == whole == [retrieved(http, one).content for one in ids]
+
+
+def new_run(http: httpx2.Client) -> str:
+    body = {
+        "session_id": new_session(http),
+        "model_seq_id": 0,
+        "base_model": "smollm2-135m-instruct",
+        "lora_config": {"rank": 4, "seed": 9},
+    }
+    answer = http.post("/api/v1/create_model", json=body)
+    assert answer.status_code == 200, answer.text
+    assert retrieved(http, answer.json()["request_id"]).json()["type"] == "create_model"
+    return str(answer.json()["model_id"])
+
+
+def pass_body(run: str, number: int) -> bytes:
+    from tinker.proto.request_conv import forward_backward_request_to_proto
+
+    given = types.ForwardBackwardInput(data=[supervised(list(range(30, 50)))], loss_fn="cross_entropy")
+    request = types.ForwardBackwardRequest(forward_backward_input=given, model_id=run, seq_id=number)
+    encoded: bytes = forward_backward_request_to_proto(request).SerializeToString()
+    return encoded

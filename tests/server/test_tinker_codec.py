@@ -1,0 +1,142 @@
+"""Messages of the Tinker API against those that its own client writes and reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from tinker.proto import tinker_public_pb2
+from tinker.proto.request_conv import forward_backward_request_to_proto
+from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
+
+from onebase_edge.errors import BodyTooLargeError, InvalidRequestError
+from onebase_server.live import codec
+from onebase_server.live.codec import Sampled, SampleResult
+from onebase_training.live_operations import Computed, Tensor
+
+
+def body_of(*data: tinker.Datum, loss: Any = "ppo", **config: float | str) -> bytes:
+    """What the client sends."""
+    given = tinker.types.ForwardBackwardInput(data=list(data), loss_fn=loss, loss_fn_config=config or None)
+    request = tinker.types.ForwardBackwardRequest(
+        forward_backward_input=given, model_id="run:train:0", seq_id=7
+    )
+    encoded: bytes = forward_backward_request_to_proto(request).SerializeToString()
+    return encoded
+
+
+def datum(*tokens: int, **inputs: tinker.TensorData) -> tinker.Datum:
+    return tinker.Datum(model_input=tinker.ModelInput.from_ints(list(tokens)), loss_fn_inputs=inputs)
+
+
+def test_a_pass_arrives_as_the_client_meant_it() -> None:
+    weights = np.array([0.5, -1.25, 0.0], np.float32)
+    targets = np.array([2, 3, 49_151], np.int64)
+    body = body_of(
+        datum(
+            1, 2, 3,
+            target_tokens=tinker.TensorData.from_numpy(targets),
+            weights=tinker.TensorData.from_numpy(weights),
+        ),
+        clip_low_threshold=0.8, mode="strict",
+    )  # fmt: skip
+    read = codec.read_pass(body)
+    assert (read.model_id, read.seq_id) == ("run:train:0", 7)
+    assert read.operation is not None
+    assert read.operation.loss == "ppo"
+    assert not read.operation.forward_only
+    assert read.operation.config == {"clip_low_threshold": 0.8, "mode": "strict"}
+    (row,) = read.operation.data
+    assert np.frombuffer(row.tokens, "<i4").tolist() == [1, 2, 3]
+    assert (row.inputs["weights"].array() == weights).all()
+    assert (row.inputs["target_tokens"].array() == targets).all()
+
+
+def test_a_sparse_tensor_arrives_dense() -> None:
+    dense = torch.zeros(6, 8, dtype=torch.int64)
+    dense[1, 2], dense[4, 7], dense[4, 0] = 5, 6, 7
+    sparse = tinker.TensorData.from_torch_sparse(dense)
+    assert sparse.sparse_crow_indices is not None
+    read = codec.read_pass(body_of(datum(*range(6), target_tokens=sparse)))
+    assert read.operation is not None
+    assert read.operation.data[0].inputs["target_tokens"].array().tolist() == dense.tolist()
+
+
+def test_an_image_is_refused_by_name_and_keeps_its_place_in_the_order() -> None:
+    image = tinker.types.ImageChunk(data=b"\x89PNG", format="png", expected_tokens=3)
+    one = tinker.Datum(model_input=tinker.ModelInput(chunks=[image]), loss_fn_inputs={})
+    read = codec.read_pass(body_of(one))
+    assert read.operation is None
+    assert read.seq_id == 7
+    assert read.refused.startswith("data[0].model_input: image is not served")
+
+
+def test_a_tensor_that_lies_about_its_shape_is_refused() -> None:
+    message = tinker_public_pb2.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
+    tensor = message.data.add().loss_fn_inputs["weights"]
+    tensor.dtype, tensor.dense = tinker_public_pb2.DTYPE_FLOAT32, b"\0" * 8
+    tensor.shape.extend([3])
+    assert "weights: its shape [3]" in codec.read_pass(message.SerializeToString()).refused
+    tensor.sparse_csr.values = b"\0" * 4
+    tensor.sparse_csr.crow_indices = np.array([0, 1], np.int64).tobytes()
+    tensor.sparse_csr.col_indices = np.array([9], np.int64).tobytes()
+    tensor.shape[:] = [1, 4]
+    assert "do not fit its shape [1, 4]" in codec.read_pass(message.SerializeToString()).refused
+
+
+def test_what_is_no_message_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="no ForwardBackwardRequest"):
+        codec.read_pass(b"\xff" * 40)
+
+
+def test_a_compressed_body_may_not_grow_beyond_the_limit() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    packed = zstandard.ZstdCompressor().compress(b"a" * 5_000_000)
+    assert codec.decompressed(packed, 5_000_000) == b"a" * 5_000_000
+    with pytest.raises(BodyTooLargeError):
+        codec.decompressed(packed, 4_999_999)
+    with pytest.raises(InvalidRequestError, match="cannot be decompressed"):
+        codec.decompressed(b"no zstd", 100)
+
+
+def test_results_of_rows_of_any_width_are_what_the_client_reads() -> None:
+    arrays: list[Any] = [
+        np.full((3,), -1.5, np.float32),
+        np.arange(8, dtype=np.float32).reshape(4, 2),
+        np.zeros((0,)),
+    ]
+    outputs = [{"logprobs": Tensor.of(one)} for one in arrays]
+    computed = Computed(outputs=outputs, metrics={"loss:sum": 4.5}, tokens=7, seconds=0.1)
+    read = deserialize_forward_backward_output(codec.write_pass(computed))
+    assert read.metrics == {"loss:sum": 4.5}
+    made = [one["logprobs"].to_numpy() for one in read.loss_fn_outputs]
+    assert [one.shape for one in made] == [(3,), (4, 2), (0,)]
+    assert all((one == other).all() for one, other in zip(made, arrays, strict=True))
+
+
+def test_a_sample_is_what_the_client_reads() -> None:
+    result = SampleResult(
+        sequences=[
+            Sampled([5, 6], [-0.5, -1.0], True, [[(5, -0.5)], [(6, -1.0), (7, -2.0)]]),
+            Sampled([8], [-3.0], False, [[]]),
+        ],
+        cached=16,
+        prompt_logprobs=[None, -0.25],
+        prompt_top=[[], [(9, -0.25)]],
+        targets={"shape": (1, 2), "values": [-4.0, 0.0]},
+        top_width=2,
+        prompt_top_width=1,
+    )
+    read = deserialize_sample_response(codec.write_sample(result))
+    assert [one.stop_reason for one in read.sequences] == ["stop", "length"]
+    assert read.sequences[0].tokens == [5, 6]
+    assert read.sequences[0].logprobs == [-0.5, -1.0]
+    assert read.sequences[0].topk_logprobs == [[(5, -0.5)], [(6, -1.0), (7, -2.0)]]
+    assert read.prompt_logprobs == [None, -0.25]
+    assert read.topk_prompt_logprobs == [None, [(9, -0.25)]]
+    assert read.target_prompt_logprobs is not None
+    assert read.target_prompt_logprobs.to_numpy().tolist() == [[-4.0, 0.0]]
+    assert read.prompt_cache_hit_tokens == 16

@@ -1,0 +1,531 @@
+"""Live adapters: each operation once, in order, with the gradients and numbers that its rows have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.training.live_support import (
+    SPECS,
+    STEP,
+    ask,
+    done,
+    ids_of,
+    lesson,
+    live_models,
+    policy_row,
+    text_row,
+)
+from tests.training.runs import assert_equal
+
+from onebase_engine.base.load import fingerprint
+from onebase_engine.base.view import peft_view
+from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
+from onebase_training import replies
+from onebase_training.checkpoint import save_peft
+from onebase_training.events import Interrupted, OpenGate
+from onebase_training.live import BaseName, LiveModel, LiveModels
+from onebase_training.live_operations import (
+    Computed,
+    Datum,
+    Load,
+    ModelSpec,
+    Operation,
+    OptimStep,
+    Refuse,
+    Refused,
+    Save,
+    Saved,
+    Start,
+    Stepped,
+)
+from onebase_training.live_store import (
+    LiveStore,
+    SequenceConflictError,
+    UnknownCheckpointError,
+    UnknownModelError,
+)
+
+LEARNING = ModelSpec(id="learning", rank=8, seed=3)
+
+
+def model_of(base: torch.nn.Module, spec: ModelSpec = LEARNING) -> LiveModel:
+    return LiveModel(base, spec, OpenGate(), BaseName("tiny"), replies.Scorer(base, lambda: None))
+
+
+def logprobs(result: Computed) -> list[np.ndarray]:
+    return [output["logprobs"].array() for output in result.outputs]
+
+
+def saved(result: Any) -> dict[str, torch.Tensor]:
+    assert isinstance(result, Saved)
+    return load_file(Path(result.checkpoint.folder) / "adapter_model.safetensors")
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def test_losses_fall_and_the_base_stays_as_it_was(base: torch.nn.Module, tmp_path: Path) -> None:
+    before = fingerprint(base)
+    rows = [text_row(20, seed) for seed in range(4)]
+    steps = [operation for _ in range(12) for operation in (ask(*rows), STEP)]
+    found = done(base, tmp_path, dict(enumerate(steps, start=1)), LEARNING)
+    losses = [result.metrics["loss:sum"] for result in found if isinstance(result, Computed)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert [result.step for result in found if isinstance(result, Stepped)] == list(range(1, 13))
+    assert fingerprint(base) == before
+
+
+def test_gradients_add_up_to_those_of_all_rows_at_once(exact_base: torch.nn.Module, tmp_path: Path) -> None:
+    rows = [text_row(9 + seed, seed) for seed in range(4)]
+    parts = [ask(rows[0]), ask(rows[1], rows[2]), ask(rows[3])]
+    end = [STEP, Save(name="end", kind="weights")]
+    one = done(exact_base, tmp_path / "one", dict(enumerate([ask(*rows), *end], start=1)))
+    more = done(exact_base, tmp_path / "more", dict(enumerate([*parts, *end], start=1)))
+    assert one[0].metrics["loss:sum"] == pytest.approx(sum(part.metrics["loss:sum"] for part in more[:3]))
+    for name, tensor in saved(one[-1]).items():
+        torch.testing.assert_close(saved(more[-1])[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_is_adamw_as_pytorch_has_it_with_the_settings_of_that_step(base: torch.nn.Module) -> None:
+    model = model_of(base)
+    parameters = [one.detach().clone().requires_grad_() for one in model._parameters.values()]
+    reference = torch.optim.AdamW(parameters)
+    for number, step in enumerate(
+        (OptimStep(), OptimStep(learning_rate=1e-2, beta1=0.5, weight_decay=0.1, grad_clip_norm=0.3))
+    ):
+        model.forward_backward(ask(text_row(12, number)))
+        assert model._gradients is not None
+        gradients = [one.clone() for one in model._gradients.values()]
+        norm = torch.stack([one.norm() for one in gradients]).norm()
+        scale = 0.3 / (norm + 1e-6) if step.grad_clip_norm else 1.0
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * scale
+        reference.param_groups[0] |= {
+            "lr": step.learning_rate, "betas": (step.beta1, step.beta2), "eps": step.eps,
+            "weight_decay": step.weight_decay,
+        }  # fmt: skip
+        reference.step()
+        assert model.optim_step(step).metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+        for own, parameter in zip(model._parameters.values(), parameters, strict=True):
+            torch.testing.assert_close(own.detach(), parameter.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_custom_loss_by_weights_has_the_gradient_of_the_loss_itself(exact_base: torch.nn.Module) -> None:
+    ids = ids_of(14, 5)
+    row = text_row(14, 5)
+
+    def own(given: torch.Tensor) -> torch.Tensor:
+        return (given.exp() * torch.linspace(-1, 1, 14)).sum() ** 2 - given[3]
+
+    model = model_of(exact_base)
+    for _ in range(2):
+        model.forward_backward(ask(text_row(14, 6)))
+        model.optim_step(STEP)
+    forward = torch.tensor(logprobs(model.forward_backward(ask(row, forward_only=True)))[0])
+    leaf = forward.clone().requires_grad_()
+    own(leaf).backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    model.forward_backward(ask(text_row(14, 5, weights=-leaf.grad.numpy())))
+    assert model._gradients is not None
+    tree = model._trainable.model
+    logits = tree(input_ids=torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0]
+    picked = torch.log_softmax(logits, 1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
+    expected = torch.autograd.grad(own(picked), list(model._parameters.values()))
+    for gradient, wanted in zip(model._gradients.values(), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_targets_may_be_several_a_position(base: torch.nn.Module) -> None:
+    model = model_of(base)
+    ids = ids_of(10, 1)
+    several = np.stack([ids[1:], (ids[1:] + 5) % 300 + 3], axis=1)
+    weights = np.random.default_rng(0).standard_normal((10, 2)).astype("f4")
+    wide = Datum.of(ids[:-1].tolist(), {"target_tokens": several, "weights": weights})
+    for forward_only in (True, False):
+        both = model.forward_backward(ask(wide, text_row(10, 1), forward_only=forward_only))
+        found, plain = logprobs(both)
+        assert (found.shape, plain.shape) == ((10, 2), (10,))
+        np.testing.assert_allclose(found[:, 0], plain, rtol=1e-6)
+        assert both.metrics["loss:sum"] == pytest.approx(-(found * weights).sum() - plain.sum(), rel=1e-5)
+
+
+def test_forward_and_policies_have_the_numbers_of_the_engine_that_samples(base: torch.nn.Module) -> None:
+    model = model_of(base)
+    for seed in range(3):
+        model.forward_backward(ask(text_row(30, seed)))
+        model.optim_step(STEP)
+    rows = [(ids_of(count, count), count) for count in (40, 7, 90)]
+    engine = replies._engine(base, 8, 40, frozenset(), lambda: None)
+    engine.put_adapter("own", model._trainable.weights())
+    sampled: dict[int, list[float]] = {}
+    for number, (ids, _) in enumerate(rows):
+        sampling = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        engine.submit(
+            Submit(id=str(number), prompt=ids.tolist(), sampling=sampling, adapters=[AdapterRef("own")])
+        )
+    while engine.busy:
+        engine.step()
+        for output in engine.take_outputs():
+            if output.prompt_logprobs:
+                sampled[int(output.id)] = [one.logprob for one in output.prompt_logprobs]
+    texts = [text_row(count, count) for _, count in rows]
+    policies = [
+        policy_row(count, count, logprobs=np.array(sampled[number], "f4"), advantages=np.ones(count, "f4"))
+        for number, (_, count) in enumerate(rows)
+    ]
+    for result in (
+        model.forward_backward(ask(*texts, forward_only=True)),
+        model.forward_backward(ask(*policies, loss="importance_sampling")),
+    ):
+        for number, found in enumerate(logprobs(result)):
+            assert (found == np.array(sampled[number], "f4")).all()
+    # So the ratio of learner and sampler is 1, not about 1.
+    assert result.metrics["loss:sum"] == -sum(count for _, count in rows)
+    assert model._gradients is not None
+    assert all(gradient.isfinite().all() for gradient in model._gradients.values())
+
+
+def test_a_models_numbers_do_not_depend_on_another_model(base: torch.nn.Module, tmp_path: Path) -> None:
+    root = tmp_path / "both"
+    alone = done(base, tmp_path / "alone", lesson(tmp_path / "alone", "small"))
+    store = LiveStore(root)
+    for spec in SPECS:
+        store.create(spec)
+        for seq_id, operation in lesson(root, spec.id).items():
+            store.submit(spec.id, seq_id, operation)
+    order: list[str] = []
+    models = live_models(base, root, on_done=lambda model_id, seq_id: order.append(model_id))
+    while models.do_next():
+        pass
+    assert order[-4:] == ["small", "wide:0"] * 2  # in turns
+    beside = [store.result("small", seq_id) for seq_id in lesson(root, "small")]
+    assert_equal(saved(alone[-1]), saved(beside[-1]))
+    assert alone[-1].checkpoint.digest == beside[-1].checkpoint.digest  # type: ignore[union-attr]
+
+
+# ---- order, once, errors -----------------------------------------------------------------------
+
+
+def test_operations_are_done_by_number_whatever_their_order_and_never_twice(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    store = LiveStore(tmp_path)
+    store.create(LEARNING)
+    store.create(LEARNING)
+    numbers: list[int] = []
+    models = live_models(base, tmp_path, on_done=lambda model_id, seq_id: numbers.append(seq_id))
+    rows = {seq_id: ask(text_row(5, seq_id)) for seq_id in (2, 3, 1)}
+    for seq_id, operation in rows.items():
+        store.submit("learning", seq_id, operation)
+        models.look("learning")
+        while models.do_next():
+            pass
+        store.submit("learning", seq_id, operation)
+    assert numbers == [0, 1, 2, 3]
+    kept = store.result("learning", 2)
+    store.submit("learning", 2, STEP)  # done already: what is kept holds
+    models.look("learning")
+    assert not models.do_next()
+    assert store.result("learning", 2) == kept
+    store.submit("learning", 9, STEP)
+    with pytest.raises(SequenceConflictError, match="waits as another operation"):
+        store.submit("learning", 9, ask(text_row(5)))
+    with pytest.raises(SequenceConflictError):
+        store.create(ModelSpec(id="learning", rank=9))
+    with pytest.raises(UnknownModelError):
+        store.submit("another", 1, STEP)
+
+
+def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    overflowing = text_row(4, weights=np.array([3e38, 3e38, 3e38, 3e38], "f4"))
+    refused: dict[int, Operation] = {
+        2: ask(text_row(4), policy_row(4), loss="ppo"),
+        3: ask(overflowing),
+        4: Refuse(message="images are not trained here"),
+        5: Load(folder=str(tmp_path / "nowhere")),
+        6: Save(name="../outside", kind="weights"),
+        7: OptimStep(beta1=1.5),
+        8: ask(),
+    }
+    rest: dict[int, Operation] = {
+        1: ask(text_row(6)),
+        9: STEP,
+        10: STEP,
+        11: Save(name="end", kind="sampler"),
+    }
+    found = done(base, tmp_path / "a", dict(sorted((refused | rest).items())), LEARNING)
+    assert [type(result) for result in found[1:8]] == [Refused] * 7
+    assert [result.code for result in found[2:4]] == ["not_finite", "invalid_request"]
+    assert "call forward_backward first" in found[9].message
+    plain = done(base, tmp_path / "b", {1: rest[1], 2: STEP, 3: Save(name="end", kind="sampler")}, LEARNING)
+    assert found[-1].checkpoint.digest == plain[-1].checkpoint.digest
+
+
+def test_a_row_that_the_engine_refuses_is_refused(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_engine.engine.engine.MAX_SCORE_BYTES", 1000)
+    found = done(base, tmp_path, {1: ask(text_row(90), forward_only=True), 2: ask(text_row(90))}, LEARNING)
+    assert "prompt logprobs with 0 alternatives are limited" in found[0].message
+    assert isinstance(found[1], Computed)
+
+
+def test_a_model_that_cannot_be_made_says_why_to_each_operation(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    nothing = ModelSpec(id="x", rank=4, train_mlp=False, train_attn=False, train_unembed=False)
+    for spec, why in ((nothing, "nothing is to be trained"), (ModelSpec(id="y", rank=9999), "1 to 1024")):
+        (result,) = done(base, tmp_path, {1: STEP}, spec)
+        assert isinstance(result, Refused)
+        assert why in result.message
+        assert (made := LiveStore(tmp_path).made(spec.id)) is not None
+        assert why in made.refused
+
+
+def test_a_model_whose_state_is_damaged_fails_alone(base: torch.nn.Module, tmp_path: Path) -> None:
+    done(base, tmp_path, {1: ask(text_row(5)), 2: STEP}, LEARNING)
+    (tmp_path / "learning" / "points" / "00000000" / "state.safetensors").write_bytes(b"half")
+    store = LiveStore(tmp_path)
+    store.submit("learning", 3, STEP)
+    (beside,) = done(base, tmp_path, {1: ask(text_row(5))}, SPECS[0])
+    assert isinstance(beside, Computed)
+    refused = store.result("learning", 3)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.category) == ("model_broken", "server")
+
+
+def test_an_unloaded_model_is_gone_but_for_its_checkpoints(base: torch.nn.Module, tmp_path: Path) -> None:
+    done(base, tmp_path, {1: Save(name="a", kind="weights")}, LEARNING)
+    store = LiveStore(tmp_path)
+    store.submit("learning", 2, STEP)
+    models = live_models(base, tmp_path)
+    store.unload("learning")
+    assert not models.do_next()
+    assert not store.models()
+    assert [one.name for one in store.checkpoints("learning")] == ["a"]
+    assert [spec.id for spec in store.runs()] == ["learning"]
+    with pytest.raises(UnknownModelError):
+        store.submit("learning", 3, STEP)
+    store.remove("learning")
+    assert not store.runs()
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+def test_a_loaded_checkpoint_goes_on_as_the_model_that_was_saved(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    begin = [ask(text_row(9, 1)), STEP, ask(text_row(9, 2)), STEP, Save(name="half", kind="weights")]
+    go_on = [ask(text_row(9, 3)), STEP, Save(name="end", kind="weights")]
+    whole = done(base, tmp_path / "a", dict(enumerate([*begin, *go_on], start=1)), LEARNING)
+    folder = whole[4].checkpoint.folder
+    again = ModelSpec(id="again", rank=8, seed=77, start=Start(folder, optimizer=True))
+    other = done(base, tmp_path / "b", dict(enumerate(go_on, start=1)), again)
+    assert other[-1].checkpoint.digest == whole[-1].checkpoint.digest
+    assert other[1].step == 3
+    weights_only = ModelSpec(id="weights", rank=8, start=Start(folder))
+    new = done(base, tmp_path / "b", dict(enumerate(go_on, start=1)), weights_only)
+    assert new[1].step == 1
+    assert new[-1].checkpoint.digest != whole[-1].checkpoint.digest
+    wrong = ModelSpec(id="wrong", rank=4)
+    (refused,) = done(base, tmp_path / "b", {1: Load(folder=folder)}, wrong)
+    assert "make a model from the checkpoint" in refused.message
+
+
+def test_a_checkpoint_is_a_peft_folder_with_the_trained_numbers(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    steps = {1: ask(text_row(9)), 2: STEP, 3: ask(text_row(12), forward_only=True)}
+    found = done(base, tmp_path, steps | {4: Save(name="s", kind="sampler")}, LEARNING)
+    folder = Path(found[-1].checkpoint.folder)
+    assert not (folder / "optimizer.safetensors").exists()
+    trained = model_of(base)
+    trained.load(Start(str(folder)))
+    save_peft(trained._trainable.model, tmp_path / "peft", base="tiny", commit=None)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
+    loaded = PeftModel.from_pretrained(peft_view(base), str(folder))
+    ids = ids_of(12, 0)
+    with torch.no_grad():
+        logits = loaded(input_ids=torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0].float()
+    picked = torch.log_softmax(logits, 1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
+    np.testing.assert_allclose(picked.numpy(), logprobs(found[2])[0], atol=0.05)
+
+
+def test_a_snapshot_for_sampling_has_the_engines_file_alone(base: torch.nn.Module, tmp_path: Path) -> None:
+    snapshot = Save(name="s", kind="sampler", packed_only=True)
+    load = Load(folder=str(tmp_path / "learning" / "sampler" / "s"))
+    first, whole, refused = done(
+        base, tmp_path, {1: snapshot, 2: Save(name="w", kind="sampler"), 3: load}, LEARNING
+    )
+    names = {path.name for path in Path(first.checkpoint.folder).iterdir()}
+    assert names == {"packed.safetensors", "checkpoint.json"}
+    assert first.checkpoint.packed == whole.checkpoint.packed
+    assert "a snapshot for sampling" in refused.message
+
+
+def test_names_and_times_of_checkpoints(base: torch.nn.Module, tmp_path: Path) -> None:
+    asked = {
+        1: Save(name="a", kind="weights"),
+        2: Save(name="a", kind="weights"),
+        3: Save(name="a", kind="weights", overwrite=True, ttl_seconds=100.0),
+        4: Save(name="a", kind="sampler"),
+    }
+    found = done(base, tmp_path, asked, LEARNING)
+    assert [type(result) for result in found] == [Saved, Refused, Saved, Saved]
+    store = LiveStore(tmp_path)
+    kept = store.checkpoint("learning", "weights", "a")
+    assert kept.expires == pytest.approx(kept.created + 100)
+    assert not store.remove_expired(kept.created + 99)
+    assert [one.seq_id for one in store.remove_expired(kept.created + 100)] == [3]
+    with pytest.raises(UnknownCheckpointError):
+        store.checkpoint("learning", "weights", "a")
+    store.set_ttl("learning", "sampler", "a", 5.0)
+    assert len(store.remove_expired(6.0)) == 1
+    with pytest.raises(UnknownCheckpointError):
+        store.delete_checkpoint("learning", "sampler", "..")
+
+
+# ---- a process that ends -----------------------------------------------------------------------
+
+
+class _CutError(BaseException):
+    """Stands for the death of the process."""
+
+
+@pytest.mark.parametrize("point_seconds", [0.0, 1e9])
+def test_a_process_cut_at_each_write_continues_with_the_same_bits(
+    point_seconds: float, base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two writes to the disk the process dies, and with it everything in memory."""
+    whole = done(base, tmp_path / "whole", lesson(tmp_path / "whole", "small"))
+    root = tmp_path / "cut"
+    store = LiveStore(root)
+    store.create(SPECS[0])
+    for seq_id, operation in lesson(root, "small").items():
+        store.submit("small", seq_id, operation)
+    left, deaths, ended = 1, 0, False
+    plain = {name: getattr(LiveStore, name) for name in ("write_result", "forget_before", "write_made")}
+
+    def cutting(name: str) -> Any:
+        def cut(self: LiveStore, *given: Any) -> None:
+            nonlocal left
+            if (left := left - 1) == 0:
+                raise _CutError
+            plain[name](self, *given)
+            if (left := left - 1) == 0:
+                raise _CutError
+
+        return cut
+
+    for name in plain:
+        monkeypatch.setattr(LiveStore, name, cutting(name))
+    while not ended:
+        left = 2 + deaths % 3
+        models = live_models(base, root, point_seconds=point_seconds)
+        try:
+            while models.do_next():
+                pass
+            ended = True
+        except _CutError:
+            deaths += 1
+    assert deaths > 10
+    for seq_id, expected in enumerate(whole, start=1):
+        found = store.result("small", seq_id)
+        assert type(found) is type(expected)
+        if isinstance(expected, Computed) and isinstance(found, Computed):
+            assert (found.outputs, found.metrics) == (expected.outputs, expected.metrics)
+        elif isinstance(expected, Stepped):
+            assert found == expected
+    assert_equal(saved(store.result("small", 14)), saved(whole[-1]))
+
+
+def test_points_cover_what_is_done_and_its_operations_go(base: torch.nn.Module, tmp_path: Path) -> None:
+    operations: dict[int, Operation] = {1: ask(text_row(6)), 2: STEP, 3: ask(text_row(6)), 4: STEP}
+    store = LiveStore(tmp_path)
+    store.create(LEARNING)
+    for seq_id, operation in operations.items():
+        store.submit("learning", seq_id, operation)
+    models = live_models(base, tmp_path, point_seconds=0.0)
+    while models.do_next():
+        pass
+    assert store.last_point("learning") == 4
+    assert [seq_id for seq_id in operations if store.operation("learning", seq_id)] == []
+    assert [path.name for path in (tmp_path / "learning" / "points").iterdir()] == ["00000004"]
+    assert all(store.result("learning", seq_id) for seq_id in operations)
+
+
+def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) -> None:
+    plain = done(base, tmp_path / "plain", lesson(tmp_path / "plain", "small"))
+    root = tmp_path / "stopped"
+    store = LiveStore(root)
+    store.create(SPECS[0])
+    for seq_id, operation in lesson(root, "small").items():
+        store.submit("small", seq_id, operation)
+
+    class Stopping:
+        left = 0
+
+        def wait(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise Interrupted("pause")
+
+    stops = 0
+    for passes in (9, 14, 20, 17, 23, 10**6):
+        gate = Stopping()
+        gate.left = passes
+        models = LiveModels(base, store, gate, BaseName("tiny"))
+        models.look_at_all()
+        try:
+            while models.do_next():
+                pass
+        except Interrupted:
+            stops += 1
+        models.write_points()
+    assert stops >= 3
+    assert_equal(saved(store.result("small", 14)), saved(plain[-1]))
+
+
+def test_a_copy_made_while_a_model_is_trained_goes_on_where_it_was(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    whole = done(base, tmp_path / "whole", lesson(tmp_path / "whole", "small"))
+    root, copies = tmp_path / "root", []
+    store = LiveStore(root)
+    store.create(SPECS[0])
+    models = live_models(base, root, point_seconds=0.0)
+    for seq_id, operation in lesson(root, "small").items():
+        store.submit("small", seq_id, operation)
+        models.look("small")
+        store.back_up(tmp_path / f"copy {seq_id}")
+        copies.append(LiveStore(tmp_path / f"copy {seq_id}"))
+        while models.do_next():
+            pass
+    for copy in copies[5:12:3]:
+        assert copy.checkpoint("small", "weights", "half").folder.startswith(str(copy.root))
+        for seq_id, operation in lesson(root, "small").items():
+            copy.submit("small", seq_id, operation)
+        again = live_models(base, copy.root)
+        while again.do_next():
+            pass
+        assert_equal(saved(copy.result("small", 14)), saved(whole[-1]))
+
+
+def test_results_are_kept_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onebase_training.live_store.RESULTS_KEPT", 2)
+    store = LiveStore(tmp_path)
+    store.create(LEARNING)
+    for seq_id in range(1, 5):
+        store.write_result("learning", seq_id, Refused(message=str(seq_id)))
+    assert [store.expired("learning", seq_id) for seq_id in range(7)] == [False, True, True] + [False] * 4
+    assert store.next_seq("learning") == 5
