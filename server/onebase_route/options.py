@@ -76,7 +76,7 @@ def route_parser() -> argparse.ArgumentParser:
         type=_positive_id,
         metavar="PID",
         help="begin at the address of another route of this user, the process with this id, and stop it once "
-        "this one serves: no connection is refused or broken",
+        "this one serves: no connection is refused or broken (default: none)",
     )
     parser.add_argument(
         "--key-file",

@@ -97,6 +97,22 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
+def price(text: str) -> tuple[float, float]:
+    """Return the value of an option that takes dollars for a million tokens, sent and answered."""
+    try:
+        sent, answered = (float(part) for part in text.split("/"))
+    except ValueError:
+        sent = answered = -1.0
+    if not (0 <= sent < float("inf") and 0 <= answered < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not IN/OUT, two prices in dollars such as 3.75/15")
+    return sent, answered
+
+
+def dollars(price: tuple[float, float], sent: int, answered: int) -> float:
+    """Return what so many tokens cost."""
+    return (price[0] * sent + price[1] * answered) / 1e6
+
+
 def add_answer_options(made: argparse.ArgumentParser, *, forms: bool = False) -> None:
     """Add the options that say which adapter answers, and how; with `forms`, also what the text must be."""
     group = made.add_argument_group("answer")
