@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import importlib
 import json
+import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -248,13 +249,28 @@ def action_parser(action: str, description: str, examples: str = "") -> argparse
     return made
 
 
+@contextlib.contextmanager
+def notices() -> Iterator[None]:
+    """Show on stderr what the SDK notes meanwhile: that it waits, and why."""
+    log, shown = logging.getLogger("onebase"), logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("onebase: %(message)s"))
+    before = log.level
+    log.addHandler(shown)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
+        log.setLevel(before)
+
+
 def perform(made: argparse.ArgumentParser, args: argparse.Namespace, work: Callable[[Client], int]) -> int:
     """Run `work` with a client of the server that the options name. Gives the exit status."""
     try:
         client = client_of(args)
     except ValueError as error:
         made.error(str(error))
-    with client:
+    with client, notices():
         try:
             return work(client)
         except OneBaseError as error:

@@ -132,7 +132,7 @@ def run(command: str, argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         made.error(str(error))
     if not args.yes and not sys.stdin.isatty():
-        made.error("--yes: give it where nobody can be asked")
+        made.error("there is no terminal to ask on: pass --yes to go ahead")
     return perform(made, args, lambda client: _migrate(client, args, wanted, gate))
 
 
