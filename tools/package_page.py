@@ -1,26 +1,52 @@
-"""The README as a package index shows it: links and pictures that leave the page are whole addresses.
+"""The links of the package, and the README as a package index shows it, with whole addresses in it.
 
 scikit-build-core calls this when it builds the package (`[[tool.dynamic-metadata]]` in pyproject.toml). The
-README itself has links of the repository, which work on any forge and in any branch.
+README itself has links of the repository, which work on any forge and in any branch. The address of the
+repository is written down nowhere: a release has that of the workflow which makes it. A package that is built
+from a clone has no links, rather than some that lead to a stranger.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 
 
 def dynamic_metadata(settings: Mapping[str, Any], project: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the field `readme` of the project's metadata."""
-    tree = f"{project['urls']['Source']}/blob/v{project['version']}"
-    page = absolute_links(README.read_text(encoding="utf-8"), tree)
-    return {"readme": {"content-type": "text/markdown", "text": page}}
+    """Return the fields `readme` and `urls` of the project's metadata."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    urls = {}
+    if source := source_address(os.environ):
+        tree = f"{source}/blob/v{project['version']}"
+        page = absolute_links(page, tree)
+        urls = {
+            "Documentation": f"{tree}/docs/index.md",
+            "Source": source,
+            "Issues": f"{source}/issues",
+            "Changelog": f"{tree}/CHANGELOG.md",
+        }
+    return {"readme": {"content-type": "text/markdown", "text": page}, "urls": urls}
+
+
+def source_address(environment: Mapping[str, str], folder: Path = ROOT) -> str:
+    """Return the address of the repository; empty if nobody knows it.
+
+    The workflow of a release has it in its environment, and its source distribution among its metadata.
+    """
+    server, repository = (environment.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY"))
+    if server and repository:
+        return f"{server}/{repository}"
+    metadata = folder / "PKG-INFO"
+    known = metadata.read_text(encoding="utf-8") if metadata.is_file() else ""
+    found = re.search(r"^Project-URL: Source, (\S+)$", known.partition("\n\n")[0], re.MULTILINE)
+    return found[1] if found else ""
 
 
 def absolute_links(page: str, tree: str) -> str:

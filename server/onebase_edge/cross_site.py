@@ -80,6 +80,8 @@ class CrossSiteMiddleware:
         secret: str = "",
         pacer: _Pacer | None = None,
     ) -> None:
+        self.closing = False
+        """Whether each answer is the last on its connection, since the process ends soon."""
         self._forwarded = ForwardedHeaders(settings.trusted_proxy, secret)
         self._authenticator = authenticator
         self._pacer = pacer
@@ -132,6 +134,8 @@ class CrossSiteMiddleware:
                 headers = MutableHeaders(scope=message)
                 for name, value in (SECURITY_HEADERS | id_headers(scope)).items():
                     headers.setdefault(name, value)
+                if self.closing and message["status"] < 400:  # a refused body may still be on its way
+                    headers["connection"] = "close"
             await send(message)
 
         try:

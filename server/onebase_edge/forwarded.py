@@ -20,11 +20,15 @@ SECRET = b"x-onebase-route"
 CHANGE = b"x-onebase-change"
 """Header with the last of the registry's changes that an answer knows of, or has to know of. The route passes
 it from server to server, so that none answers with less than another has answered before."""
+NEWEST = 10**18 - 1
+"""Number in that header, which no change has: the answer has to know of all that the registry knows of."""
+TENANT = b"x-onebase-tenant"
+"""Header of an answer to the route: the tenant of the request's key, quoted as in an address."""
 TRANSCRIPT_HEADER = "x-onebase-transcript"
 """Header of a request: the length of its own body in bytes, and the seconds since it first arrived; the rest
 of the body is the transcript so far. In an answer it says that a transcript is between the events."""
 TRANSCRIPT = TRANSCRIPT_HEADER.encode()
-OURS = frozenset({SECRET, CHANGE, TRANSCRIPT})
+OURS = frozenset({SECRET, CHANGE, TENANT, TRANSCRIPT})
 """Headers between `onebase route` and its servers, which clients neither send nor see."""
 MARK = b": onebase "
 """Beginning of a transcript's line; other readers of server-sent events take it for a comment."""

@@ -31,9 +31,13 @@ class QuietServer(uvicorn.Server):
         yield
 
 
-def bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings, *, take_over: bool | None = None) -> socket.socket:
     """Return a listening socket, made before anything slow begins. Raises OSError when the address is in
-    use."""
+    use.
+
+    take_over: whether another process of the same user may have the address, which is to end; None: nor may a
+    later one take it.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     given = inherited_listener()
     # Named, or asyncio takes its connections for others than TCP's, and leaves Nagle's algorithm on.
@@ -41,11 +45,16 @@ def bind(settings: Settings) -> socket.socket:
     try:
         if given is None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if take_over:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind((settings.host, settings.port))
+            if take_over is not None:  # set only now, it does not hide that somebody is there
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         else:
             listener.set_inheritable(False)
         limit_unread(listener, settings.write_timeout)
-        listener.listen(1024)
+        if not take_over:  # else once it serves: until then all connections are for the other one
+            listener.listen(1024)
     except OSError:
         listener.close()
         raise

@@ -20,6 +20,8 @@ PREFIX_PART = 4
 """On a GPU, one part in this many of `--host-memory` is for prefixes that leave the KV cache."""
 LISTENER = "ONEBASE_LISTEN_FD"
 """See `inherited_listener`."""
+READY = "ONEBASE_READY_FD"
+"""See `report_ready`."""
 ENVIRONMENT_PREFIX = "ONEBASE_"
 Quantization = Literal["nf4", "int8", "none"]
 FloatType = Literal["bfloat16", "float16", "float32"]
@@ -579,6 +581,15 @@ def inherited_listener() -> int | None:
     it."""
     given = os.environ.pop(LISTENER, "")
     return int(given) if given.isdecimal() else None
+
+
+def report_ready() -> None:
+    """Report to whoever has started this process, on the descriptor that it gave, if any, that it serves now.
+    Others may answer at the same address, so that asking there would not show it."""
+    given = os.environ.pop(READY, "")
+    if given.isdecimal():
+        with os.fdopen(int(given), "wb") as started_by:
+            started_by.write(b"1")
 
 
 def environment_name(name: str) -> str:

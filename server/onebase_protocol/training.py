@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
@@ -13,6 +14,16 @@ from onebase_protocol.common import Json, Stored, UnixTime, shown_as
 SUCCEEDED: Final = "succeeded"
 ENDED: Final = frozenset({SUCCEEDED, "failed", "cancelled"})
 """Final statuses. Only a failed job that is `resumable` can leave its own."""
+
+MEANT: Final[Mapping[str, tuple[str, ...]]] = {
+    "completion": ("answer", "response", "reply", "output", "target"),
+    "output": ("answer", "response", "reply", "completion", "target"),
+    "messages": ("conversations", "conversation", "message"),
+    "label": ("class", "category", "labels", "target"),
+    "chosen": ("preferred", "accepted"),
+    "rejected": ("non_preferred", "refused"),
+}
+"""Names that other tools give to a field of a row."""
 
 Activate = Literal["always", "if_better", "if_better_than_base", "never"]
 

@@ -29,6 +29,7 @@ from onebase_edge.settings import (
     is_loopback,
     load_settings,
     option_name,
+    report_ready,
     setting_fields,
 )
 from onebase_engine.logs import set_up_logs
@@ -55,14 +56,18 @@ def route(argv: Sequence[str]) -> int:
     parser = route_parser()
     options = vars(parser.parse_args(list(argv)))
     urls, listed = options.pop("replica") or [], options.pop("replicas")
-    key_file, wait, resume = (options.pop(name) for name in ("key_file", "wait", "resume"))
+    key_file, wait, resume, take_over = (
+        options.pop(name) for name in ("key_file", "wait", "resume", "take_over")
+    )
     if not urls and listed is None:
         parser.error("which servers? Name each with --replica URL, or list them in a file: --replicas FILE.")
     try:
         settings = load_settings({name: value for name, value in options.items() if value is not None})
         key = os.environ.get(REPLICA_KEY) if key_file is None else Path(key_file).read_text().strip()
+        before = None if take_over is None else os.pidfd_open(take_over)
     except (SettingsError, OSError) as error:
-        parser.error(str(error))
+        gone = isinstance(error, ProcessLookupError)
+        parser.error(f"--take-over: no process has the id {take_over}" if gone else str(error))
     set_up_logs("route", settings.log_level.upper(), settings.log_format)
     for quiet in ("httpx", "httpx2"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
@@ -74,7 +79,7 @@ def route(argv: Sequence[str]) -> int:
 
     console = Console(stderr=True, quiet=settings.log_format == "json")
     try:
-        listener = bind(settings)
+        listener = bind(settings, take_over=before is not None)
     except OSError as error:
         print_failure(console, address_error(settings, error))
         return 1
@@ -93,8 +98,9 @@ def route(argv: Sequence[str]) -> int:
 
         def show() -> None:
             print_replicas(console, url_of(listener), made.replicas.values())
+            report_ready()
 
-        await serve_route(made, settings, listener, show)
+        await serve_route(made, settings, listener, show, before)
 
     try:
         asyncio.run(run_route())
@@ -288,7 +294,10 @@ def _manage(arguments: argparse.Namespace, console: Console) -> int:
             on_ray.scale(apps, arguments.replicas, own=arguments.address is None)
         else:
             on_ray.restart(apps)
-        return _waited(on_ray.settled(console.print, on_ray.on_signals()), console)
+        is_settled = on_ray.settled(console.print, on_ray.on_signals())
+        if is_settled and arguments.action == "restart":
+            on_ray.restart_route()
+        return _waited(is_settled, console)
     else:
         on_ray.end(on_ray.ClusterConfig(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")
         console.print("The cluster has ended.")

@@ -44,7 +44,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from onebase.metrics import parse_metrics
 from onebase_edge.background import keep_running
-from onebase_edge.settings import LISTENER, in_environment, load_settings
+from onebase_edge.settings import LISTENER, READY, in_environment, load_settings
 from onebase_route.options import REPLICA_KEY, route_parser
 from onebase_route.placement import Placement, ReplicaReport
 from onebase_route.proxy import read_needs, read_report
@@ -120,7 +120,7 @@ class ClusterConfig(BaseModel):
         data_dir: servers have their folders in its folder `replicas`.
         drain_timeout: seconds that running requests get to finish.
         one_machine: servers listen on 127.0.0.1.
-        wait: seconds that a request waits for a server where there is none.
+        wait: seconds that a request waits for a server where there is none; 0: only while one is replaced.
         key_file: has the key of an admin, by which servers' metrics are read; else the environment has it.
         restarts: how often all servers were replaced on request. Ray Serve replaces those whose arguments
             change.
@@ -168,6 +168,7 @@ class Child:
             other user of the machine could take before it, and be sent what is for it, keys too.
         on_end: called in a thread if the child ends once it was ready, and nobody has ended it.
         keep: descriptors that it gets.
+        ready: another one, on which it reports that it serves.
     """
 
     def __init__(
@@ -176,12 +177,13 @@ class Child:
         listener: socket.socket,
         on_end: Callable[[], None],
         keep: Sequence[int] = (),
+        ready: int | None = None,
     ) -> None:
         program = [sys.executable, *_ONEBASE, *command[1:]] if command[0] == "onebase" else list(command)
         self._command = [sys.executable, "-c", _ENDS_WITH_ITS_PARENT, str(os.getpid()), *program]
         self._on_end = on_end
-        self._keep = [*keep, listener.fileno()]
-        self._listener = str(listener.fileno())
+        self._keep = [*keep, listener.fileno(), *([] if ready is None else [ready])]
+        self._own = {LISTENER: str(listener.fileno())} | ({} if ready is None else {READY: str(ready)})
         self._started = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
@@ -196,7 +198,7 @@ class Child:
     def _run(self) -> None:
         left_out = ("RAY_", "OMP_NUM_THREADS")  # its token, and what it sets for what computes in an actor
         environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-        environment[LISTENER] = self._listener
+        environment |= self._own
         try:
             self._process = subprocess.Popen(
                 self._command,
@@ -471,9 +473,11 @@ class Ingress:
         self._child = self._start()
         await self._child.ready(self._client, "/health")
 
-    def _start(self) -> Child:
+    def _start(self, *options: str, ready: int | None = None) -> Child:
         plan, loop = self._plan, asyncio.get_running_loop()
-        command = [*plan.ingress, "--replicas", str(self._list), "--wait", f"{plan.wait:g}"]
+        command = [*plan.ingress, "--replicas", str(self._list), *options]
+        if plan.wait:
+            command += ["--wait", f"{plan.wait:g}"]
         command += ["--drain-timeout", f"{plan.drain_timeout:g}", "--port", str(self._port)]
         if plan.key_file:
             command += ["--key-file", plan.key_file]
@@ -481,7 +485,30 @@ class Ingress:
         def on_end() -> None:
             loop.call_soon_threadsafe(self._ended.set)
 
-        return Child(command, self._listener, on_end)
+        return Child(command, self._listener, on_end, ready=ready)
+
+    async def restart(self) -> None:
+        """Replace the route by what is installed now. Raises ClusterError if that does not start.
+
+        The old one accepts connections until the new one serves and stops it.
+        """
+        old = self._child
+        read, write = os.pipe()
+        try:
+            new = self._start("--take-over", str(old.pid), ready=write)
+        finally:
+            os.close(write)
+        old.is_ready = False  # its end is no fault
+        try:
+            if await asyncio.to_thread(os.read, read, 1):
+                self._child, new.is_ready = new, True
+                return
+        finally:
+            os.close(read)
+        old.is_ready = old.status is None
+        if not old.is_ready:
+            self._ended.set()
+        raise ClusterError(f"the new route ended before it was ready: {new.last_line}")
 
     def replicas_are(self, servers: Mapping[str, dict[str, str]]) -> None:
         """Set the servers to list, by URL with what they say of themselves. Called by the router, in a thread
@@ -770,6 +797,14 @@ def restart(apps: list[dict[str, Any]]) -> None:
     args = _app(apps)["args"]
     args["restarts"] = args.get("restarts", 0) + 1
     deploy(apps)
+
+
+def restart_route() -> None:
+    """Replace the route of the address by what is installed now. Raises ClusterError."""
+    try:
+        serve.get_app_handle(FRONT).restart.remote().result(timeout_s=_ROUTE_SECONDS)
+    except Exception as error:
+        raise ClusterError(f"the servers are replaced, and the address is not: {error}") from error
 
 
 def _check_whole(apps: list[dict[str, Any]]) -> None:

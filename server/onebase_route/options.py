@@ -60,9 +60,9 @@ def route_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wait",
         type=_seconds,
-        default=0.0,
         metavar="SECONDS",
-        help="how long a request waits for a server where there is none (default: 0)",
+        help="how long a request waits for a server where none answers (default: 15 within a minute after "
+        "one was ready, as while it is replaced, and else 0)",
     )
     parser.add_argument(
         "--resume",
@@ -70,6 +70,13 @@ def route_parser() -> argparse.ArgumentParser:
         default=60.0,
         metavar="SECONDS",
         help="how long a stream whose server has gone waits for one that resumes it (default: 60)",
+    )
+    parser.add_argument(
+        "--take-over",
+        type=_positive_id,
+        metavar="PID",
+        help="begin at the address of another route of this user, the process with this id, and stop it once "
+        "this one serves: no connection is refused or broken (default: none)",
     )
     parser.add_argument(
         "--key-file",
@@ -90,7 +97,9 @@ def cluster_parser() -> argparse.ArgumentParser:
     scale = actions.add_parser("scale", help="have another number of servers")
     scale.add_argument("replicas", type=_positive, metavar="N", help="servers")
     actions.add_parser(
-        "restart", help="replace the servers, a few at a time: each starts the release that is installed now"
+        "restart",
+        help="replace the servers, a few at a time, and then the route: each starts the release that is "
+        "installed now",
     )
     actions.add_parser("drain", help="take nothing new, let running requests end, then end the servers")
     actions.add_parser("down", help="end the servers now, and what runs on them")
@@ -168,6 +177,13 @@ def _positive(text: str) -> int:
     if not _whole(text):
         raise argparse.ArgumentTypeError("0 is too few: one at least")
     return int(text)
+
+
+def _positive_id(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no process id")
+    return number
 
 
 def _share(text: str) -> float:

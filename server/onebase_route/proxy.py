@@ -10,12 +10,16 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import re
 import signal
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import anyio
@@ -39,7 +43,16 @@ from onebase_edge.errors import (
     UnavailableError,
     WrongMethodError,
 )
-from onebase_edge.forwarded import CHANGE, OURS, SECRET, TRANSCRIPT_HEADER, change_of, forwarded_of
+from onebase_edge.forwarded import (
+    CHANGE,
+    NEWEST,
+    OURS,
+    SECRET,
+    TENANT,
+    TRANSCRIPT_HEADER,
+    change_of,
+    forwarded_of,
+)
 from onebase_edge.listener import QuietServer, uvicorn_config
 from onebase_edge.refusals import error_json, is_anthropic, refusal
 from onebase_edge.request_id import request_id
@@ -48,7 +61,7 @@ from onebase_edge.sse import DONE, connection_abort
 from onebase_engine.machine import freeze_loaded
 from onebase_protocol.errors import AnthropicError, Error
 from onebase_route.placement import NoReplicaError, Placement, ReplicaReport
-from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
+from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord, WaitingRoom
 
 LOOK_SECONDS = 0.5
 """Time, in seconds, between two looks at a server."""
@@ -69,7 +82,20 @@ _RESUME_BACKOFF = Backoff(0.25, 2.0)
 _SILENT_SECONDS = 15.0
 """Seconds without any answer of a server after which nothing is awaited from it any more."""
 _MOST_WAITING = 256
-"""Largest number of requests that wait for a first server: each has its body in memory."""
+"""Largest number of requests that wait for a server: each has its body in memory."""
+_WAITING_PART = 4
+"""One part in this many of the memory for bodies is for requests that wait for a server."""
+_REPLACED_SECONDS = 60.0
+"""Time, in seconds after one server was ready, in which another is expected in its place."""
+_WAIT_SECONDS = 15.0
+"""Longest time, in seconds, that a request then waits for it."""
+_PASSING_CODES = (b'"server_stopping"', b'"engine_starting"', b'"engine_restarting"')
+"""Codes of refusals for which a request waits: nothing was begun, and the server is soon replaced."""
+_MOST_TENANTS = 10_000
+"""Largest number of keys whose tenants are remembered."""
+_LEAVE_SECONDS = 2.0
+"""Longest time, in seconds after a signal, in which clients' connections close one by one, each after an
+answer that says so."""
 _MOST_HELD = 1 << 30
 """Largest total size, in bytes, of bodies and of streams' transcripts that are held at once."""
 _BEHIND_SECONDS = 5.0
@@ -400,7 +426,7 @@ class Route:
         keyed: whether only servers are used that need an API key.
         max_body: bytes of a body that is read for its adapter; larger ones of other kinds pass through.
         listed: returns the URLs of the servers, before each look; None if they have not changed.
-        wait: seconds that a request waits for a server where there is none.
+        wait: seconds that a request waits for a server where none answers; None: only while one is replaced.
         resume: seconds that a broken stream waits for a server that resumes it.
         most_held: bytes of bodies, and of streams' transcripts, that are held at once.
     """
@@ -414,7 +440,7 @@ class Route:
         keyed: bool = False,
         clock: Callable[[], float] = time.monotonic,
         listed: Callable[[], Sequence[str] | None] = lambda: None,
-        wait: float = 0.0,
+        wait: float | None = None,
         resume: float = 60.0,
         most_held: int = _MOST_HELD,
     ) -> None:
@@ -426,6 +452,11 @@ class Route:
         self._wait = wait
         self.resume = resume
         self._came = anyio.Event()
+        self._ready_at = -math.inf
+        """Time at which a server was ready last."""
+        self._waiting_room = WaitingRoom(_MOST_WAITING, self.room.most // _WAITING_PART)
+        self._tenants: OrderedDict[bytes, str] = OrderedDict()
+        """Tenant of each key that a server has known, by the key's digest."""
         self._leaving: set[asyncio.Task[None]] = set()
         self._keyed = keyed
         self._headers = {"accept-encoding": "identity"}
@@ -434,6 +465,8 @@ class Route:
         self.change = 0
         """Newest change of the registry that an answer is based on; no later answer is based on an older
         one."""
+        self.is_beside_another = False
+        """Whether another route at this address gives answers too, whose changes this one does not know."""
         self._trust = httpx2.create_ssl_context(trust_env=False)
         self._known = CollectorRegistry()
         self._ready = Gauge(
@@ -445,10 +478,8 @@ class Route:
             "onebase_route_resumed", "Streams that went on at another server.", registry=self._known
         )
         self.lost = Counter("onebase_route_lost", "Answers cut by a server that went.", registry=self._known)
-        self._waiting = Gauge(
-            "onebase_route_waiting", "Requests that wait for a first server.", registry=self._known
-        )
-        self._waiters = 0
+        waiting = Gauge("onebase_route_waiting", "Requests that wait for a server.", registry=self._known)
+        waiting.set_function(self._waiting_room.__len__)
         self.set_replicas(urls)
 
     @property
@@ -525,6 +556,7 @@ class Route:
             return  # taken out meanwhile
         replica.missed, replica.bases, replica.kv_dtype = 0, bases, report.kv_dtype
         self.placement.record_report(replica.url, report)
+        self._ready_at = self.clock()
         if not replica.ready:
             replica.ready = True
             _log.warning("%s is ready", replica.url)
@@ -558,7 +590,9 @@ class Route:
                 return False
         status, report = await self._ask(replica, "/route_secret")
         replica.secret = _secret(report) if status == 200 else ""
-        if not replica.secret:
+        if replica.secret:  # a route before this one has given answers of changes up to the newest
+            await self._ask(replica, "/v1/key", of_route=True)
+        else:
             _log.warning(
                 "%s gives this route no secret (status %d): its streams are not resumed elsewhere when "
                 "it dies, and it may know less than another server has answered before. Give an admin key of "
@@ -567,9 +601,16 @@ class Route:
             )
         return True
 
-    async def _ask(self, replica: Replica, path: str, *, with_key: bool = True) -> tuple[int, bytes]:
-        """Return status and body of an answer. Raises ValueError for a body that is too large."""
+    async def _ask(
+        self, replica: Replica, path: str, *, with_key: bool = True, of_route: bool = False
+    ) -> tuple[int, bytes]:
+        """Return status and body of an answer. Raises ValueError for a body that is too large.
+
+        of_route: whether the server looks in the registry, and names its newest change.
+        """
         headers = self._headers | (self._key if with_key else {})
+        if of_route:
+            headers |= {SECRET.decode(): replica.secret or "", CHANGE.decode(): str(NEWEST)}
         sent = httpx2.Request("GET", replica.url + path, headers=headers, extensions=_TIMEOUT)
         answer = await replica.way.handle_async_request(sent)
         try:
@@ -578,6 +619,8 @@ class Route:
                 body += piece
                 if len(body) > _METRICS_BYTES:
                     raise ValueError(f"{path} is over {_METRICS_BYTES >> 20} MB")
+            if of_route and (change := answer.headers.get(CHANGE.decode())) is not None:
+                self.change = max(self.change, change_of(change.encode()))
             return answer.status_code, bytes(body)
         finally:
             await answer.aclose()
@@ -666,19 +709,24 @@ class Route:
         """Return the answer of the first server that has one. again: whether one that broke may have computed
         it."""
         sent = _Sent(self, client, wanted, body, again)
-        until = sent.since + self._wait
+        try:
+            return await self._first_answer(sent, body, again)
+        finally:
+            sent.stop_waiting()
+
+    async def _first_answer(self, sent: _Sent, body: bytes | AsyncIterator[bytes], again: bool) -> ASGIApp:
         problem: Response | None = None
-        is_elsewhere = False
+        is_elsewhere = is_final = False
         while True:
             try:
                 answer, sending = await sent.next()
             except NoReplicaError:
+                if not is_final and await self._waits_on(sent):
+                    continue
                 if is_elsewhere and sent.lost:
                     raise replica_lost() from None
                 if problem is not None:
                     return problem
-                if not sent.tried and await self._has_come(until - self.clock()):
-                    continue
                 raise UnavailableError(
                     "None of the servers behind this address answers now. Send the request again soon.",
                     code="no_replica",
@@ -693,29 +741,48 @@ class Route:
                 return _Passing(answer, sending, self.lost)
             found = await _whole(answer, sending)
             if answer.status_code == 404 and any(code in bytes(found.body) for code in _KEPT_BY_ONE):
+                is_final = True
                 if problem is None or problem.status_code == 404:
                     problem, is_elsewhere = found, True
                 continue  # one without room, or that broke, may be the one that has it
             problem, is_elsewhere = found, False
+            if answer.status_code == 503 and any(code in bytes(found.body) for code in _PASSING_CODES):
+                continue
+            is_final = True
             sent.refused += 1
             known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)
             if known or sent.refused >= _MOST_REFUSED:
                 return problem
 
-    async def _has_come(self, seconds: float) -> bool:
-        """Wait for a first server. Return True if one is ready within the time."""
-        if seconds <= 0 or self._waiters >= _MOST_WAITING:
+    async def _waits_on(self, sent: _Sent) -> bool:
+        """Wait for a server, until the next look at most. Return True if the request is to be sent again: its
+        time is not over, and it has a place among those that wait."""
+        now = self.clock()
+        is_replaced = now - self._ready_at < _REPLACED_SECONDS
+        seconds = self._wait if self._wait is not None else _WAIT_SECONDS if is_replaced else 0.0
+        left = sent.since + seconds - now
+        if left <= 0 or not sent.begin_waiting(self._waiting_room):
             return False
-        self._waiters += 1
-        self._waiting.inc()
-        try:
-            with anyio.move_on_after(seconds):
-                await self._came.wait()
-                return True
-            return False
-        finally:
-            self._waiters -= 1
-            self._waiting.dec()
+        with anyio.move_on_after(min(left, LOOK_SECONDS)):
+            await self._came.wait()
+        sent.tried = []
+        return True
+
+    def tenant_of(self, request: Request) -> str:
+        """Return whose a request is: the tenant of its key if a server has named it, or else its address."""
+        tenant = self._tenants.get(_key_digest(request))
+        return f"address {_client_of(request.scope)}" if tenant is None else f"tenant {tenant}"
+
+    def learn_tenant(self, request: Request, answer: httpx2.Response) -> None:
+        """Remember the tenant of the request's key, if the server has named it."""
+        tenant = answer.headers.get(TENANT.decode())
+        digest = _key_digest(request)
+        if tenant is None or not digest:
+            return
+        self._tenants[digest] = tenant[:_NAME_CHARACTERS]
+        self._tenants.move_to_end(digest)
+        if len(self._tenants) > _MOST_TENANTS:
+            self._tenants.popitem(last=False)
 
 
 async def _leave(replica: Replica) -> None:
@@ -751,12 +818,29 @@ class _Sent:
         self.lost = False
         """True once a server could not be reached, or broke."""
         self.refused = 0
+        self._leave_room: Callable[[], None] | None = None
+        """Gives up its place among those that wait, while it has one."""
         self._most_broken = _MOST_BROKEN
         self._unfit: set[str] = set()
         """Servers that cannot resume the stream, also later."""
         self._wanted = wanted
         self._body = body
         self._again = again
+
+    def begin_waiting(self, room: WaitingRoom) -> bool:
+        """Take a place among those that wait for a server, once. Return False if there is none."""
+        if self._leave_room is None:
+            tenant = self.route.tenant_of(self.client.request)
+            size = len(self._body) if isinstance(self._body, bytes) else 0
+            if not room.enter(tenant, size):
+                return False
+            self._leave_room = partial(room.leave, tenant, size)
+        return True
+
+    def stop_waiting(self) -> None:
+        if self._leave_room is not None:
+            self._leave_room()
+            self._leave_room = None
 
     async def next(self, transcript: bytes = b"") -> tuple[httpx2.Response, _Sending]:
         """Send the request to the next server, and return its answer.
@@ -863,7 +947,8 @@ class _Sent:
         headers.append((b"x-forwarded-proto", scope["scheme"].encode()))
         secret = replica.secret
         if secret:
-            headers += [(SECRET, secret.encode()), (CHANGE, b"%d" % self.route.change)]
+            known = NEWEST if self.route.is_beside_another else self.route.change
+            headers += [(SECRET, secret.encode()), (CHANGE, b"%d" % known)]
         length = request.headers.get("content-length")
         if not isinstance(body, bytes):
             if length is not None:
@@ -880,6 +965,8 @@ class _Sent:
         )
         with replica.awaiting(self.route.clock()):
             answer = await replica.way.handle_async_request(sent)
+        if secret:
+            self.route.learn_tenant(request, answer)
         report = answer.headers.get(CHANGE.decode())
         if report is not None:
             self.route.change = max(self.route.change, change_of(report.encode()))
@@ -1126,6 +1213,12 @@ def _client_of(scope: Scope) -> str | None:
     return forwarded_of(scope).afar or host if is_loopback(host) else host
 
 
+def _key_digest(request: Request) -> bytes:
+    """Return a digest of the request's key; empty if it has none."""
+    given = request.headers.get("authorization") or request.headers.get("x-api-key")
+    return blake2b(given.encode("utf-8", "surrogatepass"), digest_size=16).digest() if given else b""
+
+
 def _secret(report: bytes) -> str:
     """Return the secret in an answer of /route_secret; "" if there is none."""
     found = _read(report, dict[str, Any]) or {}
@@ -1199,23 +1292,51 @@ def _json(content: Any, status: int = 200) -> Response:
 
 
 async def serve(
-    route: Route, settings: Settings, listener: socket.socket, on_ready: Callable[[], None]
+    route: Route,
+    settings: Settings,
+    listener: socket.socket,
+    on_ready: Callable[[], None],
+    before: int | None = None,
 ) -> None:
     """Serve until a signal, then until what is running has ended, for at most the drain timeout.
 
     Raises OpenServersError.
 
-    on_ready: called once, after the first look at the servers.
+    Args:
+        on_ready: called once, when connections are accepted.
+        before: handle of the process of a route at this address, which is stopped then.
     """
-    config = uvicorn_config(CrossSiteMiddleware(route, settings), settings)
+    middleware = CrossSiteMiddleware(route, settings)
+    config = uvicorn_config(middleware, settings)
     config.timeout_graceful_shutdown = math.ceil(settings.drain_timeout)
     server = QuietServer(config)
+    loop = asyncio.get_running_loop()
+    leaving: list[asyncio.Task[None]] = []
 
     def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
+        server.force_exit = server.should_exit = middleware.closing
+        middleware.closing = route.is_beside_another = True
+        if not leaving:
+            leaving.append(loop.create_task(_leave_address(server)))
 
-    loop = asyncio.get_running_loop()
+    def take_over(before: int) -> None:
+        def ended() -> None:
+            loop.remove_reader(before)
+            os.close(before)
+            route.is_beside_another = False
+
+        route.is_beside_another = True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(before, signal.SIGTERM)
+        loop.add_reader(before, ended)
+
+    async def report() -> None:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        on_ready()
+        if before is not None:
+            take_over(before)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     route.read_list()
@@ -1224,10 +1345,25 @@ async def serve(
         await route.close()
         raise OpenServersError(settings.host, without)
     following = loop.create_task(keep_running("following the servers", route.follow))
+    reporting = loop.create_task(report())
     try:
         freeze_loaded()
-        on_ready()
         await server.serve(sockets=[listener])
     finally:
-        following.cancel()
+        for task in (following, reporting, *leaving):
+            task.cancel()
         await route.close()
+
+
+async def _leave_address(server: QuietServer) -> None:
+    """Leave new connections to a route that has taken the address over, then end the server.
+
+    A connection closes after its next answer, which says so: closed without a word, it could meet a request.
+    """
+    await asyncio.sleep(0)  # what has connected by now is accepted
+    for listening in getattr(server, "servers", ()):
+        listening.close()
+    until = time.monotonic() + _LEAVE_SECONDS
+    while server.server_state.connections and time.monotonic() < until:
+        await asyncio.sleep(0.05)
+    server.should_exit = True

@@ -34,6 +34,38 @@ class ByteBudget:
         self.reserved -= size
 
 
+class WaitingRoom:
+    """Requests that wait for a server, within a number of places and of bytes of their bodies.
+
+    A tenant takes no more of either than is free, half of all where no other waits, so that there is room for
+    the next one (dynamic thresholds, Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998).
+    """
+
+    def __init__(self, places: int, most: int) -> None:
+        self._places = places
+        self._most = most
+        self._waiting: dict[str, list[int]] = {}
+        """Sizes, in bytes, of the bodies of each tenant's requests."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def enter(self, tenant: str, size: int) -> bool:
+        """Take a place for a body of so many bytes. Return False, and take none, if there is none."""
+        mine = self._waiting.get(tenant, [])
+        held = sum(map(sum, self._waiting.values()))
+        if len(mine) >= self._places - len(self) or sum(mine) + size > self._most - held:
+            return False
+        self._waiting[tenant] = [*mine, size]
+        return True
+
+    def leave(self, tenant: str, size: int) -> None:
+        mine = self._waiting[tenant]
+        mine.remove(size)
+        if not mine:
+            del self._waiting[tenant]
+
+
 class StreamRecord:
     """One stream: its transcript, and how many bytes of events were passed on, with their digest.
 

@@ -47,6 +47,8 @@ def test_use_is_shown_by_what_was_asked_for(server: Any, transcript: Callable[[s
     shell.run("usage")
     shell.run("usage", "--by", "tenant", "--days", "7")
     shell.run("usage", "--by", "tenant", "--csv")
+    shell.run("usage", "--price", "0.5/20")
+    shell.run("usage", "--price", "0.5/20", "--csv")
     shell.run("usage", "--tenant", "nobody")
     shell.run("usage", "--days", "0")
     shell.run("usage", "--json", "--csv")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from onebase._core.requests import HEALTH, MODELS, Call, generate
 from onebase._core.retry import LONGEST_DELAY_S, parse_retry_after, retry_delay
+from onebase.cli.command import notices
 from onebase.errors import (
     APIConnectionError,
     APITimeoutError,
@@ -81,6 +82,16 @@ def test_retry_after_is_never_undercut(seconds: float, jitter: float) -> None:
 
 def test_a_server_that_asks_for_minutes_is_reported_and_not_waited_for() -> None:
     assert retry_delay(status(429, retry_after=61), GENERATE, 0, 2, 0.0) is None
+
+
+def test_the_command_says_for_how_long_it_waits_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with notices():
+        retry_delay(status(429, retry_after=59), GENERATE, 0, 2, 0.0)
+        retry_delay(status(429, retry_after=1), GENERATE, 0, 2, 0.0)
+    retry_delay(status(429, retry_after=58), GENERATE, 0, 2, 0.0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("onebase: ")
+    assert line.endswith(" Trying again in 59 s.")
 
 
 @pytest.mark.parametrize(

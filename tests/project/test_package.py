@@ -10,22 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tools.package_page import absolute_links, dynamic_metadata
+from tools.package_page import absolute_links, dynamic_metadata, source_address
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 
 
-def test_every_link_of_the_packages_page_is_whole_and_leads_to_a_file_of_the_repository() -> None:
-    made = dynamic_metadata({}, PROJECT)["readme"]
-    assert made["content-type"] == "text/markdown"
-    tree = f"{PROJECT['urls']['Source']}/blob/v{PROJECT['version']}/"
-    links = re.findall(r"\]\(([^)\s]+)\)", made["text"])
-    ours = [link.removeprefix(tree) for link in links if link.startswith(tree)]
-    assert len(ours) > 10
+def test_every_link_of_a_released_package_is_whole_and_leads_to_a_file_of_the_repository_that_makes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://forge.example")
+    monkeypatch.setenv("GITHUB_REPOSITORY", "acme/base")
+    made = dynamic_metadata({}, PROJECT)
+    assert made["readme"]["content-type"] == "text/markdown"
+    assert made["urls"]["Source"] == "https://forge.example/acme/base"
+    tree = f"https://forge.example/acme/base/blob/v{PROJECT['version']}/"
+    links = re.findall(r"\]\(([^)\s]+)\)", made["readme"]["text"])
+    ours = [link.removeprefix(tree) for link in [*links, *made["urls"].values()] if link.startswith(tree)]
+    assert len(ours) > 12
     assert all(link.startswith("https://") for link in links)
     assert [path for path in ours if not (ROOT / path.partition("#")[0]).exists()] == []
+
+
+def test_a_package_that_no_release_makes_has_no_links_but_those_of_its_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert dynamic_metadata({}, PROJECT)["urls"] == {}
+    metadata = (
+        "Name: onebase\nProject-URL: Source, https://forge.example/acme/base\n\nProject-URL: Source, no\n"
+    )
+    (tmp_path / "PKG-INFO").write_text(metadata)
+    assert source_address({}, tmp_path) == "https://forge.example/acme/base"
 
 
 def test_links_in_code_and_whole_ones_stay_as_they_are() -> None:

@@ -24,6 +24,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import onebase_server
 from onebase_adapters.registry.database import Database
 from onebase_edge.background import Backoff
 from onebase_engine.base.default_base import fetch_default_base
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> int:
         TRAINER_COMMAND if trainer == "real" else command("scripted_trainer.py"),
         RestartPolicy(backoff=Backoff(0.02, 30.0)) if engine == "die-ready" else RestartPolicy(),
     )
+    onebase_server.__version__ = os.environ.get("ONEBASE_TEST_RELEASE", onebase_server.__version__)
     peers.LEASE_SECONDS = float(os.environ.get("ONEBASE_TEST_LEASE", peers.LEASE_SECONDS))
     Death.pause = property(lambda death: 0.0)  # type: ignore[assignment, method-assign]
     return serve(argv[1:], commands)

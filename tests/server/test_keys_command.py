@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pwd
+import socket
+import sqlite3
 import time
 from pathlib import Path
 
@@ -41,6 +45,10 @@ def test_a_key_is_made_shown_once_listed_and_revoked(
     assert main(["keys", "list"]) == 0
     last, first = capsys.readouterr().out.splitlines()[-2:]
     assert ("acme" in last, "revoked" in first) == (True, True)
+    with sqlite3.connect(tmp_path / "data" / "registry.db") as database:
+        actors = {actor for (actor,) in database.execute("SELECT actor FROM audit")}
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert actors == {f"onebase keys of {user}@{socket.gethostname()}"}
 
 
 def test_scopes_and_quotas_may_be_given_in_several_options(

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_a_server_that_dies_is_left_out_and_the_last_one_ends_its_streams_with_a
 ) -> None:
     with contextlib.ExitStack() as running:
         behind = [running.enter_context(serve_scripted("words")) for _ in range(2)]
-        route = running.enter_context(routing(behind, tmp_path, "--resume", "1"))
+        route = running.enter_context(routing(behind, tmp_path, "--resume", "1", "--wait", "0"))
         http = running.enter_context(route.client())
         streams = [
             running.enter_context(
@@ -235,6 +236,40 @@ def test_a_server_that_stops_gets_nothing_more_and_a_route_that_stops_ends_what_
             rest = list(lines)
         assert rest[-2] == "data: [DONE]" or "data: [DONE]" in rest
         assert route.exit_status() == 0
+
+
+def test_a_stream_that_outlasts_the_drain_of_its_server_goes_on_at_another(
+    routing: Starter, serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as running:
+        behind = [running.enter_context(serve_scripted("words", "--drain-timeout", "0.1")) for _ in range(2)]
+        http = running.enter_context(running.enter_context(routing(behind, tmp_path)).client())
+        body = {"prompt": "a b", "max_tokens": 80_000, "stream": True}
+        streams = [running.enter_context(http.stream("POST", "/generate", json=body)) for _ in range(4)]
+        lines = [stream.iter_lines() for stream in streams]
+        for one in lines:
+            assert next(one).startswith("data: ")
+        has = counted(http, "onebase_route_requests_total")[behind[0].url]
+        behind[0].signal(signal.SIGTERM)
+        assert behind[0].exit_status() == 0
+        for one in lines:
+            assert not [line for line in islice(one, 400) if '"error"' in line]
+        assert wait(lambda: counted(http, "onebase_route_resumed_total")[""] == has)
+
+
+def test_an_address_that_a_route_has_is_refused_to_another_that_does_not_name_it(
+    routing: Starter, servers: list[Server], tmp_path: Path
+) -> None:
+    with routing(servers[:1], tmp_path) as first:
+        again = ["--port", str(first.port), "--replica", servers[0].url]
+        refusals = (
+            ((), r"exited with 1:(?s:.*)already in use"),
+            (("--take-over", "4194304"), "exited with 2:"),
+        )
+        for options, says in refusals:
+            refused = routing(servers[:1], tmp_path, *again, *options)
+            with pytest.raises(RuntimeError, match=says):
+                refused.__enter__()
 
 
 def test_servers_come_and_go_by_a_file_and_a_request_waits_for_the_first(

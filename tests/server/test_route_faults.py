@@ -10,17 +10,21 @@ import re
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
 from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.forwarded import NEWEST
 from onebase_edge.listener import QuietServer, bind, uvicorn_config
 from onebase_edge.settings import Settings
 from onebase_route import proxy
 from onebase_route.proxy import Route, read_needs, read_report, target_in
+from onebase_route.resumption import WaitingRoom
 
 from .support import told_statuses
 from .test_route import wait
@@ -65,7 +69,8 @@ class Behind:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
             path = head.split(b" ")[1].decode().partition("?")[0]
-            if path not in ("/ready", "/metrics", "/route_secret"):
+            looks = b"x-onebase-change: %d\r\n" % NEWEST in head
+            if path not in ("/ready", "/metrics", "/route_secret") and not looks:
                 self.heads.append(head)
             told = self.answers.get(path, answer(b"{}"))
             if not isinstance(told, bytes):
@@ -249,6 +254,70 @@ def test_what_a_server_without_room_may_have_is_not_said_to_be_nowhere(code: byt
             assert told.startswith(b"HTTP/1.1 503"), told
             assert code in told
             assert b"retry-after: 7" in told
+
+
+STOPPING = answer(b'{"error":{"code":"server_stopping"}}', status=503)
+
+
+@pytest.mark.parametrize("head", [b"POST /generate", b"POST /v1/adapters/a/activate"])
+def test_a_request_waits_while_its_only_server_is_replaced(head: bytes) -> None:
+    path = head.split()[1].decode()
+    body = (b"Content-Type: application/json", b"Content-Length: 2")
+    with before({path: STOPPING}) as running, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(running.ask, head, *body, body=b"{}")
+        assert wait(lambda: len(running.behind[0].heads) >= 2), "it is asked again"
+        assert b"onebase_route_waiting 1.0" in running.ask(b"GET /metrics")
+        running.behind[0].answers[path] = answer(b"{}")
+        assert first.result().startswith(b"HTTP/1.1 200")
+        assert b"onebase_route_waiting 0.0" in running.ask(b"GET /metrics")
+
+
+def test_a_request_does_not_wait_where_the_route_is_told_so_or_no_server_was_ever_ready() -> None:
+    with before({"/x": STOPPING}, wait=0.0) as running:
+        assert b"server_stopping" in running.ask(b"GET /x")
+    with before({"/ready": STOPPING}) as running:
+        assert b"no_replica" in running.ask(b"GET /x")
+
+
+def test_a_server_without_room_is_not_waited_for_because_another_is_stopping() -> None:
+    full = answer(b'{"error":{"code":"queue_full"}}', status=503)
+    with before({"/x": STOPPING}, {"/x": full}) as running:
+        for _ in range(4):  # which is asked first is drawn
+            assert running.ask(b"GET /x").startswith(b"HTTP/1.1 503")
+        assert len(running.heads()) == 8
+
+
+def test_those_who_wait_are_told_apart_by_the_tenants_that_servers_name() -> None:
+    named = answer(b"{}", b"x-onebase-tenant: acme%2Fone")
+    with before({"/x": named}) as running:
+        running.ask(b"GET /x", b"Authorization: Bearer first")
+        running.ask(b"GET /x", b"X-API-Key: second")
+
+        def tenant(*headers: tuple[bytes, bytes]) -> str:
+            scope = {"type": "http", "client": ("192.0.2.7", 1), "headers": list(headers)}
+            return running.route.tenant_of(Request(scope))
+
+        assert tenant((b"authorization", b"Bearer first")) == tenant((b"x-api-key", b"second"))
+        assert tenant((b"authorization", b"Bearer made up")) == tenant() == "address 192.0.2.7"
+
+
+def test_a_tenant_that_waits_leaves_half_of_the_places_and_bytes_to_others() -> None:
+    places = WaitingRoom(16, 1000)
+    assert sum(places.enter("first", 1) for _ in range(16)) == 8
+    assert sum(places.enter("second", 1) for _ in range(16)) == 4
+    assert sum(places.enter("third", 1) for _ in range(16)) == 2
+    assert len(places) == 14
+    for _ in range(8):
+        places.leave("first", 1)
+    assert places.enter("second", 1)
+
+    room = WaitingRoom(16, 1000)
+    assert not room.enter("first", 1001)
+    assert room.enter("first", 500)
+    assert not room.enter("first", 1)
+    assert room.enter("second", 250)
+    room.leave("first", 500)
+    assert room.enter("second", 250)
 
 
 def test_what_a_server_that_breaks_may_have_is_not_said_to_be_nowhere() -> None:

@@ -215,6 +215,7 @@ def test_prompts_for_graders_are_refused_with_what_to_do() -> None:
             "not JSON",
         ),
         ({"prompt": "a"}, "completion", "missing"),
+        ({"prompt": "a", "answer": "b"}, "completion", "missing; did you mean completion for answer?"),
         ({"completion": "a"}, "prompt", "missing"),
         ({"prompt": "a", "completion": ""}, "completion", "the text is empty"),
         ({"prompt": "a", "completion": [GOOD]}, "completion", "both texts or both lists"),

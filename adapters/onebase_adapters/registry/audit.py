@@ -32,7 +32,7 @@ class Origin:
     """Caller or actor on whose behalf something is changed.
 
     key: the id of an API key; "" where none is needed. request: an id that came with the request.
-    actor: the actor if it is not a request: `job ftjob-...`, `startup`, `onebase keys`.
+    actor: the actor if it is not a request: `job ftjob-...`, `startup`, `onebase keys of ann@host`.
     owned: the id of the job or batch that is delivered and the server that delivers it, which must own it.
     """
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onebase_protocol.training import MEANT
 from onebase_training.data.dataset import (
     KNOWN_FIELDS,
     LONGEST_LABEL,
@@ -59,7 +60,9 @@ class RowFields:
     def read(self, key: str) -> Any:
         """Return a field as it is. It must exist."""
         if key not in self.given:
-            raise RowError(f"{self._inside}{key}", "missing")
+            meant = next((name for name in MEANT.get(key, ()) if name in self.given), "")
+            hint = f"; did you mean {key} for {meant}?" if meant else ""
+            raise RowError(f"{self._inside}{key}", f"missing{hint}")
         self._read.append(key)
         return self.given[key]
 

@@ -6,6 +6,8 @@ import argparse
 import json
 import logging
 import os
+import pwd
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -286,12 +288,22 @@ def _on_registry(
     keep_private()
     try:
         settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
-        with open_keys(settings) as (of_keys, of_tenants), acting(Origin(actor=f"onebase {command}")):
+        origin = Origin(actor=f"onebase {command} of {_user()}")
+        with open_keys(settings) as (of_keys, of_tenants), acting(origin):
             work(of_keys, of_tenants, console, output)
     except (SettingsError, StorageError, RegistryError) as error:
         print_failure(console, str(error))
         return 1
     return 0
+
+
+def _user() -> str:
+    """Return who runs this process, as in `ann@host`; by number where the user has no name."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"
 
 
 def keys_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -32,7 +32,8 @@ from onebase_edge.errors import (
     UnknownRouteError,
     WrongMethodError,
 )
-from onebase_edge.forwarded import CHANGE, forwarded_of
+from onebase_edge.forwarded import CHANGE, NEWEST, forwarded_of
+from onebase_edge.forwarded import TENANT as TENANT_HEADER
 from onebase_edge.refusals import refusal
 from onebase_edge.request_id import given_id
 from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services
@@ -165,14 +166,16 @@ class Authenticator:
         Raises UnavailableError if it cannot be read: what is known here is older than what was answered
         already.
         """
-        for _ in range(2):  # a look that started before may be too early
+        is_looking = self._looking is not None and not self._looking.done()
+        for _ in range(1 if change == NEWEST and not is_looking else 2):  # that look may be too early
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.get_running_loop().create_task(self._look())
                 self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(self._looking)
             if change <= self._services.catalog.counter:
                 return
-        self._nowhere = change
+        if change != NEWEST:
+            self._nowhere = change
 
     async def _look(self) -> None:
         keys, catalog = self._services.keys, self._services.catalog
@@ -283,16 +286,17 @@ class AuthenticationMiddleware:
             await self._with_quotas(reservation, scope, receive, send)
 
     def _dated(self, scope: Scope, send: Send) -> Send:
-        """Add to the answer, for the route, which of the registry's changes it is as of. Answers about what
-        is not in the catalog may be newer than all that this server has read."""
+        """Add to the answer, for the route, whose it is, and which of the registry's changes it is as of.
+        Answers about what is not in the catalog may be newer than all that this server has read."""
         catalog = self._services.catalog
+        tenant = (TENANT_HEADER, quote(scope[CALLER].tenant).encode())
         reads = scope["path"].startswith(_PAST_THE_CATALOG)
 
         async def dated(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if reads:
                     await catalog.look()
-                message["headers"] = [*message["headers"], (CHANGE, b"%d" % max(0, catalog.counter))]
+                message["headers"] = [*message["headers"], tenant, (CHANGE, b"%d" % max(0, catalog.counter))]
             await send(message)
 
         return dated

@@ -121,7 +121,7 @@ class Training:
 
 @dataclass
 class Services:
-    """One server's parts. `draining` is set by SIGTERM: what runs may end, nothing new begins."""
+    """One server's parts."""
 
     settings: Settings
     keys: KeyRing
@@ -160,9 +160,14 @@ class Services:
     """Texts that are being generated, by tenant and id, so that each can be cancelled."""
     read_inline: TurnBudget = field(default_factory=lambda: TurnBudget(LONG_BODY))
     started: int = field(default_factory=lambda: int(time.time()))
+    leaving: bool = False
+    """Whether a signal has come: `/ready` answers 503."""
     draining: bool = False
+    """Whether nothing new begins any more, and what runs may end."""
     route_secret: str = field(default_factory=lambda: secrets.token_hex(32))
     """Secret with which `onebase route` has its headers believed. Each process has another one."""
+    is_routed: bool = False
+    """Whether a route has asked for that secret."""
 
     async def metrics_text(self) -> bytes:
         """Return the metrics for Prometheus; without counts of jobs and batches while the registry is

@@ -21,6 +21,11 @@ from onebase_server.http.deps import Services, server_stopping
 from onebase_server.processes.link import kill_children
 from onebase_server.processes.verifier_protocol import scratch_folder
 
+_LEAVE_SECONDS = 2.0
+"""Time, in seconds after a signal, for which a server behind `onebase route` answers as before. By then the
+route has seen that `/ready` answers 503, and sends nothing more: no request meets a server that refuses it,
+nor a connection that closes."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +42,7 @@ async def run_server(
     )
     server = QuietServer(uvicorn_config(middleware, settings))
     stop = asyncio.Event()
-    _install_signals(services, stop)
+    _install_signals(services, middleware, stop)
     loop = asyncio.get_running_loop()
     engine = loop.create_task(services.supervisor.run_engine())
     jobs = loop.create_task(services.training.scheduler.follow())
@@ -60,6 +65,11 @@ async def run_server(
         await asyncio.wait({engine, jobs, batches, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.done():
             services.supervisor.go_on()
+            if not services.draining:
+                await asyncio.wait(
+                    {engine, http}, timeout=_LEAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                services.draining = True
             await asyncio.gather(_drain(services, server, engine), services.batches.runner.stop())
 
 
@@ -101,14 +111,18 @@ async def _drain(services: Services, server: QuietServer, engine: asyncio.Task[N
                 await asyncio.sleep(0.05)
     except TimeoutError:
         _log.warning("stopping: %d requests did not end in time", len(requests))
+        for generation in list(services.running.values()):
+            generation.hand_over()
         router.fail_all(server_stopping())
 
 
-def _install_signals(services: Services, stop: asyncio.Event) -> None:
+def _install_signals(services: Services, middleware: CrossSiteMiddleware, stop: asyncio.Event) -> None:
     def handle(number: signal.Signals) -> None:
-        if services.draining and number != signal.SIGHUP:  # of a terminal it may come twice, and by itself
+        if services.leaving and number != signal.SIGHUP:  # of a terminal it may come twice, and by itself
             _end_at_once(128 + number)
-        services.draining = True
+        services.leaving = middleware.closing = True
+        if not services.is_routed:
+            services.draining = True
         stop.set()
 
     loop = asyncio.get_running_loop()

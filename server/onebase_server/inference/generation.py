@@ -403,6 +403,7 @@ class GenerationRun(RequestRun):
         self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
         self._transcript = transcript
         self._transcript_number = transcript_number
+        self._on_cut = on_cut
         self._records: list[Record] = []
         self.ended: Ended | None = None if transcript is None else transcript.ended
         """Figures of the answer's end, set with the last piece."""
@@ -423,6 +424,11 @@ class GenerationRun(RequestRun):
         """Return the transcript's line for the pieces since the last call; empty if there were none."""
         record, self._records = self._records, []
         return line(record, self._transcript_number or 0) if record else b""
+
+    def hand_over(self) -> None:
+        """Drop the connection of a stream that records a transcript: another server resumes it."""
+        if self._transcript_number is not None:
+            self._on_cut()
 
     @property
     def ended_at(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import logging
 import math
 import random
 from datetime import datetime
@@ -15,10 +16,15 @@ FIRST_DELAY_S: Final = 0.5
 LONGEST_DELAY_S: Final = 8.0
 LONGEST_RETRY_AFTER_S: Final = 60.0
 """A server that asks for more than this gets no retry: better an error than a client that seems to hang."""
+NOTED_DELAY_S: Final = 2.0
+"""Least pause for which a server asks that is noted in the log `onebase`, which the command shows."""
 EXHAUSTED: Final = "insufficient_quota"
 """The code of a 429 that stays one, however long one waits."""
 RECONNECTS: Final = 10
 """Failed attempts in a row before a Backoff gives up: about a minute, enough to restart a server."""
+
+
+_log = logging.getLogger("onebase")
 
 
 def retry_delay(
@@ -38,7 +44,10 @@ def retry_delay(
         return backoff * (0.5 + 0.5 * jitter)
     if wanted > LONGEST_RETRY_AFTER_S:
         return None
-    return wanted * (1.0 + 0.1 * jitter)
+    delay = wanted * (1.0 + 0.1 * jitter)
+    if delay >= NOTED_DELAY_S:
+        _log.info("%s Trying again in %.0f s.", error, delay)
+    return delay
 
 
 def _may_repeat(error: OneBaseError, call: Call) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from onebase_protocol.common import Json
+from onebase_protocol.training import MEANT
 
 MOST_PROBLEMS: Final = 20
 _MOST_ROW_BYTES: Final = 4 << 20
@@ -19,15 +20,6 @@ _SHAPES: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "classification": (("text", "label"), ("prompt", "label"), ("messages", "label")),
 }
 """Fields of the shapes that each method reads; a row needs all of one."""
-_MEANT: Final[Mapping[str, tuple[str, ...]]] = {
-    "completion": ("answer", "response", "reply", "output", "target"),
-    "output": ("answer", "response", "reply", "completion", "target"),
-    "messages": ("conversations", "conversation", "message"),
-    "label": ("class", "category", "labels", "target"),
-    "chosen": ("preferred", "accepted"),
-    "rejected": ("non_preferred", "refused"),
-}
-"""Names that other tools give to a field."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ def _shape_problem(row: Mapping[str, Any], method: str) -> str:
     for shape in begun or shapes:
         for name in shape:
             if name not in given and (
-                meant := next((one for one in _MEANT.get(name, ()) if one in given), "")
+                meant := next((one for one in MEANT.get(name, ()) if one in given), "")
             ):
                 return f"{name}: missing; did you mean {name} for {meant[:40]}?"
     if begun:

@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import importlib
 import json
+import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -95,6 +96,22 @@ def count(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
+def price(text: str) -> tuple[float, float]:
+    """Return the value of an option that takes dollars for a million tokens, sent and answered."""
+    try:
+        sent, answered = (float(part) for part in text.split("/"))
+    except ValueError:
+        sent = answered = -1.0
+    if not (0 <= sent < float("inf") and 0 <= answered < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not IN/OUT, two prices in dollars such as 3.75/15")
+    return sent, answered
+
+
+def dollars(price: tuple[float, float], sent: int, answered: int) -> float:
+    """Return what so many tokens cost."""
+    return (price[0] * sent + price[1] * answered) / 1e6
 
 
 def add_answer_options(made: argparse.ArgumentParser, *, forms: bool = False) -> None:
@@ -232,13 +249,28 @@ def action_parser(action: str, description: str, examples: str = "") -> argparse
     return made
 
 
+@contextlib.contextmanager
+def notices() -> Iterator[None]:
+    """Show on stderr what the SDK notes meanwhile: that it waits, and why."""
+    log, shown = logging.getLogger("onebase"), logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("onebase: %(message)s"))
+    before = log.level
+    log.addHandler(shown)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
+        log.setLevel(before)
+
+
 def perform(made: argparse.ArgumentParser, args: argparse.Namespace, work: Callable[[Client], int]) -> int:
     """Run `work` with a client of the server that the options name. Gives the exit status."""
     try:
         client = client_of(args)
     except ValueError as error:
         made.error(str(error))
-    with client:
+    with client, notices():
         try:
             return work(client)
         except OneBaseError as error:

@@ -23,7 +23,19 @@ from .._terminal.ui import ProgressDisplay, console, line, note, size
 from ..adapter_types import READY, Progress
 from ..errors import ConflictError, OneBaseError, TrainingStoppedError
 from ..training_types import TrainingMethod, TrainingReport, TrainingSettings
-from .command import FAILED, INTERRUPTED, OK, action_parser, count, perform, print_json, report, run_action
+from .command import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    action_parser,
+    count,
+    dollars,
+    perform,
+    price,
+    print_json,
+    report,
+    run_action,
+)
 from .jobs.create import parse_settings
 from .jobs.show import settings_line, short, time_taken
 from .jobs.watch import follow
@@ -120,7 +132,7 @@ def run(command: str, argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         made.error(str(error))
     if not args.yes and not sys.stdin.isatty():
-        made.error("--yes: give it where nobody can be asked")
+        made.error("there is no terminal to ask on: pass --yes to go ahead")
     return perform(made, args, lambda client: _migrate(client, args, wanted, gate))
 
 
@@ -164,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     recording.add_argument(
         "--price",
         metavar="IN/OUT",
-        type=_price,
+        type=price,
         help="dollars for a million tokens, sent and answered (default: unknown)",
     )
     recording.add_argument(
@@ -179,16 +191,6 @@ def _parser() -> argparse.ArgumentParser:
         "--openai-url", default=OPENAI_URL, metavar="URL", help=f"OpenAI's API (default: {OPENAI_URL})"
     )
     return made
-
-
-def _price(text: str) -> tuple[float, float]:
-    try:
-        sent, answered = (float(part) for part in text.split("/"))
-    except ValueError:
-        sent = answered = -1.0
-    if not (0 <= sent < float("inf") and 0 <= answered < float("inf")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not IN/OUT, two prices in dollars such as 3.75/15")
-    return sent, answered
 
 
 # ---- the old model's answers -------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def _say_recorded(folder: Path, recorded: Recorded, gate: QualityGate, args: arg
     if args.json:
         print_json({"folder": str(folder), "answers": len(used), "gate": gate, "tokens": [sent, answered]})
         return OK
-    billed = f", ${_dollars(args.price, sent, answered):.2f} by --price" if args.price else ""
+    billed = f", ${dollars(args.price, sent, answered):.2f} by --price" if args.price else ""
     print(f"{len(used)} answers of {gate.model} are in {folder} ({sent:,} and {answered:,} tokens{billed}).")
     reached = ", ".join(f"{name} {value:.1%}" for name, value in gate.metrics.items())
     print(
@@ -263,18 +265,14 @@ def _say_recorded(folder: Path, recorded: Recorded, gate: QualityGate, args: arg
 
 def _cost(old: Old, rows: Sequence[HeldOutRow], recorded: Recorded, price: tuple[float, float] | None) -> str:
     sent, answered = estimated_tokens(rows, recorded)
-    dollars = f", about ${_dollars(price, sent, answered):.2f}" if price else ""
+    about = f", about ${dollars(price, sent, answered):.2f}" if price else ""
     kept = len(recorded.answers.keys() - set(map(key_of, rows)))
     rest = f" ({kept} are recorded already)" if kept else ""
     unpriced = "" if price else " --price IN/OUT says what that costs."
     return (
         f"{old.model} at {old.url} is asked {len(rows)} prompts{rest}, billed to your key: about {sent:,} "
-        f"tokens sent and {answered:,} answered{dollars}.{unpriced}"
+        f"tokens sent and {answered:,} answered{about}.{unpriced}"
     )
-
-
-def _dollars(price: tuple[float, float], sent: int, answered: int) -> float:
-    return (price[0] * sent + price[1] * answered) / 1e6
 
 
 def _confirmed(question: str) -> bool:

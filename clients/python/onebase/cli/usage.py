@@ -9,7 +9,7 @@ from typing import Final
 from .._sync.client import Client
 from .._terminal.ui import Column, duration, note, print_table
 from ..types import TenantUsage
-from .command import OK, count, parser, perform, print_json
+from .command import OK, count, dollars, parser, perform, price, print_json
 
 _DESCRIPTION: Final = """\
 Show requests, tokens and training by day and adapter. A key with the scope admin sees all tenants,
@@ -18,6 +18,7 @@ others see their own. Days are UTC. The base itself is the adapter "-".
 _EXAMPLES: Final = """\
   onebase usage --days 7
   onebase usage --by tenant --csv > bill.csv
+  onebase usage --by tenant --price 0.10/0.40
 """
 _COLUMNS: Final = ("day", "tenant", "base", "adapter")
 
@@ -39,10 +40,19 @@ def run(command: str, argv: list[str]) -> int:
         help=f"what is told apart: {', '.join(_COLUMNS)} (default: day,tenant,adapter)",
     )
     made.add_argument("--tenant", metavar="NAME", help="only this one (default: all that the key may see)")
+    made.add_argument(
+        "--price",
+        metavar="IN/OUT",
+        type=price,
+        help="dollars for a million tokens of prompts and of answers: adds what was used in dollars "
+        "(default: tokens alone)",
+    )
     form = made.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the result as JSON")
     form.add_argument("--csv", action="store_true", help="print it as CSV, for a spreadsheet")
     args = made.parse_args(argv)
+    if args.price and (args.json or args.csv):
+        made.error("--price: --json and --csv have tokens alone, for prices of your own")
     by = tuple(name.strip() for name in args.by.split(","))
     today = datetime.now(UTC).date()
     start = today - timedelta(days=args.days - 1)
@@ -55,14 +65,21 @@ def run(command: str, argv: list[str]) -> int:
         if args.json:
             print_json(rows)
         elif rows:
-            print_table(
-                [column for column in COLUMNS if column.title in by or column.title not in _COLUMNS], rows
-            )
+            columns = [column for column in COLUMNS if column.title in by or column.title not in _COLUMNS]
+            if args.price:
+                columns.append(Column("price", lambda row: f"${_cost(args.price, row):,.2f}", right=True))
+            print_table(columns, rows)
+            if args.price:
+                note(f"Together ${sum(_cost(args.price, row) for row in rows):,.2f}")
         else:
             note("Nothing was used in these days.")
         return OK
 
     return perform(made, args, work)
+
+
+def _cost(price: tuple[float, float], row: TenantUsage) -> float:
+    return dollars(price, row.prompt_tokens, row.completion_tokens)
 
 
 def _trained(row: TenantUsage) -> str:

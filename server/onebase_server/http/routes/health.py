@@ -66,7 +66,7 @@ async def ready(services: Provided) -> Response:
     """Return 200 when a request sent now would be served; 503 while loading, restarting, paused or
     stopping."""
     state = services.supervisor.state
-    if services.draining:
+    if services.leaving or services.draining:
         return _unavailable("stopping", state, 5)
     if state is not EngineState.READY:
         return _unavailable("not ready", state, 2)
@@ -121,6 +121,7 @@ async def load_history(services: Provided) -> Response:
 @needs("admin")
 async def route_secret(services: Provided) -> Response:
     """Return the secret with which `onebase route` has its headers believed by this server."""
+    services.is_routed = True
     told = json_response(RouteSecretAnswer(services.route_secret))
     told.headers["Cache-Control"] = "no-store"
     return told
