@@ -17,12 +17,14 @@ from onebase_adapters.registry.errors import (
     RegistryBusyError,
     RegistryError,
     RegistryFullError,
+    RolloutStateError,
     StaleActivationError,
     UnknownAdapterError,
     UnknownBatchError,
     UnknownFileError,
     UnknownJobError,
     UnknownKeyError,
+    UnknownRolloutError,
     UnknownVersionError,
 )
 from onebase_adapters.registry.jobs import TrainingRecords
@@ -37,6 +39,7 @@ from onebase_adapters.registry.records import (
     OPEN_BATCHES,
     OPEN_STATES,
     RESUMABLE,
+    ROLLOUT_SIDES,
     SCOPES,
     UNSET,
     UPLOADED,
@@ -61,6 +64,11 @@ from onebase_adapters.registry.records import (
     Purpose,
     Quotas,
     QuotaUse,
+    RolloutAnswer,
+    RolloutFigures,
+    RolloutRecord,
+    RolloutSide,
+    RolloutState,
     Scope,
     State,
     TakeableJob,
@@ -72,6 +80,7 @@ from onebase_adapters.registry.records import (
     UsageKey,
     VersionRecord,
 )
+from onebase_adapters.registry.rollouts import Rollouts
 from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
@@ -89,6 +98,7 @@ __all__ = [
     "OPEN_BATCHES",
     "OPEN_STATES",
     "RESUMABLE",
+    "ROLLOUT_SIDES",
     "SCOPES",
     "SIGNATURE",
     "TENANT_QUOTAS",
@@ -134,6 +144,13 @@ __all__ = [
     "RegistryBusyError",
     "RegistryError",
     "RegistryFullError",
+    "RolloutAnswer",
+    "RolloutFigures",
+    "RolloutRecord",
+    "RolloutSide",
+    "RolloutState",
+    "RolloutStateError",
+    "Rollouts",
     "Scope",
     "ServerRecords",
     "StaleActivationError",
@@ -150,6 +167,7 @@ __all__ = [
     "UnknownFileError",
     "UnknownJobError",
     "UnknownKeyError",
+    "UnknownRolloutError",
     "UnknownVersionError",
     "Unset",
     "UsageFigures",
