@@ -393,20 +393,23 @@ class Registry:
         *,
         rollout: str | None = None,
         figures: RolloutFigures | None = None,
+        facts: Mapping[str, Any] | None = None,
         actor: str = "",
     ) -> RolloutRecord:
         """End the rollout that runs; `promoted` activates its candidate in the same transaction.
 
         Args:
             rollout: the id of the one that must be running; None: any.
-            figures: those that led to it, for the audit log; None: those of now.
+            figures: those that led to it, for the audit log; None: those of now. facts: more for it.
 
         Raises RolloutStateError (none runs, or another), NotReadyError, UnknownAdapterError,
         UnknownVersionError."""
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
             row = rollouts.running(session, adapter, rollout)
-            ended = rollouts.end(session, adapter, row, state, reason, now, figures=figures, actor=actor)
+            ended = rollouts.end(
+                session, adapter, row, state, reason, now, figures=figures, facts=facts, actor=actor
+            )
             if state == "promoted":
                 candidate = _require_version(session, adapter, row.candidate)
                 activation.activate(session, adapter, candidate, actor, now)

@@ -6,7 +6,6 @@ server adds what it has seen; they change nothing that a catalog follows.
 
 from __future__ import annotations
 
-
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -119,20 +118,19 @@ def end(
     at: float,
     *,
     figures: RolloutFigures | None = None,
+    facts: Mapping[str, object] | None = None,
     actor: str = "",
 ) -> RolloutRecord:
-    """End a rollout, with the figures that led to it."""
+    """End a rollout, with the figures that led to it, and with further facts for the audit log."""
     row.figures = plain_json(figures_of(session, row.number) if figures is None else figures)
     row.state, row.reason, row.ended_at, row.ended_by = state, plain(reason), at, plain(actor)
     _saw(session, adapter)
-    facts = {"rollout": row.id, "reason": row.reason, "baseline": row.baseline, "figures": row.figures}
-    _note(session, _AUDITED[state], adapter, row, actor, facts)
+    known = {"rollout": row.id, "reason": row.reason, "baseline": row.baseline, "figures": row.figures}
+    _note(session, _AUDITED[state], adapter, row, actor, {**known, **(facts or {})})
     return record(row, adapter)
 
 
-def active_changed(
-    session: Session, adapter: AdapterRow, digest: str | None, actor: str, at: float
-) -> None:
+def active_changed(session: Session, adapter: AdapterRow, digest: str | None, actor: str, at: float) -> None:
     """End the running rollout, since the version that it compares with is active no more."""
     row = adapter.rollout
     if row is None:
@@ -247,11 +245,11 @@ class Rollouts:
             if not is_new_batch(session, writer, batch):
                 return
             ids = {key[0] for key in figures} | {answer.rollout for answer in answers}
-            numbers = _numbers(session, ids)
+            numbers, running = _numbers(session, ids)
             sums = [
                 {"rollout": numbers[key[0]], "side": key[1], "figure": key[2], "value": figures[key]}
                 for key in sorted(figures)
-                if key[0] in numbers
+                if key[0] in running
             ]
             kept = [
                 {
@@ -303,12 +301,12 @@ def _with_figures(session: Session, row: RolloutRow, adapter: AdapterRow) -> Rol
     return record_of(RolloutRecord, row, tenant=adapter.tenant, name=adapter.name, figures=figures)
 
 
-def _numbers(session: Session, ids: set[str]) -> dict[str, int]:
-    """Return the numbers of rollouts that run, by id, and keep them from being deleted meanwhile."""
-    query = select(RolloutRow.id, RolloutRow.number).where(
-        RolloutRow.id.in_(ids), RolloutRow.state == RUNNING
-    )
-    return {name: number for name, number in session.execute(query.with_for_update())}
+def _numbers(session: Session, ids: set[str]) -> tuple[dict[str, int], set[str]]:
+    """Return the numbers of rollouts by id, and the ids of those that run. None of them changes until the
+    transaction has ended."""
+    query = select(RolloutRow.id, RolloutRow.number, RolloutRow.state).where(RolloutRow.id.in_(ids))
+    rows = session.execute(query.order_by(RolloutRow.number).with_for_update()).all()
+    return {row.id: row.number for row in rows}, {row.id for row in rows if row.state == RUNNING}
 
 
 def _insert(session: Session, table: type) -> postgresql.Insert | sqlite.Insert:

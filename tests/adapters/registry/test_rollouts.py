@@ -10,12 +10,14 @@ from onebase_adapters.registry import (
     Registry,
     RolloutAnswer,
     RolloutRecord,
+    RolloutSide,
     RolloutStateError,
     StaleActivationError,
     UnknownVersionError,
 )
 
 HERE = ("default", "a")
+Figure = tuple[str, RolloutSide, str]
 OLD, NEW = files("1").digest, files("2").digest
 
 
@@ -101,12 +103,15 @@ def test_a_rollout_ends_when_what_it_compares_is_gone(two: Registry, how: str) -
     assert two.adapter(*HERE).rollout is None
 
 
-def test_figures_of_several_servers_add_up_and_a_batch_counts_once(two: Registry, open_registry: Open) -> None:
+def test_figures_of_several_servers_add_up_and_a_batch_counts_once(
+    two: Registry, open_registry: Open
+) -> None:
     rollout(two)
     one, other = two.rollouts, open_registry().rollouts
-    key = ("rollout-1", "candidate", "requests")
+    key: Figure = ("rollout-1", "candidate", "requests")
+    unknown: Figure = ("unknown", "active", "requests")
     one.add("first", 1, {key: 2.0}, [])
-    other.add("second", 1, {key: 3.0, ("unknown", "active", "requests"): 1.0}, [])
+    other.add("second", 1, {key: 3.0, unknown: 1.0}, [])
     one.add("first", 1, {key: 2.0}, [])
     assert one.find("rollout-1").figures == {"candidate": {"requests": 5.0}}
     ended = two.end_rollout(*HERE, "rolled_back", "worse")
@@ -125,11 +130,26 @@ def test_feedback_is_of_the_tenant_that_was_answered_and_its_last_word_counts(tw
     assert two.rollouts.rate("default", "gen-2", 1.0) is None
     for score in (1.0, 0.25):
         found = two.rollouts.rate("default", "gen-1", score)
-        assert found is not None and found[1]
+        assert found is not None
+        assert found[1]
     sums = two.rollouts.find("rollout-1").figures["candidate"]
     assert sums == {"feedback.n": 1.0, "feedback.sum": 0.25, "feedback.squares": 0.0625}
     two.end_rollout(*HERE, "rolled_back", "worse")
     found = two.rollouts.rate("default", "gen-1", 1.0)
-    assert found is not None and not found[1]
+    assert found is not None
+    assert not found[1]
     two.rollouts.forget_answers(101.0)
     assert two.rollouts.rate("default", "gen-1", 1.0) is None
+
+
+def test_an_answer_that_ends_after_its_rollout_can_still_be_rated_but_counts_for_nothing(
+    two: Registry,
+) -> None:
+    rollout(two)
+    two.end_rollout(*HERE, "rolled_back", "worse")
+    late = RolloutAnswer("default", "gen-9", "rollout-1", "candidate", 100.0)
+    two.rollouts.add("first", 1, {("rollout-1", "candidate", "requests"): 1.0}, [late])
+    assert two.rollouts.find("rollout-1").figures == {}
+    found = two.rollouts.rate("default", "gen-9", 0.5)
+    assert found is not None
+    assert not found[1]
