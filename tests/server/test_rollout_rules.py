@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -172,7 +173,7 @@ def test_a_candidate_is_promoted_after_its_requests_if_no_metric_is_open() -> No
 
 
 def test_a_copy_that_fails_rolls_back_too_and_a_margin_of_none_never_does() -> None:
-    figures = {"active": sums(errors=[0.0] * 200), "shadow": sums(errors=[1.0] * 30)}
+    figures: dict[str, Any] = {"active": sums(errors=[0.0] * 200), "shadow": sums(errors=[1.0] * 30)}
     found = decide(rollout(**figures), settings())
     assert found.state == "rolled_back"
     assert found.reason.startswith("errors of copies: worse by ")

@@ -15,6 +15,9 @@ import httpx2
 import pytest
 from tests.server.test_several_servers import shared
 
+from onebase import Client
+from onebase.cli import main
+
 from .access import Keys, client_with
 from .support import Server, Starter, upload
 
@@ -293,7 +296,7 @@ def test_a_judge_looks_at_both_sides(scripted: Server) -> None:
             for number in range(6):
                 version_of(ask(http, "judged", f"user-{number}"))
             one = scored(rollout_of(http, "judged"), "judge")
-            return min(one["active"]["n"], one["candidate"]["n"]) >= 2
+            return bool(min(one["active"]["n"], one["candidate"]["n"]) >= 2)
 
         scripted.wait_for(both)
 
@@ -393,6 +396,71 @@ def test_a_rollout_holds_on_all_servers_of_a_registry_and_after_a_restart(
     with other.client() as there:
         other.wait_for(lambda: old.startswith(version_of(ask(there, "everywhere", users[0]))))
         assert rollout_of(there, "everywhere")["state"] == "rolled_back"
+
+
+# ---- SDK and command ------------------------------------------------------------------------------
+
+
+def test_the_sdk_starts_rates_changes_and_ends_a_rollout(scripted: Server) -> None:
+    with scripted.client() as http, Client(scripted.url) as client:
+        _, new = two_versions(http, "by-sdk")
+        made = client.adapters.start_rollout("by-sdk", new[:12], percent=100, rules={"feedback": None})
+        assert (made.version, made.percent, made.rules.feedback) == (new, 100.0, None)
+        answer = client.generate("a b", adapter="by-sdk", max_tokens=2, user="ann")
+        assert client.feedback(answer.id, thumb="up").counted
+        assert client.adapters.change_rollout("by-sdk", percent=50).percent == 50.0
+        assert client.adapters.rollback_rollout("by-sdk").state == "rolled_back"
+        assert [one.id for one in client.adapters.rollouts("by-sdk")] == [made.id]
+        client.adapters.start_rollout("by-sdk", new, shadow=100)
+        assert client.adapters.promote_rollout("by-sdk").state == "promoted"
+        assert client.adapters.retrieve("by-sdk").version == new
+        with pytest.raises(ValueError, match="either score"):
+            client.feedback(answer.id)
+
+
+def test_the_command_starts_shows_changes_and_ends_a_rollout(
+    scripted: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONEBASE_URL", scripted.url)
+
+    def run(*arguments: str, status: int = 0) -> str:
+        assert main(["adapters", "rollout", *arguments]) == status
+        told = capsys.readouterr()
+        return told.out + told.err
+
+    with scripted.client() as http:
+        _, new = two_versions(http, "by-command")
+        rules = ("--rule", "requests=50", "--rule", "judge=none")
+        said = run(f"by-command@{new[:12]}", "--percent", "50", "--auto", *rules)
+        assert "by-command  running" in said
+        assert f"{new[:12]}, 50% of requests: 0 requests" in said
+        assert "requests: 0 of 50" in said
+        for number in range(20):
+            version_of(ask(http, "by-command", f"user-{number}"))
+        scripted.wait_for(lambda: "undecided" in run("by-command"))
+        assert "failed requests" in run("by-command")
+        assert json.loads(run("by-command", "--percent", "75", "--json"))["percent"] == 75
+        assert "rolled back" in run("by-command", "--rollback")
+        assert "No rollout" in run("by-command", "--promote", status=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a@12345678"], "--percent or --shadow"),
+        (["a", "--auto"], "NAME@VERSION"),
+        (["a", "--percent", "200"], "0 to 100"),
+        (["a@12345678", "--percent", "5", "--rule", "speed=1"], "'speed' is no rule"),
+        (["a", "--percent", "5", "--rollback"], "give nothing else"),
+    ],
+)
+def test_the_command_refuses_options_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["adapters", "rollout", *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 # ---- metrics ------------------------------------------------------------------------------------

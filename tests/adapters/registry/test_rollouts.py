@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import pytest
 from tests.adapters.registry.conftest import Open, files
 
@@ -17,7 +19,8 @@ from onebase_adapters.registry import (
 )
 
 HERE = ("default", "a")
-Figure = tuple[str, RolloutSide, str]
+Figure: TypeAlias = tuple[str, RolloutSide, str]
+Figure: TypeAlias = tuple[str, RolloutSide, str]
 OLD, NEW = files("1").digest, files("2").digest
 
 
