@@ -20,7 +20,6 @@ from onebase_adapters.registry import (
 
 HERE = ("default", "a")
 Figure: TypeAlias = tuple[str, RolloutSide, str]
-Figure: TypeAlias = tuple[str, RolloutSide, str]
 OLD, NEW = files("1").digest, files("2").digest
 
 
