@@ -52,7 +52,10 @@ ROUTES = {
         },
     ),
     "reading": ("Vectors, classes, scores", {"pooling": "Texts that are read"}),
-    "adapters": ("Adapters", {"adapters": "Adapters and versions", "vllm": "vLLM's"}),
+    "adapters": (
+        "Adapters",
+        {"adapters": "Adapters and versions", "feedback": "Feedback", "vllm": "vLLM's"},
+    ),
     "training": ("Training, batches, files", {"training": "Jobs", "batches": "Batches", "files": "Files"}),
     "access": (
         "Keys, quotas, usage, audit",

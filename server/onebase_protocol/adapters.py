@@ -372,7 +372,8 @@ class RolloutJudge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SideFigure(msgspec.Struct, frozen=True):
-    """Mean of one metric on one side of a rollout, with its confidence interval."""
+    """Mean of one metric on one side of a rollout, with its confidence interval once there are enough
+    values."""
 
     n: int
     mean: float | None
@@ -392,7 +393,8 @@ class RolloutComparison(msgspec.Struct, frozen=True, kw_only=True):
     worse_by: float | None
     """Amount by which the candidate is worse, as a difference or a ratio less 1; negative if it is better."""
     low: float | None
-    """Confidence interval of `worse_by`."""
+    """Confidence interval of `worse_by`, once there are enough values: 10 on each side, 30 of times and
+    tokens."""
     high: float | None
     margin: float | None
     verdict: Verdict

@@ -168,7 +168,7 @@ def test_a_candidate_is_promoted_after_its_requests_if_no_metric_is_open() -> No
     assert decide(enough, settings()).state == "promoted"
     assert decide(enough, RolloutSettings(rules=RolloutRules())).state is None
     scored = rollout(active=side(2700) | sums(feedback=[1.0]), candidate=side(600))
-    assert decide(scored, settings()).waits_for == ("feedback: not decided yet",)
+    assert decide(scored, settings()).waits_for == ("not decided: feedback",)
     assert decide(scored, settings(feedback=None)).state == "promoted"
 
 

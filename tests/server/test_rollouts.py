@@ -438,7 +438,7 @@ def test_the_command_starts_shows_changes_and_ends_a_rollout(
         for number in range(20):
             version_of(ask(http, "by-command", f"user-{number}"))
         scripted.wait_for(lambda: "undecided" in run("by-command"))
-        assert "failed requests" in run("by-command")
+        assert "refusals" in run("by-command")
         assert json.loads(run("by-command", "--percent", "75", "--json"))["percent"] == 75
         assert "rolled back" in run("by-command", "--rollback")
         assert "No rollout" in run("by-command", "--promote", status=1)

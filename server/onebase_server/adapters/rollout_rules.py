@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from msgspec import convert
 
@@ -29,8 +29,9 @@ from onebase_protocol.adapters import (
 Kind = Literal["share", "score", "ratio"]
 By = Literal["caller", "request"]
 
-LEAST = 10
-"""Smallest number of values on each side before a metric says anything."""
+LEAST: Final[Mapping[Kind, int]] = {"share": 10, "score": 10, "ratio": 30}
+"""Smallest number of values on each side before a metric says anything. The spread of shares and scores has a
+bound; that of times must be estimated."""
 _WHOLE = 2**64
 REFUSALS = (
     "i can't", "i cannot", "i can not", "i'm unable to", "i am unable to", "i'm not able to",
@@ -184,12 +185,12 @@ def _compare(
     verdict: Verdict = "no_data" if not (ours.n or theirs.n) else "undecided"
     if ours.n and theirs.n:
         difference, width = metric.sign * (theirs.mean - ours.mean), sum(widths)
-        ends = (difference, difference - width, difference + width)
-        if metric.kind == "ratio":
-            worse_by, low, high = (math.expm1(min(one, 700.0)) for one in ends)
-        else:
-            worse_by, low, high = ends
-        if min(ours.n, theirs.n) >= LEAST:
+        worse_by, *ends = (
+            math.expm1(min(one, 700.0)) if metric.kind == "ratio" else max(-1.0, min(1.0, one))
+            for one in (difference, difference - width, difference + width)
+        )
+        if min(ours.n, theirs.n) >= LEAST[metric.kind]:
+            low, high = ends
             verdict = _verdict(low, high, margin or 0.0)
     return RolloutComparison(
         metric=metric.name,
@@ -215,10 +216,11 @@ def _verdict(low: float, high: float, margin: float) -> Verdict:
 def _shown(metric: Metric, sample: _Sample, width: float) -> SideFigure:
     if sample.n == 0:
         return SideFigure(0, None)
-    ends = (sample.mean, sample.mean - width, sample.mean + width)
-    if metric.kind == "ratio":
-        return SideFigure(sample.n, *(math.exp(min(one, 700.0)) for one in ends))
-    return SideFigure(sample.n, ends[0], max(0.0, ends[1]), min(1.0, ends[2]))
+    mean, low, high = (
+        math.exp(min(one, 700.0)) if metric.kind == "ratio" else max(0.0, min(1.0, one))
+        for one in (sample.mean, sample.mean - width, sample.mean + width)
+    )
+    return SideFigure(sample.n, mean, *((low, high) if sample.n >= LEAST[metric.kind] else ()))
 
 
 def side_counts(rollout: RolloutRecord) -> tuple[RolloutSideCounts, ...]:
@@ -270,7 +272,8 @@ def decide(rollout: RolloutRecord, settings: RolloutSettings) -> Decision:
     waits = []
     if answered < settings.rules.requests:
         waits.append(f"requests: {answered} of {settings.rules.requests}")
-    waits += [f"{_name(one)}: not decided yet" for one in ruled if one.verdict == "undecided"]
+    if undecided := [_name(one) for one in ruled if one.verdict == "undecided"]:
+        waits.append(f"not decided: {', '.join(undecided)}")
     if waits or not settings.promote:
         return Decision(waits_for=tuple(waits))
     return Decision("promoted", f"not worse by any margin after {answered} requests")

@@ -402,11 +402,9 @@ class RolloutService:
         found = await self._records.run_blocking(self._registry.rollouts.find, rollout)
         if found.state != "running":
             return
-        settings = RolloutSettings.of(found)
-        decision = decide(found, settings)
+        decision = decide(found, RolloutSettings.of(found))
         if decision.state is None:
             return
-        facts = {"comparisons": msgspec.to_builtins(compare(found.figures, settings.rules))}
         actor = f"rollout {found.id}"
         with acting(Origin(actor=actor)):
             await self._activation.end_rollout(
@@ -415,7 +413,7 @@ class RolloutService:
                 decision.state,
                 decision.reason,
                 seen=found,
-                facts=facts,
+                facts=_facts(found),
                 actor=actor,
             )
         _log.info("rollout %s of %r: %s, %s", found.id, found.name, decision.state, decision.reason)
@@ -486,12 +484,21 @@ class RolloutService:
     async def change(self, tenant: str, name: str, *, percent: float | None, shadow: float | None) -> Rollout:
         """Change the shares of the rollout that runs."""
         changed = await self._activation.change_rollout(tenant, name, percent=percent, shadow=shadow)
-        return await self._shown(changed)
+        return view(await self._found(changed))
 
     async def end(self, tenant: str, name: str, state: RolloutState, *, actor: str) -> Rollout:
         """Promote the candidate of the rollout that runs, or roll it back, because somebody says so."""
         await self.flush()
-        return view(await self._activation.end_rollout(tenant, name, state, "by hand", actor=actor))
+        names = self._catalog.of(tenant)
+        names.check_own(name)
+        rollout = names.adapter(name, param="name").rollout
+        found = None if rollout is None else await self._found(rollout)
+        facts = None if found is None else _facts(found)
+        return view(
+            await self._activation.end_rollout(
+                tenant, name, state, "by hand", seen=found, facts=facts, actor=actor
+            )
+        )
 
     async def of_adapter(self, tenant: str, name: str) -> list[Rollout]:
         """Return the latest rollouts of a tenant's own adapter, newest first. Raises
@@ -504,9 +511,10 @@ class RolloutService:
             found = await self._records.run_blocking(self._registry.rollouts.of_adapter, tenant, name, _SHOWN)
         return [view(one) for one in found]
 
-    async def _shown(self, rollout: RolloutRecord) -> Rollout:
+    async def _found(self, rollout: RolloutRecord) -> RolloutRecord:
+        """Return the rollout with its figures of now."""
         with storage_errors(rollout.name):
-            return view(await self._records.run_blocking(self._registry.rollouts.find, rollout.id))
+            return await self._records.run_blocking(self._registry.rollouts.find, rollout.id)
 
     async def rate(self, tenant: str, answer: str, score: float) -> FeedbackAnswer:
         """Count a user's score (0 to 1) of an answer. Raises UnknownAnswerError, QuotaSpentError."""
@@ -546,6 +554,12 @@ class RolloutService:
         for record in self._catalog:
             if record.rollout is not None:
                 yield record.rollout
+
+
+def _facts(rollout: RolloutRecord) -> dict[str, Any]:
+    """Return what the audit log holds of a rollout's end besides its sums."""
+    rules = RolloutSettings.of(rollout).rules
+    return {"comparisons": msgspec.to_builtins(compare(rollout.figures, rules))}
 
 
 def view(rollout: RolloutRecord) -> Rollout:

@@ -5509,7 +5509,7 @@ export interface components {
         };
         /**
          * SideFigure
-         * @description Mean of one metric on one side of a rollout, with its confidence interval.
+         * @description Mean of one metric on one side of a rollout, with its confidence interval once there are enough values.
          */
         SideFigure: {
             n: number;

@@ -36,13 +36,13 @@ _EXAMPLES = """\
 _RULES: Final = tuple(field.name for field in fields_of(RolloutRules))
 _STYLES: Final = {"worse": "red", "better": "green", "not_worse": "green", "undecided": "yellow"}
 _WORDS: Final = {
-    "errors": "failed requests",
+    "errors": "failed",
     "first_token": "first token",
     "per_token": "each token",
-    "tokens": "tokens an answer",
+    "tokens": "tokens",
     "refusals": "refusals",
     "feedback": "feedback",
-    "judge": "judge approves",
+    "judge": "judge",
 }
 _RATIOS: Final = ("first_token", "per_token", "tokens")
 _SECONDS: Final = ("first_token", "per_token")
@@ -229,7 +229,7 @@ def print_rollout(out: Console, rollout: Rollout) -> None:
 
 
 def _name(one: RolloutComparison) -> str:
-    return _WORDS.get(one.metric, one.metric) + (" (copies)" if one.side == "shadow" else "")
+    return _WORDS.get(one.metric, one.metric) + (", copies" if one.side == "shadow" else "")
 
 
 def _figure(metric: str, figure: SideFigure) -> str:
@@ -241,10 +241,16 @@ def _figure(metric: str, figure: SideFigure) -> str:
 
 
 def _worse(one: RolloutComparison) -> str:
-    if one.worse_by is None or one.low is None or one.high is None:
+    if one.worse_by is None:
         return ""
     unit = "%" if one.metric in _RATIOS else " pt"
-    return f"{100 * one.worse_by:+.3g}{unit} ({100 * one.low:+.3g} to {100 * one.high:+.3g})"
+    interval = "" if one.low is None or one.high is None else f" ({_signed(one.low)} to {_signed(one.high)})"
+    return f"{_signed(one.worse_by)}{unit}{interval}"
+
+
+def _signed(value: float) -> str:
+    """Return a part in percent, to about two digits."""
+    return f"{100 * value:+.0f}" if abs(value) >= 0.1 else f"{100 * value:+.1f}"
 
 
 def _margin(one: RolloutComparison) -> str:
