@@ -248,7 +248,8 @@ class RoutesPage:
 
     def _route(self, method: str, path: str, operation: Json) -> Iterator[str]:
         scope = self._scopes[method, path]
-        needs = {"open": "No key needed.", "any": "Any key."}.get(scope, f"Scope `{scope}`.")
+        words = {"open": "No key needed.", "any": "Any key.", "feedback": "Scope `generate`."}
+        needs = words.get(scope, f"Scope `{scope}`.")
         said = " ".join(str(operation.get("description", "")).split())
         yield from ("", f"### `{method} {path}`", "", f"{said} {needs}")
         rows = [

@@ -37,6 +37,7 @@ from onebase_edge.errors import (
     CALLER_CODES,
     ApiError,
     ClientGoneError,
+    EngineRestartedError,
     InvalidRequestError,
     QueueFullError,
     QuotaSpentError,
@@ -90,7 +91,13 @@ _SWEEP_SECONDS = 600.0
 _WARM_SECONDS = 30.0
 _LOWEST_PRIORITY = -4
 _SHOWN = 20
-_PASSING = (QueueFullError, UnavailableError, ClientGoneError, InvalidRequestError)
+_PASSING = (
+    QueueFullError,
+    UnavailableError,
+    EngineRestartedError,
+    ClientGoneError,
+    InvalidRequestError,
+)
 """Errors before a request begins that say nothing about its version."""
 
 _log = logging.getLogger(__name__)

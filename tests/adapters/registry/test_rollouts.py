@@ -155,3 +155,14 @@ def test_an_answer_that_ends_after_its_rollout_can_still_be_rated_but_counts_for
     found = two.rollouts.rate("default", "gen-9", 0.5)
     assert found is not None
     assert not found[1]
+
+
+def test_a_deleted_adapter_takes_its_rollouts_and_their_answers_along(two: Registry) -> None:
+    rollout(two)
+    answer = RolloutAnswer("default", "gen-1", "rollout-1", "candidate", 100.0)
+    two.rollouts.add("first", 1, {("rollout-1", "candidate", "requests"): 1.0}, [answer])
+    two.delete_adapter(*HERE)
+    assert two.rollouts.of_adapter(*HERE, 5) == []
+    assert two.rollouts.rate("default", "gen-1", 1.0) is None
+    two.rollouts.add("first", 2, {("rollout-1", "candidate", "requests"): 1.0}, [answer])
+    assert two.rollouts.rate("default", "gen-1", 1.0) is None

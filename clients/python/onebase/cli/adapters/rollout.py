@@ -28,7 +28,7 @@ with --promote or --rollback end it.
 _EXAMPLES = """\
   onebase adapters rollout acme-support@3f2a9c41 --percent 10
   onebase adapters rollout acme-support@3f2a9c41 --shadow 20 --judge polite
-  onebase adapters rollout acme-support@3f2a9c41 --percent 10 --auto --rule requests=500 --rule errors=0.01
+  onebase adapters rollout acme-support@3f2a9c41 --percent 10 --auto --rule requests=500
   onebase adapters rollout acme-support --watch
   onebase adapters rollout acme-support --percent 50
   onebase adapters rollout acme-support --rollback
@@ -89,7 +89,9 @@ def _parser(action: str) -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help=f"one of {', '.join(_RULES)}; `none`: it decides nothing (default: as the server has them)",
     )
-    start.add_argument("--judge", metavar="ADAPTER", help="adapter that judges a part of the answers")
+    start.add_argument(
+        "--judge", metavar="ADAPTER", help="adapter that judges a part of the answers (default: none)"
+    )
     start.add_argument(
         "--approves", metavar="WORD", help="beginning of its answer where it approves (default: yes)"
     )
