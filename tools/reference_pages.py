@@ -52,7 +52,10 @@ ROUTES = {
         },
     ),
     "reading": ("Vectors, classes, scores", {"pooling": "Texts that are read"}),
-    "adapters": ("Adapters", {"adapters": "Adapters and versions", "vllm": "vLLM's"}),
+    "adapters": (
+        "Adapters",
+        {"adapters": "Adapters and versions", "feedback": "Feedback", "vllm": "vLLM's"},
+    ),
     "training": (
         "Training, batches, files",
         {"training": "Jobs", "batches": "Batches", "files": "Files", "tinker": "The Tinker API's"},
@@ -248,7 +251,8 @@ class RoutesPage:
 
     def _route(self, method: str, path: str, operation: Json) -> Iterator[str]:
         scope = self._scopes[method, path]
-        needs = {"open": "No key needed.", "any": "Any key."}.get(scope, f"Scope `{scope}`.")
+        words = {"open": "No key needed.", "any": "Any key.", "feedback": "Scope `generate`."}
+        needs = words.get(scope, f"Scope `{scope}`.")
         said = " ".join(str(operation.get("description", "")).split())
         yield from ("", f"### `{method} {path}`", "", f"{said} {needs}")
         rows = [

@@ -20,6 +20,7 @@ ApiError
 ├── UnknownResponseError         no such response, or none any more
 ├── UnknownConversationError     no such conversation, or none any more
 ├── UnknownGenerationError       no text of this id is being generated here
+├── UnknownAnswerError           no answer of this id that feedback can be about
 ├── KeyNotFoundError             no such API key
 ├── TrainingFileNotFoundError    no such file
 ├── JobNotFoundError             no such training job
@@ -246,6 +247,18 @@ class UnknownGenerationError(ApiError):
         )
 
 
+class UnknownAnswerError(ApiError):
+    """`days`: how long answers are kept for feedback."""
+
+    def __init__(self, answer_id: str, days: float) -> None:
+        super().__init__(
+            f"id: there is no answer {answer_id[:100]!r} that feedback can be about. Answers of an adapter "
+            f"are kept for it while a rollout of the adapter runs, for {days:g} days. Send the `id` of one.",
+            code="answer_not_found",
+            param="id",
+        )
+
+
 class KeyNotFoundError(ApiError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="key_not_found", param="key_id")
@@ -444,6 +457,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     UnknownConversationError: (404, "invalid_request_error"),
     NotServedError: (501, "invalid_request_error"),
     UnknownGenerationError: (404, "invalid_request_error"),
+    UnknownAnswerError: (404, "invalid_request_error"),
     KeyNotFoundError: (404, "invalid_request_error"),
     AdapterNotFoundError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),

@@ -332,6 +332,138 @@ class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in (READY, FAILED)
 
 
+RolloutState = Literal["running", "promoted", "rolled_back", "stopped"]
+Verdict = Literal["no_data", "undecided", "worse", "not_worse", "better"]
+
+
+class RolloutRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Rules by which a rollout ends by itself. Each margin says how much worse than the active version the
+    candidate may be; None: that is measured, but decides nothing."""
+
+    requests: Annotated[int, Meta(ge=1, le=10_000_000)] = 300
+    """Answers of the candidate before it can be promoted."""
+    confidence: Annotated[float, Meta(ge=0.5, le=0.9999)] = 0.95
+    """Confidence of all of a rollout's decisions together, however often the server looks."""
+    errors: Annotated[float, Meta(ge=0, le=1)] | None = 0.03
+    """Margin of the share of requests that fail, as a difference: 0.03 is three of a hundred."""
+    first_token: Annotated[float, Meta(ge=0, le=100)] | None = 0.3
+    """Margin of the time to the first token, as a ratio: 0.3 is 30% slower."""
+    per_token: Annotated[float, Meta(ge=0, le=100)] | None = 0.3
+    """Margin of the time per token after the first, as a ratio."""
+    tokens: Annotated[float, Meta(ge=0, le=100)] | None = None
+    """Margin of the tokens of an answer, as a ratio: longer counts as worse."""
+    refusals: Annotated[float, Meta(ge=0, le=1)] | None = 0.1
+    """Margin of the share of answers that refuse, as a difference."""
+    feedback: Annotated[float, Meta(ge=0, le=1)] | None = 0.1
+    """Margin of the mean score that users send back, as a difference; lower is worse."""
+    judge: Annotated[float, Meta(ge=0, le=1)] | None = 0.1
+    """Margin of the share of answers that the judge approves of, as a difference; lower is worse."""
+
+
+class RolloutJudge(msgspec.Struct, frozen=True, kw_only=True):
+    """Adapter that judges a part of both versions' answers, in the background."""
+
+    adapter: Annotated[str, Meta(min_length=1, max_length=200)]
+    """Name of an adapter, such as an activated LoRA, that answers a conversation with one of few words."""
+    approves: Annotated[str, Meta(min_length=1, max_length=200)] = "yes"
+    """Beginning of its answer, in any case, by which it approves."""
+    percent: Annotated[float, Meta(gt=0, le=100)] = 10.0
+    """Percent of the answers that it judges."""
+
+
+class SideFigure(msgspec.Struct, frozen=True):
+    """Mean of one metric on one side of a rollout, with its confidence interval once there are enough
+    values."""
+
+    n: int
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class RolloutComparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Comparison of the candidate with the active version by one metric."""
+
+    metric: str
+    """`errors`, `first_token` and `per_token` (seconds, geometric means), `tokens`, `refusals`, `feedback` or
+    `judge`."""
+    side: Literal["candidate", "shadow"]
+    active: SideFigure
+    candidate: SideFigure
+    worse_by: float | None
+    """Amount by which the candidate is worse, as a difference or a ratio less 1; negative if it is better."""
+    low: float | None
+    """Confidence interval of `worse_by`, once there are enough values: 10 on each side, 30 of times and
+    tokens."""
+    high: float | None
+    margin: float | None
+    verdict: Verdict
+
+
+class RolloutSideCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of one side of a rollout."""
+
+    side: Literal["active", "candidate", "shadow"]
+    version: str
+    requests: int
+    """Requests that were answered, or failed."""
+    errors: int
+    refusals: int
+    aborted: int
+    """Requests that their callers left, or whose time was over. They count for nothing else."""
+    skipped: int = 0
+    """Copies that were not made, since too many ran."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Rollout(msgspec.Struct, frozen=True, kw_only=True):
+    """Rollout of a version, the candidate, beside the active version of an adapter."""
+
+    object: Literal["adapter.rollout"] = "adapter.rollout"
+    id: str
+    name: str
+    tenant: str
+    version: str
+    """Digest of the candidate."""
+    active: str
+    """Digest of the version that was active when the rollout began, and is until it is promoted."""
+    state: RolloutState
+    percent: float
+    """Percent of the requests that the candidate answers."""
+    shadow: float
+    """Percent of the active version's requests of which the candidate gets a copy that nobody sees."""
+    by: Literal["caller", "request"]
+    """`caller`: all requests of one user, session or key are answered by the same version."""
+    promote: bool
+    """Whether the candidate is promoted by itself once the rules allow it."""
+    rules: RolloutRules
+    judge: RolloutJudge | None
+    sides: tuple[RolloutSideCounts, ...]
+    comparisons: tuple[RolloutComparison, ...]
+    waits_for: tuple[str, ...] = ()
+    """Conditions of a promotion that are not met yet."""
+    reason: str | None
+    """Reason of its end."""
+    created_at: float
+    """Unix time in seconds."""
+    created_by: str
+    ended_at: float | None
+    ended_by: str | None
+
+
+class FeedbackAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Receipt for a score of an answer."""
+
+    object: Literal["feedback"] = "feedback"
+    id: str
+    """Id of the answer."""
+    score: float
+    rollout: str
+    counted: bool
+    """Whether it counts: the rollout runs."""
+
+
 class Activation(msgspec.Struct, frozen=True):
     """One entry in the history of a name: who changed its active version, and when."""
 

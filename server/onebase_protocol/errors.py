@@ -164,10 +164,10 @@ ERROR_CODES = (
     _meaning(
         404,
         "adapter_not_found version_not_found model_not_found hub_not_found file_not_found job_not_found "
-        "checkpoint_gone batch_not_found key_not_found response_not_found conversation_not_found "
-        "item_not_found generation_not_found",
-        "no such name, version, repository, file, job, checkpoint, batch, key, response, conversation, item "
-        "or running text; also if another tenant has it",
+        "checkpoint_gone batch_not_found key_not_found rollout_not_found answer_not_found response_not_found "
+        "conversation_not_found item_not_found generation_not_found",
+        "no such name, version, repository, file, job, checkpoint, batch, key, rollout, answer, response, "
+        "conversation, item or running text; also if another tenant has it",
     ),
     _meaning(
         404,
@@ -192,7 +192,7 @@ ERROR_CODES = (
     ),
     _meaning(
         409,
-        "base_mismatch version_not_ready stale_activation nothing_to_roll_back adapter_in_use "
+        "base_mismatch version_not_ready stale_activation nothing_to_roll_back rollout_state adapter_in_use "
         "adapter_not_composable ranks_differ",
         "the state of the adapter does not allow it; the message says what would",
     ),

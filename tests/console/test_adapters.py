@@ -547,3 +547,40 @@ def test_two_versions_are_compared_by_what_they_answer(words: Server, look: Look
         sent = [one.post_data_json for one in visit.requests if one.url.endswith("/generate/many")]
         asked = {each["adapter"] for body in sent for each in body["requests"]}
         assert asked <= {f"twice@{first}", f"twice@{second}"}
+
+
+# ---- rollouts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", EVERY_SIZE)
+def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Look, size: str) -> None:
+    name = f"rolled-{size}"
+    with words.client() as http, look(words, size) as visit:
+        upload(http, name, f"{name} old".encode(), query="wait=true&activate=true")
+        new = upload(http, name, f"{name} new".encode()).json()["version"]
+        visit.open(f"#/adapters?name={name}")
+        part = visit.page.get_by_role("region", name="Rollout")
+        part.get_by_text("Start one").click()
+        part.get_by_label("Percent of the users").fill("50")
+        part.get_by_role("button", name="Start").click()
+        expect(part.get_by_text("Running")).to_be_visible()
+        for number in range(60):
+            answer = http.post(
+                "/generate", json={"prompt": "a b", "adapter": name, "user": f"u{number}", "max_tokens": 3}
+            )
+            thumb = {"id": answer.json()["id"], "thumb": "up"}
+            assert http.post("/v1/feedback", json=thumb).json()["counted"]
+        row = part.get_by_role("row", name="Feedback")
+        expect(row.get_by_text("Not decided").or_(row.get_by_text("Not worse"))).to_be_visible()
+        assert visit.too_wide() == []
+        assert visit.violations() == []
+        share = part.get_by_label("Share of the candidate")
+        share.fill("80")
+        share.dispatch_event("change")
+        expect(part.get_by_text("80%").first).to_be_visible()
+        words.wait_for(lambda: http.get(f"/v1/adapters/{name}/rollout").json()["percent"] == 80)
+        part.get_by_role("button", name="Roll back").click()
+        visit.page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
+        expect(part.get_by_text("Rolled back", exact=True)).to_be_visible()
+        expect(part.get_by_text("Start another")).to_be_visible()
+        assert http.get(f"/v1/adapters/{name}").json()["version"] != new

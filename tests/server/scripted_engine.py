@@ -2,7 +2,8 @@
 
 It stands in for the engine only where a fault cannot be had from the real one at a given moment.
 Run as `python scripted_engine.py BEHAVIOUR [--pace PIPE] --fd N [--base-fd N]`. It loads any file as an
-adapter, if its hash is right, and dies when a row asks for one that is not loaded:
+adapter, if its hash is right, and dies when a row asks for one that is not loaded. A row with an adapter
+whose file begins with the word `sick` ends with an error.
 
     words        every row gets the token ids of its prompt, one per step, over and over
     flood        as `words`, with no pause between steps; each says that it took a second
@@ -76,6 +77,7 @@ class ScriptedEngine:
         self.rows: dict[tuple[str, int], list[object]] = {}
         self.steps = 0
         self.loaded: set[str] = set()
+        self.sick: set[str] = set()
         self.seen: set[tuple[str, tuple[int, ...]]] = set()
         self.pace: int | None = None
 
@@ -127,6 +129,8 @@ class ScriptedEngine:
             self.send(AdapterFailed(digest=message.digest, code="damaged", message="not what was proved"))
             return
         self.loaded.add(message.digest)
+        if content.startswith(b"sick"):
+            self.sick.add(message.digest)
         self.send(AdapterLoaded(digest=message.digest, bytes=len(content), load_seconds=0.0))
 
     def start(self, message: Start) -> None:
@@ -190,6 +194,11 @@ class ScriptedEngine:
             if not isinstance(submit, Submit) or not isinstance(count, int):
                 raise TypeError("a row is a submit and a count")
             state[1] = count + 1
+            if any(ref.digest in self.sick for ref in submit.adapters):
+                error = {"error_code": "engine_error", "error_message": "these weights make it sick"}
+                outputs.append(SequenceOutput(id=name, choice=choice, finish="error", **error))
+                del self.rows[name, choice]
+                continue
             if submit.pooling is not None or submit.branches:
                 outputs.append(self.read(submit, choice))
                 del self.rows[name, choice]

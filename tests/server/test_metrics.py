@@ -48,10 +48,13 @@ VLLM = {
 OURS = {
     "gauge": "tenant_rows adapters host_memory_bytes engine_state max_rows versions_unfinished training_jobs "
     "training_step training_steps training_loss training_eval_loss training_tokens_per_second "
-    "trainer_memory_bytes batches batch_rows_running host_prefix_blocks",
+    "trainer_memory_bytes batches batch_rows_running host_prefix_blocks rollout_percent",
     "counter": "adapter_loads adapter_evictions adapter_requests adapter_prompt_tokens "
     "adapter_generation_tokens engine_restarts engine_steps http_answers proofs activations trainer_deaths "
-    "batch_rows host_prefix_tokens",
+    "batch_rows host_prefix_tokens rollouts_ended rollout_requests rollout_errors rollout_refusals "
+    "rollout_aborted rollout_copies_skipped rollout_prompt_tokens rollout_generation_tokens "
+    "rollout_first_token_seconds rollout_decode_seconds",
+    "summary": "rollout_judged",
     "histogram": "proof_seconds",
 }
 FAMILIES = {

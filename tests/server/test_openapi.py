@@ -302,6 +302,7 @@ def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
         walk("GET", f"/v1/adapters{path}")
     walk("GET", f"/v1/adapters/shop/versions/{first}/files")
     walk("GET", f"/v1/adapters/shop/versions/{first}/files/adapter_config.json")
+    _walk_through_a_rollout(walk, second)
     terms = [{"name": f"shop@{version}", "weight": 0.5} for version in (first, second)]
     merge = {"name": "mixed", "adapters": terms, "method": "dare_ties", "density": 0.5}
     walk("POST", "/v1/adapters/merge", 202, json=merge)
@@ -319,6 +320,21 @@ def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
     walk("DELETE", f"/v1/adapters/shop/versions/{second}")
     walk("DELETE", "/v1/adapters/slow")
     walk("DELETE", "/v1/models/shop")
+
+
+def _walk_through_a_rollout(walk: Walk, candidate: str) -> None:
+    place = "/v1/adapters/shop/rollout"
+    judge = {"adapter": "shop", "percent": 0.5}
+    walk("POST", place, json={"version": candidate, "percent": 100, "shadow": 5, "judge": judge})
+    made = walk("POST", "/generate", json={"prompt": "word", "max_tokens": 2, "adapter": "shop"})["id"]
+    walk("POST", "/v1/feedback", json={"id": made, "score": 0.5})
+    walk("POST", f"{place}/share", json={"percent": 50})
+    walk("GET", place)
+    walk("POST", f"{place}/rollback")
+    walk("POST", place, json={"version": candidate, "shadow": 5})
+    walk("POST", f"{place}/promote")
+    walk("GET", f"{place}s")
+    walk("POST", "/v1/adapters/shop/rollback")
 
 
 def _walk_through_a_job(walk: Walk, http: httpx2.Client, server: Server) -> None:

@@ -17,6 +17,7 @@ from onebase_adapters.registry.errors import (
     RegistryBusyError,
     RegistryError,
     RegistryFullError,
+    RolloutStateError,
     StaleActivationError,
     UnknownAdapterError,
     UnknownBatchError,
@@ -24,6 +25,7 @@ from onebase_adapters.registry.errors import (
     UnknownJobError,
     UnknownKeyError,
     UnknownLiveError,
+    UnknownRolloutError,
     UnknownVersionError,
 )
 from onebase_adapters.registry.jobs import TrainingRecords
@@ -39,6 +41,7 @@ from onebase_adapters.registry.records import (
     OPEN_BATCHES,
     OPEN_STATES,
     RESUMABLE,
+    ROLLOUT_SIDES,
     SCOPES,
     UNSET,
     UPLOADED,
@@ -63,6 +66,11 @@ from onebase_adapters.registry.records import (
     Purpose,
     Quotas,
     QuotaUse,
+    RolloutAnswer,
+    RolloutFigures,
+    RolloutRecord,
+    RolloutSide,
+    RolloutState,
     Scope,
     State,
     TakeableJob,
@@ -74,6 +82,7 @@ from onebase_adapters.registry.records import (
     UsageKey,
     VersionRecord,
 )
+from onebase_adapters.registry.rollouts import Rollouts
 from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
@@ -91,6 +100,7 @@ __all__ = [
     "OPEN_BATCHES",
     "OPEN_STATES",
     "RESUMABLE",
+    "ROLLOUT_SIDES",
     "SCOPES",
     "SIGNATURE",
     "TENANT_QUOTAS",
@@ -140,6 +150,13 @@ __all__ = [
     "RegistryBusyError",
     "RegistryError",
     "RegistryFullError",
+    "RolloutAnswer",
+    "RolloutFigures",
+    "RolloutRecord",
+    "RolloutSide",
+    "RolloutState",
+    "RolloutStateError",
+    "Rollouts",
     "Scope",
     "ServerRecords",
     "StaleActivationError",
@@ -157,6 +174,7 @@ __all__ = [
     "UnknownJobError",
     "UnknownKeyError",
     "UnknownLiveError",
+    "UnknownRolloutError",
     "UnknownVersionError",
     "Unset",
     "UsageFigures",

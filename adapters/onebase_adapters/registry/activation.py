@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from onebase_adapters.registry import audit
+from onebase_adapters.registry import audit, rollouts
 from onebase_adapters.registry.database import plain
 from onebase_adapters.registry.errors import (
     NothingToRollBackError,
@@ -113,6 +113,7 @@ def _switch(
             at=at,
         )
     )
+    rollouts.active_changed(session, adapter, digest, actor, at)
     previous, adapter.active = adapter.active, digest
     audit.note(
         session,

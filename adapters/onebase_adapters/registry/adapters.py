@@ -11,7 +11,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
-from onebase_adapters.registry import activation, audit
+from onebase_adapters.registry import activation, audit, rollouts
 from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
@@ -30,6 +30,9 @@ from onebase_adapters.registry.records import (
     AuditAction,
     Changes,
     ForcedDeletion,
+    RolloutFigures,
+    RolloutRecord,
+    RolloutState,
     State,
     Unset,
     VersionRecord,
@@ -102,6 +105,8 @@ class Registry:
         """Usage by tenant, day, base and adapter, of every base."""
         self.servers = ServerRecords(self._database, base_id)
         """Leases of servers and the use of quotas that they admitted, of every base."""
+        self.rollouts = rollouts.Rollouts(self._database, base_id)
+        """Figures of rollouts, and the answers that feedback may be about."""
         self.audit = audit.AuditLog(self._database)
         """Audit log of every base."""
 
@@ -364,6 +369,56 @@ class Registry:
             activation.deactivate(session, adapter, actor, now)
             return _adapter_record(adapter)
 
+    def start_rollout(self, rollout: RolloutRecord) -> RolloutRecord:
+        """Start a rollout of a ready version beside the one that is active.
+
+        The record's `baseline` is the digest that must be active. Raises RolloutStateError (one runs, or the
+        versions do not fit), NotReadyError, StaleActivationError, UnknownAdapterError, UnknownVersionError.
+        """
+        now = time.time()
+        with self._changing(rollout.tenant, rollout.name, now) as (session, adapter):
+            activation.check_expected(adapter, rollout.baseline)
+            candidate = _require_version(session, adapter, rollout.candidate)
+            return rollouts.start(session, adapter, candidate, rollout, now)
+
+    def change_rollout(
+        self, tenant: str, name: str, *, percent: float | None = None, shadow: float | None = None
+    ) -> RolloutRecord:
+        """Change the shares of the rollout that runs. Raises RolloutStateError, UnknownAdapterError."""
+        with self._changing(tenant, name, time.time()) as (session, adapter):
+            return rollouts.change(session, adapter, percent, shadow)
+
+    def end_rollout(
+        self,
+        tenant: str,
+        name: str,
+        state: RolloutState,
+        reason: str,
+        *,
+        rollout: str | None = None,
+        figures: RolloutFigures | None = None,
+        facts: Mapping[str, Any] | None = None,
+        actor: str = "",
+    ) -> RolloutRecord:
+        """End the rollout that runs; `promoted` activates its candidate in the same transaction.
+
+        Args:
+            rollout: the id of the one that must be running; None: any.
+            figures: those that led to it, for the audit log; None: those of now. facts: more for it.
+
+        Raises RolloutStateError (none runs, or another), NotReadyError, UnknownAdapterError,
+        UnknownVersionError."""
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            row = rollouts.running(session, adapter, rollout)
+            ended = rollouts.end(
+                session, adapter, row, state, reason, now, figures=figures, facts=facts, actor=actor
+            )
+            if state == "promoted":
+                candidate = _require_version(session, adapter, row.candidate)
+                activation.activate(session, adapter, candidate, actor, now)
+            return ended
+
     def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
         """Set whether the active version stays in memory. Raises UnknownAdapterError."""
         with self._changing(tenant, name, time.time()) as (session, adapter):
@@ -393,6 +448,7 @@ class Registry:
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
             version = _require_version(session, adapter, digest)
+            rollouts.version_deleted(session, adapter, version.digest, actor, now)
             if version.digest == adapter.active:
                 activation.deactivate(session, adapter, actor, now)
             blobs = _blobs_of(version)
@@ -575,6 +631,7 @@ def _new_adapter(base_id: str, tenant: str, name: str, now: float) -> AdapterRow
         updated_at=now,
         changed=0,
         versions=[],
+        rollout=None,
     )
 
 
@@ -618,6 +675,7 @@ def _adapter_record(row: AdapterRow) -> AdapterRecord:
         row,
         activated_at=row.switched_at if row.active is not None else None,
         versions=tuple(_version_record(version, row, whole=False) for version in row.versions),
+        rollout=None if row.rollout is None else rollouts.record(row.rollout, row),
     )
 
 

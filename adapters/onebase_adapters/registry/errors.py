@@ -64,6 +64,14 @@ class NothingToRollBackError(RegistryError):
     """No version was active before this one, or all that were are deleted."""
 
 
+class UnknownRolloutError(RegistryError):
+    """The adapter has no rollout."""
+
+
+class RolloutStateError(RegistryError):
+    """A rollout runs already, or none does, or it cannot be made of these versions."""
+
+
 class UnknownKeyError(RegistryError):
     """There is no API key of this id."""
 

@@ -71,11 +71,57 @@ class VersionRecord:
         return self.prepared if first == kernels else self.proofs.get(kernels)
 
 
+RolloutState = Literal["running", "promoted", "rolled_back", "stopped"]
+RolloutSide = Literal["active", "candidate", "shadow"]
+ROLLOUT_SIDES: Final[tuple[RolloutSide, ...]] = get_args(RolloutSide)
+RolloutFigures = Mapping[str, Mapping[str, float]]
+"""Sums over a rollout's requests, by side and by figure."""
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """Rollout of one version, the candidate, under an adapter's name.
+
+    `baseline`: digest of the version that was active when it began. `percent`: share of the requests that
+    the candidate answers. `shadow`: percent of the active version's requests of which the candidate gets a
+    copy. `settings`: further fields, as the server stored them. `figures`: those at its end; {} until then.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    candidate: str
+    baseline: str
+    state: RolloutState
+    percent: float
+    shadow: float
+    settings: Mapping[str, Any] = field(hash=False)
+    created_at: float
+    created_by: str
+    ended_at: float | None = None
+    ended_by: str | None = None
+    reason: str | None = None
+    figures: RolloutFigures = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class RolloutAnswer:
+    """Answer of a rollout, as it is kept for feedback. `at`: time of its end."""
+
+    tenant: str
+    id: str
+    rollout: str
+    side: RolloutSide
+    at: float
+    score: float | None = None
+
+
 @dataclass(frozen=True)
 class AdapterRecord:
     """One name. `active`: digest of the version that requests by name use; `versions`: newest first.
 
     `shared`: whether all tenants may use and see it. `activated_at`: time of the last change of `active`.
+    `rollout`: the one that runs, if one does.
     """
 
     tenant: str
@@ -87,6 +133,7 @@ class AdapterRecord:
     updated_at: float
     activated_at: float | None
     versions: tuple[VersionRecord, ...]
+    rollout: RolloutRecord | None = None
 
     def version(self, digest: str) -> VersionRecord | None:
         """Return the version of this whole digest, or None."""
@@ -232,10 +279,11 @@ AuditAction = Literal[
     "job.succeeded", "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
     "batch.failed", "batch.expired", "run.created", "run.ended", "key.created", "key.changed",
     "key.revoked", "tenant.changed",
+    "rollout.started", "rollout.changed", "rollout.promoted", "rollout.rolled_back", "rollout.stopped",
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in AUDIT_ACTIONS))
-"""Kinds of actions, their first parts: `adapter`, `file`, `job`, `batch`, `run`, `key`, `tenant`."""
+"""Kinds of actions: the first parts of their names, as in `adapter.deleted`."""
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,65 @@ class AdapterRow(Table):
         cascade="all, delete-orphan",
         passive_deletes=True,
     )
+    rollout: Mapped[RolloutRow | None] = relationship(
+        primaryjoin="and_(RolloutRow.adapter_id == AdapterRow.id, RolloutRow.state == 'running')",
+        viewonly=True,
+        uselist=False,
+        lazy="joined",
+    )
+    """Rollout that runs, if one does."""
+
+
+class RolloutRow(Table):
+    """One rollout of a version under an adapter's name. A row stays when it has ended, with its figures.
+
+    settings: the rules and the rest of what was asked for. figures: those that led to its end.
+    """
+
+    __tablename__ = "rollouts"
+    __table_args__ = (Index(None, "adapter_id", "state"),)
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    id: Mapped[str] = mapped_column(String, unique=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
+    candidate: Mapped[str] = mapped_column(String)
+    baseline: Mapped[str] = mapped_column(String)
+    state: Mapped[str] = mapped_column(String)
+    percent: Mapped[float] = mapped_column(DoubleType)
+    shadow: Mapped[float] = mapped_column(DoubleType)
+    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    created_by: Mapped[str] = mapped_column(String)
+    ended_at: Mapped[float | None] = mapped_column(DoubleType)
+    ended_by: Mapped[str | None] = mapped_column(String)
+    reason: Mapped[str | None] = mapped_column(Text)
+    figures: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+
+
+class RolloutFigureRow(Table):
+    """One sum over the requests of one side of a rollout, on all servers."""
+
+    __tablename__ = "rollout_figures"
+
+    rollout: Mapped[int] = mapped_column(
+        ForeignKey("rollouts.number", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    side: Mapped[str] = mapped_column(String, primary_key=True)
+    figure: Mapped[str] = mapped_column(String, primary_key=True)
+    value: Mapped[float] = mapped_column(DoubleType)
+
+
+class RolloutAnswerRow(Table):
+    """One answer of a rollout, for the feedback that may come. It holds no text."""
+
+    __tablename__ = "rollout_answers"
+
+    tenant: Mapped[str] = mapped_column(String, primary_key=True)
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    rollout: Mapped[int] = mapped_column(ForeignKey("rollouts.number", ondelete="CASCADE"), index=True)
+    side: Mapped[str] = mapped_column(String)
+    at: Mapped[float] = mapped_column(DoubleType, index=True)
+    score: Mapped[float | None] = mapped_column(DoubleType)
 
 
 class VersionRow(Table):

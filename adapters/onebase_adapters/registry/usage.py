@@ -36,7 +36,7 @@ class UsageRecords:
         writer: one process of a server. batch: counts up from 1.
         """
         with self._database.write_uncounted() as session:
-            if not _is_new(session, writer, batch):
+            if not is_new_batch(session, writer, batch):
                 return
             # In one order, so that two servers never wait for each other.
             values = [_values(key, rows[key]) for key in sorted(rows)]
@@ -61,8 +61,8 @@ class UsageRecords:
         return [(dict(zip(by, row[: len(by)], strict=True)), _figures(row[len(by) :])) for row in rows]
 
 
-def _is_new(session: Session, writer: str, batch: int) -> bool:
-    """Return True if the batch has not been written, and record it as written."""
+def is_new_batch(session: Session, writer: str, batch: int) -> bool:
+    """Return True if a writer's batch has not been written, and record it as written."""
     row = session.get(UsageWriterRow, writer, with_for_update=True)
     now = time.time()
     if row is None:

@@ -163,6 +163,8 @@ class SamplingFields(TypedDict, total=False):
 
     timeout_s: float | None
     """Time, in seconds, after which the server ends the request by itself (default: None, no limit)."""
+    user: str
+    """Person or session that asks (default: None). During a rollout each is answered by one version."""
 
 
 @dataclass(frozen=True)

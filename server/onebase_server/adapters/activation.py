@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from onebase_adapters.registry import (
     UNSET,
     AdapterRecord,
     Registry,
+    RolloutRecord,
+    RolloutState,
     Unset,
     VersionRecord,
 )
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
-from onebase_edge.errors import ActivationConflictError, ApiError, StateConflictError
+from onebase_edge.errors import ActivationConflictError, ApiError, InvalidRequestError, StateConflictError
 from onebase_protocol import adapters as wire
 from onebase_server.adapters.catalog import Catalog, VersionRef, VisibleAdapters, not_ready
 from onebase_server.adapters.residency import Residency
@@ -55,6 +59,8 @@ class ActivationService:
         self._turn = asyncio.Lock()
         self.changes: Counter[str] = Counter()
         """Changes made by this server, by action: `activate`, `rollback`, `deactivate`."""
+        self.rollouts: Counter[str] = Counter()
+        """Rollouts that this server ended, by their state then."""
         self._actives: dict[tuple[str, str], str | None] | None = None
         """Active digest of each (tenant, name) at the last change of the catalog; None before the first."""
         self._prefetched: dict[tuple[str, str], AdapterRecord] = {}
@@ -88,6 +94,87 @@ class ActivationService:
                 )
         self.changes["activate"] += 1
         return self._catalog.of(tenant).adapter(name, param="name")
+
+    async def start_rollout(self, rollout: RolloutRecord) -> RolloutRecord:
+        """Load the candidate, then let it answer its share of the requests. `rollout`: what is wanted.
+
+        Raises what `activate` raises, and StateConflictError if the two versions cannot be compared."""
+        names = await self._look(rollout.tenant, rollout.name)
+        candidate = names.version(rollout.name, rollout.candidate, param="version")
+        if candidate.state != "ready":
+            raise not_ready(candidate, "version")
+        active = names.adapter(rollout.name, param="name").active_version
+        for version in (candidate, *([active] if active is not None else ())):
+            if (task := (version.report or {}).get("task", "CAUSAL_LM")) != "CAUSAL_LM":
+                raise InvalidRequestError(
+                    f"version: rollouts are for adapters that generate text, and the task_type of "
+                    f"{version.digest[:12]} is {task}. Activate it instead.",
+                    param="version",
+                    code="adapter_task",
+                )
+        async with self._residency.lease([VersionRef.of(candidate)]), self._turn:
+            with storage_errors(rollout.name):
+                return await self._records.write(
+                    self._registry.start_rollout,
+                    replace(
+                        rollout,
+                        candidate=candidate.digest,
+                        baseline="" if active is None else active.digest,
+                    ),
+                )
+
+    async def change_rollout(
+        self, tenant: str, name: str, *, percent: float | None, shadow: float | None
+    ) -> RolloutRecord:
+        """Change the shares of the rollout that runs. Raises StateConflictError, AdapterNotFoundError."""
+        self._catalog.of(tenant).check_own(name)
+        async with self._turn:
+            with storage_errors(name):
+                return await self._records.write(
+                    self._registry.change_rollout, tenant, name, percent=percent, shadow=shadow
+                )
+
+    async def end_rollout(
+        self,
+        tenant: str,
+        name: str,
+        state: RolloutState,
+        reason: str,
+        *,
+        seen: RolloutRecord | None = None,
+        facts: Mapping[str, Any] | None = None,
+        actor: str = "",
+    ) -> RolloutRecord:
+        """End the rollout that runs. A promotion loads the candidate and activates it; after any other end
+        new requests get the active version at once.
+
+        Args:
+            seen: the rollout that must be running, with the figures that led to this; None: whichever runs.
+            facts: further facts for the audit log.
+
+        Raises what `activate` raises; StateConflictError if none runs."""
+        self._catalog.of(tenant).check_own(name)
+        record = self._catalog.of(tenant).adapter(name, param="name")
+        rollout = record.rollout
+        uses = []
+        if state == "promoted" and rollout is not None:
+            uses = [VersionRef(tenant, name, rollout.candidate)]
+        async with self._residency.lease(uses), self._turn:
+            with storage_errors(name):
+                ended = await self._records.write(
+                    self._registry.end_rollout,
+                    tenant,
+                    name,
+                    state,
+                    reason,
+                    rollout=None if seen is None else seen.id,
+                    figures=None if seen is None else seen.figures,
+                    facts=facts,
+                    actor=actor,
+                )
+        self.rollouts[state] += 1
+        self.changes["activate"] += state == "promoted"
+        return ended
 
     async def roll_back(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
@@ -190,6 +277,8 @@ class ActivationService:
             if not force:
                 if record.active == found.digest:
                     raise _in_use(name, f"version {found.digest[:12]} is the active one")
+                if record.rollout is not None and record.rollout.candidate == found.digest:
+                    raise _in_use(name, f"a rollout of version {found.digest[:12]} runs")
                 self._check_unused([found])
             with storage_errors(name):
                 blobs = await self._records.write(

@@ -26,6 +26,8 @@ from onebase_adapters.registry import (
     ForcedDeletion,
     Registry,
     RegistryError,
+    RolloutRecord,
+    RolloutSide,
     VersionRecord,
 )
 from onebase_edge.errors import (
@@ -36,6 +38,7 @@ from onebase_edge.errors import (
     UnavailableError,
 )
 from onebase_engine.engine.messages import AdapterRef
+from onebase_server.adapters.rollout_rules import RequestUnit, chooses_candidate
 from onebase_server.storage.calls import RegistryThreads
 
 HUB_PREFIX = "hub:"
@@ -63,6 +66,13 @@ class VersionRef(NamedTuple):
         return cls(version.tenant, version.name, version.digest)
 
 
+class RolloutPart(NamedTuple):
+    """Rollout that a request is a part of, and the side that answers it."""
+
+    rollout: RolloutRecord
+    side: RolloutSide
+
+
 @dataclass(frozen=True)
 class AdapterChoice:
     """Adapters that one request runs with: references for the engine, versions for leases, a label for
@@ -79,6 +89,8 @@ class AdapterChoice:
     """Names of all labels of the classifier, or none at all."""
     report: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Report of the version, if it is one alone."""
+    part: RolloutPart | None = field(default=None, compare=False)
+    """Rollout that chose the version; None unless one runs and the request names the adapter alone."""
 
     @property
     def named(self) -> str | None:
@@ -380,12 +392,33 @@ class VisibleAdapters:
 
     # ---- for requests ------------------------------------------------------------------------
 
-    def choose(self, reference: str, *, param: str = "adapter") -> AdapterChoice:
-        version = self.find(reference, param=param)
-        chosen = label(version.name, version.digest)
-        refs = (AdapterRef(version.digest),)
-        task, report = _task_of([version]), version.report or {}
-        return AdapterChoice(refs, (VersionRef.of(version),), chosen, *task, report)
+    def choose(
+        self, reference: str, *, param: str = "adapter", unit: RequestUnit | None = None
+    ) -> AdapterChoice:
+        """Return the version that answers a request.
+
+        unit: what the request is to a rollout of the tenant's own adapter; None: whatever rollout runs, the
+            active version answers.
+
+        Raises what `find` does.
+        """
+        part = None if unit is None else self._part(reference, unit)
+        if part is None or part.side == "active":
+            return _chosen(self.find(reference, param=param), part)
+        version = self.version(part.rollout.name, part.rollout.candidate, param=param)
+        return _chosen(version, part)
+
+    def _part(self, reference: str, unit: RequestUnit) -> RolloutPart | None:
+        """Return the part of a request in a rollout, if it names an adapter with one, and no version."""
+        record = self.own(self.ours(reference))
+        rollout = None if record is None else record.rollout
+        if record is None or rollout is None or record.active != rollout.baseline:
+            return None
+        candidate = record.version(rollout.candidate)
+        ready = candidate is not None and candidate.state == "ready"
+        if ready and chooses_candidate(rollout, unit):
+            return RolloutPart(rollout, "candidate")
+        return RolloutPart(rollout, "active")
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
         """Return the weighted sum of several adapters' deltas; the engine adds up duplicates."""
@@ -401,6 +434,12 @@ class VisibleAdapters:
             *_task_of([version for version, _ in found]),
             (found[0][0].report or {}) if alone else {},
         )
+
+
+def _chosen(version: VersionRecord, part: RolloutPart | None = None) -> AdapterChoice:
+    refs, chosen = (AdapterRef(version.digest),), label(version.name, version.digest)
+    task, report = _task_of([version]), version.report or {}
+    return AdapterChoice(refs, (VersionRef.of(version),), chosen, *task, report, part)
 
 
 def _task_of(versions: Sequence[VersionRecord]) -> tuple[Task, int, tuple[str, ...]]:

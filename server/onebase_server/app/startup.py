@@ -176,6 +176,7 @@ class _Server:
                 ("following the registry", partial(services.catalog.watch, settings.sync_seconds)),
                 ("sweeping the store", partial(self.storage.keep_tidy, services.adapters.disk)),
                 ("writing usage", services.usage.keep_writing),
+                ("following rollouts", services.rollouts.keep),
                 ("reading the load", services.load.keep_reading),
                 ("renewing the lease", partial(training.peers.keep, training.scheduler)),
                 ("sharing quotas", services.sharing.keep),
@@ -189,6 +190,7 @@ class _Server:
             shutdown.push_async_callback(asyncio.to_thread, services.tracing.close)
             shutdown.push_async_callback(services.training.peers.leave)
             shutdown.push_async_callback(services.usage.close)
+            shutdown.push_async_callback(services.rollouts.close)
             for task in upkeep:
                 shutdown.callback(task.cancel)
             await run_server(services, create_app(services), listener, ready)

@@ -51,6 +51,7 @@ from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, V
 from onebase_server.requests.defaults import check_form
 from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.rollouts import RolloutService
 from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.storage.calls import RegistryThreads
 from onebase_server.storage.opening import Storage, host_memory, prefix_memory
@@ -184,6 +185,18 @@ def assemble(
     )
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     planner = Planner(supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits)
+    reading = Threads("read", READ_THREADS)
+    rollouts = RolloutService(
+        storage.registry,
+        threads.records,
+        parts.catalog,
+        parts.activation,
+        residency,
+        supervisor,
+        planner,
+        tokenizer,
+        reading,
+    )
     keys = KeyRing(
         storage.registry.keys,
         storage.registry.tenants,
@@ -231,6 +244,7 @@ def assemble(
         batches=batches.runner,
         requests=measured,
         answers=answers,
+        rollouts=rollouts,
     )
     return Services(
         settings=settings,
@@ -249,6 +263,7 @@ def assemble(
         hub=hub,
         merging=Merging(adapters, parts.verifier, max_rank=settings.max_rank, max_bytes=settings.max_upload),
         activation=parts.activation,
+        rollouts=rollouts,
         folders=folders,
         views=AdapterViews(adapters, hub, residency, _reference(base, settings)),
         verifier=parts.verifier,

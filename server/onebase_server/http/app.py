@@ -36,6 +36,7 @@ from onebase_server.http.routes import (
     pooling,
     reference,
     responses,
+    rollouts,
     tinker,
     usage,
     vllm,
@@ -74,8 +75,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.authenticator = Authenticator(app, services)
     routes = (
-        generation, responses, conversations, anthropic, pooling, models, adapters, vllm, files, batches,
-        fine_tuning, tinker, keys, usage, audit, health, reference, console,
+        generation, responses, conversations, anthropic, pooling, models, adapters, rollouts, vllm, files,
+        batches, fine_tuning, tinker, keys, usage, audit, health, reference, console,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the authentication sees each of them

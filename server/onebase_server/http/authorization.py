@@ -241,7 +241,7 @@ class Authenticator:
         if caller is not NOBODY:
             scope[TENANT] = caller.tenant
         if not caller.may(access):
-            raise InsufficientScopeError(access, caller.key)
+            raise InsufficientScopeError("generate" if access == "feedback" else access, caller.key)
         return caller
 
 

@@ -47,6 +47,7 @@ from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.requests import strict_json
 from onebase_server.requests.planner import Planner
 from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.rollouts import RolloutService
 from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.storage.opening import Storage
@@ -139,6 +140,7 @@ class Services:
     hub: HubAdapters
     merging: Merging
     activation: ActivationService
+    rollouts: RolloutService
     folders: Folders
     views: AdapterViews
     verifier: VerifierClient

@@ -9,14 +9,20 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 
 from onebase_adapters.names import label
-from onebase_adapters.registry import BATCH_STATES, JOB_STATES
+from onebase_adapters.registry import BATCH_STATES, JOB_STATES, ROLLOUT_SIDES
 from onebase_engine.engine.messages import Stats
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import Residency
@@ -25,6 +31,7 @@ from onebase_server.batches.runner import BatchRunner
 from onebase_server.jobs.job_run import JobRun
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.processes.supervisor import EngineState, EngineSupervisor
+from onebase_server.requests.rollouts import RolloutService
 from onebase_server.telemetry.histogram import Histogram
 from onebase_server.telemetry.measurements import MOST_ADAPTERS, RequestMeasurements
 
@@ -69,6 +76,17 @@ _USED = (
     ("prompt_tokens", "prompt_tokens", "Prompt tokens of requests with an adapter."),
     ("completion_tokens", "generation_tokens", "Tokens that requests with an adapter generated."),
 )
+_OF_ROLLOUTS = (
+    ("requests", "errors.n", "Requests of a rollout that were answered, or failed."),
+    ("errors", "errors.sum", "Requests of a rollout that failed."),
+    ("refusals", "refusals.sum", "Answers of a rollout that refuse."),
+    ("aborted", "aborted", "Requests of a rollout that their callers left, or whose time was over."),
+    ("copies_skipped", "skipped", "Copies for a candidate that were not made, since too many ran."),
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens of a rollout's requests."),
+    ("generation_tokens", "completion_tokens", "Tokens that a rollout's requests generated."),
+    ("first_token_seconds", "first_token.seconds", "Seconds to the first token, summed over requests."),
+    ("decode_seconds", "decode.seconds", "Seconds from the first token to the last, summed over requests."),
+)
 _PROGRESS = (
     ("step", "onebase_training_step", "Steps that the job has done."),
     ("steps", "onebase_training_steps", "Steps that the job will have."),
@@ -92,7 +110,9 @@ class MetricsCollector:
         batches: BatchRunner,
         requests: RequestMeasurements,
         answers: Counter[tuple[str, int]],
+        rollouts: RolloutService,
     ) -> None:
+        self._rollouts = rollouts
         self._supervisor = supervisor
         self._catalog = catalog
         self._residency = residency
@@ -116,6 +136,7 @@ class MetricsCollector:
             *self._lora(),
             *self._tiers(),
             *self._lives(),
+            *self._rollout_figures(),
             *self._training(job_counts),
             *self._batch_figures(batch_counts),
         ]
@@ -277,6 +298,43 @@ class MetricsCollector:
         for action in ("activate", "rollback", "deactivate"):
             changes.add_metric([action], self._adapters.activation.changes[action])
         yield changes
+
+    def _rollout_figures(self) -> Iterator[Metric]:
+        """Yield what this server has seen of rollouts that run, by version."""
+        labels = ["tenant", "adapter", "version", "side"]
+        percent = GaugeMetricFamily(
+            "onebase_rollout_percent", "Percent of an adapter's requests that a candidate answers.",
+            labels=["tenant", "adapter", "version"],
+        )  # fmt: skip
+        counters = [
+            (CounterMetricFamily(f"onebase_rollout_{name}", text, labels=labels), figure)
+            for name, figure, text in _OF_ROLLOUTS
+        ]
+        judged = SummaryMetricFamily(
+            "onebase_rollout_judged", "Answers that a judge looked at; the sum is of those it approved of.",
+            labels=labels,
+        )  # fmt: skip
+        for rollout in islice(self._rollouts.running(), MOST_ADAPTERS):
+            percent.add_metric([rollout.tenant, rollout.name, rollout.candidate], rollout.percent)
+            for side in ROLLOUT_SIDES:
+                sums = self._rollouts.totals.get((rollout.id, side))
+                if sums is None:
+                    continue
+                version = rollout.baseline if side == "active" else rollout.candidate
+                values = [rollout.tenant, rollout.name, version, side]
+                for family, figure in counters:
+                    family.add_metric(values, sums[figure])
+                judged.add_metric(values, sums["judge.n"], sums["judge.sum"])
+        yield percent
+        for family, _ in counters:
+            yield family
+        yield judged
+        ends = CounterMetricFamily(
+            "onebase_rollouts_ended", "Rollouts that this server ended.", labels=["state"]
+        )
+        for state in ("promoted", "rolled_back", "stopped"):
+            ends.add_metric([state], self._adapters.activation.rollouts[state])
+        yield ends
 
     def _training(self, job_counts: Mapping[str, int] | None) -> Iterator[Metric]:
         if job_counts is not None:

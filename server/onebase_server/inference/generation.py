@@ -7,10 +7,10 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from msgspec.structs import replace as replaced
 
@@ -28,6 +28,7 @@ from onebase_engine.engine.messages import Grammar, Pooling, Sampling, ScoredTok
 from onebase_protocol import text
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
+from onebase_server.adapters.rollout_rules import RequestUnit
 from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, TokenInfo, prompt_token_infos
 from onebase_server.inference.thoughts import Thinking
 from onebase_server.inference.tokenization import BaseTokenizer
@@ -96,6 +97,14 @@ class GenerationRequest:
     """Tokens after the prompt that are scored, for each choice."""
     is_continuation: bool = False
     """See Inflight."""
+    unit: RequestUnit | None = None
+    """Keys by which rollouts divide requests; None: the active version answers it."""
+    said: Sequence[Any] | None = field(default=None, compare=False, repr=False)
+    """Messages of the conversation that it answers; None: its prompt is no conversation."""
+    plan_with: Callable[[AdapterChoice], Awaitable[GenerationRequest]] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """Function that plans the same request with another version, on a request that is part of a rollout."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
@@ -178,6 +187,16 @@ class UsageRecorder(Protocol):
     @property
     def token_gap(self) -> Callable[[float], None]:
         """Return a function to be called with the seconds from each output of a sequence to its next."""
+
+
+class AnswerListener(Protocol):
+    """Listener to the text of one request as it is made."""
+
+    def heard(self, piece: OutputPiece) -> None:
+        """Handle a piece of one choice."""
+
+    def failed(self, code: str | None) -> None:
+        """Handle the error with which the engine ends a choice."""
 
 
 class RequestRun:
@@ -378,6 +397,7 @@ class GenerationRun(RequestRun):
         transcript: transcript that it resumes from; `request` agrees with it.
         resume_tokens: result of `resume_tokens_of` for the transcript.
         transcript_number: number of the request in the transcript of its stream; None: it records none.
+        listener: hears what it makes, before the reader does.
     """
 
     def __init__(
@@ -393,6 +413,7 @@ class GenerationRun(RequestRun):
         transcript: Transcript | None = None,
         resume_tokens: Sequence[dict[int, list[int]]] | None = None,
         transcript_number: int | None = None,
+        listener: AnswerListener | None = None,
     ) -> None:
         super().__init__(
             supervisor, request, stream_limit, on_cut, recorder=recorder, resume_tokens=resume_tokens
@@ -401,6 +422,7 @@ class GenerationRun(RequestRun):
         self._tokenizer = tokenizer
         self._threads = threads
         self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
+        self._listener = listener
         self._transcript = transcript
         self._transcript_number = transcript_number
         self._on_cut = on_cut
@@ -508,9 +530,13 @@ class GenerationRun(RequestRun):
         self._count_cached(output, prompt)
         if output.finish == "error":
             self._finished["error"] += 1
+            if self._listener is not None:
+                self._listener.failed(output.error_code)
             raise _sequence_error(output, self.request)
         before, thought = choice.completion_tokens, choice.reasoning_tokens
         piece = choice.feed(output)
+        if piece is not None and self._listener is not None:
+            self._listener.heard(piece)
         self.usage.completion += choice.completion_tokens - before
         self.usage.reasoning += choice.reasoning_tokens - thought
         if choice.finish_reason is not None:

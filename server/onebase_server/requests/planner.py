@@ -29,6 +29,7 @@ from onebase_edge.errors import (
 from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_protocol.adapters import AdapterDefaults
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
+from onebase_server.adapters.rollout_rules import RequestUnit
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
 from onebase_server.inference.thoughts import Thinking, ThoughtFormat, without_thought
 from onebase_server.inference.tokenization import (
@@ -215,7 +216,7 @@ class Planner:
             answer=await self._answer(caller.tenant, body, tokenizer),
             thinking=thinking,
         )
-        return self._request(wanted, body, caller, tokenizer)
+        return replace(self._request(wanted, body, caller, tokenizer), said=body.messages)
 
     async def _with_own_tokenizer(
         self,
@@ -237,20 +238,21 @@ class Planner:
             choose: returns the adapter of a planned request; it may pull one first.
         """
         tenant, deadline = caller.tenant, self.deadline_of(body, caller)
+        unit = _unit_of(body, caller)
         versions = () if transcript is None else transcript.opening.adapters
         if len(versions) == 1:  # with which the stream began, whichever is active now
             own, pulled = await self._parts_of_name(tenant, versions[0], body), True
         else:
-            own, pulled = await self.parts_of(tenant, model, body), False
+            own, pulled = await self.parts_of(tenant, model, body, unit), False
         for _ in range(_PLANS):
             try:
-                request = replace(await plan(own), deadline=deadline)
+                request = replace(await plan(own), deadline=deadline, unit=unit)
             except InvalidRequestError as error:
                 concerned = (error.param or "").startswith(_OF_TOKENIZER)
                 if pulled or not concerned or not await self.pull_first(tenant, model, body, deadline):
                     raise
                 pulled = True
-                found = await self.parts_of(tenant, model, body)
+                found = await self.parts_of(tenant, model, body, unit)
                 if found == own:
                     raise
                 own = found
@@ -258,14 +260,33 @@ class Planner:
             choice = check_generates(await choose(request))
             found = await self.parts_for(choice, tenant, body)
             if found == own:
-                tokenizer = None if own.tokenizer is self._tokenizer else own.tokenizer
-                return replace(request, adapter=choice, tokenizer=tokenizer)
+                planned = self._with_choice(request, choice, own)
+                if choice.part is None:
+                    return planned
+                return replace(planned, plan_with=partial(self._plan_with, plan, tenant, body))
             own = found
         raise UnavailableError(
             "The adapter's active version changes faster than requests are planned. Try again.",
             code="adapter_unavailable",
             retry_after=1.0,
         )
+
+    def _with_choice(
+        self, request: GenerationRequest, choice: AdapterChoice, own: OwnParts
+    ) -> GenerationRequest:
+        tokenizer = None if own.tokenizer is self._tokenizer else own.tokenizer
+        return replace(request, adapter=choice, tokenizer=tokenizer)
+
+    async def _plan_with(
+        self,
+        plan: Callable[[OwnParts], Awaitable[GenerationRequest]],
+        tenant: str,
+        body: AdapterFields,
+        choice: AdapterChoice,
+    ) -> GenerationRequest:
+        """Return the request as it is planned for another version. Raises StateConflictError."""
+        own = await self.parts_for(choice, tenant, body)
+        return self._with_choice(await plan(own), choice, own)
 
     async def thought_format(
         self, caller: Caller, model: str, body: AdapterFields | None = None
@@ -293,17 +314,25 @@ class Planner:
         """Return the tokenizer of the adapter that a request names: see `parts_of`."""
         return (await self.parts_of(tenant, model, body)).tokenizer
 
-    async def parts_of(self, tenant: str, model: str | None, body: AdapterFields | None = None) -> OwnParts:
+    async def parts_of(
+        self,
+        tenant: str,
+        model: str | None,
+        body: AdapterFields | None = None,
+        unit: RequestUnit | None = None,
+    ) -> OwnParts:
         """Return the tokenizer and the defaults of the adapter that a request names, or the base's: also for
-        a sum of several, and for a name that is not known, or not ready."""
+        a sum of several, and for a name that is not known, or not ready. unit: see GenerationRequest."""
         reference = self._named(tenant, model, body)
         if reference is None:
             return OwnParts(self._tokenizer)
-        return await self._parts_of_name(tenant, reference, body)
+        return await self._parts_of_name(tenant, reference, body, unit)
 
-    async def _parts_of_name(self, tenant: str, reference: str, body: AdapterFields | None) -> OwnParts:
+    async def _parts_of_name(
+        self, tenant: str, reference: str, body: AdapterFields | None, unit: RequestUnit | None = None
+    ) -> OwnParts:
         try:
-            choice = self._catalog.of(tenant).choose(reference)
+            choice = self._catalog.of(tenant).choose(reference, unit=unit)
         except ApiError:
             return OwnParts(self._tokenizer)
         return await self.parts_for(choice, tenant, body)
@@ -476,7 +505,7 @@ class Planner:
             prompt_logprobs=body.prompt_logprobs,
             special_tokens=body.skip_special_tokens is False,
         )
-        return self._request(wanted, body, caller, tokenizer)
+        return replace(self._request(wanted, body, caller, tokenizer), said=messages)
 
     async def resumed(
         self, request: GenerationRequest, transcript: Transcript, seconds: float
@@ -625,7 +654,7 @@ class Planner:
             param = "adapter" if body.adapter_id is None else "adapter_id"
             await self._pull({param: reference}, request.tenant, request.deadline)
             return await self._catalog.find_current(
-                lambda: self._catalog.of(request.tenant).choose(reference)
+                lambda: self._catalog.of(request.tenant).choose(reference, unit=request.unit)
             )
         terms = [(term.name, term.weight) for term in wanted]
         if transcript is not None:
@@ -694,7 +723,7 @@ class Planner:
         await self._pull({"model": model}, request.tenant, request.deadline)
         try:
             return await self._catalog.find_current(
-                lambda: self._catalog.of(request.tenant).choose(model, param="model")
+                lambda: self._catalog.of(request.tenant).choose(model, param="model", unit=request.unit)
             )
         except AdapterNotFoundError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
@@ -989,6 +1018,14 @@ class Planner:
                 "Ask for that or less.",
                 param="timeout_s",
             )
+
+
+def _unit_of(body: AdapterFields, caller: Caller) -> RequestUnit | None:
+    """Return what a request is to a rollout; None for rows of batches, which the active version answers."""
+    if caller.background:
+        return None
+    asker = body.asker if isinstance(body, SamplingBody) else None
+    return RequestUnit(asker or f"key:{caller.key}", secrets.token_hex(8))
 
 
 def check_generates(choice: AdapterChoice) -> AdapterChoice:

@@ -84,6 +84,10 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise ActivationConflictError(name, error.current) from error
     except registry.NothingToRollBackError as error:
         raise StateConflictError(str(error), code="nothing_to_roll_back") from error
+    except registry.RolloutStateError as error:
+        raise StateConflictError(str(error), code="rollout_state") from error
+    except registry.UnknownRolloutError as error:
+        raise AdapterNotFoundError(str(error), param="name", code="rollout_not_found") from error
     except registry.InvalidKeyError as error:
         raise InvalidRequestError(str(error), param=error.field) from error
     except registry.QuotaError as error:

@@ -14,10 +14,11 @@ from onebase_protocol.common import ListAnswer, PageAnswer
 from onebase_protocol.reading import ClassifyAnswer, EmbeddingsAnswer, RerankAnswer
 from onebase_protocol.text import GeneratedAnswer, GenerateManyAnswer
 
-from .._core import access, judging, parse, reading, requests
+from .._core import access, adapters, judging, parse, reading, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from .._core.streams import broken
 from .._http import AsyncPool, AsyncTransport
+from ..adapter_types import FeedbackAnswer
 from ..errors import APIConnectionError, APITimeoutError, InvalidResponseError
 from ..judging_types import Judge, Judgement
 from ..metrics import METRICS, Metrics, parse_metrics
@@ -348,6 +349,26 @@ class AsyncClient:
         """
         call = reading.decide(choices, prompt, messages, adapter, ends, normalize, prior, temperature)
         return await self._http.ask(call, Decision)
+
+    async def feedback(
+        self,
+        answer: str,
+        *,
+        score: float | None = None,
+        thumb: Literal["up", "down"] | None = None,
+    ) -> FeedbackAnswer:
+        """Send what a user thinks of an answer, which rollouts compare versions by. The last one counts.
+
+        Args:
+            answer: The answer's id, such as `Generation.id`.
+            score: From 0 (bad) to 1 (good).
+            thumb: `up` is 1, `down` is 0.
+
+        Raises:
+            NotFoundError: no rollout of its adapter ran when it was answered, or that is days ago.
+            ValueError: neither or both of `score` and `thumb`.
+        """
+        return await self._http.ask(adapters.feedback(answer, score, thumb), FeedbackAnswer)
 
     async def usage(
         self,

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Literal
 from urllib.parse import quote, urlencode
+
+from msgspec import to_builtins
 
 from ..adapter_types import (
     FAILED,
@@ -21,6 +23,8 @@ from ..adapter_types import (
     AdapterVersion,
     Progress,
     ProgressCallback,
+    RolloutJudge,
+    RolloutRules,
     VersionFile,
     VersionFiles,
 )
@@ -359,6 +363,56 @@ def pin(name: str, pinned: bool) -> Call:
 def share(name: str, shared: bool) -> Call:
     """Idempotent, as `pin`."""
     return Call("POST", _path(name, "share"), encode({"shared": shared}), idempotent=True)
+
+
+def start_rollout(
+    name: str,
+    version: str,
+    *,
+    percent: float,
+    shadow: float,
+    by: str,
+    promote: bool,
+    rules: RolloutRules | Mapping[str, object] | None,
+    judge: RolloutJudge | Mapping[str, object] | None,
+    refusal_phrases: Sequence[str] | None,
+) -> Call:
+    body: Body = {"version": version, "percent": percent, "shadow": shadow, "by": by, "promote": promote}
+    for field, value in (("rules", rules), ("judge", judge)):
+        if value is not None:
+            body[field] = to_builtins(value)
+    if refusal_phrases is not None:
+        body["refusal_phrases"] = list(refusal_phrases)
+    return _post(body, name, "rollout")
+
+
+def rollout(name: str) -> Call:
+    return Call("GET", _path(name, "rollout"))
+
+
+def rollouts(name: str) -> Call:
+    return Call("GET", _path(name, "rollouts"))
+
+
+def change_rollout(name: str, percent: float | None, shadow: float | None) -> Call:
+    """Idempotent, as `pin`."""
+    given = {"percent": percent, "shadow": shadow}
+    body: Body = {field: value for field, value in given.items() if value is not None}
+    if not body:
+        raise ValueError("give percent, shadow, or both")
+    return Call("POST", _path(name, "rollout", "share"), encode(body), idempotent=True)
+
+
+def end_rollout(name: str, how: Literal["promote", "rollback"]) -> Call:
+    return _post({}, name, "rollout", how)
+
+
+def feedback(answer: str, score: float | None, thumb: str | None) -> Call:
+    """Idempotent: the last score of an answer counts."""
+    if (score is None) == (thumb is None):
+        raise ValueError("give either score (0 to 1) or thumb (up or down)")
+    given = {"score": score} if thumb is None else {"thumb": thumb}
+    return Call("POST", "/v1/feedback", encode({"id": answer, **given}), idempotent=True)
 
 
 def delete(name: str, digest: str | None, *, force: bool) -> Call:

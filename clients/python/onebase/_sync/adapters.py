@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onebase_protocol.common import ListAnswer
 from onebase_protocol.text import GeneratedAnswer
@@ -24,6 +24,9 @@ from ..adapter_types import (
     MergeMethod,
     MergeSign,
     ProgressCallback,
+    Rollout,
+    RolloutJudge,
+    RolloutRules,
     VersionFile,
     VersionFiles,
 )
@@ -386,6 +389,95 @@ class Adapters:
             PermissionDeniedError: the API key lacks the scope `admin`.
         """
         return self._http.ask(adapters.share(name, shared), Adapter)
+
+    def start_rollout(
+        self,
+        name: str,
+        version: str,
+        *,
+        percent: float = 0.0,
+        shadow: float = 0.0,
+        by: Literal["caller", "request"] = "caller",
+        promote: bool = False,
+        rules: RolloutRules | Mapping[str, object] | None = None,
+        judge: RolloutJudge | Mapping[str, object] | None = None,
+        refusal_phrases: Sequence[str] | None = None,
+    ) -> Rollout:
+        """Let a version answer a share of an adapter's requests beside the active one, and compare the two.
+
+        Args:
+            version: The candidate: its digest, or at least the first 8 digits.
+            percent: Percent of the requests that it answers.
+            shadow: Percent of the active version's requests of which it gets a copy that nobody sees.
+            by: `caller`: each user (`user=` in requests), session or API key is answered by one version;
+                `request`: each request is divided anew.
+            promote: Whether it is activated by itself once the rules allow it. It is always rolled back by
+                itself when it is worse by a margin.
+            rules: Rules that differ from the defaults, as in `{"requests": 500, "errors": 0.01}`.
+            judge: Adapter that judges a part of the answers, as in `{"adapter": "polite"}`.
+            refusal_phrases: Phrases by which an answer counts as a refusal, instead of the server's.
+
+        Raises:
+            ConflictError: a rollout runs already, the version is not ready, or no version is active.
+            NotFoundError: there is no such adapter or version.
+            BadRequestError: a field cannot be so; `param` names it.
+        """
+        call = adapters.start_rollout(
+            name,
+            version,
+            percent=percent,
+            shadow=shadow,
+            by=by,
+            promote=promote,
+            rules=rules,
+            judge=judge,
+            refusal_phrases=refusal_phrases,
+        )
+        return self._http.ask(call, Rollout)
+
+    def rollout(self, name: str) -> Rollout:
+        """Return the rollout that runs, or else the latest, with the figures of both versions.
+
+        Raises:
+            NotFoundError: there is no such adapter, or it never had a rollout.
+        """
+        return self._http.ask(adapters.rollout(name), Rollout)
+
+    def rollouts(self, name: str) -> tuple[Rollout, ...]:
+        """Return the latest rollouts of an adapter, newest first.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+        """
+        return (self._http.ask(adapters.rollouts(name), ListAnswer[Rollout])).data
+
+    def change_rollout(
+        self, name: str, *, percent: float | None = None, shadow: float | None = None
+    ) -> Rollout:
+        """Change the shares of the rollout that runs. A larger `percent` moves nobody back to the active
+        version.
+
+        Raises:
+            ConflictError: no rollout runs.
+            ValueError: neither is given.
+        """
+        return self._http.ask(adapters.change_rollout(name, percent, shadow), Rollout)
+
+    def promote_rollout(self, name: str) -> Rollout:
+        """Activate the candidate of the rollout that runs, which ends it.
+
+        Raises:
+            ConflictError: no rollout runs.
+        """
+        return self._http.ask(adapters.end_rollout(name, "promote"), Rollout)
+
+    def rollback_rollout(self, name: str) -> Rollout:
+        """End the rollout that runs: new requests get the active version at once, streams end as they began.
+
+        Raises:
+            ConflictError: no rollout runs.
+        """
+        return self._http.ask(adapters.end_rollout(name, "rollback"), Rollout)
 
     def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
         """Delete one version, or the adapter with all of them. It cannot be undone.

@@ -852,6 +852,132 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/adapters/{name}/rollout": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Rollout
+         * @description Return the rollout that runs, or else the latest, with the figures of both versions.
+         */
+        get: operations["get_rollout_v1_adapters__name__rollout_get"];
+        put?: never;
+        /**
+         * Start Rollout
+         * @description Let another version answer a share of an adapter's requests, or copies of them, beside the active
+         *     one.
+         */
+        post: operations["start_rollout_v1_adapters__name__rollout_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/adapters/{name}/rollouts": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Rollouts
+         * @description List the latest rollouts of an adapter, newest first.
+         */
+        get: operations["list_rollouts_v1_adapters__name__rollouts_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/adapters/{name}/rollout/share": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Change Rollout
+         * @description Change the shares of the rollout that runs. A larger percent moves nobody back to the active
+         *     version.
+         */
+        post: operations["change_rollout_v1_adapters__name__rollout_share_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/adapters/{name}/rollout/promote": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Promote Rollout
+         * @description Activate the candidate of the rollout that runs, which ends it.
+         */
+        post: operations["promote_rollout_v1_adapters__name__rollout_promote_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/adapters/{name}/rollout/rollback": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Roll Back Rollout
+         * @description End the rollout that runs: new requests get the active version at once; streams end as they began.
+         */
+        post: operations["roll_back_rollout_v1_adapters__name__rollout_rollback_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/feedback": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Send Feedback
+         * @description Send what a user thinks of an answer: a score from 0 to 1, or a thumb. The last one counts.
+         */
+        post: operations["send_feedback_v1_feedback_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/load_lora_adapter": {
         parameters: {
             query?: never;
@@ -1859,6 +1985,11 @@ export interface components {
              */
             guided_grammar?: string | null;
             structured_outputs?: components["schemas"]["StructuredOutputs"] | null;
+            /**
+             * User
+             * @description who asks, as a text: a rollout answers each user by one version
+             */
+            user?: unknown;
             /** Tools */
             tools?: {
                 [key: string]: components["schemas"]["JsonValue"];
@@ -1909,6 +2040,16 @@ export interface components {
              * @description vLLM's: whether special tokens are left out of the text; true by default
              */
             skip_special_tokens?: boolean | null;
+            /**
+             * Safety Identifier
+             * @description as `user`, which comes first
+             */
+            safety_identifier?: unknown;
+            /**
+             * Prompt Cache Key
+             * @description a session, where no user is named: see `user`
+             */
+            prompt_cache_key?: unknown;
             /** Messages */
             messages: components["schemas"]["ChatMessage"][];
             /** Max Completion Tokens */
@@ -2074,6 +2215,11 @@ export interface components {
              */
             guided_grammar?: string | null;
             structured_outputs?: components["schemas"]["StructuredOutputs"] | null;
+            /**
+             * User
+             * @description who asks, as a text: a rollout answers each user by one version
+             */
+            user?: unknown;
             /** Model */
             model: string;
             stream_options?: components["schemas"]["StreamOptions"] | null;
@@ -2092,6 +2238,16 @@ export interface components {
              * @description vLLM's: whether special tokens are left out of the text; true by default
              */
             skip_special_tokens?: boolean | null;
+            /**
+             * Safety Identifier
+             * @description as `user`, which comes first
+             */
+            safety_identifier?: unknown;
+            /**
+             * Prompt Cache Key
+             * @description a session, where no user is named: see `user`
+             */
+            prompt_cache_key?: unknown;
             /** Prompt */
             prompt: string | string[] | number[] | number[][];
             /** Logprobs */
@@ -2149,6 +2305,11 @@ export interface components {
             chat_template_kwargs?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
+            /**
+             * Metadata
+             * @description its user_id: see `user`
+             */
+            metadata?: unknown;
             /**
              * Thread
              * @description a conversation that is kept: refused
@@ -2426,6 +2587,24 @@ export interface components {
             /** Expected */
             expected?: string | null;
         };
+        /**
+         * FeedbackRequest
+         * @description Body of POST /v1/feedback: a score, or a thumb, for one answer.
+         */
+        FeedbackRequest: {
+            /**
+             * Id
+             * @description the answer's `id`
+             */
+            id: string;
+            /** Score */
+            score?: number | null;
+            /**
+             * Thumb
+             * @description 1 and 0 as a score
+             */
+            thumb?: ("up" | "down") | null;
+        };
         /** FlatNamedTool */
         FlatNamedTool: {
             /**
@@ -2589,6 +2768,11 @@ export interface components {
              */
             guided_grammar?: string | null;
             structured_outputs?: components["schemas"]["StructuredOutputs"] | null;
+            /**
+             * User
+             * @description who asks, as a text: a rollout answers each user by one version
+             */
+            user?: unknown;
             /** Tools */
             tools?: {
                 [key: string]: components["schemas"]["JsonValue"];
@@ -2854,6 +3038,11 @@ export interface components {
              */
             guided_grammar?: string | null;
             structured_outputs?: components["schemas"]["StructuredOutputs"] | null;
+            /**
+             * User
+             * @description who asks, as a text: a rollout answers each user by one version
+             */
+            user?: unknown;
             /** Model */
             model: string;
             /** Messages */
@@ -2876,6 +3065,11 @@ export interface components {
             chat_template_kwargs?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
+            /**
+             * Metadata
+             * @description its user_id: see `user`
+             */
+            metadata?: unknown;
             /**
              * Thread
              * @description a conversation that is kept: refused
@@ -3037,6 +3231,11 @@ export interface components {
              */
             guided_grammar?: string | null;
             structured_outputs?: components["schemas"]["StructuredOutputs"] | null;
+            /**
+             * User
+             * @description who asks, as a text: a rollout answers each user by one version
+             */
+            user?: unknown;
             /** Tools */
             tools?: {
                 [key: string]: components["schemas"]["JsonValue"];
@@ -3396,6 +3595,11 @@ export interface components {
              */
             guided_grammar?: string | null;
             structured_outputs?: components["schemas"]["StructuredOutputs"] | null;
+            /**
+             * User
+             * @description who asks, as a text: a rollout answers each user by one version
+             */
+            user?: unknown;
             /** Tools */
             tools?: {
                 [key: string]: components["schemas"]["JsonValue"];
@@ -3436,6 +3640,16 @@ export interface components {
              * @description vLLM's: whether special tokens are left out of the text; true by default
              */
             skip_special_tokens?: boolean | null;
+            /**
+             * Safety Identifier
+             * @description as `user`, which comes first
+             */
+            safety_identifier?: unknown;
+            /**
+             * Prompt Cache Key
+             * @description a session, where no user is named: see `user`
+             */
+            prompt_cache_key?: unknown;
             /** Input */
             input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[];
             /** Instructions */
@@ -3467,6 +3681,128 @@ export interface components {
             metadata?: {
                 [key: string]: string;
             } | null;
+        };
+        /** RolloutJudgeBody */
+        RolloutJudgeBody: {
+            /** Adapter */
+            adapter: string;
+            /**
+             * Approves
+             * @default yes
+             */
+            approves: string;
+            /**
+             * Percent
+             * @default 10
+             */
+            percent: number;
+        };
+        /**
+         * RolloutRequest
+         * @description Body of POST .../rollout.
+         */
+        RolloutRequest: {
+            /** Version */
+            version: string;
+            /**
+             * Percent
+             * @default 0
+             */
+            percent: number;
+            /**
+             * Shadow
+             * @default 0
+             */
+            shadow: number;
+            /**
+             * By
+             * @default caller
+             * @enum {string}
+             */
+            by: "caller" | "request";
+            /**
+             * Promote
+             * @description by itself, once the rules allow it
+             * @default false
+             */
+            promote: boolean;
+            /**
+             * @default {
+             *       "requests": 300,
+             *       "confidence": 0.95,
+             *       "errors": 0.03,
+             *       "first_token": 0.3,
+             *       "per_token": 0.3,
+             *       "refusals": 0.1,
+             *       "feedback": 0.1,
+             *       "judge": 0.1
+             *     }
+             */
+            rules: components["schemas"]["RolloutRulesBody"];
+            judge?: components["schemas"]["RolloutJudgeBody"] | null;
+            /**
+             * Refusal Phrases
+             * @description in any case, by whose place in its beginning an answer counts as a refusal
+             */
+            refusal_phrases?: string[] | null;
+        };
+        /**
+         * RolloutRulesBody
+         * @description Rules of a rollout. What is not given is as the defaults say; a margin that is null decides nothing.
+         */
+        RolloutRulesBody: {
+            /**
+             * Requests
+             * @default 300
+             */
+            requests: number;
+            /**
+             * Confidence
+             * @default 0.95
+             */
+            confidence: number;
+            /**
+             * Errors
+             * @default 0.03
+             */
+            errors: number | null;
+            /**
+             * First Token
+             * @default 0.3
+             */
+            first_token: number | null;
+            /**
+             * Per Token
+             * @default 0.3
+             */
+            per_token: number | null;
+            /** Tokens */
+            tokens?: number | null;
+            /**
+             * Refusals
+             * @default 0.1
+             */
+            refusals: number | null;
+            /**
+             * Feedback
+             * @default 0.1
+             */
+            feedback: number | null;
+            /**
+             * Judge
+             * @default 0.1
+             */
+            judge: number | null;
+        };
+        /**
+         * RolloutShareRequest
+         * @description Body of POST .../rollout/share: what is not given stays.
+         */
+        RolloutShareRequest: {
+            /** Percent */
+            percent?: number | null;
+            /** Shadow */
+            shadow?: number | null;
         };
         /**
          * ScoreRequest
@@ -5083,6 +5419,124 @@ export interface components {
             previous: string | null;
             actor: string;
             at: number;
+        };
+        /**
+         * Rollout
+         * @description Rollout of a version, the candidate, beside the active version of an adapter.
+         */
+        Rollout: {
+            /** @constant */
+            object: "adapter.rollout";
+            id: string;
+            name: string;
+            tenant: string;
+            version: string;
+            active: string;
+            /** @enum {unknown} */
+            state: "promoted" | "rolled_back" | "running" | "stopped";
+            percent: number;
+            shadow: number;
+            /** @enum {unknown} */
+            by: "caller" | "request";
+            promote: boolean;
+            rules: components["schemas"]["RolloutRules"];
+            judge: components["schemas"]["RolloutJudge"] | null;
+            sides: components["schemas"]["RolloutSideCounts"][];
+            comparisons: components["schemas"]["RolloutComparison"][];
+            waits_for: string[];
+            reason: string | null;
+            created_at: number;
+            created_by: string;
+            ended_at: number | null;
+            ended_by: string | null;
+        };
+        /**
+         * RolloutRules
+         * @description Rules by which a rollout ends by itself. Each margin says how much worse than the active version the candidate may be; None: that is measured, but decides nothing.
+         */
+        RolloutRules: {
+            requests: number;
+            confidence: number;
+            errors: number | null;
+            first_token: number | null;
+            per_token: number | null;
+            tokens: number | null;
+            refusals: number | null;
+            feedback: number | null;
+            judge: number | null;
+        };
+        /**
+         * RolloutJudge
+         * @description Adapter that judges a part of both versions' answers, in the background.
+         */
+        RolloutJudge: {
+            adapter: string;
+            approves: string;
+            percent: number;
+        };
+        /**
+         * RolloutSideCounts
+         * @description Counts of one side of a rollout.
+         */
+        RolloutSideCounts: {
+            /** @enum {unknown} */
+            side: "active" | "candidate" | "shadow";
+            version: string;
+            requests: number;
+            errors: number;
+            refusals: number;
+            aborted: number;
+            skipped: number;
+            prompt_tokens: number;
+            completion_tokens: number;
+        };
+        /**
+         * RolloutComparison
+         * @description Comparison of the candidate with the active version by one metric.
+         */
+        RolloutComparison: {
+            metric: string;
+            /** @enum {unknown} */
+            side: "candidate" | "shadow";
+            active: components["schemas"]["SideFigure"];
+            candidate: components["schemas"]["SideFigure"];
+            worse_by: number | null;
+            low: number | null;
+            high: number | null;
+            margin: number | null;
+            /** @enum {unknown} */
+            verdict: "better" | "no_data" | "not_worse" | "undecided" | "worse";
+        };
+        /**
+         * SideFigure
+         * @description Mean of one metric on one side of a rollout, with its confidence interval once there are enough values.
+         */
+        SideFigure: {
+            n: number;
+            mean: number | null;
+            low: number | null;
+            high: number | null;
+        };
+        /**
+         * ListAnswerRollout
+         * @description A whole list.
+         */
+        ListAnswer_Rollout_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["Rollout"][];
+        };
+        /**
+         * FeedbackAnswer
+         * @description Receipt for a score of an answer.
+         */
+        FeedbackAnswer: {
+            /** @constant */
+            object: "feedback";
+            id: string;
+            score: number;
+            rollout: string;
+            counted: boolean;
         };
         /** PauseAnswer */
         PauseAnswer: {
@@ -12042,6 +12496,891 @@ export interface operations {
             /** @description The body, or what it asks for, is over a limit */
             413: {
                 headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    get_rollout_v1_adapters__name__rollout_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Rollout"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    start_rollout_v1_adapters__name__rollout_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["RolloutRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Rollout"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is in a state that does not allow it */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The version was found not to be fit to be served, or the request ended engines again and again */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    list_rollouts_v1_adapters__name__rollouts_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ListAnswer_Rollout_"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    change_rollout_v1_adapters__name__rollout_share_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["RolloutShareRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Rollout"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is in a state that does not allow it */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    promote_rollout_v1_adapters__name__rollout_promote_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: {
+            content: {
+                "application/json": components["schemas"]["EmptyRequest"] | null;
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Rollout"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is in a state that does not allow it */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The version was found not to be fit to be served, or the request ended engines again and again */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    roll_back_rollout_v1_adapters__name__rollout_rollback_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: {
+            content: {
+                "application/json": components["schemas"]["EmptyRequest"] | null;
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Rollout"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is in a state that does not allow it */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    send_feedback_v1_feedback_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["FeedbackRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FeedbackAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
                     [name: string]: unknown;
                 };
                 content: {

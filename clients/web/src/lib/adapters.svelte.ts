@@ -12,6 +12,10 @@ export type Adapter = Schemas['AdapterAnswer']
 export type Version = Schemas['VersionAnswer']
 export type Event = Schemas['HistoryAnswer']
 type Pull = paths['/v1/adapters']['post']['requestBody']['content']['application/json']
+export type Rollout = Schemas['Rollout']
+type RolloutBody = paths['/v1/adapters/{name}/rollout']['post']['requestBody']['content']['application/json']
+/** What is asked for here; the rest is as the server has it. */
+type NewRollout = Pick<RolloutBody, 'version' | 'percent' | 'shadow' | 'promote'>
 export type Usage = Schemas['UsageRowAnswer']
 
 const FILES = [
@@ -20,6 +24,7 @@ const FILES = [
 ]
 const SOON = 800
 const LATER = 5000
+const ROLLOUT_MS = 2000
 /** Of an adapter with very many versions, the newest. */
 const MOST_JOBS = 20
 const USAGE_MS = 60_000
@@ -67,6 +72,8 @@ class Adapters {
   adapter = $state.raw<Adapter | null>(null)
   versions = $state.raw<Version[]>([])
   history = $state.raw<Event[]>([])
+  /** The rollout that runs, or else the latest; null if it never had one. */
+  rollout = $state.raw<Rollout | null>(null)
   usage = $state.raw<Usage | null>(null)
   /** By name, of those that were asked in the last seven days; null until that is known. */
   weeks = $state.raw<Map<string, Week> | null>(null)
@@ -149,6 +156,7 @@ class Adapters {
     this.adapter = null
     this.versions = []
     this.history = []
+    this.rollout = null
     this.usage = null
     this.problem = null
   }
@@ -164,10 +172,14 @@ class Adapters {
         // A name of which there are only pulls has none yet.
         data(api.GET('/v1/adapters/{name}/history', { params })).catch(() => ({ data: [] })),
       ])
+      // Of what another tenant shares, and of a name of which there are only pulls, there are none.
+      const has = adapter.versions > 0 && adapter.tenant === session.caller?.tenant
+      const rollouts = has ? (await data(api.GET('/v1/adapters/{name}/rollouts', { params }))).data : []
       if (name !== this.name) return LATER
       this.adapter = adapter
       this.versions = versions.data
       this.history = history.data
+      this.rollout = rollouts[0] ?? null
       this.problem = null
       if (!this.usage) void this.#loadUsage(name)
       void this.loadJobs()
@@ -176,7 +188,7 @@ class Adapters {
       this.problem = this.#noted(error)
       if (this.problem.status === 404) this.adapter = null // deleted meanwhile
     }
-    return this.versions.some(underWay) ? SOON : LATER
+    return this.versions.some(underWay) ? SOON : this.rollout?.state === 'running' ? ROLLOUT_MS : LATER
   }
 
   /** Whether the key may change it: what other tenants share may only be used. */
@@ -192,6 +204,21 @@ class Adapters {
   async rollBack(): Promise<void> {
     const expected = this.adapter?.version ?? null
     await this.#change(api.POST('/v1/adapters/{name}/rollback', { params: this.#params, body: { expected } }))
+  }
+
+  /** Let a version answer a share of the requests beside the active one. */
+  async startRollout(wanted: NewRollout): Promise<void> {
+    const body = wanted as RolloutBody
+    await this.#change(api.POST('/v1/adapters/{name}/rollout', { params: this.#params, body }))
+  }
+
+  async shareRollout(percent: number): Promise<void> {
+    await this.#change(api.POST('/v1/adapters/{name}/rollout/share', { params: this.#params, body: { percent } }))
+  }
+
+  /** End the rollout: the candidate becomes active, or answers nothing more. */
+  async endRollout(promote: boolean): Promise<void> {
+    await this.#change(promote ? api.POST('/v1/adapters/{name}/rollout/promote', { params: this.#params }) : api.POST('/v1/adapters/{name}/rollout/rollback', { params: this.#params }))
   }
 
   async deactivate(): Promise<void> {

@@ -66,6 +66,7 @@ from onebase_server.inference.generation import GenerationRequest, GenerationRun
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
+from onebase_server.requests.rollouts import Observation
 from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.requests.schemas.tgi import TgiRequest
@@ -325,6 +326,7 @@ class RequestUsageRecorder:
     measured: RequestMeasurements
     request: GenerationRequest
     spans: RequestSpans | None = None
+    observation: Observation | None = None
 
     def sequences_ended(self) -> None:
         self.reservation.sequences_ended()
@@ -337,6 +339,8 @@ class RequestUsageRecorder:
         self.measured.ended(self.request, usage, timestamps, finished)
         if self.spans is not None:
             self.spans.ended(usage, timestamps, finished)
+        if self.observation is not None:
+            self.observation.ended(usage, timestamps, finished)
         self.reservation.settle(usage.prompt + usage.completion)
         names = [use.name for use in self.request.adapter.uses]
         self.usage.generated(self.request.tenant, names, usage)
@@ -436,6 +440,7 @@ async def begin(
     reservation.admit(engine_request.reserved_tokens, engine_request.choices)
     base = services.catalog.base_name
     spans = services.tracing.of_request(engine_request, request.scope, base, stream=stream)
+    observation = None if transcript is not None else services.rollouts.observe(engine_request)
     generation = GenerationRun(
         services.supervisor,
         services.tokenizer,
@@ -443,12 +448,20 @@ async def begin(
         engine_request,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
-        recorder=RequestUsageRecorder(reservation, services.usage, services.measured, engine_request, spans),
+        recorder=RequestUsageRecorder(
+            reservation, services.usage, services.measured, engine_request, spans, observation
+        ),
         transcript=transcript,
         resume_tokens=resume_tokens,
         transcript_number=transcript_number,
+        listener=observation,
     )
-    await generation.start(services.residency)
+    try:
+        await generation.start(services.residency)
+    except ApiError as error:
+        if observation is not None:
+            observation.not_started(error)
+        raise
     services.running[engine_request.tenant, engine_request.id] = generation
     reservation.leave = generation.leave
     return generation

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS
-from onebase_protocol.adapters import MergeMethod, MergeSign
+from onebase_protocol.adapters import MergeMethod, MergeSign, RolloutRules
 from onebase_server.adapters.merging import PRUNING, RANDOM, SIGNED
 from onebase_server.requests.schemas.generation import MAX_WEIGHT
 from onebase_server.requests.schemas.wire import FieldError, Name, Wire
 
 Text = Annotated[str, Field(min_length=1, max_length=250)]
+_RULES = RolloutRules()
 
 
 class HubSource(Wire):
@@ -89,6 +90,89 @@ class ExpectedRequest(Wire):
     """Body of POST .../rollback."""
 
     expected: Annotated[str, Field(max_length=80)] | None = None
+
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+Margin = Annotated[float, Field(ge=0, le=1)]
+RatioMargin = Annotated[float, Field(ge=0, le=100)]
+
+
+class RolloutRulesBody(Wire):
+    """Rules of a rollout. What is not given is as the defaults say; a margin that is null decides nothing."""
+
+    requests: Annotated[int, Field(ge=1, le=10_000_000)] = _RULES.requests
+    confidence: Annotated[float, Field(ge=0.5, le=0.9999)] = _RULES.confidence
+    errors: Margin | None = _RULES.errors
+    first_token: RatioMargin | None = _RULES.first_token
+    per_token: RatioMargin | None = _RULES.per_token
+    tokens: RatioMargin | None = _RULES.tokens
+    refusals: Margin | None = _RULES.refusals
+    feedback: Margin | None = _RULES.feedback
+    judge: Margin | None = _RULES.judge
+
+    def rules(self) -> RolloutRules:
+        return RolloutRules(**self.model_dump())
+
+
+class RolloutJudgeBody(Wire):
+    adapter: Name
+    approves: Annotated[str, Field(min_length=1, max_length=200)] = "yes"
+    percent: Annotated[float, Field(gt=0, le=100)] = 10.0
+
+
+Phrase = Annotated[str, Field(min_length=2, max_length=200)]
+
+
+class RolloutRequest(Wire):
+    """Body of POST .../rollout."""
+
+    version: Annotated[str, Field(min_length=1, max_length=80)]
+    percent: Percent = 0.0
+    shadow: Percent = 0.0
+    by: Literal["caller", "request"] = "caller"
+    promote: bool = Field(default=False, description="by itself, once the rules allow it")
+    rules: RolloutRulesBody = RolloutRulesBody()
+    judge: RolloutJudgeBody | None = None
+    refusal_phrases: Annotated[list[Phrase], Field(max_length=64, fail_fast=True)] | None = Field(
+        default=None, description="in any case, by whose place in its beginning an answer counts as a refusal"
+    )
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if not self.percent and not self.shadow:
+            raise FieldError("percent", "is 0, and so is shadow: nothing would be compared. Give one of them")
+        return self
+
+
+class RolloutShareRequest(Wire):
+    """Body of POST .../rollout/share: what is not given stays."""
+
+    percent: Percent | None = None
+    shadow: Percent | None = None
+
+    @model_validator(mode="after")
+    def _check_some(self) -> Self:
+        if self.percent is None and self.shadow is None:
+            raise FieldError("percent", "is missing, and so is shadow: give one of them, or both")
+        return self
+
+
+class FeedbackRequest(Wire):
+    """Body of POST /v1/feedback: a score, or a thumb, for one answer."""
+
+    id: Annotated[str, Field(min_length=1, max_length=200, description="the answer's `id`")]
+    score: Annotated[float, Field(ge=0, le=1)] | None = None
+    thumb: Literal["up", "down"] | None = Field(default=None, description="1 and 0 as a score")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.score is None) == (self.thumb is None):
+            raise FieldError("score", "give either score, from 0 to 1, or thumb, up or down")
+        return self
+
+    @property
+    def value(self) -> float:
+        return float(self.thumb == "up") if self.score is None else self.score
 
 
 class EmptyRequest(Wire):

@@ -381,7 +381,9 @@ class ConversationRequest(Tolerant):
         default=None, description="this server's: more variables of the base's chat template"
     )
 
-    ignored: ClassVar = frozenset({"cache_control", "metadata", "service_tier", "user_profile_id"})
+    metadata: Any = Field(default=None, description="its user_id: see `user`")
+
+    ignored: ClassVar = frozenset({"cache_control", "service_tier", "user_profile_id"})
     neutral: ClassVar = {
         "container": (),
         "diagnostics": (),
@@ -497,4 +499,6 @@ class MessagesRequest(ConversationRequest, SamplingBody):
 
     def _chat_fields(self, format: ThoughtFormat | None) -> Json:
         given = {name: getattr(self, name) for name in SamplingBody.model_fields.keys() - {"stream"}}
+        if self.user is None and isinstance(self.metadata, dict):
+            given["user"] = self.metadata.get("user_id")
         return given | {"stop": self.stop_sequences} | super()._chat_fields(format)

@@ -60,6 +60,8 @@ MAX_CHOICE_CHARACTERS = 4096
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
 MAX_MANY = 64
 SEED_BITS = 63
+MAX_ASKER = 512
+"""Characters of a user's or a session's name that count."""
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
@@ -205,6 +207,14 @@ class SamplingBody(AdapterFields):
     guided_choice: ChoiceTexts | None = Field(default=None, description="the text is one of these")
     guided_grammar: GrammarText | None = Field(default=None, description="in Lark's notation, or GBNF")
     structured_outputs: StructuredOutputs | None = None
+    user: Any = Field(
+        default=None, description="who asks, as a text: a rollout answers each user by one version"
+    )
+
+    @property
+    def asker(self) -> str | None:
+        """User or session that the request names, for rollouts; None if it names neither."""
+        return named_in("user", self.user)
 
     @model_validator(mode="after")
     def _check_shared(self) -> Self:
@@ -267,6 +277,11 @@ class SamplingBody(AdapterFields):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def named_in(field: str, value: Any) -> str | None:
+    """Return what a field names, apart from what others do; None unless it is a text."""
+    return f"{field}:{value[:MAX_ASKER]}" if isinstance(value, str) and value else None
 
 
 @dataclass(frozen=True)

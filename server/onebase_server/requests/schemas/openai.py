@@ -17,6 +17,7 @@ from onebase_server.requests.schemas.generation import (
     ConversationFields,
     SamplingBody,
     TokenId,
+    named_in,
 )
 from onebase_server.requests.schemas.messages import Messages
 from onebase_server.requests.schemas.wire import FieldError, Name, Tolerant, Wire
@@ -92,7 +93,15 @@ class OpenAIRequest(Tolerant, SamplingBody):
         default=None, description="vLLM's: whether special tokens are left out of the text; true by default"
     )
 
+    safety_identifier: Any = Field(default=None, description="as `user`, which comes first")
+    prompt_cache_key: Any = Field(default=None, description="a session, where no user is named: see `user`")
+
     ignored: ClassVar = IGNORED
+
+    @property
+    def asker(self) -> str | None:
+        user = named_in("user", self.user) or named_in("user", self.safety_identifier)
+        return user or named_in("session", self.prompt_cache_key)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:

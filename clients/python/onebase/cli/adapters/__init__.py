@@ -28,6 +28,7 @@ Take elsewhere
 Change
   activate NAME VERSION make a version the active one
   rollback NAME         go back to the version that was active before
+  rollout NAME@VERSION  let a version answer a share of requests, and compare
   deactivate NAME       leave the name without an active version
   pin NAME, unpin NAME  keep it in memory, or no longer
   share NAME            let all tenants use it; unshare NAME ends that
@@ -47,6 +48,7 @@ ACTIONS: Final[Mapping[str, str]] = {
     "export": "export",
     "activate": "change",
     "rollback": "change",
+    "rollout": "rollout",
     "deactivate": "change",
     "pin": "change",
     "unpin": "change",
