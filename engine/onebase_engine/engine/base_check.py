@@ -126,9 +126,6 @@ def _size(tree: Any, stored: Quantization) -> dict[str, Any]:
     choices = QUANTIZATIONS if stored == "none" else (stored,)
     notes = []
     experts = list(expert_matrices(tree))
-    if experts:
-        choices = tuple(kind for kind in choices if kind != "int8")
-        notes.append("int8 does not quantize experts: nf4 or none.")
     head = tree.get_output_embeddings()
     odd = [
         f"{name} ({module.in_features})"

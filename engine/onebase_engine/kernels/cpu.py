@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.experts import ExpertStack, is_usual, layer_of, matrix_names
+from onebase_engine.base.experts import ExpertStack, Int8Matrix, Int8Stack, is_usual, layer_of, matrix_names
 from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.environment import KERNELS
 from onebase_engine.kernels.interface import (
@@ -53,14 +53,16 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, for instance with sanitizers."""
-ABI = 9
+ABI = 10
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
 _MOST_BLOCKS = 64
 _BLOCKS = (1024, 512, 256, 4096)
 """Terms that a library may sum before it adds them to the rest, in the order in which they are tried."""
-_NF4, _BF16 = 0, 1
+_NF4, _BF16, _INT8 = range(3)
+_BITS = {_NF4: 4, _BF16: 16, _INT8: 8}
+"""Bits of a weight, by kind."""
 _LINEAR, _NORM, _ATTEND, _ADD = range(4)
 _MOST_LAYERS = 3
 _OUT_OF_MEMORY = -1
@@ -377,7 +379,8 @@ class CpuKernels(ReferenceRecurrence):
         weight = base.weight
         if base.in_features % IN_MULTIPLE or not weight.is_contiguous() or weight.device.type != "cpu":
             return reference
-        if not (_is_nf4(base) or (type(base) is nn.Linear and weight.dtype == torch.bfloat16)):
+        plain = type(base) is nn.Linear and weight.dtype == torch.bfloat16
+        if not (plain or _is_nf4(base) or _is_int8(base)):
             return reference
         layer = NativeLinear(self, base, slots, reference, unpacked=unpacked)
         key = (layer.kind, base.in_features, base.out_features, base.bias is not None, self.threads)
@@ -636,7 +639,7 @@ class NativeLinear:
         self.kernels = kernels
         self.reference = reference
         self.size_in, self.size_out = base.in_features, base.out_features
-        self.kind = _NF4 if _is_nf4(base) and not unpacked else _BF16
+        self.kind = _BF16 if unpacked else _NF4 if _is_nf4(base) else _INT8 if _is_int8(base) else _BF16
         # The last one stays empty.
         self._lora = (_Lora * (slots + 1))()
         self._held: dict[int, Any] = {}
@@ -653,10 +656,14 @@ class NativeLinear:
             absmax, code = _by_panels(weight, self.size_out), state.code.float().contiguous()
             shift = state.blocksize.bit_length() - 1
             self._base += [absmax, code]
+        elif self.kind == _INT8:
+            absmax = base.absmax.contiguous()
+            self._base.append(absmax)
         self.structure = _Linear(
             self.kind, self.size_in, self.size_out, weight.data_ptr(),
             None if absmax is None else absmax.data_ptr(), None if code is None else code.data_ptr(), shift,
-            None if bias is None else self._base[1].data_ptr(), self.size_in, _is_nf4(base),
+            None if bias is None else self._base[1].data_ptr(), self.size_in,
+            _is_nf4(base) or _is_int8(base),
             ctypes.cast(self._lora, POINTER(_Lora)),
         )  # fmt: skip
         self._layers = NativeLayers([self])
@@ -903,11 +910,11 @@ def _places(held: Any, first: NativeLinear) -> tuple[Callable[[int], tuple[int, 
     if not isinstance(held, ExpertStack):
         stride = held.stride(0) * held.itemsize
         return (lambda number: (held.data_ptr() + number * stride, None)), held
-    panels = _panels_of_stack(held)
-    stride, step = held.weight.stride(0), panels.stride(0) * panels.itemsize
+    scales = held.absmax if isinstance(held, Int8Stack) else _panels_of_stack(held)
+    stride, step = held.weight.stride(0), scales.stride(0) * scales.itemsize
     return (
-        lambda number: (held.weight.data_ptr() + number * stride, panels.data_ptr() + number * step)
-    ), panels
+        lambda number: (held.weight.data_ptr() + number * stride, scales.data_ptr() + number * step)
+    ), scales
 
 
 def _describe(
@@ -920,9 +927,10 @@ def _describe(
     if half is not None:
         structure.size_out = layer.size_out // 2
         outputs = half * structure.size_out
-        weight += outputs * layer.size_in * (1 if layer.kind == _NF4 else 4) // 2
+        weight += outputs * layer.size_in * _BITS[layer.kind] // 8
         if absmax is not None:
-            absmax += outputs * (layer.size_in >> structure.blocksize_log2) * 4
+            blocks = layer.size_in >> structure.blocksize_log2 if layer.kind == _NF4 else 1
+            absmax += 4 * outputs * blocks
     structure.weight, structure.absmax = weight, absmax
 
 
@@ -1017,6 +1025,10 @@ def _is_nf4(base: Any) -> bool:
     blocksize: int = base.weight.quant_state.blocksize
     # bitsandbytes gives other weights where a block lies in two rows.
     return blocksize & (blocksize - 1) == 0 and base.in_features % blocksize == 0
+
+
+def _is_int8(base: Any) -> bool:
+    return isinstance(base, Int8Matrix) and base.dtype == torch.bfloat16
 
 
 # ---- in which order PyTorch sums ---------------------------------------------------------------

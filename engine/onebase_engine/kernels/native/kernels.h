@@ -34,12 +34,12 @@ typedef struct {
   int32_t wide; /* whether its delta is never rounded before it is added, as PEFT does for an activated LoRA */
 } onebase_lora;
 
-enum { ONEBASE_NF4 = 0, ONEBASE_BF16 = 1 };
+enum { ONEBASE_NF4 = 0, ONEBASE_BF16 = 1, ONEBASE_INT8 = 2 };
 
 typedef struct {
   int64_t kind, in, out; /* `in` a multiple of 32 */
-  const void *weight;   /* two values a byte, the first one high, or bf16 [out, in] */
-  const float *absmax;  /* of each block of weights: [out / 16, blocks of an output, 16] */
+  const void *weight;   /* two values a byte, the first one high, or bf16 or int8 [out, in] */
+  const float *absmax;  /* of each block of weights: [out / 16, blocks of an output, 16]; with int8 of each output */
   const float *code;    /* [16] */
   int64_t blocksize_log2; /* 5 or more */
   const bf16 *bias;     /* [out] or null */

@@ -1,7 +1,7 @@
 /* Products of a batch with layers, adapters included: a part of kernels.c.
  *
  * A product goes by panels of 16 outputs. Weights of a panel are unpacked into the cache, as the bits that
- * bitsandbytes' `dequantize_4bit` gives, and multiplied with all rows of the batch.
+ * bitsandbytes' `dequantize_4bit` or `int8_vectorwise_dequant` gives, and multiplied with all rows of the batch.
  */
 
 /* Rows of an AMX tile, and tiles of rows that stay in registers over all of `in`. */
@@ -76,6 +76,14 @@ static inline void unpack(const onebase_linear *layer, int64_t output, int64_t f
 
 #endif
 
+/* `count` int8 weights of an output from term `first` on, both multiples of 32, as bf16. */
+static inline void unpack_eight(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
+  const int8_t *from = (const int8_t *)layer->weight + output * layer->in + first;
+  floats largest = each(layer->absmax[output]);
+  for (int64_t done = 0; done < count; done += LANES)
+    narrow(to + done, widen_eight(from + done) * largest * each(1.0f / 127.0f));
+}
+
 #if defined(__AMX_BF16__) || !defined(__AVX512BF16__)
 
 /* Terms `first .. last` of each of a panel's outputs, a row of `last - first` bf16 for each of the 16. Returns
@@ -91,6 +99,7 @@ static const bf16 *panel_of(const onebase_linear *layer, int64_t panel, int64_t 
   for (int64_t output = 0; output < outputs; output++) {
     int64_t row = panel * LANES + output;
     if (layer->kind == ONEBASE_NF4) unpack(layer, row, first, terms, scratch + output * terms);
+    else if (layer->kind == ONEBASE_INT8) unpack_eight(layer, row, first, terms, scratch + output * terms);
     else memcpy(scratch + output * terms, (const bf16 *)layer->weight + row * layer->in + first, terms * sizeof(bf16));
   }
   memset(scratch + outputs * terms, 0, (LANES - outputs) * terms * sizeof(bf16));
@@ -311,13 +320,21 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
 /* Terms `first ..` of a panel, `count` of them, 128 at most and a multiple of 32: [count / 2, 16]. */
 static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
                               uint32_t *to) {
-  (void)scratch;
   if (layer->kind == ONEBASE_NF4) {
     turn_nf4(layer, panel, first, count, to);
     return;
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
   const uint32_t *from = (const uint32_t *)((const bf16 *)layer->weight + panel * LANES * layer->in + first);
+  if (layer->kind == ONEBASE_INT8) {
+    const int8_t *next = (const int8_t *)layer->weight + (panel + PANELS) * LANES * layer->in + first;
+    for (int64_t row = 0; row < there; row++) {
+      unpack_eight(layer, panel * LANES + row, first, count, scratch + row * count);
+      for (int64_t k = 0; k < count; k += 64) __builtin_prefetch(next + row * layer->in + k);
+    }
+    stride = count / 2;
+    from = (const uint32_t *)scratch;
+  }
   for (int64_t k = 0; k < count; k += 32, from += 16, to += 16 * LANES) {
     for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
     turn_words(from, stride, as_they_are, there, 16, to);
