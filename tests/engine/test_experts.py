@@ -303,13 +303,18 @@ ADAPTED: dict[str, list[str]] = {
     "llama4_text": [*ATTENTION, *MLP],
     "longcat_flash": ["q_b_proj", "kv_b_proj", "o_proj", *MLP],
     "gemma4_moe": [*ATTENTION, *MLP],
+    "olmoe": ATTENTION,
+    "qwen3_5_moe": [*ATTENTION, *MLP, "in_proj_qkv", "in_proj_z", "out_proj"],
+    "granite_h_moe": [*ATTENTION, "in_proj", "input_linear", "output_linear"],
+    "glm4_moe": [*ATTENTION, *MLP],
+    "ernie4_5_moe": [*ATTENTION, *MLP],
 }
 
 
 @pytest.mark.parametrize(
     ("kind", "quantization"),
     [
-        *((kind, "nf4") for kind in MIXTURES),
+        *((kind, "nf4") for kind in ADAPTED),
         ("qwen3_moe", "int8"),
         ("gpt_oss", "int8"),
         ("qwen3_moe", "none"),

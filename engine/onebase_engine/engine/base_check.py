@@ -91,8 +91,7 @@ def check_base(config: Any) -> BaseCheck:
         if unpacked := unpacked_format(config):
             what = "experts in MXFP4" if unpacked == "mxfp4" else "weights in fp8"
             known["notes"] += (
-                f"Its files hold {what}, which are unpacked, and quantized to nf4 unless "
-                "--quantization none.",
+                f"Its files hold {what}, which are unpacked, and quantized again unless --quantization none.",
             )
     except UnsupportedBaseError as error:
         return BaseCheck(refusal=str(error), **known)
