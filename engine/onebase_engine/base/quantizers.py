@@ -19,6 +19,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from onebase_engine import machine
 from onebase_engine.base.experts import (
     ExpertStack,
     expert_matrices,
@@ -82,6 +83,9 @@ class _QuantizeExperts(ConversionOps):  # type: ignore[misc]
             self.quantizer.stacks[path] = stack
             # transformers puts parameters where it has read them, and checks that all are there.
             found[path] = stack.weight
+            del value, matrices
+            # Files stay mapped until all is read, and a mixture's are several times as large as its base.
+            machine.release_mapped_files(".safetensors")
         found |= self.linear.convert(input_dict, **given)
         return found
 

@@ -46,6 +46,11 @@ typedef struct {
   int64_t block;        /* terms that are summed before they are added to the rest; `in` with AMX */
   int64_t quantized;    /* whether a delta is rounded before it is added, as PEFT does for 4-bit layers */
   const onebase_lora *lora; /* by slot, or null */
+  const uint8_t *nested;      /* instead of `absmax` scales in 8 bits, or null: [out, blocks of an output] from number */
+  int64_t nested_first;       /* this on */
+  const float *nested_code;   /* what one stands for, [256], */
+  const float *nested_absmax; /* times this of each 256, from number 0 on, */
+  float nested_offset;        /* plus this */
 } onebase_linear;
 
 /* Which adapters act on which rows: rows `row[row_starts[g] ..]` have the terms `term_starts[g] ..`. */

@@ -10,17 +10,41 @@
 
 /* ---- weights ------------------------------------------------------------------------------- */
 
+/* Terms that are unpacked at once, into the nearest cache, and the most blocks that they lie in. */
+#define CHUNK 128
+#define CHUNK_BLOCKS (CHUNK / 32)
+
+/* The scale that is number `place` of a layer's in 8 bits. */
+static inline float nested_scale(const onebase_linear *layer, int64_t place) {
+  place += layer->nested_first;
+  return layer->nested_code[layer->nested[place]] * layer->nested_absmax[place >> 8] + layer->nested_offset;
+}
+
 /* The scale of the block of an output with a term. */
-static inline const float *absmax_of(const onebase_linear *layer, int64_t output, int64_t term) {
+static inline float scale_of(const onebase_linear *layer, int64_t output, int64_t term) {
   int64_t blocks = layer->in >> layer->blocksize_log2, block = term >> layer->blocksize_log2;
-  return layer->absmax + (output / LANES * blocks + block) * LANES + output % LANES;
+  if (layer->nested) return nested_scale(layer, output * blocks + block);
+  return layer->absmax[(output / LANES * blocks + block) * LANES + output % LANES];
+}
+
+/* The scales of a panel's outputs, [blocks, 16], from the block with term `first` on: those of `count` terms, CHUNK
+ * at most. They are in `own` if they were in 8 bits. */
+static inline const float *scales_of(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
+                                     float *own) {
+  int64_t shift = layer->blocksize_log2, blocks = layer->in >> shift, begin = first >> shift;
+  if (!layer->nested) return layer->absmax + (panel * blocks + begin) * LANES;
+  int64_t some = ((first + count - 1) >> shift) - begin + 1, there = least(LANES, layer->out - panel * LANES);
+  for (int64_t lane = 0; lane < there; lane++)
+    for (int64_t block = 0; block < some; block++)
+      own[block * LANES + lane] = nested_scale(layer, (panel * LANES + lane) * blocks + begin + block);
+  return own;
 }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
 /* The 16 weights that a block may have, twice, as bf16. */
-static inline __m512i shades_of(floats code, const float *absmax) {
-  __m512 shades = _mm512_mul_ps((__m512)code, _mm512_set1_ps(*absmax));
+static inline __m512i shades_of(floats code, float scale) {
+  __m512 shades = _mm512_mul_ps((__m512)code, _mm512_set1_ps(scale));
 #ifdef __AVX512BF16__
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(shades));
 #else
@@ -46,11 +70,10 @@ static inline void unpack_32(const uint8_t *packed, __m512i shades, bf16 *to) {
 /* `count` 4-bit weights of an output from term `first` on, both multiples of 32, as bf16. */
 static inline void unpack(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
   const uint8_t *packed = (const uint8_t *)layer->weight + (output * layer->in + first) / 2;
-  const float *absmax = absmax_of(layer, output, first);
   floats code = load(layer->code);
   if (layer->blocksize_log2 == 6 && (first | count) % 64 == 0) {
-    for (int64_t done = 0; done < count; done += 64, packed += 32, absmax += LANES) {
-      __m512i shades = shades_of(code, absmax);
+    for (int64_t done = 0; done < count; done += 64, packed += 32) {
+      __m512i shades = shades_of(code, scale_of(layer, output, first + done));
       unpack_32(packed, shades, to + done);
       unpack_32(packed + 16, shades, to + done + 32);
       __builtin_prefetch(packed + AHEAD);
@@ -58,7 +81,7 @@ static inline void unpack(const onebase_linear *layer, int64_t output, int64_t f
     return;
   }
   for (int64_t done = 0; done < count; done += 32, packed += 16)
-    unpack_32(packed, shades_of(code, absmax_of(layer, output, first + done)), to + done);
+    unpack_32(packed, shades_of(code, scale_of(layer, output, first + done)), to + done);
 }
 
 #else
@@ -68,7 +91,7 @@ static inline void unpack(const onebase_linear *layer, int64_t output, int64_t f
   floats code = load(layer->code);
   bf16 shades[LANES];
   for (int64_t done = 0; done < count; done += 2, packed++) {
-    if (done % 32 == 0) narrow(shades, code * each(*absmax_of(layer, output, first + done)));
+    if (done % 32 == 0) narrow(shades, code * each(scale_of(layer, output, first + done)));
     to[done] = shades[*packed >> 4];
     to[done + 1] = shades[*packed & 15];
   }
@@ -251,9 +274,6 @@ static void pair_rows(const product *p, int64_t number) {
 
 #else
 
-/* Terms that are unpacked at once, into the nearest cache. */
-#define CHUNK 128
-
 #if defined(__AVX512BF16__)
 #define TERMS 2
 typedef uint32_t turned; /* two terms of one output */
@@ -292,16 +312,17 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
   int64_t blocks = layer->in >> shift, stride = layer->in / 8, within = ((int64_t)1 << shift) - 1;
   const uint32_t *from = (const uint32_t *)layer->weight + (panel * LANES * layer->in + first) / 8;
-  const float *absmax = layer->absmax + panel * blocks * LANES;
+  _Alignas(64) float own[CHUNK_BLOCKS * LANES] = {0};
+  const float *scales = scales_of(layer, panel, first, count, own);
   __m512 code = _mm512_loadu_ps(layer->code), low = _mm512_setzero_ps(), high = low;
   _Alignas(64) uint32_t words_[16 * 16];
   for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
-  for (int64_t block = first >> shift; block << shift < first + count; block++)
-    __builtin_prefetch(absmax + (PANELS * blocks + block) * LANES);
+  for (int64_t block = 0; !layer->nested && block << shift < count; block++)
+    __builtin_prefetch(scales + (PANELS * blocks + block) * LANES);
   turn_words(from, stride, places, there, count / 8, words_);
   for (int64_t i = 0; i < count / 8; i++, to += 4 * LANES) {
     if (i == 0 || !((first + 8 * i) & within)) {
-      __m512 scale = _mm512_loadu_ps(absmax + ((first + 8 * i) >> shift) * LANES);
+      __m512 scale = _mm512_loadu_ps(scales + (((first + 8 * i) >> shift) - (first >> shift)) * LANES);
       low = _mm512_permutexvar_ps(twice, scale);
       high = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
     }
@@ -366,13 +387,14 @@ static inline __m256 chosen(__m256i which, __m256 low, __m256 high, __m256 scale
  * output are a word, of each byte the high one first. */
 static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
-  int64_t blocks = layer->in >> shift, stride = layer->in / 2;
+  int64_t stride = layer->in / 2;
   const uint8_t *from = (const uint8_t *)layer->weight + panel * LANES * stride + first / 2;
-  const float *absmax = layer->absmax + panel * blocks * LANES;
+  _Alignas(32) float own[CHUNK_BLOCKS * LANES] = {0};
+  const float *scales = scales_of(layer, panel, first, count, own);
   __m256 low = _mm256_loadu_ps(layer->code), high = _mm256_loadu_ps(layer->code + 8);
   _Alignas(32) uint32_t some[LANES] = {0};
   for (int64_t k = 0; k < count; k += 8, from += 4) {
-    const float *scale = absmax + ((first + k) >> shift) * LANES;
+    const float *scale = scales + (((first + k) >> shift) - (first >> shift)) * LANES;
     for (int64_t lane = 0; lane < there; lane++) memcpy(some + lane, from + lane * stride, sizeof *some);
     __m256i words[2] = {_mm256_load_si256((const __m256i *)some), _mm256_load_si256((const __m256i *)(some + 8))};
     __m256 scales[2] = {_mm256_loadu_ps(scale), _mm256_loadu_ps(scale + 8)};
