@@ -5,13 +5,14 @@ Importing this module registers them, and imports transformers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import FineGrainedFP8Config
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import dequantize_convertops
 from transformers.quantizers.auto import register_quantizer
@@ -84,8 +85,7 @@ class _QuantizeExperts(ConversionOps):  # type: ignore[misc]
             # transformers puts parameters where it has read them, and checks that all are there.
             found[path] = stack.weight
             del value, matrices
-            # Files stay mapped until all is read, and a mixture's are several times as large as its base.
-            machine.release_mapped_files(".safetensors")
+            _release_files()
         found |= self.linear.convert(input_dict, **given)
         return found
 
@@ -132,6 +132,35 @@ class _Fp8Reader(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         return {"dequantize": _UnscaleFp8}
 
 
+class _ConcatenateApart(Concatenate):  # type: ignore[misc]
+    """Concatenation that frees each part when it is copied: all at once they would be there twice."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Sequence[str],
+        target_patterns: Sequence[str],
+        **given: Any,
+    ) -> dict[str, torch.Tensor]:
+        found = [input_dict.pop(source) for source in source_patterns if source in input_dict]
+        parts = [part for one in found for part in (one if isinstance(one, list) else [one])]
+        del found
+        _release_files()
+        sizes = [part.shape[self.dim] for part in parts]
+        shape = list(parts[0].shape)
+        shape[self.dim] = sum(sizes)
+        whole = parts[0].new_empty(shape)
+        for target in whole.split(sizes, self.dim):
+            target.copy_(parts.pop(0))
+        return {self.get_target_pattern(list(target_patterns)): whole}
+
+
+def _release_files() -> None:
+    """Let go of what was read of the files: they stay mapped until the end, and a mixture's are several times
+    as large as its base."""
+    machine.release_mapped_files(".safetensors")
+
+
 class _KnowsExperts:
     """Part of a quantizer of bitsandbytes that also knows experts, and reads MXFP4 and fp8.
 
@@ -165,9 +194,18 @@ class _KnowsExperts:
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         if self.quantization_config.from_fp8 is None:
-            return super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]
-        reader = _Fp8Reader(self.quantization_config.from_fp8)
-        return reader.update_weight_conversions(weight_conversions, model)
+            found = super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]
+        else:
+            reader = _Fp8Reader(self.quantization_config.from_fp8)
+            found = reader.update_weight_conversions(weight_conversions, model)
+        for place, converter in enumerate(found):
+            if isinstance(converter, WeightConverter):
+                found[place] = copy.copy(converter)
+                found[place].operations = [
+                    _ConcatenateApart(one.dim) if type(one) is Concatenate else one
+                    for one in converter.operations
+                ]
+        return found
 
     def get_quantize_ops(self) -> Any:
         return _QuantizeExperts(self, super().get_quantize_ops())  # type: ignore[misc]
