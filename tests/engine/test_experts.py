@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from onebase_adapters.proof.texts import served_regrets, tie_of
+from onebase_engine import machine
 from onebase_engine.base import quantized_cache
 from onebase_engine.base.experts import (
     ExpertStack,
@@ -671,3 +672,23 @@ def test_a_text_that_another_choice_of_tied_experts_gives_is_told_from_a_wrong_o
     for place in range(len(first)):
         wrong = [*first[:place], (first[place] + 1) % 320, *first[place + 1 :]]
         assert max(served_regrets(base, prompt, wrong, tie, unit)) > tie
+
+
+def test_pages_of_a_mapped_file_are_let_go_and_what_was_written_in_memory_stays(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(1 << 20, dtype=torch.int32)}, file)
+    storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+    mapped = torch.empty(0, dtype=torch.uint8).set_(storage)
+    before = mapped.clone()
+    mapped[-4:] = before[-4:] = 7
+
+    def resident() -> int:
+        found = Path("/proc/self/smaps").read_text().partition(str(file))[2]
+        return int(found.partition("\nRss:")[2].split()[0])
+
+    read = resident()
+    machine.release_mapped_files(".safetensors")
+    assert resident() < read / 2
+    assert torch.equal(mapped, before)
