@@ -234,6 +234,38 @@ MORE_MIXTURES: dict[str, Callable[[], Any]] = {
     "granitemoe": lambda: tf.GraniteMoeConfig(
         **_SIZES | _ROUTED | {"intermediate_size": 64}, num_local_experts=4
     ),
+    # Layers with a recurrent state, and a gated shared expert.
+    "qwen3_5_moe": lambda: tf.Qwen3_5MoeTextConfig(
+        **_SIZES | _ROUTED | _LAYERS,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        num_experts=8,
+        shared_expert_intermediate_size=64,
+    ),
+    "granite_h_moe": lambda: tf.GraniteMoeHybridConfig(
+        **_SIZES | _MAMBA | {"layer_types": ["mamba", "attention"], "intermediate_size": 64},
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        shared_intermediate_size=64,
+    ),
+    # A dense layer, and scores that a bias corrects for the choice alone.
+    "glm4_moe": lambda: tf.Glm4MoeConfig(
+        **_SIZES | _ROUTED,
+        use_qk_norm=True,
+        n_routed_experts=8,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+    "ernie4_5_moe": lambda: tf.Ernie4_5_MoeConfig(
+        **_SIZES | _ROUTED | {"moe_k": 2},
+        moe_num_experts=8,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+    ),
 }
 """Mixtures whose experts are computed as those of Mixtral."""
 

@@ -262,6 +262,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "Command A and R7B": ("cohere2", {"tie_word_embeddings": True}),
+    "Mixtral 8x7B": ("mixtral", {"num_local_experts": 8}),
+    "OLMoE 1B 7B": ("olmoe", {"num_experts": 8, "num_key_value_heads": 4}),
+    "Qwen3 30B A3B": ("qwen3_moe", {"num_experts": 8, "norm_topk_prob": True}),
+    "Qwen3.5 and 3.6 35B A3B": ("qwen3_5_moe", {"text_config": {"num_experts": 8}}),
+    "gpt-oss 20B": ("gpt_oss", _SLIDING | {"num_local_experts": 8}),
+    "GLM 4.5 to 4.7": (
+        "glm4_moe",
+        {"n_routed_experts": 8, "use_qk_norm": True, "partial_rotary_factor": 0.5, "attention_bias": True},
+    ),
+    "DeepSeek V3 and R1": ("deepseek_v3", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
+    "ERNIE 4.5 21B A3B": ("ernie4_5_moe", {"moe_num_experts": 8, "moe_num_shared_experts": 2}),
+    "Llama 4 Scout": ("llama4", {"text_config": {"num_local_experts": 8, "num_experts_per_tok": 1}}),
 }  # fmt: skip
 """Models that people download, where they differ from their type's default config."""
 
@@ -795,8 +807,12 @@ def page() -> str:
             "On mixtures in neither list it was not tried by this tool.",
         ]
     if variants:
-        rows = [f"| {one.title} | `{one.type}` | {_state(one)} |" for one in variants]
-        lines += ["## Models by name", "\n".join(["| model | type | |", "|---|---|---|", *rows])]
+        rows = [
+            f"| {one.title} | `{one.type}` | {_state(one)} | {_EXPERTS.get(one.experts or '', '')} |"
+            for one in variants
+        ]
+        heads = ["| model | type | | adapters on experts |", "|---|---|---|---|"]
+        lines += ["## Models by name", "\n".join([*heads, *rows])]
     lines += [f"## Refused: {len(refused)} types", "Each is refused at start, and by `onebase base check`."]
     for heading, advice, names in _grouped(refused):
         lines += [f"### {heading}", advice, names]
@@ -808,6 +824,10 @@ def page() -> str:
         if found := [one for one in types if one.state == state]:
             lines += [f"## {text}", _names(found)]
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+_EXPERTS = {"equal": "served", "near": "served*", "none": "refused"}
+"""Words for the state of an adapter on experts."""
 
 
 def _names(results: Sequence[Result]) -> str:

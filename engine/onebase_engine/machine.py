@@ -187,6 +187,20 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def release_mapped_files(suffix: str) -> None:
+    """Let go of the pages of mapped files whose names end in `suffix`; what is read again comes from disk.
+
+    They could be reclaimed at any time, but count as resident until then. Pages that were written stay.
+    """
+    libc, pageout = ctypes.CDLL(None), 21  # MADV_PAGEOUT, for which older Pythons have no name
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            if line.endswith(suffix):
+                start, end = (int(one, 16) for one in line.partition(" ")[0].split("-"))
+                # A kernel that does not know it reclaims them when it needs to.
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), pageout)
+
+
 def with_room(program: Callable[[], _Result]) -> _Result:
     """Run `program` on a frame so large that those above it share its piece of memory.
 

@@ -61,8 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_base(name, root / name) for name in ARCHITECTURES}
 
 
-# bitsandbytes' int8 takes no rows of four dimensions, which latent attention has.
-PAIRS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("youtu", "int8")]
+PAIRS = [(a, k) for a in ARCHITECTURES for k in KINDS]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)

@@ -41,6 +41,8 @@ from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter, write_packed_adapter
 
 KINDS = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "gemma4_moe"]
+QUANTIZED = [*((kind, "nf4") for kind in KINDS), ("qwen3_moe", "int8"), ("gpt_oss", "int8")]
+"""Types of mixtures, and how their weights are quantized."""
 KERNELS: dict[str, Callable[[], Kernels | None]] = {"torch": ReferenceKernels, "library": load_library}
 
 
@@ -57,13 +59,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "quantization"), QUANTIZED)
 def test_the_reference_has_the_bits_of_pefts_forward_on_dequantized_parameters(
-    kind: str, folders: Callable[[str], Path], tmp_path: Path
+    kind: str, quantization: Any, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
-    base = load_base(BaseSettings(folders(kind)))
+    base = load_base(BaseSettings(folders(kind), quantization=quantization))
     before = fingerprint(base)
     folder = save_on_experts(base, tmp_path)
     loaded = load_folder(base, folder)
@@ -87,11 +89,16 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 @pytest.mark.parametrize("std", [0.01, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "quantization"), QUANTIZED)
 def test_what_is_served_is_proved_against_peft(
-    kind: str, std: float, folders: Callable[[str], Path], kernels: Kernels, tmp_path: Path
+    kind: str,
+    quantization: Any,
+    std: float,
+    folders: Callable[[str], Path],
+    kernels: Kernels,
+    tmp_path: Path,
 ) -> None:
-    base = load_base(BaseSettings(folders(kind)))
+    base = load_base(BaseSettings(folders(kind), quantization=quantization))
     loaded = load_folder(base, save_on_experts(base, tmp_path, std=std))
     prover = ModuleProver(base, kernels)
     proof = prover.prove(loaded.reference, folded(loaded.weights))
@@ -99,11 +106,11 @@ def test_what_is_served_is_proved_against_peft(
     assert proof.compared == len(prover._modules) + len(list(expert_modules(base)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "quantization"), QUANTIZED)
 def test_a_mixed_batch_is_pefts_whatever_each_adapter_targets(
-    kind: str, folders: Callable[[str], Path], tmp_path: Path
+    kind: str, quantization: Any, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = load_base(BaseSettings(folders(kind)))
+    base = load_base(BaseSettings(folders(kind), quantization=quantization))
     before = fingerprint(base)
     attention = [name for name, _ in base.named_modules() if name.endswith((".q_proj", ".q_b_proj"))]
     wanted: list[dict[str, Any]] = [

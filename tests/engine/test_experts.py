@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import bitsandbytes.nn as bnb_nn
 import pytest
 import torch
 import transformers as tf
@@ -24,9 +25,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from onebase_adapters.proof.texts import served_regrets, tie_of
+from onebase_engine import machine
 from onebase_engine.base import quantized_cache
 from onebase_engine.base.experts import (
     ExpertStack,
+    Int8Stack,
     expert_matrices,
     expert_modules,
     own_code,
@@ -36,7 +39,6 @@ from onebase_engine.base.load import (
     UnsupportedBaseError,
     base_bytes,
     base_tensors,
-    estimate_memory,
     fingerprint,
     load_base,
     needed_memory,
@@ -108,20 +110,43 @@ def test_each_matrix_has_the_numbers_that_bitsandbytes_gives_it_alone(
             assert torch.equal(stack.layer(number)(torch.eye(stack.size_in).bfloat16()).T, wanted)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_each_matrix_in_int8_has_the_numbers_that_bitsandbytes_gives_a_linear_layer(
+    kind: str, folders: Callable[[str], Path]
+) -> None:
+    base = load_base(BaseSettings(folders(kind), quantization="int8"))
+    assert type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear8bitLt"
+    for path, plain, transposed in plain_matrices(folders(kind)):
+        stack = base.get_submodule(path)
+        assert isinstance(stack, Int8Stack)
+        assert stack.shape == plain.shape
+        for number, matrix in enumerate(plain):
+            own = (matrix.T if transposed else matrix).contiguous()
+            layer: Any = bnb_nn.Linear8bitLt(own.shape[1], own.shape[0], bias=False, has_fp16_weights=False)
+            layer.weight = bnb_nn.Int8Params(own, requires_grad=False, has_fp16_weights=False)
+            layer = layer.to("cpu")
+            assert torch.equal(stack.weight[number], layer.weight.CB)
+            assert torch.equal(stack.absmax[number], layer.weight.SCB)
+            wanted = bnb.int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB).bfloat16()
+            assert torch.equal(stack[number], wanted.T if transposed else wanted)
+            assert torch.equal(stack.layer(number)(torch.eye(stack.size_in).bfloat16()).T, wanted)
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_mixture_takes_the_memory_that_its_config_says(kind: str, folders: Callable[[str], Path]) -> None:
     settings = BaseSettings(folders(kind))
     base = load_base(settings)
     stacked = [module for module in base.modules() if isinstance(module, ExpertStack)]
     assert stacked, "experts are quantized"
-    found = check_base(base.config)
+    found = check_base(tf.AutoConfig.from_pretrained(folders(kind)))
     assert found.refusal is None
     assert found.parameters == parameter_count(base)
-    assert "int8" not in found.memory
-    assert found.memory["nf4"] == pytest.approx(base_bytes(base), rel=0.03)
-    assert needed_memory(settings) == pytest.approx(base_bytes(base), rel=0.03)
-    plain = load_base(replace(settings, quantization="none"))
-    assert estimate_memory(plain, "none").total == pytest.approx(base_bytes(plain), rel=0.03)
+    for quantization in found.memory:
+        settings = replace(settings, quantization=quantization)
+        base = load_base(settings)
+        assert found.memory[quantization] == pytest.approx(base_bytes(base), rel=0.03)
+        assert needed_memory(settings) == pytest.approx(base_bytes(base), rel=0.03)
+    assert list(found.memory) == ["nf4", "int8", "none"]
 
 
 MOST_WHILE_LOADING = 1.25
@@ -153,13 +178,19 @@ def test_loading_holds_no_more_than_the_largest_parameter_in_full(tmp_path: Path
     assert most < allowed
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("deepseek_v3", "nf4"), ("gpt_oss", "nf4"), ("gpt_oss", "int8")]
+)
 def test_a_second_start_reads_the_quantized_experts(
-    kind: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    quantization: Any,
+    folders: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path))
     monkeypatch.setattr(quantized_cache, "LEAST", 0)
-    settings = BaseSettings(folders(kind))
+    settings = BaseSettings(folders(kind), quantization=quantization)
     first = load_kept_base(settings)
     monkeypatch.setattr(quantized_cache, "load_base", None)
     second = load_kept_base(settings)
@@ -171,7 +202,7 @@ def test_a_second_start_reads_the_quantized_experts(
         assert torch.equal(first(ids).logits, second(ids).logits)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("kind", [kind for kind in MIXTURES if kind != "llama4_text"])
 def test_experts_have_the_bits_of_the_models_own_code(
     kind: str, quantization: Any, folders: Callable[[str], Path], kernels: Kernels
@@ -181,7 +212,7 @@ def test_experts_have_the_bits_of_the_models_own_code(
     assert len(attach_experts(served, kernels)) == len(list(expert_matrices(base)))
     draw = torch.Generator().manual_seed(0)
     for path, own in expert_modules(base):
-        count = len(own.down_proj.weight if quantization == "nf4" else own.down_proj)
+        count = len(own.down_proj if quantization == "none" else own.down_proj.weight)
         for rows in (1, 7, 32):
             x = torch.randn(rows, 128, generator=draw).bfloat16()
             scores = torch.rand(rows, count, generator=draw)
@@ -215,11 +246,18 @@ def test_llama_4_computes_only_the_experts_that_rows_have_chosen(experts: int, t
 
 
 @given(data=st.data())
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [*((kind, "nf4") for kind in MIXTURES), ("qwen3_moe", "int8"), ("gpt_oss", "int8"), ("mixtral", "none")],
+)
 def test_a_row_has_its_bits_beside_neighbours_that_choose_other_experts(
-    kind: str, folders: Callable[[str], Path], kernels: Kernels, data: st.DataObject
+    kind: str,
+    quantization: Any,
+    folders: Callable[[str], Path],
+    kernels: Kernels,
+    data: st.DataObject,
 ) -> None:
-    mixture = _served_layer(folders(kind), kernels)
+    mixture = _served_layer(folders(kind), quantization, kernels)
     rows = data.draw(st.integers(1, 90))
     own = data.draw(st.integers(0, rows - 1))
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
@@ -231,14 +269,17 @@ def test_a_row_has_its_bits_beside_neighbours_that_choose_other_experts(
         assert torch.equal(mixture(x)[:, own], mixture(alone)[:, 0])
 
 
-_layers: dict[tuple[Path, str], Callable[[torch.Tensor], torch.Tensor]] = {}
+_layers: dict[tuple[Path, str, str], Callable[[torch.Tensor], torch.Tensor]] = {}
 
 
-def _served_layer(folder: Path, kernels: Kernels) -> Callable[[torch.Tensor], torch.Tensor]:
+def _served_layer(
+    folder: Path, quantization: Any, kernels: Kernels
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Everything that a served layer does with its rows after attention."""
-    key = folder, kernels.name
+    key = folder, quantization, kernels.name
     if key not in _layers:
-        model = ServedModel(load_base(BaseSettings(folder)), 1, kernels=kernels)
+        base = load_base(BaseSettings(folder, quantization=quantization))
+        model = ServedModel(base, 1, kernels=kernels)
         layer = model._view.model.layers[-1]
         for module in layer.modules():
             if type(module).__name__.endswith(("Attention", "MLA")):
@@ -263,14 +304,27 @@ ADAPTED: dict[str, list[str]] = {
     "llama4_text": [*ATTENTION, *MLP],
     "longcat_flash": ["q_b_proj", "kv_b_proj", "o_proj", *MLP],
     "gemma4_moe": [*ATTENTION, *MLP],
+    "olmoe": ATTENTION,
+    "qwen3_5_moe": [*ATTENTION, *MLP, "in_proj_qkv", "in_proj_z", "out_proj"],
+    "granite_h_moe": [*ATTENTION, "in_proj", "input_linear", "output_linear"],
+    "glm4_moe": [*ATTENTION, *MLP],
+    "ernie4_5_moe": [*ATTENTION, *MLP],
 }
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [
+        *((kind, "nf4") for kind in ADAPTED),
+        ("qwen3_moe", "int8"),
+        ("gpt_oss", "int8"),
+        ("qwen3_moe", "none"),
+    ],
+)
 def test_a_mixed_batch_over_a_mixture_is_pefts(
-    kind: str, folders: Callable[[str], Path], tmp_path: Path
+    kind: str, quantization: Any, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = load_base(BaseSettings(folders(kind)))
+    base = load_base(BaseSettings(folders(kind), quantization=quantization))
     before = fingerprint(base)
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     saved = []
@@ -335,17 +389,20 @@ def test_an_adapter_of_gpt_oss_is_served_as_its_trainer_saves_it(
     assert texts[0] != texts[1], "it acts"
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_a_bare_mixture_is_proved(kind: str, folders: Callable[[str], Path]) -> None:
-    lab = Lab(load_base(BaseSettings(folders(kind))), [], [], [])
+def test_a_bare_mixture_is_proved(kind: str, quantization: Any, folders: Callable[[str], Path]) -> None:
+    lab = Lab(load_base(BaseSettings(folders(kind), quantization=quantization)), [], [], [])
     assert prove_base(lab.engine(), lab.base) < 0.5
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("mixtral", "nf4"), ("gpt_oss", "nf4"), ("mixtral", "int8")]
+)
 def test_a_backward_has_the_gradients_of_the_dequantized_matrices_and_keeps_none_of_them(
-    kind: str, folders: Callable[[str], Path]
+    kind: str, quantization: Any, folders: Callable[[str], Path]
 ) -> None:
-    base = load_base(BaseSettings(folders(kind)))
+    base = load_base(BaseSettings(folders(kind), quantization=quantization))
     _, own = next(expert_modules(base))
     plain = view(base).get_submodule(next(path for path, _ in expert_modules(base)))
     for name in ("gate_up_proj", "down_proj"):
@@ -399,20 +456,18 @@ def _noted(kept: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     return note
 
 
-def test_what_no_quantization_of_experts_is_known_for_is_refused(
-    folders: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("quantization", "fields"),
+    [("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}), ("int8", {"load_in_8bit": True})],
+)
+def test_files_of_a_mixture_that_bitsandbytes_has_quantized_are_refused(
+    quantization: Any, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(UnsupportedBaseError, match=r"int8 does not quantize.*experts.*nf4, or none"):
-        load_base(BaseSettings(folders("mixtral"), quantization="int8"))
     config = MIXTURES["mixtral"]()
-    config.quantization_config = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-    }
+    config.quantization_config = {"quant_method": "bitsandbytes", **fields}
     config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedBaseError, match=r"mixture of experts that is quantized.*plain weights"):
-        load_base(BaseSettings(tmp_path))
+        load_base(BaseSettings(tmp_path, quantization=quantization))
 
 
 def test_experts_whose_inputs_no_block_divides_are_refused_on_a_cpu(tmp_path: Path) -> None:
@@ -461,6 +516,7 @@ def test_experts_in_mxfp4_are_unpacked_and_quantized_again(tmp_path: Path) -> No
     assert any("MXFP4" in note for note in check_base(tf.AutoConfig.from_pretrained(folder)).notes)
     base = load_base(BaseSettings(folder))
     wide = load_base(BaseSettings(folder, blocksize=32))
+    eight = load_base(BaseSettings(folder, quantization="int8"))
     found = list(plain_matrices(folder))
     assert len(found) == 4
     for path, plain, _ in found:
@@ -471,6 +527,9 @@ def test_experts_in_mxfp4_are_unpacked_and_quantized_again(tmp_path: Path) -> No
             rounded = bnb.quantize_4bit(matrix.T.contiguous(), compress_statistics=True, quant_type="nf4")
             assert torch.equal(stack[number].T, bnb.dequantize_4bit(*rounded))
             assert wide.get_submodule(path).blocksize == 32
+            codes, largest, _ = bnb.int8_vectorwise_quant(matrix.T.to(torch.float16).contiguous())
+            assert torch.equal(eight.get_submodule(path).weight[number], codes)  # type: ignore[index]
+            assert torch.equal(eight.get_submodule(path).absmax[number], largest)  # type: ignore[index]
     assert type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"
 
 
@@ -524,7 +583,9 @@ def test_weights_in_fp8_are_those_that_transformers_makes_of_them_and_are_quanti
         folder, dtype=torch.bfloat16, quantization_config=tf.FineGrainedFP8Config(dequantize=True)
     )
     expected = oracle.state_dict()
-    plain, base = (load_base(BaseSettings(folder, quantization=one)) for one in ("none", "nf4"))
+    plain, base, eight = (
+        load_base(BaseSettings(folder, quantization=one)) for one in ("none", "nf4", "int8")
+    )
     assert plain.state_dict().keys() == expected.keys()
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -534,6 +595,8 @@ def test_weights_in_fp8_are_those_that_transformers_makes_of_them_and_are_quanti
         for number, matrix in enumerate(expected[place.path]):
             rounded = bnb.quantize_4bit(matrix.contiguous(), compress_statistics=True, quant_type="nf4")
             assert torch.equal(stack[number], bnb.dequantize_4bit(*rounded))
+            codes, _, _ = bnb.int8_vectorwise_quant(matrix.to(torch.float16).contiguous())
+            assert torch.equal(eight.get_submodule(place.path).weight[number], codes)  # type: ignore[index]
     weight: Any = base.get_submodule("model.layers.0.self_attn.o_proj").weight
     rounded = bnb.quantize_4bit(
         expected["model.layers.0.self_attn.o_proj.weight"], compress_statistics=True, quant_type="nf4"
@@ -587,8 +650,6 @@ def test_fp8_that_cannot_be_read_whole_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = save_fp8("qwen3_moe", tmp_path, (64, 32))
-    with pytest.raises(UnsupportedBaseError, match=r"start with --quantization nf4, or none"):
-        load_base(BaseSettings(folder, quantization="int8"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.experts.gate_up_proj_scale_inv"] = torch.ones(8, 2, 4)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -611,3 +672,23 @@ def test_a_text_that_another_choice_of_tied_experts_gives_is_told_from_a_wrong_o
     for place in range(len(first)):
         wrong = [*first[:place], (first[place] + 1) % 320, *first[place + 1 :]]
         assert max(served_regrets(base, prompt, wrong, tie, unit)) > tie
+
+
+def test_pages_of_a_mapped_file_are_let_go_and_what_was_written_in_memory_stays(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(1 << 20, dtype=torch.int32)}, file)
+    storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+    mapped = torch.empty(0, dtype=torch.uint8).set_(storage)
+    before = mapped.clone()
+    mapped[-4:] = before[-4:] = 7
+
+    def resident() -> int:
+        found = Path("/proc/self/smaps").read_text().partition(str(file))[2]
+        return int(found.partition("\nRss:")[2].split()[0])
+
+    read = resident()
+    machine.release_mapped_files(".safetensors")
+    assert resident() < read / 2
+    assert torch.equal(mapped, before)

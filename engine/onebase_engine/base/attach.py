@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base import manifest as wire
-from onebase_engine.base.experts import ExpertStack, place_stacks
+from onebase_engine.base.experts import ExpertStack, Int8Stack, place_stacks
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import (
     BaseSettings,
@@ -168,7 +168,7 @@ def _described_4bit(layer: Any) -> QuantizedLayer:
 
 def _described_experts(stack: ExpertStack) -> QuantizedLayer:
     return QuantizedLayer(
-        kind="ExpertStack",
+        kind="Int8Stack" if isinstance(stack, Int8Stack) else "ExpertStack",
         size_in=stack.size_in,
         size_out=stack.size_out,
         blocksize=stack.blocksize,
@@ -205,7 +205,7 @@ def _fill(tree: nn.Module, plan: Manifest, tensors: Sequence[torch.Tensor]) -> N
     parameters: dict[int, nn.Parameter] = {}
     for name, layer in plan.layers.items():
         number = plan.names[f"{name}.weight"]
-        if layer.kind == "ExpertStack":
+        if layer.kind in ("ExpertStack", "Int8Stack"):
             buffers = {
                 buffer.removeprefix(f"{name}."): tensors[place]
                 for buffer, place in plan.names.items()
@@ -239,7 +239,8 @@ def expert_stack(
     statistics: Mapping[str, torch.Tensor],
 ) -> ExpertStack:
     """Replace the parameter `name` by a stack of experts over the given tensors and return it."""
-    stack = ExpertStack(
+    kind = Int8Stack if layer.kind == "Int8Stack" else ExpertStack
+    stack = kind(
         weight,
         statistics,
         size_in=layer.size_in,

@@ -1,4 +1,4 @@
-"""Experts of a mixture in NF4, matrix by matrix.
+"""Experts of a mixture in NF4 or int8, matrix by matrix.
 
 transformers keeps the matrices of all experts in one parameter [experts, ...], which bitsandbytes leaves
 alone. Here an `ExpertStack` takes the parameter's place: each matrix is quantized by itself, to the numbers
@@ -163,6 +163,52 @@ class ExpertStack(nn.Module):
         return matrix
 
 
+class Int8Stack(ExpertStack):
+    """Matrices of one shape in int8, one for each expert, with a scale for each output.
+
+    bitsandbytes' own layers also round the rows that they multiply to int8. Here rows are multiplied as they
+    are.
+    """
+
+    weight: nn.Parameter
+    """[experts, out, in] int8."""
+    absmax: torch.Tensor
+    """Largest weight of each output, fp32 [experts, out]."""
+
+    def layer(self, number: int) -> Int8Matrix:
+        """Return one matrix as a linear layer, over the same memory."""
+        return Int8Matrix(self.weight.detach()[number], self.absmax[number], self.dtype)
+
+    def _matrix(self, number: int) -> torch.Tensor:
+        matrix = self.layer(number).plain()
+        setattr(matrix, _OWNER, (self, number))
+        return matrix
+
+
+class Int8Matrix(nn.Module):
+    """Linear layer with a weight in int8, which is dequantized for each product."""
+
+    bias = None
+
+    def __init__(self, weight: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> None:
+        """Take a weight [out, in] int8, the largest weight of each output [out] fp32, and the dtype of
+        products."""
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.absmax, self.dtype = absmax, dtype
+        self.out_features, self.in_features = weight.shape
+
+    def plain(self) -> torch.Tensor:
+        """Return the weight in `dtype`, as bitsandbytes dequantizes it."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        dequantized: torch.Tensor = int8_vectorwise_dequant(self.weight.detach(), self.absmax)
+        return dequantized.to(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.plain().to(x.dtype))
+
+
 class AdaptedStack(ExpertStack):
     """Matrices of which modelling code gets each as an adapter changes it."""
 
@@ -228,6 +274,23 @@ def quantize_stack(
     return ExpertStack(
         stacked.pop("weight"), stacked | codes, size_in=size_in, size_out=size_out, blocksize=blocksize,
         dtype=matrices.dtype, transposed=transposed,
+    )  # fmt: skip
+
+
+def quantize_stack_to_int8(matrices: torch.Tensor, *, transposed: bool) -> Int8Stack:
+    """Quantize a parameter [experts, ...], matrix by matrix, as bitsandbytes would each of them."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    count, first, second = matrices.shape
+    size_in, size_out = (first, second) if transposed else (second, first)
+    weight = torch.empty(count, size_out, size_in, dtype=torch.int8, device=matrices.device)
+    absmax = torch.empty(count, size_out, device=matrices.device)
+    for number, matrix in enumerate(matrices.unbind()):
+        plain = (matrix.T if transposed else matrix).to(torch.float16).contiguous()
+        weight[number], absmax[number], _ = int8_vectorwise_quant(plain)
+    return Int8Stack(
+        weight, {"absmax": absmax}, size_in=size_in, size_out=size_out, blocksize=0, dtype=matrices.dtype,
+        transposed=transposed,
     )  # fmt: skip
 
 

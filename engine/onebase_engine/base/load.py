@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,6 +27,7 @@ from torch import nn
 from onebase_engine import machine
 from onebase_engine.base.experts import (
     ExpertStack,
+    Int8Stack,
     expert_matrices,
     place_stacks,
     quantize_stack,
@@ -314,7 +315,7 @@ def _block_and_inputs(layer: Any) -> tuple[int, int] | None:
     if not isinstance(weight, torch.Tensor) or weight.device.type != "cpu":
         return None
     if isinstance(layer, ExpertStack):
-        return layer.blocksize, layer.size_in
+        return None if isinstance(layer, Int8Stack) else (layer.blocksize, layer.size_in)
     state = getattr(weight, "quant_state", None)
     return None if state is None else (state.blocksize, layer.in_features)
 
@@ -510,20 +511,9 @@ def config_for(settings: BaseSettings) -> Any:
     """
     config = load_config(settings.folder)
     stored = stored_quantization(config)
-    experts = next(expert_matrices(_empty(config)), None)
-    if experts is not None and settings.quantization == "int8":
-        raise UnsupportedBaseError(
-            f"--quantization int8 does not quantize a mixture's experts, such as {experts.path} of "
-            f"{type(config).__name__}: start with --quantization nf4, or none"
-        )
-    if unpacked_format(config) == "fp8" and settings.quantization == "int8":
-        raise UnsupportedBaseError(
-            f"the files in {settings.folder} hold weights in fp8, which are unpacked for nf4 and for none: "
-            "start with --quantization nf4, or none"
-        )
     if stored == "none":
         return config
-    if experts is not None:
+    if next(expert_matrices(_empty(config)), None) is not None:
         raise UnsupportedBaseError(
             f"the files in {settings.folder} hold a mixture of experts that is quantized to {stored} "
             "already, which OneBase does not read: choose the repository with plain weights"
@@ -559,7 +549,10 @@ def load_base(settings: BaseSettings) -> nn.Module:
         how = _quantization_config(settings, config)
     unpacked = unpacked_format(config)
     if unpacked is not None and how is not None:
-        logger.info("weights that the files hold in %s are unpacked, and quantized to NF4", unpacked)
+        logger.info(
+            "weights that the files hold in %s are unpacked, and quantized to %s",
+            unpacked, settings.quantization,
+        )  # fmt: skip
         _forget_format(config)
     elif unpacked == "mxfp4":
         from transformers import Mxfp4Config
@@ -642,7 +635,15 @@ def freeze(model: nn.Module) -> nn.Module:
         if held is not None and hasattr(layer, "init_8bit_state"):
             # Else the first forward would move the statistics out of the parameter that every view shares.
             layer.init_8bit_state()
+            layer.forward = partial(_int8_product, layer)
     return model
+
+
+def _int8_product(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Compute a layer of bitsandbytes in int8, which itself takes no rows of four dimensions, as latent
+    attention has them."""
+    product: torch.Tensor = type(layer).forward(layer, x.flatten(0, -2) if x.dim() > 3 else x)
+    return product.view(*x.shape[:-1], layer.out_features)
 
 
 def _pin_rotary(model: nn.Module) -> None:
@@ -698,27 +699,25 @@ def eos_ids(base: Any) -> frozenset[int]:
 def _quantization_config(settings: BaseSettings, config: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
+    if settings.quantization == "none":
+        return None
+    skipped = _skipped_modules(settings, config)
     if settings.quantization == "nf4":
         how = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=settings.compute_dtype,
-            llm_int8_skip_modules=_skipped_modules(settings, config),
+            llm_int8_skip_modules=skipped,
         )
-        routed = next(expert_matrices(_empty(config)), None) is not None
-        if not (routed or unpacked_format(config)):
-            return how
-        from onebase_engine.base.quantizers import with_experts
+    else:
+        how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skipped)
+    routed = next(expert_matrices(_empty(config)), None) is not None
+    if not (routed or unpacked_format(config)):
+        return how
+    from onebase_engine.base.quantizers import with_experts
 
-        return with_experts(how, _stored_format(config))
-    if settings.quantization == "int8":
-        return BitsAndBytesConfig(
-            load_in_8bit=True,
-            llm_int8_threshold=0.0,
-            llm_int8_skip_modules=_skipped_modules(settings, config),
-        )
-    return None
+    return with_experts(how, _stored_format(config))
 
 
 def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
@@ -946,8 +945,11 @@ def estimate_memory(
             parameters += count
             linear = type(module) is nn.Linear and module is not output and name == "weight"
             linear &= not _is_narrow(module, blocksize)
-            if quantization == "nf4" and (module, name) in experts:
+            if quantization != "none" and (module, name) in experts:
                 number, size_in, size_out = experts[module, name].sizes
+                if quantization == "int8":
+                    quantized += count + 4 * number * size_out
+                    continue
                 statistics = _nf4_statistics(size_in * size_out, blocksize, double_quant, matrices=number)
                 quantized += -(-count // 2) + statistics
             elif quantization == "none" or not linear:

@@ -63,8 +63,8 @@ class TensorPlace(msgspec.Struct, frozen=True):
 class QuantizedLayer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Fields of a quantized layer besides its tensors."""
 
-    kind: Literal["Linear4bit", "Linear8bitLt", "ExpertStack"]
-    """A class of bitsandbytes, or the experts' own, whose statistics are buffers."""
+    kind: Literal["Linear4bit", "Linear8bitLt", "ExpertStack", "Int8Stack"]
+    """A class of bitsandbytes, or one of experts, whose statistics are buffers."""
     size_in: int
     size_out: int
     threshold: float = 0.0

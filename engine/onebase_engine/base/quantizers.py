@@ -5,29 +5,39 @@ Importing this module registers them, and imports transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import FineGrainedFP8Config
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import dequantize_convertops
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from onebase_engine.base.experts import ExpertStack, expert_matrices, place_stacks, quantize_stack
+from onebase_engine import machine
+from onebase_engine.base.experts import (
+    ExpertStack,
+    expert_matrices,
+    place_stacks,
+    quantize_stack,
+    quantize_stack_to_int8,
+)
 
-_QUANTIZER, _READER = "onebase_nf4", "onebase_fp8"
+_NF4, _INT8, _READER = "onebase_nf4", "onebase_int8", "onebase_fp8"
 
 
 def with_experts(config: Any, stored: Mapping[str, Any]) -> Any:
-    """Return transformers' settings of bitsandbytes' 4 bits so that experts are quantized as well.
+    """Return transformers' settings of bitsandbytes so that experts are quantized as well.
 
     stored: fields by which the files say that they hold MXFP4 or fp8; none where weights are plain.
     """
-    config.quant_method = _QUANTIZER
+    config.quant_method = _INT8 if config.load_in_8bit else _NF4
     config.from_mxfp4 = stored.get("quant_method") == "mxfp4"
     config.from_fp8 = plain_from_fp8(stored) if stored.get("quant_method") == "fp8" else None
     return config
@@ -68,15 +78,14 @@ class _QuantizeExperts(ConversionOps):  # type: ignore[misc]
         found: dict[str, Any] = {}
         for path in [path for path in input_dict if path in self.quantizer.places]:
             value = input_dict.pop(path)
-            stack = quantize_stack(
-                value[0] if isinstance(value, list) else value,
-                transposed=self.quantizer.places[path].transposed,
-                blocksize=64,
-                double_quant=self.quantizer.quantization_config.bnb_4bit_use_double_quant,
-            )
+            matrices = value[0] if isinstance(value, list) else value
+            transposed = self.quantizer.places[path].transposed
+            stack = self.quantizer.stack_of()(matrices, transposed=transposed)
             self.quantizer.stacks[path] = stack
             # transformers puts parameters where it has read them, and checks that all are there.
             found[path] = stack.weight
+            del value, matrices
+            _release_files()
         found |= self.linear.convert(input_dict, **given)
         return found
 
@@ -123,15 +132,49 @@ class _Fp8Reader(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         return {"dequantize": _UnscaleFp8}
 
 
-@register_quantizer(_QUANTIZER)
-class _Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-    """Quantizer of bitsandbytes for 4 bits that also knows experts, and reads MXFP4 and fp8.
+class _ConcatenateApart(Concatenate):  # type: ignore[misc]
+    """Concatenation that frees each part when it is copied: all at once they would be there twice."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Sequence[str],
+        target_patterns: Sequence[str],
+        **given: Any,
+    ) -> dict[str, torch.Tensor]:
+        found = [input_dict.pop(source) for source in source_patterns if source in input_dict]
+        parts = [part for one in found for part in (one if isinstance(one, list) else [one])]
+        del found
+        _release_files()
+        sizes = [part.shape[self.dim] for part in parts]
+        shape = list(parts[0].shape)
+        shape[self.dim] = sum(sizes)
+        whole = parts[0].new_empty(shape)
+        for target in whole.split(sizes, self.dim):
+            target.copy_(parts.pop(0))
+        return {self.get_target_pattern(list(target_patterns)): whole}
+
+
+def _release_files() -> None:
+    """Let go of what was read of the files: they stay mapped until the end, and a mixture's are several times
+    as large as its base."""
+    machine.release_mapped_files(".safetensors")
+
+
+class _KnowsExperts:
+    """Part of a quantizer of bitsandbytes that also knows experts, and reads MXFP4 and fp8.
 
     Parameters are quantized one after the other, while they are loaded.
     """
 
+    quantization_config: Any
+
+    def stack_of(self) -> Callable[..., ExpertStack]:
+        """Return the function that quantizes a parameter of experts."""
+        raise NotImplementedError
+
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **named: Any) -> None:
-        super()._process_model_before_weight_loading(model, *args, **named)
+        super()._process_model_before_weight_loading(model, *args, **named)  # type: ignore[misc]
         if self.quantization_config.from_fp8 is not None:
             # Read as they are: a scale has more digits than the base's dtype.
             model._get_dtype_plan = lambda dtype: {"weight": None, "experts": None}
@@ -139,27 +182,54 @@ class _Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self.stacks: dict[str, ExpertStack] = {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **named: Any) -> bool:
-        return param_name in self.places or super().param_needs_quantization(model, param_name, **named)
+        needs: bool = super().param_needs_quantization(model, param_name, **named)  # type: ignore[misc]
+        return param_name in self.places or needs
 
     def get_weight_conversions(self) -> list[Any]:
         names = {one.name for one in self.places.values()} if self.quantization_config.from_mxfp4 else ()
         own = (
             WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [_UnpackMxfp4()]) for name in names
         )
-        return [*super().get_weight_conversions(), *own]
+        return [*super().get_weight_conversions(), *own]  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         if self.quantization_config.from_fp8 is None:
-            return super().update_weight_conversions(weight_conversions, model)
-        reader = _Fp8Reader(self.quantization_config.from_fp8)
-        return reader.update_weight_conversions(weight_conversions, model)
+            found = super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]
+        else:
+            reader = _Fp8Reader(self.quantization_config.from_fp8)
+            found = reader.update_weight_conversions(weight_conversions, model)
+        for place, converter in enumerate(found):
+            if isinstance(converter, WeightConverter):
+                found[place] = copy.copy(converter)
+                found[place].operations = [
+                    _ConcatenateApart(one.dim) if type(one) is Concatenate else one
+                    for one in converter.operations
+                ]
+        return found
 
     def get_quantize_ops(self) -> Any:
-        return _QuantizeExperts(self, super().get_quantize_ops())
+        return _QuantizeExperts(self, super().get_quantize_ops())  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **named: Any) -> Any:
         place_stacks(model, self.stacks)
         # The places hold modules, and the model holds its quantizer.
         self.places.clear()
         self.stacks.clear()
-        return super()._process_model_after_weight_loading(model, **named)
+        return super()._process_model_after_weight_loading(model, **named)  # type: ignore[misc]
+
+
+@register_quantizer(_NF4)
+class _Nf4Quantizer(_KnowsExperts, Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """Quantizer of bitsandbytes for 4 bits that also knows experts."""
+
+    def stack_of(self) -> Callable[..., ExpertStack]:
+        double_quant = self.quantization_config.bnb_4bit_use_double_quant
+        return partial(quantize_stack, blocksize=64, double_quant=double_quant)
+
+
+@register_quantizer(_INT8)
+class _Int8Quantizer(_KnowsExperts, Bnb8BitHfQuantizer):  # type: ignore[misc]
+    """Quantizer of bitsandbytes for int8 that also knows experts."""
+
+    def stack_of(self) -> Callable[..., ExpertStack]:
+        return quantize_stack_to_int8

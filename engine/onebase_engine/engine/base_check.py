@@ -91,8 +91,7 @@ def check_base(config: Any) -> BaseCheck:
         if unpacked := unpacked_format(config):
             what = "experts in MXFP4" if unpacked == "mxfp4" else "weights in fp8"
             known["notes"] += (
-                f"Its files hold {what}, which are unpacked, and quantized to nf4 unless "
-                "--quantization none.",
+                f"Its files hold {what}, which are unpacked, and quantized again unless --quantization none.",
             )
     except UnsupportedBaseError as error:
         return BaseCheck(refusal=str(error), **known)
@@ -126,9 +125,6 @@ def _size(tree: Any, stored: Quantization) -> dict[str, Any]:
     choices = QUANTIZATIONS if stored == "none" else (stored,)
     notes = []
     experts = list(expert_matrices(tree))
-    if experts:
-        choices = tuple(kind for kind in choices if kind != "int8")
-        notes.append("int8 does not quantize experts: nf4 or none.")
     head = tree.get_output_embeddings()
     odd = [
         f"{name} ({module.in_features})"

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.experts import ExpertStack, is_usual, layer_of, matrix_names
+from onebase_engine.base.experts import ExpertStack, Int8Matrix, Int8Stack, is_usual, layer_of, matrix_names
 from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.environment import KERNELS
 from onebase_engine.kernels.interface import (
@@ -53,14 +53,14 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, for instance with sanitizers."""
-ABI = 9
+ABI = 10
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
 _MOST_BLOCKS = 64
 _BLOCKS = (1024, 512, 256, 4096)
 """Terms that a library may sum before it adds them to the rest, in the order in which they are tried."""
-_NF4, _BF16 = 0, 1
+_NF4, _BF16, _INT8 = range(3)
 _LINEAR, _NORM, _ATTEND, _ADD = range(4)
 _MOST_LAYERS = 3
 _OUT_OF_MEMORY = -1
@@ -85,7 +85,9 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         ("kind", c_int64), ("size_in", c_int64), ("size_out", c_int64), ("weight", c_void_p),
         ("absmax", c_void_p), ("code", c_void_p), ("blocksize_log2", c_int64), ("bias", c_void_p),
-        ("block", c_int64), ("quantized", c_int64), ("lora", POINTER(_Lora)),
+        ("block", c_int64), ("quantized", c_int64), ("lora", POINTER(_Lora)), ("nested", c_void_p),
+        ("nested_first", c_int64), ("nested_code", c_void_p), ("nested_absmax", c_void_p),
+        ("nested_offset", c_float),
     )  # fmt: skip
 
 
@@ -377,7 +379,8 @@ class CpuKernels(ReferenceRecurrence):
         weight = base.weight
         if base.in_features % IN_MULTIPLE or not weight.is_contiguous() or weight.device.type != "cpu":
             return reference
-        if not (_is_nf4(base) or (type(base) is nn.Linear and weight.dtype == torch.bfloat16)):
+        plain = type(base) is nn.Linear and weight.dtype == torch.bfloat16
+        if not (plain or _is_nf4(base) or _is_int8(base)):
             return reference
         layer = NativeLinear(self, base, slots, reference, unpacked=unpacked)
         key = (layer.kind, base.in_features, base.out_features, base.bias is not None, self.threads)
@@ -636,7 +639,7 @@ class NativeLinear:
         self.kernels = kernels
         self.reference = reference
         self.size_in, self.size_out = base.in_features, base.out_features
-        self.kind = _NF4 if _is_nf4(base) and not unpacked else _BF16
+        self.kind = _BF16 if unpacked else _NF4 if _is_nf4(base) else _INT8 if _is_int8(base) else _BF16
         # The last one stays empty.
         self._lora = (_Lora * (slots + 1))()
         self._held: dict[int, Any] = {}
@@ -653,10 +656,14 @@ class NativeLinear:
             absmax, code = _by_panels(weight, self.size_out), state.code.float().contiguous()
             shift = state.blocksize.bit_length() - 1
             self._base += [absmax, code]
+        elif self.kind == _INT8:
+            absmax = base.absmax.contiguous()
+            self._base.append(absmax)
         self.structure = _Linear(
             self.kind, self.size_in, self.size_out, weight.data_ptr(),
             None if absmax is None else absmax.data_ptr(), None if code is None else code.data_ptr(), shift,
-            None if bias is None else self._base[1].data_ptr(), self.size_in, _is_nf4(base),
+            None if bias is None else self._base[1].data_ptr(), self.size_in,
+            _is_nf4(base) or _is_int8(base),
             ctypes.cast(self._lora, POINTER(_Lora)),
         )  # fmt: skip
         self._layers = NativeLayers([self])
@@ -763,18 +770,21 @@ class NativeExperts:
         self._sizes = {name: (one.size_in, one.size_out) for name, one in zip(held, (up, down), strict=True)}
         stacks = list(held.values())
         count = len(stacks[1].weight if isinstance(stacks[1], ExpertStack) else stacks[1])
-        places = [_places(one, layer) for one, layer in zip(stacks, (up, down), strict=True)]
-        self._base = [up, down, *(memory for _, memory in places)]
+        fill = [_matrices_of(one) for one in stacks]
+        self._base = [up, down, *stacks, *fill]
         self._layers = (_Linear * (3 * count))()
         calls = (KernelCall * (2 * count))()
         for number in range(count):
             gate, second, last = (self._layers[3 * number + place] for place in range(3))
             halves = (0, 1) if activation is None else (None, None)
-            for structure, layer, (place, _), half in (
-                (gate, up, places[0], halves[0]), (second, up, places[0], halves[1]),
-                (last, down, places[1], None),
+            for structure, layer, matrix, half in (
+                (gate, up, fill[0], halves[0]), (second, up, fill[0], halves[1]),
+                (last, down, fill[1], None),
             ):  # fmt: skip
-                _describe(structure, layer, place(number), half)
+                ctypes.pointer(structure)[0] = layer.structure
+                structure.lora = None
+                structure.size_out = layer.size_out if half is None else layer.size_out // 2
+                matrix(structure, number, (half or 0) * structure.size_out)
             first, then = calls[2 * number], calls[2 * number + 1]
             first.kind = then.kind = _LINEAR
             first.gated, then.count = activation is None, 1
@@ -897,33 +907,37 @@ class NativeExperts:
         return total
 
 
-def _places(held: Any, first: NativeLinear) -> tuple[Callable[[int], tuple[int, int | None]], Any]:
-    """Return a function from an expert's number to the addresses of its weight and its statistics, and the
-    memory where these are."""
-    if not isinstance(held, ExpertStack):
-        stride = held.stride(0) * held.itemsize
-        return (lambda number: (held.data_ptr() + number * stride, None)), held
-    panels = _panels_of_stack(held)
-    stride, step = held.weight.stride(0), panels.stride(0) * panels.itemsize
-    return (
-        lambda number: (held.weight.data_ptr() + number * stride, panels.data_ptr() + number * step)
-    ), panels
+def _matrices_of(held: Any) -> Callable[[_Linear, int, int], None]:
+    """Return a function that describes a matrix of a stack, or of a parameter, in a structure that has its
+    sizes: by its number, from an output on."""
+
+    def describe(structure: _Linear, number: int, output: int) -> None:
+        first, blocks = output * structure.size_in, structure.size_in >> structure.blocksize_log2
+        if not isinstance(held, ExpertStack):
+            structure.weight = _address(held, number, first)
+        elif isinstance(held, Int8Stack):
+            structure.weight = _address(held.weight, number, first)
+            structure.absmax = _address(held.absmax, number, output)
+        else:
+            structure.weight = _address(held.weight, number, first // 2)
+            if panels is not None:
+                structure.absmax = _address(panels, number, output * blocks)
+                return
+            buffers: Any = held
+            structure.absmax = None
+            structure.nested, structure.nested_first = _address(held.absmax, number), output * blocks
+            structure.nested_code = buffers.nested_code.data_ptr()
+            structure.nested_absmax = _address(buffers.nested_absmax, number)
+            structure.nested_offset = float(buffers.offset[number])
+
+    plain = isinstance(held, ExpertStack) and not isinstance(held, Int8Stack) and not held.nested
+    panels = _panels_of_stack(held) if plain else None
+    return describe
 
 
-def _describe(
-    structure: _Linear, layer: NativeLinear, place: tuple[int, int | None], half: int | None
-) -> None:
-    """Describe a matrix like that of `layer`, or its first or second half of outputs, at another place."""
-    ctypes.pointer(structure)[0] = layer.structure
-    weight, absmax = place
-    structure.lora = None
-    if half is not None:
-        structure.size_out = layer.size_out // 2
-        outputs = half * structure.size_out
-        weight += outputs * layer.size_in * (1 if layer.kind == _NF4 else 4) // 2
-        if absmax is not None:
-            absmax += outputs * (layer.size_in >> structure.blocksize_log2) * 4
-    structure.weight, structure.absmax = weight, absmax
+def _address(tensor: torch.Tensor, number: int, place: int = 0) -> int:
+    """Return the address of a number within `tensor[number]`, which is contiguous."""
+    return tensor.data_ptr() + (number * tensor.stride(0) + place) * tensor.itemsize
 
 
 class NativeAttention:
@@ -1017,6 +1031,10 @@ def _is_nf4(base: Any) -> bool:
     blocksize: int = base.weight.quant_state.blocksize
     # bitsandbytes gives other weights where a block lies in two rows.
     return blocksize & (blocksize - 1) == 0 and base.in_features % blocksize == 0
+
+
+def _is_int8(base: Any) -> bool:
+    return isinstance(base, Int8Matrix) and base.dtype == torch.bfloat16
 
 
 # ---- in which order PyTorch sums ---------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from onebase_engine.base.experts import Int8Matrix
 from onebase_engine.base.layers import plain_absmax
 from onebase_engine.kernels.interface import (
     LEAST_SCALE,
@@ -249,7 +250,7 @@ def rows_among(rows: RowMap, chosen: Sequence[int]) -> RowMap:
 
 
 class ReferenceLinear:
-    """One linear layer (plain, 4-bit or 8-bit), plus the plain LoRAs in its slots."""
+    """One linear layer (plain, 4-bit or 8-bit), or an expert's matrix, plus the plain LoRAs in its slots."""
 
     captures = False
     adds = False
@@ -257,7 +258,7 @@ class ReferenceLinear:
     def __init__(self, base: Any, *, tiled: bool, unpacked: bool = False) -> None:
         self._base = base
         self._kind = type(base).__name__
-        self._quantized = self._kind in ("Linear4bit", "Linear8bitLt")
+        self._quantized = self._kind in ("Linear4bit", "Linear8bitLt", "Int8Matrix")
         self._tiled = tiled
         self._absmax: torch.Tensor | None = None
         self._unpacked: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -326,6 +327,8 @@ class ReferenceLinear:
 
     def weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight and bias in the dtype of the product, like `Linear4bit.forward` on the CPU."""
+        if isinstance(self._base, Int8Matrix):
+            return self._base.plain(), None
         weight, bias = self._base.weight, self._base.bias
         if not self._quantized:
             return weight, bias

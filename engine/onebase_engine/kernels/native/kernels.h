@@ -34,18 +34,23 @@ typedef struct {
   int32_t wide; /* whether its delta is never rounded before it is added, as PEFT does for an activated LoRA */
 } onebase_lora;
 
-enum { ONEBASE_NF4 = 0, ONEBASE_BF16 = 1 };
+enum { ONEBASE_NF4 = 0, ONEBASE_BF16 = 1, ONEBASE_INT8 = 2 };
 
 typedef struct {
   int64_t kind, in, out; /* `in` a multiple of 32 */
-  const void *weight;   /* two values a byte, the first one high, or bf16 [out, in] */
-  const float *absmax;  /* of each block of weights: [out / 16, blocks of an output, 16] */
+  const void *weight;   /* two values a byte, the first one high, or bf16 or int8 [out, in] */
+  const float *absmax;  /* of each block of weights: [out / 16, blocks of an output, 16]; with int8 of each output */
   const float *code;    /* [16] */
   int64_t blocksize_log2; /* 5 or more */
   const bf16 *bias;     /* [out] or null */
   int64_t block;        /* terms that are summed before they are added to the rest; `in` with AMX */
   int64_t quantized;    /* whether a delta is rounded before it is added, as PEFT does for 4-bit layers */
   const onebase_lora *lora; /* by slot, or null */
+  const uint8_t *nested;      /* instead of `absmax` scales in 8 bits, or null: [out, blocks of an output] from number */
+  int64_t nested_first;       /* this on */
+  const float *nested_code;   /* what one stands for, [256], */
+  const float *nested_absmax; /* times this of each 256, from number 0 on, */
+  float nested_offset;        /* plus this */
 } onebase_linear;
 
 /* Which adapters act on which rows: rows `row[row_starts[g] ..]` have the terms `term_starts[g] ..`. */

@@ -13,7 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Changes with each change of a structure or a function: Python asks for its own. */
-#define ONEBASE_ABI 9
+#define ONEBASE_ABI 10
 
 extern const onebase_kernels onebase_portable, onebase_avx2, onebase_avx512, onebase_avx512_bf16, onebase_amx;
 

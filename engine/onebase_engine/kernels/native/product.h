@@ -1,7 +1,7 @@
 /* Products of a batch with layers, adapters included: a part of kernels.c.
  *
  * A product goes by panels of 16 outputs. Weights of a panel are unpacked into the cache, as the bits that
- * bitsandbytes' `dequantize_4bit` gives, and multiplied with all rows of the batch.
+ * bitsandbytes' `dequantize_4bit` or `int8_vectorwise_dequant` gives, and multiplied with all rows of the batch.
  */
 
 /* Rows of an AMX tile, and tiles of rows that stay in registers over all of `in`. */
@@ -10,17 +10,42 @@
 
 /* ---- weights ------------------------------------------------------------------------------- */
 
+/* Terms that are unpacked at once, into the nearest cache, and the most blocks that they lie in. Fewer would have
+ * memory read less of a row at a time. */
+#define CHUNK 128
+#define CHUNK_BLOCKS (CHUNK / 32)
+
+/* The scale that is number `place` of a layer's in 8 bits. */
+static inline float nested_scale(const onebase_linear *layer, int64_t place) {
+  place += layer->nested_first;
+  return layer->nested_code[layer->nested[place]] * layer->nested_absmax[place >> 8] + layer->nested_offset;
+}
+
 /* The scale of the block of an output with a term. */
-static inline const float *absmax_of(const onebase_linear *layer, int64_t output, int64_t term) {
+static inline float scale_of(const onebase_linear *layer, int64_t output, int64_t term) {
   int64_t blocks = layer->in >> layer->blocksize_log2, block = term >> layer->blocksize_log2;
-  return layer->absmax + (output / LANES * blocks + block) * LANES + output % LANES;
+  if (layer->nested) return nested_scale(layer, output * blocks + block);
+  return layer->absmax[(output / LANES * blocks + block) * LANES + output % LANES];
+}
+
+/* The scales of a panel's outputs, [blocks, 16], from the block with term `first` on: those of `count` terms, CHUNK
+ * at most. They are in `own` if they were in 8 bits. */
+static inline const float *scales_of(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
+                                     float *own) {
+  int64_t shift = layer->blocksize_log2, blocks = layer->in >> shift, begin = first >> shift;
+  if (!layer->nested) return layer->absmax + (panel * blocks + begin) * LANES;
+  int64_t some = ((first + count - 1) >> shift) - begin + 1, there = least(LANES, layer->out - panel * LANES);
+  for (int64_t lane = 0; lane < there; lane++)
+    for (int64_t block = 0; block < some; block++)
+      own[block * LANES + lane] = nested_scale(layer, (panel * LANES + lane) * blocks + begin + block);
+  return own;
 }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
 /* The 16 weights that a block may have, twice, as bf16. */
-static inline __m512i shades_of(floats code, const float *absmax) {
-  __m512 shades = _mm512_mul_ps((__m512)code, _mm512_set1_ps(*absmax));
+static inline __m512i shades_of(floats code, float scale) {
+  __m512 shades = _mm512_mul_ps((__m512)code, _mm512_set1_ps(scale));
 #ifdef __AVX512BF16__
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(shades));
 #else
@@ -46,11 +71,10 @@ static inline void unpack_32(const uint8_t *packed, __m512i shades, bf16 *to) {
 /* `count` 4-bit weights of an output from term `first` on, both multiples of 32, as bf16. */
 static inline void unpack(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
   const uint8_t *packed = (const uint8_t *)layer->weight + (output * layer->in + first) / 2;
-  const float *absmax = absmax_of(layer, output, first);
   floats code = load(layer->code);
   if (layer->blocksize_log2 == 6 && (first | count) % 64 == 0) {
-    for (int64_t done = 0; done < count; done += 64, packed += 32, absmax += LANES) {
-      __m512i shades = shades_of(code, absmax);
+    for (int64_t done = 0; done < count; done += 64, packed += 32) {
+      __m512i shades = shades_of(code, scale_of(layer, output, first + done));
       unpack_32(packed, shades, to + done);
       unpack_32(packed + 16, shades, to + done + 32);
       __builtin_prefetch(packed + AHEAD);
@@ -58,7 +82,7 @@ static inline void unpack(const onebase_linear *layer, int64_t output, int64_t f
     return;
   }
   for (int64_t done = 0; done < count; done += 32, packed += 16)
-    unpack_32(packed, shades_of(code, absmax_of(layer, output, first + done)), to + done);
+    unpack_32(packed, shades_of(code, scale_of(layer, output, first + done)), to + done);
 }
 
 #else
@@ -68,13 +92,21 @@ static inline void unpack(const onebase_linear *layer, int64_t output, int64_t f
   floats code = load(layer->code);
   bf16 shades[LANES];
   for (int64_t done = 0; done < count; done += 2, packed++) {
-    if (done % 32 == 0) narrow(shades, code * each(*absmax_of(layer, output, first + done)));
+    if (done % 32 == 0) narrow(shades, code * each(scale_of(layer, output, first + done)));
     to[done] = shades[*packed >> 4];
     to[done + 1] = shades[*packed & 15];
   }
 }
 
 #endif
+
+/* `count` int8 weights of an output from term `first` on, both multiples of 32, as bf16. */
+static inline void unpack_eight(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
+  const int8_t *from = (const int8_t *)layer->weight + output * layer->in + first;
+  floats largest = each(layer->absmax[output]);
+  for (int64_t done = 0; done < count; done += LANES)
+    narrow(to + done, widen_eight(from + done) * largest * each(1.0f / 127.0f));
+}
 
 #if defined(__AMX_BF16__) || !defined(__AVX2__)
 
@@ -91,6 +123,7 @@ static const bf16 *panel_of(const onebase_linear *layer, int64_t panel, int64_t 
   for (int64_t output = 0; output < outputs; output++) {
     int64_t row = panel * LANES + output;
     if (layer->kind == ONEBASE_NF4) unpack(layer, row, first, terms, scratch + output * terms);
+    else if (layer->kind == ONEBASE_INT8) unpack_eight(layer, row, first, terms, scratch + output * terms);
     else memcpy(scratch + output * terms, (const bf16 *)layer->weight + row * layer->in + first, terms * sizeof(bf16));
   }
   memset(scratch + outputs * terms, 0, (LANES - outputs) * terms * sizeof(bf16));
@@ -250,9 +283,6 @@ typedef uint32_t turned; /* two terms of one output */
 typedef float turned; /* one term of one output */
 #endif
 
-/* Terms that are unpacked at once, into the nearest cache. Fewer would have memory read less of a row at a time. */
-#define CHUNK 128
-
 /* Rows and panels that are multiplied at once: their sums stay in registers. */
 #define ROWS_AT_ONCE 4
 #if defined(__AVX2__)
@@ -271,6 +301,17 @@ static inline const uint8_t *all_rows(const uint8_t *from, int64_t *stride, int6
   for (int64_t row = 0; row < LANES; row++) memcpy(room + row * size, from + least(row, there - 1) * *stride, size);
   *stride = size;
   return room;
+}
+
+/* `count` int8 weights of each of a panel's outputs from term `first` on, as bf16 [16, count]. Asks for those of a
+ * later panel. */
+static inline void unpack_rows(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *to) {
+  int64_t there = least(LANES, layer->out - panel * LANES);
+  const int8_t *next = (const int8_t *)layer->weight + (panel + PANELS) * LANES * layer->in + first;
+  for (int64_t row = 0; row < LANES; row++) {
+    unpack_eight(layer, panel * LANES + least(row, there - 1), first, count, to + row * count);
+    for (int64_t k = 0; k < count; k += 64) __builtin_prefetch(next + row * layer->in + k);
+  }
 }
 
 #endif
@@ -316,17 +357,18 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
   int64_t blocks = layer->in >> shift, stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
   const uint8_t *from = (const uint8_t *)layer->weight + (panel * LANES * layer->in + first) / 2;
-  const float *absmax = layer->absmax + panel * blocks * LANES;
+  _Alignas(64) float own_scales[CHUNK_BLOCKS * LANES] = {0};
+  const float *scales = scales_of(layer, panel, first, count, own_scales);
   __m512 code = _mm512_loadu_ps(layer->code);
   __m512i tables[4][2];
   for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
-  for (int64_t block = first >> shift; block << shift < first + count; block++)
-    __builtin_prefetch(absmax + (PANELS * blocks + block) * LANES);
+  for (int64_t block = 0; !layer->nested && block << shift < count; block++)
+    __builtin_prefetch(scales + (PANELS * blocks + block) * LANES);
   uint8_t room[LANES * CHUNK / 2];
   from = all_rows(from, &stride, count / 2, there, room);
   for (int64_t done = 0; done < count; done += 32, to += 32 / TERMS * LANES) {
     if (done == 0 || !((first + done) & within)) {
-      const float *scale = absmax + ((first + done) >> shift) * LANES;
+      const float *scale = scales + (((first + done) >> shift) - (first >> shift)) * LANES;
 #pragma GCC unroll 4
       for (int w = 0; w < 4; w++)
 #pragma GCC unroll 2
@@ -376,6 +418,12 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
   const uint32_t *from = (const uint32_t *)((const bf16 *)layer->weight + panel * LANES * layer->in + first);
+  _Alignas(64) bf16 room[LANES * CHUNK];
+  if (layer->kind == ONEBASE_INT8) {
+    unpack_rows(layer, panel, first, count, room);
+    from = (const uint32_t *)room;
+    stride = count / 2;
+  }
   for (int64_t k = 0; k < count; k += 32, from += 16, to += 32 / TERMS * LANES) {
     for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
 #if TERMS == 2
@@ -451,9 +499,10 @@ static inline void fill_tables(const __m256 *code, float one, float other, __m25
 /* Terms `first ..` of a panel of 4-bit weights, `count` of them and a multiple of 32: [count, 16]. */
 static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
-  int64_t blocks = layer->in >> shift, stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
+  int64_t stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
   const uint8_t *from = (const uint8_t *)layer->weight + (panel * LANES * layer->in + first) / 2;
-  const float *absmax = layer->absmax + panel * blocks * LANES;
+  _Alignas(32) float own_scales[CHUNK_BLOCKS * LANES] = {0};
+  const float *scales = scales_of(layer, panel, first, count, own_scales);
   const __m256i nibbles = _mm256_set1_epi8(15);
   __m256 halves_[2] = {_mm256_loadu_ps(layer->code), _mm256_loadu_ps(layer->code + 8)};
   __m256 code[2] = {_mm256_permute2f128_ps(halves_[0], halves_[1], 0x20),
@@ -464,7 +513,7 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
   from = all_rows(from, &stride, count / 2, there, room);
   for (int64_t done = 0; done < count; done += 32, from += 16) {
     if (done == 0 || !((first + done) & within)) {
-      const float *scale = absmax + ((first + done) >> shift) * LANES;
+      const float *scale = scales + (((first + done) >> shift) - (first >> shift)) * LANES;
       for (int half = 0; half < 2; half++)
         for (int w = 0; w < 4; w++) fill_tables(code, scale[8 * half + w], scale[8 * half + w + 4], tables[half][w]);
     }
@@ -499,10 +548,16 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in * 2;
   const uint8_t *from = (const uint8_t *)layer->weight + panel * LANES * stride + first * 2;
-  for (int64_t row = 0; row < LANES; row++)
-    for (int64_t k = 0; k < count; k += 32) __builtin_prefetch(from + (PANELS * LANES + row) * stride + 2 * k);
-  uint8_t room[LANES * CHUNK * 2];
-  from = all_rows(from, &stride, count * 2, there, room);
+  _Alignas(64) uint8_t room[LANES * CHUNK * 2];
+  if (layer->kind == ONEBASE_INT8) {
+    unpack_rows(layer, panel, first, count, (bf16 *)room);
+    from = room;
+    stride = count * 2;
+  } else {
+    for (int64_t row = 0; row < LANES; row++)
+      for (int64_t k = 0; k < count; k += 32) __builtin_prefetch(from + (PANELS * LANES + row) * stride + 2 * k);
+    from = all_rows(from, &stride, count * 2, there, room);
+  }
   for (int64_t k = 0; k < count; k += 8, from += 16)
     for (int half = 0; half < 2; half++) {
       const uint8_t *own = from + 8 * half * stride;
