@@ -291,7 +291,16 @@ typedef float turned; /* one term of one output */
 #define PANELS 1
 #endif
 
+/* Bytes that so many weights take. */
+static inline int64_t size_of(const onebase_linear *layer, int64_t weights) {
+  return layer->kind == ONEBASE_NF4 ? weights / 2 : layer->kind == ONEBASE_INT8 ? weights : 2 * weights;
+}
+
 #ifdef __AVX2__
+
+static inline void ask_for(const char *from, int64_t size) {
+  for (const char *line = from; line < from + size; line += 64) __builtin_prefetch(line);
+}
 
 /* `size` bytes of each of a panel's 16 outputs, `stride` apart: where they lie, or in the room with the last one again
  * and again if not all are `there`. */
@@ -303,15 +312,11 @@ static inline const uint8_t *all_rows(const uint8_t *from, int64_t *stride, int6
   return room;
 }
 
-/* `count` int8 weights of each of a panel's outputs from term `first` on, as bf16 [16, count]. Asks for those of a
- * later panel. */
+/* `count` int8 weights of each of a panel's outputs from term `first` on, as bf16 [16, count]. */
 static inline void unpack_rows(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *to) {
   int64_t there = least(LANES, layer->out - panel * LANES);
-  const int8_t *next = (const int8_t *)layer->weight + (panel + PANELS) * LANES * layer->in + first;
-  for (int64_t row = 0; row < LANES; row++) {
+  for (int64_t row = 0; row < LANES; row++)
     unpack_eight(layer, panel * LANES + least(row, there - 1), first, count, to + row * count);
-    for (int64_t k = 0; k < count; k += 64) __builtin_prefetch(next + row * layer->in + k);
-  }
 }
 
 #endif
@@ -350,7 +355,8 @@ static inline __m512i narrow_two(__m512 low, __m512 high) {
  * A vector has 32 terms of each of four outputs, of `4 * quarter + w` in a quarter of it. The 16 weights that each of
  * them may have in a block are a table of 64 bf16, from which a word's lowest six bits choose: four of a weight and
  * the number of its quarter. */
-static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, turned *to) {
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, const char *ahead,
+                            turned *to) {
   const __m512i quarter = _mm512_set_epi64(0x3030303030303030, 0x3030303030303030, 0x2020202020202020,
                                            0x2020202020202020, 0x1010101010101010, 0x1010101010101010, 0, 0);
   const __m512i nibbles = _mm512_set1_epi8(15);
@@ -361,12 +367,12 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
   const float *scales = scales_of(layer, panel, first, count, own_scales);
   __m512 code = _mm512_loadu_ps(layer->code);
   __m512i tables[4][2];
-  for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
   for (int64_t block = 0; !layer->nested && block << shift < count; block++)
     __builtin_prefetch(scales + (PANELS * blocks + block) * LANES);
   uint8_t room[LANES * CHUNK / 2];
   from = all_rows(from, &stride, count / 2, there, room);
-  for (int64_t done = 0; done < count; done += 32, to += 32 / TERMS * LANES) {
+  for (int64_t done = 0; done < count; done += 32, to += 32 / TERMS * LANES, ahead += 16 * LANES) {
+    ask_for(ahead, 16 * LANES);
     if (done == 0 || !((first + done) & within)) {
       const float *scale = scales + (((first + done) >> shift) - (first >> shift)) * LANES;
 #pragma GCC unroll 4
@@ -411,15 +417,17 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
 }
 
 /* Terms `first ..` of a panel, `count` of them, 128 at most and a multiple of 32: [count / TERMS, 16]. */
-static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, turned *to) {
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
+                              const char *ahead, turned *to) {
   if (layer->kind == ONEBASE_NF4) {
-    turn_nf4(layer, panel, first, count, to);
+    turn_nf4(layer, panel, first, count, ahead, to);
     return;
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
   const uint32_t *from = (const uint32_t *)((const bf16 *)layer->weight + panel * LANES * layer->in + first);
   _Alignas(64) bf16 room[LANES * CHUNK];
   if (layer->kind == ONEBASE_INT8) {
+    ask_for(ahead, LANES * count);
     unpack_rows(layer, panel, first, count, room);
     from = (const uint32_t *)room;
     stride = count / 2;
@@ -497,7 +505,8 @@ static inline void fill_tables(const __m256 *code, float one, float other, __m25
 }
 
 /* Terms `first ..` of a panel of 4-bit weights, `count` of them and a multiple of 32: [count, 16]. */
-static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, const char *ahead,
+                            float *to) {
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
   int64_t stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
   const uint8_t *from = (const uint8_t *)layer->weight + (panel * LANES * layer->in + first) / 2;
@@ -508,10 +517,10 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
   __m256 code[2] = {_mm256_permute2f128_ps(halves_[0], halves_[1], 0x20),
                     _mm256_permute2f128_ps(halves_[0], halves_[1], 0x31)};
   __m256i tables[2][4][2];
-  for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
   uint8_t room[LANES * CHUNK / 2];
   from = all_rows(from, &stride, count / 2, there, room);
-  for (int64_t done = 0; done < count; done += 32, from += 16) {
+  for (int64_t done = 0; done < count; done += 32, from += 16, ahead += 16 * LANES) {
+    ask_for(ahead, 16 * LANES);
     if (done == 0 || !((first + done) & within)) {
       const float *scale = scales + (((first + done) >> shift) - (first >> shift)) * LANES;
       for (int half = 0; half < 2; half++)
@@ -541,9 +550,10 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
 }
 
 /* Terms `first ..` of a panel, `count` of them and a multiple of 32: [count, 16]. */
-static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
+                              const char *ahead, float *to) {
   if (layer->kind == ONEBASE_NF4) {
-    turn_nf4(layer, panel, first, count, to);
+    turn_nf4(layer, panel, first, count, ahead, to);
     return;
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in * 2;
@@ -553,12 +563,9 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
     unpack_rows(layer, panel, first, count, (bf16 *)room);
     from = room;
     stride = count * 2;
-  } else {
-    for (int64_t row = 0; row < LANES; row++)
-      for (int64_t k = 0; k < count; k += 32) __builtin_prefetch(from + (PANELS * LANES + row) * stride + 2 * k);
-    from = all_rows(from, &stride, count * 2, there, room);
-  }
-  for (int64_t k = 0; k < count; k += 8, from += 16)
+  } else from = all_rows(from, &stride, count * 2, there, room);
+  for (int64_t k = 0; k < count; k += 8, from += 16) {
+    ask_for(ahead + size_of(layer, k * LANES), size_of(layer, 8 * LANES));
     for (int half = 0; half < 2; half++) {
       const uint8_t *own = from + 8 * half * stride;
       __m256i pairs[4];
@@ -566,12 +573,15 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
       for (int w = 0; w < 4; w++) pairs[w] = two_rows(own + w * stride, own + (w + 4) * stride);
       put_pairs(to + k * LANES + 8 * half, pairs);
     }
+  }
 }
 
 #elif !defined(__AVX512F__)
 
 /* Terms `first ..` of a panel, `count` of them, CHUNK at most: [count, 16]. */
-static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
+                              const char *ahead, float *to) {
+  (void)ahead;
   bf16 unpacked[LANES * CHUNK];
   int64_t stride;
   const bf16 *from = panel_of(layer, panel, first, first + count, unpacked, &stride);
@@ -648,20 +658,24 @@ static inline __attribute__((always_inline)) void add_rows(const bf16 *x, int64_
   else if (rows == 1) add_products(x, in, weights, count, 1, panels, panel_size, sums);
 }
 
-/* Sums of `panels` panels over all rows, for each [rows, 16], `panel_size` apart. */
+/* Sums of `panels` panels over all rows, for each [rows, 16], `panel_size` apart. With each part of a panel that it
+ * unpacks it asks for as much of the panels that come next, in the order in which they lie in memory. */
 static void multiply(const product *p, const onebase_linear *layer, int64_t panel, int64_t panels, float *scratch,
                      int64_t panel_size, float *sums) {
   _Alignas(64) turned weights[PANELS * CHUNK / TERMS * LANES];
   int64_t in = p->in, block = least(layer->block, in);
   float *part = scratch;
+  const char *ahead = (const char *)layer->weight + size_of(layer, (panel + panels) * LANES * in);
   for (int64_t k = 0; k < in; k += block) {
     int64_t last = least(k + block, in);
     float *to = k ? part : sums;
     for (int64_t i = 0; i < panels; i++) memset(to + i * panel_size, 0, p->rows * LANES * sizeof(float));
     for (int64_t first = k; first < last; first += CHUNK) {
       int64_t count = least(CHUNK, last - first);
-      for (int64_t i = 0; i < panels; i++)
-        turn_chunk(layer, panel + i, first, count, weights + i * (CHUNK / TERMS) * LANES);
+      for (int64_t i = 0; i < panels; i++) {
+        turn_chunk(layer, panel + i, first, count, ahead, weights + i * (CHUNK / TERMS) * LANES);
+        ahead += size_of(layer, LANES * count);
+      }
       if (panels == PANELS) add_rows(p->x + first, in, weights, count, p->rows, PANELS, panel_size, to);
       else
         for (int64_t i = 0; i < panels; i++)
