@@ -60,17 +60,16 @@ OF_A_JOB = r"(\bID\b|DIGEST|\btickets$)"
 """Arguments that only the job of a reader gives."""
 
 TABLE: tuple[tuple[str, str], ...] = (
-    (r"curl http://127\.0\.0\.1:8000/", RUN),
+    (r"curl http://127\.0\.0\.1:8000/(?!v1/(adapters/support/rollout|feedback) )", RUN),
+    # A version and an answer of a reader's own; tests/server/test_rollouts.py runs them.
+    (r"curl http://127\.0\.0\.1:8000/v1/(adapters/support/rollout|feedback) ", PARSE),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
     (rf"onebase (generate|models|version|usage)( (?!--help|.*{OF_A_JOB})|$)", RUN),
     (r"onebase --url \S+ --json models$", PARSE),  # tests/clients/test_cli.py runs it
     (r"onebase top( --once)?$", RUN),
     (r"onebase top --json ", PARSE),  # never ends
     (rf"onebase (adapters|jobs) (?!rollout )\w+( (?!.*{OF_A_JOB})[^-]|$)", RUN),
-    (
-        r"onebase adapters rollout [^-]",
-        PARSE,
-    ),  # tests/server/test_rollouts.py runs it
+    (r"onebase adapters rollout [^-]", PARSE),  # tests/server/test_rollouts.py runs it
     (rf"onebase (adapters|jobs|generate) .*{OF_A_JOB}", PARSE),
     (r"onebase (batches|files) (create|list|upload)", RUN),
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
