@@ -23,16 +23,10 @@ BASE = SimpleNamespace(vocab_size=100, max_length=60_000, kv_longest=60_000, max
 
 
 def order(**fields: Any) -> SampleOrder:
-    given = {
-        "prompt": [1, 2, 3],
-        "n": 1,
-        "seed": 1,
-        "max_tokens": 4,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-    }
-    return SampleOrder(**(given | fields))
+    given: dict[str, Any] = {"prompt": [1, 2, 3], "n": 1, "seed": 1, "max_tokens": 4}
+    given.update({"temperature": 1.0, "top_k": 0, "top_p": 1.0})
+    given.update(fields)
+    return SampleOrder(**given)
 
 
 class Drawn(Samples):

@@ -437,6 +437,37 @@ def test_refused_requests_keep_their_place_and_the_run_goes_on(client: tinker.Se
         client.create_lora_training_client(base_model="nobody/else", rank=4).result()
 
 
+def test_a_request_with_a_wrong_field_fails_in_its_place_and_the_run_goes_on(live: Server) -> None:
+    with live.client() as http:
+        run = new_run(http)
+        place = {"model_id": run, "path": "a"}
+        gone = f"tinker://{run}/weights/gone"
+        wrong: list[tuple[str, dict[str, Any], str]] = [
+            ("save_weights", {"path": "my run"}, "cannot be a checkpoint's name"),
+            ("save_weights", {"ttl_seconds": 60}, "ttl_seconds"),
+            ("optim_step", {"adam_params": {"beta1": 1}}, "beta1"),
+            ("load_weights", {"path": gone, "optimizer": False}, "there is no checkpoint"),
+            ("save_weights_for_sampler", {"sampling_session_seq_id": 1}, "either path or"),
+        ]
+        for number, (name, fields, told) in enumerate(wrong, 1):
+            given = (place if "adam_params" not in fields else {"model_id": run}) | fields
+            accepted = http.post(f"/api/v1/{name}", json=given | {"seq_id": number})
+            assert accepted.status_code == 200, accepted.text
+            failed = retrieved(http, accepted.json()["request_id"]).json()
+            assert told in failed["error"]
+            assert failed["category"] == "user"
+        answer = http.post(
+            "/api/v1/forward_backward",
+            content=pass_body(run, len(wrong) + 1),
+            headers={"content-type": "application/x-protobuf"},
+        )
+        passed = retrieved(http, answer.json()["request_id"])
+        assert passed.headers["content-type"] == "application/x-protobuf"
+        unknown = {"model_id": "nobody:train:0", "seq_id": 1, "path": "my run"}
+        refusal = http.post("/api/v1/save_weights", json=unknown)
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (400, "invalid_value")
+
+
 def test_accepted_operations_survive_a_killed_server(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
