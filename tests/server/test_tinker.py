@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tinker
 import torch
+import zstandard
 from tinker import types
 
 from .access import Keys
@@ -456,11 +457,15 @@ def test_a_request_with_a_wrong_field_fails_in_its_place_and_the_run_goes_on(liv
             failed = retrieved(http, accepted.json()["request_id"]).json()
             assert told in failed["error"]
             assert failed["category"] == "user"
-        answer = http.post(
-            "/api/v1/forward_backward",
-            content=pass_body(run, len(wrong) + 1),
-            headers={"content-type": "application/x-protobuf"},
-        )
+        kind = {"content-type": "application/x-protobuf"}
+        large, packed = pass_body(run, 6, 6000), zstandard.ZstdCompressor().compress(pass_body(run, 7, 6000))
+        assert len(large) > 2_000_000 > len(packed)
+        for body, headers in ((large, kind), (packed, kind | {"content-encoding": "zstd"})):
+            accepted = http.post("/api/v1/forward_backward", content=body, headers=headers)
+            assert accepted.status_code == 200, accepted.text
+            assert "2000000" in retrieved(http, accepted.json()["request_id"]).json()["error"]
+        answer = http.post("/api/v1/forward_backward", content=pass_body(run, 8), headers=kind)
+        assert answer.status_code == 200, answer.text
         passed = retrieved(http, answer.json()["request_id"])
         assert passed.headers["content-type"] == "application/x-protobuf"
         unknown = {"model_id": "nobody:train:0", "seq_id": 1, "path": "my run"}
@@ -549,10 +554,11 @@ def new_run(http: httpx2.Client) -> str:
     return str(answer.json()["model_id"])
 
 
-def pass_body(run: str, number: int) -> bytes:
+def pass_body(run: str, number: int, rows: int = 1) -> bytes:
     from tinker.proto.request_conv import forward_backward_request_to_proto
 
-    given = types.ForwardBackwardInput(data=[supervised(list(range(30, 50)))], loss_fn="cross_entropy")
+    data = [supervised(list(range(30, 50)))] * rows
+    given = types.ForwardBackwardInput(data=data, loss_fn="cross_entropy")
     request = types.ForwardBackwardRequest(forward_backward_input=given, model_id=run, seq_id=number)
     encoded: bytes = forward_backward_request_to_proto(request).SerializeToString()
     return encoded

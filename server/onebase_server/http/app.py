@@ -17,8 +17,16 @@ from onebase_edge.refusals import ErrorAnswer, refusal
 from onebase_edge.request_id import request_id
 from onebase_engine.logs import REQUEST
 from onebase_server.batches.runner import Answer
-from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload
-from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services, refusal_of, server_stopping
+from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload, longest_body
+from onebase_server.http.deps import (
+    CALLER,
+    CUT,
+    RESERVATION,
+    BodyError,
+    Services,
+    refusal_of,
+    server_stopping,
+)
 from onebase_server.http.openapi import describe
 from onebase_server.http.routes import (
     adapters,
@@ -192,14 +200,17 @@ class BodyLimit:
         if scope["type"] != "http" or is_upload(scope):
             await self._app(scope, receive, send)
             return
-        size = 0
+        size, longest = 0, longest_body(scope, self._limit)
 
         async def counted() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._limit:
+            if size > longest:
                 raise BodyError(BodyTooLargeError(self._limit))
+            if size > self._limit:
+                scope[CUT], body = True, message["body"]
+                return {**message, "body": body[: max(0, len(body) + self._limit - size)]}
             return message
 
         await self._app(scope, counted, send)

@@ -76,6 +76,8 @@ CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
 RESERVATION = "onebase.reservation"
 """Key of the QuotaReservation in the ASGI scope of a request for text."""
+CUT = "onebase.cut"
+"""Key that says that a body was too long, and only its beginning is kept."""
 TRANSCRIPT = "onebase.transcript"
 """Key of the transcript that came with the body, once that was read; None if its stream is to have none."""
 

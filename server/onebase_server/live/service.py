@@ -141,7 +141,7 @@ class Place:
 
 
 class _Mark(msgspec.Struct, frozen=True):
-    """What became of a named checkpoint: the digest of its version, or why there is none."""
+    """Outcome of a named checkpoint: the digest of its version, or why there is none."""
 
     digest: str = ""
     refused: str = ""

@@ -22,6 +22,7 @@ from onebase_server.http.answers import answer, refused
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
     CALLER,
+    CUT,
     Admitted,
     BodyError,
     Calling,
@@ -313,6 +314,8 @@ async def forward_backward(request: Request, services: Provided, caller: Calling
 
     def read() -> codec.PassRequest:
         try:
+            if CUT in request.scope:
+                raise BodyTooLargeError(most)
             return codec.read_pass(codec.decompressed(body, most) if is_compressed else body)
         except BodyTooLargeError as error:
             place = codec.read_place(body, is_compressed)
