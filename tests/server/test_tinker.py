@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tinker
 import torch
+import zstandard
 from tinker import types
 
 from .access import Keys
@@ -269,6 +270,48 @@ def test_keys_are_taken_with_the_prefix_that_the_client_demands(
             assert "completion_tokens" in json.dumps(usage)
 
 
+def test_runs_and_checkpoints_are_their_tenants_alone(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    keys = Keys(tmp_path / "data")
+    mine = keys.make("generate", "train", tenant="acme")
+    other = keys.make("generate", "train", tenant="globex")
+    sampling = keys.make("generate", tenant="acme")
+    keys.close()
+    with (
+        serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path / "data") as server,
+        server.client() as http,
+    ):
+        http.headers["X-API-Key"] = f"tml-{mine}"
+        run = new_run(http)
+        saved = http.post("/api/v1/save_weights", json={"model_id": run, "seq_id": 1, "path": "a"}).json()
+        assert retrieved(http, saved["request_id"]).json()["type"] == "save_weights"
+        session, of_run = run.partition(":")[0], f"/api/v1/training_runs/{run}"
+        path, step = f"{of_run}/checkpoints/weights/a", {"model_id": run, "seq_id": 2, "adam_params": {}}
+        future = {"request_id": saved["request_id"]}
+        requests: list[tuple[str, str, dict[str, Any] | None]] = [
+            ("GET", of_run, None),
+            ("GET", f"{of_run}/checkpoints", None),
+            ("GET", f"/api/v1/sessions/{session}", None),
+            ("POST", "/api/v1/weights_info", {"tinker_path": f"tinker://{run}/weights/a"}),
+            ("POST", "/api/v1/optim_step", step),
+            ("POST", "/api/v1/retrieve_future", future),
+            ("PUT", f"{path}/ttl", {"ttl_seconds": 7200}),
+            ("DELETE", path, None),
+            ("POST", f"/api/v1/sessions/{session}/finish", {}),
+        ]
+
+        def statuses(key: str) -> list[int]:
+            http.headers["X-API-Key"] = f"tml-{key}"
+            return [http.request(how, url, json=body).status_code for how, url, body in requests]
+
+        assert statuses(other) == [404] * 9
+        assert http.get("/api/v1/training_runs").json()["training_runs"] == []
+        assert http.get("/api/v1/checkpoints").json()["checkpoints"] == []
+        assert statuses(sampling) == [403, 403, 200, *[403] * 6]
+        assert statuses(mine) == [200] * 9
+
+
 # ---- training --------------------------------------------------------------------------------------
 
 
@@ -437,6 +480,41 @@ def test_refused_requests_keep_their_place_and_the_run_goes_on(client: tinker.Se
         client.create_lora_training_client(base_model="nobody/else", rank=4).result()
 
 
+def test_a_request_with_a_wrong_field_fails_in_its_place_and_the_run_goes_on(live: Server) -> None:
+    with live.client() as http:
+        run = new_run(http)
+        place = {"model_id": run, "path": "a"}
+        gone = f"tinker://{run}/weights/gone"
+        wrong: list[tuple[str, dict[str, Any], str]] = [
+            ("save_weights", {"path": "my run"}, "cannot be a checkpoint's name"),
+            ("save_weights", {"ttl_seconds": 60}, "ttl_seconds"),
+            ("optim_step", {"adam_params": {"beta1": 1}}, "beta1"),
+            ("load_weights", {"path": gone, "optimizer": False}, "there is no checkpoint"),
+            ("save_weights_for_sampler", {"sampling_session_seq_id": 1}, "either path or"),
+        ]
+        for number, (name, fields, told) in enumerate(wrong, 1):
+            given = (place if "adam_params" not in fields else {"model_id": run}) | fields
+            accepted = http.post(f"/api/v1/{name}", json=given | {"seq_id": number})
+            assert accepted.status_code == 200, accepted.text
+            failed = retrieved(http, accepted.json()["request_id"]).json()
+            assert told in failed["error"]
+            assert failed["category"] == "user"
+        kind = {"content-type": "application/x-protobuf"}
+        large, packed = pass_body(run, 6, 6000), zstandard.ZstdCompressor().compress(pass_body(run, 7, 6000))
+        assert len(large) > 2_000_000 > len(packed)
+        for body, headers in ((large, kind), (packed, kind | {"content-encoding": "zstd"})):
+            accepted = http.post("/api/v1/forward_backward", content=body, headers=headers)
+            assert accepted.status_code == 200, accepted.text
+            assert "2000000" in retrieved(http, accepted.json()["request_id"]).json()["error"]
+        answer = http.post("/api/v1/forward_backward", content=pass_body(run, 8), headers=kind)
+        assert answer.status_code == 200, answer.text
+        passed = retrieved(http, answer.json()["request_id"])
+        assert passed.headers["content-type"] == "application/x-protobuf"
+        unknown = {"model_id": "nobody:train:0", "seq_id": 1, "path": "my run"}
+        refusal = http.post("/api/v1/save_weights", json=unknown)
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (400, "invalid_value")
+
+
 def test_accepted_operations_survive_a_killed_server(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
@@ -518,10 +596,11 @@ def new_run(http: httpx2.Client) -> str:
     return str(answer.json()["model_id"])
 
 
-def pass_body(run: str, number: int) -> bytes:
+def pass_body(run: str, number: int, rows: int = 1) -> bytes:
     from tinker.proto.request_conv import forward_backward_request_to_proto
 
-    given = types.ForwardBackwardInput(data=[supervised(list(range(30, 50)))], loss_fn="cross_entropy")
+    data = [supervised(list(range(30, 50)))] * rows
+    given = types.ForwardBackwardInput(data=data, loss_fn="cross_entropy")
     request = types.ForwardBackwardRequest(forward_backward_input=given, model_id=run, seq_id=number)
     encoded: bytes = forward_backward_request_to_proto(request).SerializeToString()
     return encoded
