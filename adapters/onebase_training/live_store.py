@@ -31,6 +31,8 @@ from onebase_training.live_operations import (
 
 RESULTS_KEPT = 1024
 """Number of a model's newest results that can be asked for."""
+MOST_MODELS = 64
+"""Largest number of models of one owner that are trained at once."""
 _BACKUP_TRIES = 5
 CHECKPOINT, RESULT = "checkpoint.json", "result"
 PACKED = "packed.safetensors"
@@ -99,7 +101,8 @@ class LiveStore:
     def create(self, spec: ModelSpec) -> None:
         """Accept a model. The same spec may come again.
 
-        Raises SequenceConflictError: there is, or was, another one with this id.
+        Raises SequenceConflictError: there is, or was, another one with this id; ModelRefusedError: its owner
+        has as many as may be trained at once.
         """
         folder = self.folder(spec.id)
         with self._lock:
@@ -108,6 +111,10 @@ class LiveStore:
                     if name == _SPEC and _same(self.spec(spec.id), spec):
                         return
                     raise SequenceConflictError(f"there is another training model {spec.id!r}")
+            if sum(one.owner == spec.owner for one in self.models()) >= MOST_MODELS:
+                raise ModelRefusedError(
+                    f"{MOST_MODELS} runs of this tenant are trained already: end a session of them first"
+                )
             for part in ("operations", "results", "points", *_KINDS):
                 (folder / part).mkdir(parents=True, exist_ok=True)
             _write(folder / _SPEC, msgspec.json.encode(spec))
@@ -215,14 +222,21 @@ class LiveStore:
             self._path(model_id, "results", seq_id - RESULTS_KEPT).unlink()
 
     def write_begun(self, model_id: str, seq_id: int) -> None:
-        """Record the operation that is being done now, for whoever finds that its process has died."""
+        """Record the operation that is being done now, for whoever finds that its process has died.
+
+        Number 0 stands for the model itself, while it is made or continued.
+        """
         (self.root / _BEGUN).write_text(f"{model_id} {seq_id}")
 
+    def forget_begun(self) -> None:
+        """Record that nothing is being done."""
+        (self.root / _BEGUN).unlink(missing_ok=True)
+
     def died_of(self) -> tuple[str, int] | None:
-        """Return the operation that was begun last, if it has no result."""
+        """Return the operation that was begun last, if it has no result; number 0: the model itself."""
         with suppress(FileNotFoundError, ValueError, UnknownModelError):
             model_id, seq_id = (self.root / _BEGUN).read_text().split()
-            if self.is_live(model_id) and self.last_result(model_id) < int(seq_id):
+            if self.is_live(model_id) and (seq_id == "0" or self.last_result(model_id) < int(seq_id)):
                 return model_id, int(seq_id)
         return None
 
