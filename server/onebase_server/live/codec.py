@@ -119,7 +119,7 @@ class _Room:
         """Raises RefusedOperationError."""
         if size > self._left:
             raise RefusedOperationError(
-                f"{place}: the sparse tensors of one request may take {self._most} bytes once they are dense. "
+                f"{place}: the sparse tensors of one request may take {self._most} bytes when they are dense. "
                 "Send fewer rows, or narrower tensors."
             )
         self._left -= size
@@ -149,7 +149,9 @@ def _tensor(wire: Any, place: str, message: Any, room: _Room) -> Tensor:
     if kind is None:
         raise RefusedOperationError(f"{place}: its dtype is not served. Send float32 or int64.")
     if len(shape) > _MOST_DIMENSIONS:
-        raise RefusedOperationError(f"{place}: it has {len(shape)} dimensions. Send {_MOST_DIMENSIONS} at most.")
+        raise RefusedOperationError(
+            f"{place}: it has {len(shape)} dimensions. Send {_MOST_DIMENSIONS} at most."
+        )
     if message.HasField("sparse_csr"):
         csr = message.sparse_csr
         crow, columns = _numbers(_LONGS, csr.crow_indices), _numbers(_LONGS, csr.col_indices)

@@ -56,6 +56,7 @@ from onebase_training.live_operations import (
     Stepped,
 )
 from onebase_training.live_store import (
+    MOST_MODELS,
     PACKED,
     LiveStore,
     ModelRefusedError,
@@ -66,7 +67,7 @@ from onebase_training.live_store import (
 
 LIVE = "live"
 """Name of live versions in leases, usage and metrics: each step has another one."""
-MOST_RUNS = 64
+MOST_RUNS = MOST_MODELS
 """Largest number of runs of one tenant that are trained at once."""
 IDLE_SECONDS = 900.0
 """Seconds without a sample after which a step's weights are deleted, unless they are its run's newest."""
