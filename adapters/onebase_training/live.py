@@ -301,6 +301,7 @@ class LiveModel:
                 kind=operation.kind,
                 folder=str(folder),
                 model=self.spec.id,
+                base_id=self.spec.base_id,
                 seq_id=seq_id,
                 step=self.steps,
                 digest=packed if operation.packed_only else _digest(work),
@@ -338,7 +339,7 @@ class LiveModel:
 
     def _write_packed(self, path: Path) -> tuple[str, int]:
         """Write the weights as the engine loads them. Return the file's SHA-256 and size. Raises OSError."""
-        write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id="")
+        write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id=self.spec.base_id)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
 
@@ -353,6 +354,8 @@ class LiveModel:
             raise RefusedError("there is no such checkpoint, or it has expired", "not_found")
         if start.optimizer and not checkpoint.optimizer:
             raise RefusedError(f"checkpoint {checkpoint.name!r} has no optimizer: load its weights alone")
+        if checkpoint.base_id != self.spec.base_id:
+            raise RefusedError(f"checkpoint {checkpoint.name!r} was made on another base", "other_base")
         if checkpoint.alpha != self.spec.alpha:
             raise RefusedError(
                 f"the checkpoint has alpha {checkpoint.alpha:g}, the model {self.spec.alpha:g}"
@@ -542,7 +545,7 @@ class LiveModels:
                 self._write_point(model, last, self._store.result(model_id, last))
 
     def _do_next_of(self, model_id: str) -> bool:
-        if not self._store.is_live(model_id):
+        if not self._store.is_live(model_id) or self._store.spec(model_id).base_id != self._store.base_id:
             return False
         if model_id in self._waiting:
             return False
@@ -584,10 +587,8 @@ class LiveModels:
         except Exception as error:
             if _ends_process(error):
                 raise
-            if isinstance(
-                operation, OptimStep | Load
-            ):  # of which a part may be done: made again from its point
-                self._models.pop(model.spec.id, None)
+            if isinstance(operation, OptimStep | Load):
+                self._models.pop(model.spec.id, None)  # half of it may be done: made again from its point
             if is_out_of_memory(error):
                 message = "it needs more memory than the trainer may take: send fewer or shorter rows"
                 return Refused(message=message, code=_NO_MEMORY, category="server")
@@ -662,7 +663,7 @@ class LiveModels:
         taken, most = STATE_BYTES * (sum(others) + model.parameters), int(OWNER_SHARE * self._memory)
         if self._memory and others and taken > most:
             raise RefusedError(
-                f"with this model your {len(others) + 1} would take {taken} bytes, and the models of a tenant "
+                f"with this model your {len(others) + 1} would take {taken} bytes, and those of a tenant "
                 f"may take {most}: end another run, or lower the rank"
             )
 

@@ -65,6 +65,16 @@ class UnknownCheckpointError(KeyError):
         return f"There is no checkpoint {'/'.join(self.args)}, or it has expired."
 
 
+class OtherBaseError(ValueError):
+    """The live adapter or checkpoint belongs to another base than that of the store."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name!r} was trained on another base than the one that is served: start the server with that "
+            "base to use it"
+        )
+
+
 class SequenceConflictError(ValueError):
     """Another operation was accepted under this number."""
 
@@ -84,10 +94,14 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
 
 class LiveStore:
     """All live adapters of one server, each in a folder of its name. Methods raise OSError; those that take a
-    model's id, UnknownModelError."""
+    model's id, UnknownModelError.
 
-    def __init__(self, root: Path) -> None:
+    base_id: identity of the base that is trained. Adapters of other bases stay as they are.
+    """
+
+    def __init__(self, root: Path, base_id: str = "") -> None:
         self.root = root
+        self.base_id = base_id
         self._lock = threading.Lock()
 
     # ---- models ------------------------------------------------------------------------------
@@ -104,7 +118,7 @@ class LiveStore:
         Raises SequenceConflictError: there is, or was, another one with this id; ModelRefusedError: its owner
         has as many as may be trained at once.
         """
-        folder = self.folder(spec.id)
+        folder, spec = self.folder(spec.id), msgspec.structs.replace(spec, base_id=self.base_id)
         with self._lock:
             for name in (_SPEC, _REMOVED):
                 if (folder / name).exists():
@@ -125,7 +139,16 @@ class LiveStore:
         return [spec for spec in self.runs() if self.is_live(spec.id)]
 
     def runs(self) -> list[ModelSpec]:
-        """Return all models that were ever made and have a folder, unloaded ones included, oldest first."""
+        """Return the base's models that were ever made, unloaded ones included, oldest first."""
+        return [spec for spec in self._specs() if spec.base_id == self.base_id]
+
+    def check_base(self, found: ModelSpec | Checkpoint) -> None:
+        """Raise OtherBaseError if a model or a checkpoint is not of this base."""
+        if found.base_id != self.base_id:
+            raise OtherBaseError(found.id if isinstance(found, ModelSpec) else found.name)
+
+    def _specs(self) -> list[ModelSpec]:
+        """Return the models of all bases that have a folder, oldest first."""
         names = os.listdir(self.root) if self.root.is_dir() else []
         found = []
         for name in names:
@@ -168,7 +191,7 @@ class LiveStore:
 
     def back_up(self, target: Path) -> None:
         """Copy all models to a folder that is not there, while they are trained. Raises OSError."""
-        for spec in self.runs():
+        for spec in self._specs():
             for _ in range(_BACKUP_TRIES):
                 point = self.last_point(spec.id)
                 shutil.rmtree(target / spec.id, ignore_errors=True)
@@ -186,6 +209,7 @@ class LiveStore:
 
         Raises:
             SequenceConflictError: another operation waits under this number.
+            OtherBaseError: the model is not of this base.
         """
         if seq_id < 1:
             raise SequenceConflictError(f"seq_id is {seq_id}: a model's operations are numbered from 1")
@@ -193,6 +217,7 @@ class LiveStore:
         with self._lock:
             if not self.is_live(model_id):
                 raise UnknownModelError(model_id)
+            self.check_base(self.spec(model_id))
             if seq_id < self.next_seq(model_id):
                 return
             with suppress(FileNotFoundError):
@@ -326,7 +351,7 @@ class LiveStore:
     def remove_expired(self, now: float) -> list[Checkpoint]:
         """Delete the checkpoints whose time is over, and return them. `now`: Unix seconds."""
         gone = []
-        for spec in self.runs():
+        for spec in self._specs():
             for found in self.checkpoints(spec.id):
                 if found.expires is not None and found.expires <= now:
                     with suppress(UnknownCheckpointError):

@@ -19,7 +19,7 @@ from onebase_server.live.service import (
     Place,
     adapter_name,
 )
-from onebase_training.live_operations import Checkpoint, ModelSpec
+from onebase_training.live_operations import Checkpoint, ModelSpec, OptimStep
 from onebase_training.live_store import CHECKPOINT, LiveStore
 
 RUN = "1b2c3d4e-0000:train:3"
@@ -56,6 +56,9 @@ class Upkeep:
         return sorted(one.name for one in self.store.checkpoints(RUN))
 
     async def _tidy(self, now: float, in_use: Collection[str]) -> None:
+        await self.service().tidy(in_use, now)
+
+    def service(self) -> LiveTraining:
         async def unload(run: str) -> None:
             self.unloaded.append(run)
             self.store.unload(run)
@@ -66,11 +69,10 @@ class Upkeep:
         nothing: Any = SimpleNamespace(
             disk=threads, drop_live=lambda path: set(), forget=lambda digests: None, trained=None
         )
-        service = LiveTraining(
+        return LiveTraining(
             trainer, records, threads, "server", base_names=["base"], tokenizer="base", max_rank=8,
             files=nothing, residency=nothing, library=nothing, usage=nothing,
         )  # fmt: skip
-        await service.tidy(in_use, now)
 
 
 def test_a_steps_weights_go_once_nobody_samples_from_them(tmp_path: Path) -> None:
@@ -87,6 +89,19 @@ def test_a_run_ends_with_its_session_and_leaves_what_has_a_name(tmp_path: Path) 
     upkeep.open = set()
     assert upkeep.tidy(IDLE_SECONDS + 3) == ["final"]
     assert upkeep.unloaded == [RUN]
+
+
+def test_what_another_base_has_trained_stays_and_is_refused(tmp_path: Path) -> None:
+    upkeep = Upkeep(tmp_path)
+    upkeep.store, upkeep.open = LiveStore(tmp_path, "another base"), set()
+    assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-0", "live-1", "live-2"]
+    assert upkeep.unloaded == []
+    caller: Any = SimpleNamespace(tenant="acme")
+    path = f"tinker://{RUN}/sampler_weights/final"
+    with pytest.raises(InvalidRequestError, match="model_path: 'final' was trained on another base"):
+        asyncio.run(upkeep.service().checkpoint(caller, path, "model_path"))
+    with pytest.raises(InvalidRequestError, match="was trained on another base"):
+        asyncio.run(upkeep.service().submit(caller, RUN, 1, OptimStep()))
 
 
 def test_a_path_names_a_checkpoint_and_a_run_its_adapter() -> None:

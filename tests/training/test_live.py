@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.training.live_support import (
     SPECS,
@@ -48,6 +49,7 @@ from onebase_training.live_operations import (
 from onebase_training.live_store import (
     LiveStore,
     ModelRefusedError,
+    OtherBaseError,
     SequenceConflictError,
     UnknownCheckpointError,
     UnknownModelError,
@@ -317,7 +319,8 @@ def test_an_error_fails_its_operation_and_leaves_no_half_of_a_step(
     models = live_models(base, tmp_path / "b")
     store = LiveStore(tmp_path / "b")
     store.create(LEARNING)
-    for seq_id, operation in {1: row, 2: STEP, 3: STEP, 4: row, 5: row, 6: STEP, 7: end}.items():
+    operations: list[Operation] = [row, STEP, STEP, row, row, STEP, end]
+    for seq_id, operation in enumerate(operations, start=1):
         store.submit("learning", seq_id, operation)
     models.enqueue("learning")
     while models.do_next():
@@ -627,6 +630,43 @@ def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) ->
         models.write_points()
     assert stops >= 3
     assert_equal(saved(store.result("small", 14)), saved(plain[-1]))
+
+
+def test_models_of_another_base_are_neither_trained_nor_read_and_stay(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    first, other = LiveStore(tmp_path, "first"), LiveStore(tmp_path, "other")
+
+    def train(store: LiveStore) -> None:
+        models = LiveModels(base, store, OpenGate(), BaseName("tiny"))
+        models.enqueue_all()
+        models.enqueue("learning")
+        while models.do_next():
+            pass
+
+    first.create(LEARNING)
+    first.submit("learning", 1, Save(name="a", kind="weights"))
+    train(first)
+    first.submit("learning", 2, ask(text_row(5)))
+    checkpoint = first.checkpoint("learning", "weights", "a")
+    packed = Path(checkpoint.folder) / "packed.safetensors"
+    with safe_open(packed, "pt") as file:
+        assert file.metadata()["base_id"] == checkpoint.base_id == "first"
+    train(other)
+    assert first.result("learning", 2) is None
+    assert (other.models(), other.runs()) == ([], [])
+    other.back_up(tmp_path / "copy")
+    assert [spec.id for spec in LiveStore(tmp_path / "copy", "first").runs()] == ["learning"]
+    with pytest.raises(OtherBaseError, match="trained on another base"):
+        other.submit("learning", 3, STEP)
+    with pytest.raises(OtherBaseError):
+        other.check_base(checkpoint)
+    other.create(ModelSpec(id="new", rank=8, start=Start(checkpoint.folder)))
+    train(other)
+    assert (made := other.made("new")) is not None
+    assert "made on another base" in made.refused
+    train(first)
+    assert isinstance(first.result("learning", 2), Computed)
 
 
 def test_a_copy_made_while_a_model_is_trained_goes_on_where_it_was(

@@ -23,6 +23,8 @@ from onebase_training.live_operations import Computed, Datum, ForwardBackward, T
 MEDIA_TYPE = "application/x-protobuf"
 MISSING_LOGPROB = -99999.0
 """Log-probability of an empty cell among the most likely tokens."""
+DENSE_TIMES = 8
+"""Size that the sparse tensors of a body may have once they are dense, in times the largest body."""
 _PART = 1 << 20
 _MOST_DIMENSIONS = 2
 _WIDTH = {"float32": 4, "int64": 8}
@@ -119,7 +121,7 @@ class _Room:
         """Raises RefusedOperationError."""
         if size > self._left:
             raise RefusedOperationError(
-                f"{place}: the sparse tensors of one request may take {self._most} bytes when they are dense. "
+                f"{place}: the sparse tensors of one request may take {self._most} bytes when dense. "
                 "Send fewer rows, or narrower tensors."
             )
         self._left -= size

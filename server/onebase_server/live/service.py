@@ -60,6 +60,7 @@ from onebase_training.live_store import (
     PACKED,
     LiveStore,
     ModelRefusedError,
+    OtherBaseError,
     SequenceConflictError,
     UnknownCheckpointError,
     UnknownModelError,
@@ -246,6 +247,7 @@ class LiveTraining:
             start=start,
             owner=caller.tenant,
             base=base_model,
+            base_id=store.base_id,
             session=session_id,
             metadata=dict(metadata or {}),
             created=time.time(),
@@ -301,6 +303,7 @@ class LiveTraining:
             raise LiveNotFoundError("run", run, param) from error
         if spec.owner != caller.tenant:
             raise LiveNotFoundError("run", run, param)
+        _check_base(self._store(), spec, param)
         return spec
 
     async def runs(self, caller: Caller) -> list[ModelSpec]:
@@ -408,6 +411,7 @@ class LiveTraining:
             raise LiveNotFoundError("checkpoint", path, param) from error
         if spec.owner != caller.tenant or _has_expired(found):
             raise LiveNotFoundError("checkpoint", path, param)
+        _check_base(self._store(), found, param)
         return found
 
     async def checkpoints(self, run: str) -> list[Checkpoint]:
@@ -661,6 +665,14 @@ def answer_of(spec: ModelSpec, number: int, result: Result) -> Mapping[str, Any]
     sampler = sampler_of(saved, spec.session)
     where = {"path": Place.of(saved).path} if sampler is None else {"sampling_session_id": sampler}
     return where | {"type": "save_weights_for_sampler"}
+
+
+def _check_base(store: LiveStore, found: ModelSpec | Checkpoint, param: str) -> None:
+    """Raise InvalidRequestError for a run or a checkpoint of another base."""
+    try:
+        store.check_base(found)
+    except OtherBaseError as error:
+        raise InvalidRequestError(f"{param}: {error}.", param=param, code="other_base") from error
 
 
 def _has_expired(checkpoint: Checkpoint) -> bool:

@@ -97,7 +97,7 @@ class _LiveWork:
         bound_memory(memory, device)
         models = LiveModels(
             base,
-            LiveStore(Path(start.root)),
+            LiveStore(Path(start.root), start.base_id),
             self._gate(start.share, device),
             BaseName(start.base_name, start.base_commit),
             int8_cache=start.config.kv_dtype == "int8",

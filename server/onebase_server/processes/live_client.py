@@ -117,7 +117,8 @@ class LiveTrainer:
     async def submit(self, model_id: str, seq_id: int, operation: Operation) -> None:
         """Accept an operation: it is on the disk when this returns. The same one may come again.
 
-        Raises UnknownModelError; SequenceConflictError: another one waits under this number; OSError.
+        Raises UnknownModelError; OtherBaseError; SequenceConflictError: another one waits under this number;
+        OSError.
         """
         await self._disk.run_blocking(self.store.submit, model_id, seq_id, operation)
         self._start()
@@ -250,6 +251,7 @@ class LiveTrainer:
                     config=base.config,
                     manifest=base.manifest,
                     root=str(self.store.root),
+                    base_id=self.store.base_id,
                     base_name=settings.base_name,
                     base_commit=settings.base_commit,
                     share=settings.share,

@@ -261,7 +261,8 @@ async def forward_backward(request: Request, services: Provided, caller: Calling
     is_compressed = request.headers.get("content-encoding") == "zstd"
 
     def read() -> codec.PassRequest:
-        return codec.read_pass(codec.decompressed(body, most) if is_compressed else body, most)
+        content = codec.decompressed(body, most) if is_compressed else body
+        return codec.read_pass(content, codec.DENSE_TIMES * most)
 
     asked = await services.reading.run_for(caller.tenant, read)
     operation = Refuse(message=asked.refused) if asked.operation is None else asked.operation
