@@ -84,6 +84,8 @@ STATE_BYTES = 20
 """Bytes that a trained parameter takes: itself, two gradients and two moments of Adam, in fp32."""
 OWNER_SHARE = 0.5
 """Largest part of the trainer's memory for the models of one owner who has several."""
+MODELS_SHARE = 0.8
+"""Largest part of the trainer's memory for all models, if there are several. Passes need the rest."""
 
 logger = logging.getLogger(__name__)
 
@@ -550,11 +552,14 @@ class LiveModels:
         if model_id in self._waiting:
             return False
         if model_id not in self._models and model_id not in self._broken:
+            for other in [other for other in self._models if not self._store.is_live(other)]:
+                self._forget(other)
             self._store.write_begun(model_id, 0)
             self._make(model_id)
             self._store.forget_begun()
-            if model_id in self._waiting:
+            if model_id not in self._models:
                 gc.collect()  # PEFT's modules refer to one another
+            if model_id in self._waiting:
                 return False
         seq_id = self._store.next_seq(model_id)
         operation = self._store.operation(model_id, seq_id)
@@ -658,14 +663,18 @@ class LiveModels:
         self._on_done(model_id, 0)
 
     def _check_share(self, model: LiveModel) -> None:
-        """Raise RefusedError if a new model's owner has others, and too much of the memory with it."""
-        others = [one.parameters for one in self._models.values() if one.spec.owner == model.spec.owner]
-        taken, most = STATE_BYTES * (sum(others) + model.parameters), int(OWNER_SHARE * self._memory)
-        if self._memory and others and taken > most:
-            raise RefusedError(
-                f"with this model your {len(others) + 1} would take {taken} bytes, and those of a tenant "
-                f"may take {most}: end another run, or lower the rank"
-            )
+        """Raise RefusedError if a new model beside others takes too much of the memory: its owner's part, or
+        what passes need."""
+        everyone = [*self._models.values(), model]
+        own = [one for one in everyone if one.spec.owner == model.spec.owner]
+        for models, whose, part in ((own, "your", OWNER_SHARE), (everyone, "all", MODELS_SHARE)):
+            taken = STATE_BYTES * sum(one.parameters for one in models)
+            most = int(part * self._memory)
+            if self._memory and len(models) > 1 and taken > most:
+                raise RefusedError(
+                    f"with this model {whose} {len(models)} would take {taken} bytes, and they may take "
+                    f"{most}: end another run, or lower the rank"
+                )
 
     def _continue(self, model: LiveModel) -> None:
         """Read the newest point, and do over what was done since."""

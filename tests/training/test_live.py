@@ -402,7 +402,14 @@ def test_an_owner_has_so_many_models_and_so_much_of_the_memory(
     assert made["d"] is not None
     assert "with this model your 3 would take" in made["d"].refused
     store.unload("a")
-    store.create(ModelSpec(id="e", rank=4, owner="acme"))
+    for name, owner in (("e", "acme"), ("f", "initech"), ("g", "hooli")):
+        store.create(ModelSpec(id=name, rank=4, owner=owner))
+        models.enqueue(name)
+    store.unload("d")
+    while models.do_next():
+        pass
+    found = [store.made(name) for name in "efg"]
+    assert [one.refused[:21] for one in found if one] == ["", "", "with this model all 5"]
 
 
 def test_a_row_that_the_engine_refuses_is_refused(
