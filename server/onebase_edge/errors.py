@@ -301,9 +301,9 @@ class LiveNotFoundError(ApiError):
 
 
 class ResultGoneError(ApiError):
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, hint: str = "Send the request again.") -> None:
         super().__init__(
-            f"request_id: the result of {request_id[:120]!r} is not kept any more. Send the request again.",
+            f"request_id: the result of {request_id[:120]!r} is not kept any more. {hint}",
             code="result_gone",
             param="request_id",
         )

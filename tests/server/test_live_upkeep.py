@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+from sqlalchemy import update
 
+from onebase_adapters.registry import LiveSampler, LiveSession, Registry
+from onebase_adapters.registry.tables import LiveSessionRow
 from onebase_edge.background import Threads
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import (
+    ApiError,
+    InsufficientScopeError,
+    InvalidRequestError,
+    LiveNotFoundError,
+    QuotaExceededError,
+    QuotaSpentError,
+    ResultGoneError,
+    UnavailableError,
+)
+from onebase_server.live import service as service_module
 from onebase_server.live.service import (
+    ENDED_SECONDS,
+    FORGOTTEN_SECONDS,
     IDLE_SECONDS,
+    LOST_SECONDS,
+    MOST_WAITING,
     LiveTraining,
     Place,
     adapter_name,
 )
-from onebase_training.live_operations import Checkpoint, ModelSpec, OptimStep
+from onebase_server.tenancy.access import Caller
+from onebase_training.live_operations import (
+    Checkpoint,
+    Computed,
+    ModelSpec,
+    Operation,
+    OptimStep,
+    Refuse,
+    Stepped,
+)
 from onebase_training.live_store import CHECKPOINT, LiveStore
 
+ACME = Caller("key", "acme", frozenset({"train", "generate"}))
 RUN = "1b2c3d4e-0000:train:3"
 LATER = 2_000_000_000.0
 """Long after the service began."""
@@ -39,44 +66,90 @@ def checkpoint(store: LiveStore, name: str, created: float) -> None:
 
 
 class Upkeep:
-    """A run with three steps that are sampled, and a named checkpoint."""
+    """A run of an open session, with three steps that are sampled and a named checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        self.store = LiveStore(folder)
+        self.store = LiveStore(folder / "live")
+        self.registry = Registry(f"sqlite:///{folder / 'registry.db'}", base_id="base-1", base_name="base")
+        self.registry.migrate()
+        self.records = self.registry.live
+        self.records.add_session(LiveSession("s", ACME.tenant, "key", LATER, {}), "server")
         self.store.create(ModelSpec(id=RUN, rank=4, owner="acme", session="s", created=1.0))
         for number in range(3):
             checkpoint(self.store, f"live-{number}", LATER + number)
         checkpoint(self.store, "final", LATER)
-        self.open = {"s"}
         self.unloaded: list[str] = []
+        self.charged: list[tuple[float, int]] = []
+        self.proved: list[str] = []
+        self.refuses: ApiError | None = None
+        self.room = 10**9
+        threads: Any = Threads("test", 1)
+        trainer: Any = SimpleNamespace(
+            store=self.store,
+            unload=self._unload,
+            submit=self._submit,
+            create=self._create,
+            wait=self._wait,
+            created=self._wait,
+            expired=self._expired,
+        )
+        nothing: Any = SimpleNamespace(
+            disk=threads,
+            drop_live=lambda path: set(),
+            forget=lambda digests: None,
+            trained=lambda tenant, adapter, *took: self.charged.append(took),
+        )
+        self.service = LiveTraining(
+            trainer, self.records, threads, "server", base_names=["base"], tokenizer="base", max_rank=8,
+            files=nothing, residency=nothing, library=nothing, usage=nothing, check_room=self._check_room,
+        )  # fmt: skip
+        self.service._added = self._add  # type: ignore[method-assign]
+
+    async def _unload(self, run: str) -> None:
+        self.unloaded.append(run)
+        self.store.unload(run)
+
+    async def _submit(self, run: str, number: int, operation: Operation) -> None:
+        self.store.submit(run, number, operation)
+
+    async def _create(self, spec: ModelSpec) -> None:
+        self.store.create(spec)
+
+    async def _wait(self, run: str, number: float, seconds: float = 0.0) -> Any:
+        return self.store.result(run, int(number)) if number else None
+
+    async def _expired(self, run: str, number: int) -> bool:
+        return self.store.expired(run, number)
+
+    async def _check_room(self, caller: Caller, more: int) -> None:
+        if more > self.room:
+            raise QuotaExceededError(f"{more} bytes are too many", {})
+
+    async def _add(self, tenant: str, checkpoint: Checkpoint) -> str:
+        if self.refuses is not None:
+            raise self.refuses
+        self.proved.append(checkpoint.name)
+        return "d" * 64
+
+    def finish(self, at: float) -> None:
+        """Let the session have finished then."""
+        with self.records._database.write_uncounted() as writing:
+            writing.execute(update(LiveSessionRow).values(finished_at=at))
 
     def tidy(self, after: float, in_use: Collection[str] = ()) -> list[str]:
         """Tidy so many seconds later, and return the names that are left."""
-        asyncio.run(self._tidy(LATER + after, in_use))
+        asyncio.run(self.service.tidy(in_use, LATER + after))
         return sorted(one.name for one in self.store.checkpoints(RUN))
 
-    async def _tidy(self, now: float, in_use: Collection[str]) -> None:
-        await self.service().tidy(in_use, now)
 
-    def service(self) -> LiveTraining:
-        async def unload(run: str) -> None:
-            self.unloaded.append(run)
-            self.store.unload(run)
-
-        threads: Any = Threads("test", 1)
-        trainer: Any = SimpleNamespace(store=self.store, unload=unload)
-        records: Any = SimpleNamespace(open_sessions=lambda *_: self.open, note_run=lambda *_: None)
-        nothing: Any = SimpleNamespace(
-            disk=threads, drop_live=lambda path: set(), forget=lambda digests: None, trained=None
-        )
-        return LiveTraining(
-            trainer, records, threads, "server", base_names=["base"], tokenizer="base", max_rank=8,
-            files=nothing, residency=nothing, library=nothing, usage=nothing,
-        )  # fmt: skip
+@pytest.fixture
+def upkeep(tmp_path: Path) -> Iterator[Upkeep]:
+    made = Upkeep(tmp_path)
+    yield made
+    made.registry.close()
 
 
-def test_a_steps_weights_go_once_nobody_samples_from_them(tmp_path: Path) -> None:
-    upkeep = Upkeep(tmp_path)
+def test_a_steps_weights_go_once_nobody_samples_from_them(upkeep: Upkeep) -> None:
     everything = ["final", "live-0", "live-1", "live-2"]
     assert upkeep.tidy(IDLE_SECONDS - 1) == everything
     assert upkeep.tidy(IDLE_SECONDS + 3, in_use=["s:sample:1"]) == ["final", "live-1", "live-2"]
@@ -84,24 +157,191 @@ def test_a_steps_weights_go_once_nobody_samples_from_them(tmp_path: Path) -> Non
     assert upkeep.unloaded == []
 
 
-def test_a_run_ends_with_its_session_and_leaves_what_has_a_name(tmp_path: Path) -> None:
-    upkeep = Upkeep(tmp_path)
-    upkeep.open = set()
+def test_a_run_ends_with_its_session_and_leaves_what_has_a_name(upkeep: Upkeep) -> None:
+    upkeep.finish(LATER)
+    upkeep.tidy(ENDED_SECONDS - 1)
+    assert upkeep.unloaded == []
     assert upkeep.tidy(IDLE_SECONDS + 3) == ["final"]
     assert upkeep.unloaded == [RUN]
 
 
-def test_what_another_base_has_trained_stays_and_is_refused(tmp_path: Path) -> None:
-    upkeep = Upkeep(tmp_path)
-    upkeep.store, upkeep.open = LiveStore(tmp_path, "another base"), set()
+def test_what_another_base_has_trained_stays_and_is_refused(upkeep: Upkeep) -> None:
+    upkeep.finish(LATER)
+    upkeep.store.base_id = "another base"
     assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-0", "live-1", "live-2"]
     assert upkeep.unloaded == []
-    caller: Any = SimpleNamespace(tenant="acme")
     path = f"tinker://{RUN}/sampler_weights/final"
     with pytest.raises(InvalidRequestError, match="model_path: 'final' was trained on another base"):
-        asyncio.run(upkeep.service().checkpoint(caller, path, "model_path"))
+        asyncio.run(upkeep.service.checkpoint(ACME, path, "model_path"))
     with pytest.raises(InvalidRequestError, match="was trained on another base"):
-        asyncio.run(upkeep.service().submit(caller, RUN, 1, OptimStep()))
+        asyncio.run(upkeep.service.submit(ACME, RUN, 1, OptimStep()))
+
+
+def test_a_lost_session_ends_and_is_forgotten(upkeep: Upkeep) -> None:
+    sampler = LiveSampler("s:sample:0", "s", "acme", "base", None, LATER)
+    upkeep.records.add_sampler(sampler, "server")
+    upkeep.tidy(LOST_SECONDS - 1)
+    assert upkeep.unloaded == []
+    upkeep.tidy(LOST_SECONDS + 1)
+    assert upkeep.unloaded == [RUN]
+    assert upkeep.records.samplers("acme", "s") == [sampler]
+    upkeep.tidy(FORGOTTEN_SECONDS + 1)
+    assert upkeep.records.sessions("acme", offset=0, limit=9) == []
+    assert upkeep.records.samplers("acme", "s") == []
+
+
+def test_a_run_does_what_it_accepted_before_it_ends(upkeep: Upkeep) -> None:
+    accepted = asyncio.run(upkeep.service.submit(ACME, RUN, 1, OptimStep()))
+    upkeep.finish(LATER)
+    upkeep.tidy(IDLE_SECONDS + 3)
+    assert upkeep.unloaded == []
+    upkeep.store.write_result(RUN, 1, Stepped(metrics={}, step=1))
+    assert asyncio.run(upkeep.service.result(ACME, accepted, 0.0))[1] is not None
+    upkeep.tidy(IDLE_SECONDS + 3)
+    assert upkeep.unloaded == [RUN]
+    with pytest.raises(ResultGoneError, match="has ended"):
+        asyncio.run(upkeep.service.result(ACME, accepted, 0.0))
+
+
+def test_an_ended_run_without_checkpoints_is_deleted(upkeep: Upkeep) -> None:
+    upkeep.finish(LATER)
+    upkeep.tidy(IDLE_SECONDS + 3)
+    asyncio.run(upkeep.service.delete_checkpoint(ACME, f"tinker://{RUN}/sampler_weights/final"))
+    upkeep.tidy(IDLE_SECONDS + 4)
+    assert not upkeep.store.folder(RUN).exists()
+    assert asyncio.run(upkeep.service.runs(ACME)) == []
+
+
+def test_nothing_begins_in_a_finished_session(upkeep: Upkeep) -> None:
+    def begin(number: int) -> str:
+        made = upkeep.service.create_run(
+            ACME, "s", number, base_model="base", rank=4, seed=1, train={}, metadata=None
+        )
+        return asyncio.run(made)
+
+    assert begin(0) == "s:train:0"
+    asyncio.run(upkeep.service.finish(ACME, "s"))
+    with pytest.raises(InvalidRequestError, match="has finished"):
+        begin(1)
+
+
+def test_runs_are_ended_and_read_with_the_scope_train_alone(upkeep: Upkeep) -> None:
+    sampling = Caller("k", "acme", frozenset({"generate"}))
+    asyncio.run(upkeep.service.submit(ACME, RUN, 1, OptimStep()))
+    upkeep.store.write_result(RUN, 1, Stepped(metrics={}, step=1))
+    for call in (upkeep.service.finish(sampling, "s"), upkeep.service.result(sampling, f"{RUN}:1", 0.0)):
+        with pytest.raises(InsufficientScopeError):
+            asyncio.run(call)
+    other = upkeep.service
+    upkeep.records.add_session(LiveSession("t", "acme", "key", LATER, {}), "server")
+    asyncio.run(other.finish(sampling, "t"))  # it has no runs
+    assert upkeep.records.session("acme", "t").finished_at is not None
+
+
+def test_another_tenant_reaches_nothing_of_a_run(upkeep: Upkeep) -> None:
+    other, path = Caller("k", "globex", frozenset({"train"})), f"tinker://{RUN}/sampler_weights/final"
+    service = upkeep.service
+    calls = [
+        service.run(other, RUN),
+        service.submit(other, RUN, 1, OptimStep()),
+        service.save(other, RUN, 1, "a", "weights", None, False, None),
+        service.result(other, f"{RUN}:0", 0.0),
+        service.checkpoint(other, path, "path"),
+        service.continue_from(other, "s", 1, path, optimizer=False, base_model=None, metadata=None),
+        service.set_ttl(other, path, 7200.0),
+        service.delete_checkpoint(other, path),
+    ]
+    for call in calls:
+        with pytest.raises(LiveNotFoundError):
+            asyncio.run(call)
+    for of_session in (service.finish(other, "s"), service.session_seen(other, "s")):
+        with pytest.raises(LiveNotFoundError):
+            asyncio.run(of_session)
+    assert asyncio.run(service.runs(other)) == []
+    assert upkeep.tidy(0) == ["final", "live-0", "live-1", "live-2"]
+    assert upkeep.records.session("acme", "s").finished_at is None
+
+
+def test_operations_that_wait_are_limited(upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(number: int, operation: Operation) -> None:
+        asyncio.run(upkeep.service.submit(ACME, RUN, number, operation))
+
+    submit(MOST_WAITING, OptimStep())
+    with pytest.raises(QuotaSpentError, match="too far ahead: operation 1 of"):
+        submit(MOST_WAITING + 1, OptimStep())
+    monkeypatch.setattr(service_module, "MOST_WAITING_BYTES", 10_000)
+    monkeypatch.setattr(service_module, "_COUNTED_SECONDS", 0.0)
+    large = Refuse(message="x" * 6000)
+    submit(1, large)
+    with pytest.raises(QuotaSpentError, match="10000 may wait"):
+        submit(2, large)
+    upkeep.store.write_result(RUN, 1, Stepped(metrics={}, step=1))
+    submit(2, large)
+
+
+def test_named_checkpoints_are_limited(upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(number: int) -> None:
+        asyncio.run(upkeep.service.save(ACME, RUN, number, f"n{number}", "weights", None, False, None))
+
+    save(1)
+    upkeep.room = 1  # there is one of 1 byte, and another one would follow
+    with pytest.raises(QuotaExceededError):
+        save(2)
+    save(1)  # the same request again
+    upkeep.room = 10**9
+    monkeypatch.setattr(service_module, "MOST_CHECKPOINTS", 1)
+    with pytest.raises(InvalidRequestError, match="Delete some"):
+        save(2)
+
+
+def test_a_pass_is_charged_once_when_it_was_done(upkeep: Upkeep) -> None:
+    done = Computed(outputs=[], metrics={}, tokens=7, seconds=0.5)
+    for number in (1, 2):
+        upkeep.store.write_result(RUN, number, done)
+    upkeep.tidy(0)
+    upkeep.tidy(0)
+    assert upkeep.charged == [(1.0, 14)]
+    upkeep.store.write_result(RUN, 3, done)
+    upkeep.finish(LATER)
+    upkeep.tidy(IDLE_SECONDS + 3)  # the run ends
+    assert upkeep.charged == [(1.0, 14), (0.5, 7)]
+
+
+def test_what_is_not_proved_yet_is_proved_once_and_a_refusal_is_kept(upkeep: Upkeep) -> None:
+    upkeep.tidy(0)
+    upkeep.tidy(1)
+    assert upkeep.proved == ["final"]
+    checkpoint(upkeep.store, "second", LATER)
+    upkeep.refuses = UnavailableError("the registry is away", code="registry_unavailable", retry_after=1.0)
+    upkeep.tidy(2)
+    upkeep.service._prove_after.clear()  # much later
+    upkeep.refuses = InvalidRequestError("it is no adapter")
+    upkeep.tidy(3)
+    upkeep.service._prove_after.clear()
+    upkeep.refuses = None
+    upkeep.tidy(4)
+    assert upkeep.proved == ["final"]
+    mark = upkeep.store.checkpoint_folder(RUN, "sampler", "second") / "proved.json"
+    assert "it is no adapter" in mark.read_text()
+
+
+def test_what_is_changed_is_in_the_audit_log(upkeep: Upkeep) -> None:
+    path = f"tinker://{RUN}/sampler_weights/final"
+    asyncio.run(upkeep.service.set_ttl(ACME, path, 7200.0))
+    asyncio.run(upkeep.service.delete_checkpoint(ACME, path))
+    asyncio.run(upkeep.service.finish(ACME, "s"))
+    noted = [(one.action, one.target) for one in upkeep.registry.audit.entries(limit=9)]
+    assert sorted(noted) == [
+        ("checkpoint.changed", path),
+        ("checkpoint.deleted", path),
+        ("session.finished", "s"),
+    ]
+
+
+def test_a_number_that_is_no_ascii_digit_names_no_result(upkeep: Upkeep) -> None:
+    for number in ("\u00b2", "\u0663", "-1", ""):
+        with pytest.raises(LiveNotFoundError):
+            asyncio.run(upkeep.service.result(ACME, f"{RUN}:{number}", 0.0))
 
 
 def test_a_path_names_a_checkpoint_and_a_run_its_adapter() -> None:

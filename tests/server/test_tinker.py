@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tinker
 import torch
+import zstandard
 from tinker import types
 
 from .access import Keys
@@ -437,6 +438,41 @@ def test_refused_requests_keep_their_place_and_the_run_goes_on(client: tinker.Se
         client.create_lora_training_client(base_model="nobody/else", rank=4).result()
 
 
+def test_a_request_with_a_wrong_field_fails_in_its_place_and_the_run_goes_on(live: Server) -> None:
+    with live.client() as http:
+        run = new_run(http)
+        place = {"model_id": run, "path": "a"}
+        gone = f"tinker://{run}/weights/gone"
+        wrong: list[tuple[str, dict[str, Any], str]] = [
+            ("save_weights", {"path": "my run"}, "cannot be a checkpoint's name"),
+            ("save_weights", {"ttl_seconds": 60}, "ttl_seconds"),
+            ("optim_step", {"adam_params": {"beta1": 1}}, "beta1"),
+            ("load_weights", {"path": gone, "optimizer": False}, "there is no checkpoint"),
+            ("save_weights_for_sampler", {"sampling_session_seq_id": 1}, "either path or"),
+        ]
+        for number, (name, fields, told) in enumerate(wrong, 1):
+            given = (place if "adam_params" not in fields else {"model_id": run}) | fields
+            accepted = http.post(f"/api/v1/{name}", json=given | {"seq_id": number})
+            assert accepted.status_code == 200, accepted.text
+            failed = retrieved(http, accepted.json()["request_id"]).json()
+            assert told in failed["error"]
+            assert failed["category"] == "user"
+        kind = {"content-type": "application/x-protobuf"}
+        large, packed = pass_body(run, 6, 6000), zstandard.ZstdCompressor().compress(pass_body(run, 7, 6000))
+        assert len(large) > 2_000_000 > len(packed)
+        for body, headers in ((large, kind), (packed, kind | {"content-encoding": "zstd"})):
+            accepted = http.post("/api/v1/forward_backward", content=body, headers=headers)
+            assert accepted.status_code == 200, accepted.text
+            assert "2000000" in retrieved(http, accepted.json()["request_id"]).json()["error"]
+        answer = http.post("/api/v1/forward_backward", content=pass_body(run, 8), headers=kind)
+        assert answer.status_code == 200, answer.text
+        passed = retrieved(http, answer.json()["request_id"])
+        assert passed.headers["content-type"] == "application/x-protobuf"
+        unknown = {"model_id": "nobody:train:0", "seq_id": 1, "path": "my run"}
+        refusal = http.post("/api/v1/save_weights", json=unknown)
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (400, "invalid_value")
+
+
 def test_accepted_operations_survive_a_killed_server(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
@@ -518,10 +554,11 @@ def new_run(http: httpx2.Client) -> str:
     return str(answer.json()["model_id"])
 
 
-def pass_body(run: str, number: int) -> bytes:
+def pass_body(run: str, number: int, rows: int = 1) -> bytes:
     from tinker.proto.request_conv import forward_backward_request_to_proto
 
-    given = types.ForwardBackwardInput(data=[supervised(list(range(30, 50)))], loss_fn="cross_entropy")
+    data = [supervised(list(range(30, 50)))] * rows
+    given = types.ForwardBackwardInput(data=data, loss_fn="cross_entropy")
     request = types.ForwardBackwardRequest(forward_backward_input=given, model_id=run, seq_id=number)
     encoded: bytes = forward_backward_request_to_proto(request).SerializeToString()
     return encoded

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tinker
 import torch
+import zstandard
 from tinker.proto import tinker_public_pb2
 from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
@@ -168,3 +169,19 @@ def test_a_sample_is_what_the_client_reads() -> None:
     assert read.target_prompt_logprobs is not None
     assert read.target_prompt_logprobs.to_numpy().tolist() == [[-4.0, 0.0]]
     assert read.prompt_cache_hit_tokens == 16
+
+
+@pytest.mark.parametrize("number", [1, 127, 128, 70_000, 2**31 - 1])
+def test_the_place_of_a_pass_is_read_from_its_beginning(number: int) -> None:
+    row = datum(*range(200))
+    given = tinker.types.ForwardBackwardInput(data=[row], loss_fn="ppo")
+    request = tinker.types.ForwardBackwardRequest(
+        forward_backward_input=given, model_id="run:train:0", seq_id=number
+    )
+    body = forward_backward_request_to_proto(request).SerializeToString()
+    packed = zstandard.ZstdCompressor().compress(body)
+    assert codec.read_place(body[:300], False) == ("run:train:0", number)
+    assert codec.read_place(packed, True) == ("run:train:0", number)
+    for other in (b"", b"x" * 300, b"\x0a\x7f" + b"x" * 300, b"\x0a\x01a\x10" + b"\xff" * 300):
+        assert codec.read_place(other, False) is None
+    assert codec.read_place(b"x" * 300, True) is None

@@ -16,9 +16,6 @@ from onebase_adapters.registry.errors import UnknownLiveError
 from onebase_adapters.registry.records import AuditAction, record_of
 from onebase_adapters.registry.tables import LiveSampleRow, LiveSamplerRow, LiveSessionRow
 
-_MANY = 500
-"""Largest number of ids in one statement."""
-
 
 @dataclass(frozen=True)
 class LiveSession:
@@ -29,6 +26,7 @@ class LiveSession:
     key: str
     created_at: float
     details: Mapping[str, Any] = field(hash=False)
+    finished_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,17 @@ class LiveRecords:
         with self._database.read() as reading:
             return set(reading.scalars(query))
 
-    def note_run(self, action: AuditAction, tenant: str, run: str, details: Mapping[str, Any]) -> None:
-        """Add an entry about a run to the audit log."""
+    def forget_sessions(self, seen: float) -> None:
+        """Delete the sessions that were not seen since then, and their samplers."""
+        old = select(LiveSessionRow.id).where(LiveSessionRow.seen_at < seen)
         with self._database.write_uncounted() as writing:
-            audit.note(writing, action, tenant, run, base_id=self._base_id, details=details)
+            writing.execute(delete(LiveSamplerRow).where(LiveSamplerRow.session.in_(old)))
+            writing.execute(delete(LiveSessionRow).where(LiveSessionRow.seen_at < seen))
+
+    def note(self, action: AuditAction, tenant: str, target: str, details: Mapping[str, Any]) -> None:
+        """Add an entry about a session, a run or a checkpoint to the audit log."""
+        with self._database.write_uncounted() as writing:
+            audit.note(writing, action, tenant, target, base_id=self._base_id, details=details)
 
     def add_sampler(self, sampler: LiveSampler, server: str) -> LiveSampler:
         """Add a sampler, and return it; or return the one that has its id. Raises UnknownLiveError if that is
@@ -176,11 +181,10 @@ class LiveRecords:
             rows = reading.scalars(query.order_by(LiveSampleRow.created_at))
             return [record_of(LiveSample, row) for row in rows]
 
-    def forget_samples(self, before: float, ids: Sequence[str] = ()) -> None:
-        """Delete the samples that were finished before then, and those with these ids."""
-        old = LiveSampleRow.finished_at < before
+    def forget_samples(self, before: float) -> None:
+        """Delete the samples that were finished before then."""
         with self._database.write_uncounted() as writing:
-            writing.execute(delete(LiveSampleRow).where(or_(old, LiveSampleRow.id.in_(ids[:_MANY]))))
+            writing.execute(delete(LiveSampleRow).where(LiveSampleRow.finished_at < before))
 
     def _sampler(
         self, session: Session, tenant: str, sampler_id: str, *, lock: bool = False

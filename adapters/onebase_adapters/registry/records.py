@@ -277,7 +277,8 @@ AuditAction = Literal[
     "adapter.deleted", "file.added",
     "file.deleted", "job.created", "job.paused", "job.resumed", "job.stopped", "job.cancelled",
     "job.succeeded", "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
-    "batch.failed", "batch.expired", "run.created", "run.ended", "key.created", "key.changed",
+    "batch.failed", "batch.expired", "run.created", "run.ended", "session.finished", "checkpoint.changed",
+    "checkpoint.deleted", "key.created", "key.changed",
     "key.revoked", "tenant.changed",
     "rollout.started", "rollout.changed", "rollout.promoted", "rollout.rolled_back", "rollout.stopped",
 ]  # fmt: skip

@@ -181,6 +181,7 @@ class _Server:
                 ("renewing the lease", partial(training.peers.keep, training.scheduler)),
                 ("sharing quotas", services.sharing.keep),
                 ("tidying live training", partial(services.live_training.keep_tidy, services.samples)),
+                ("forgetting samples", services.samples.keep_tidy),
             )
         ]
         async with (

@@ -219,6 +219,7 @@ def assemble(
         residency=residency,
         library=adapters,
         usage=usage,
+        check_room=keys.check_room,
     )
     reading = Threads("read", READ_THREADS)
     samples = Samples(

@@ -12,13 +12,21 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
-from onebase_edge.errors import ApiError, BodyTooLargeError, InvalidRequestError, error_dict
+from onebase_edge.errors import ApiError, BodyTooLargeError, error_dict
 from onebase_edge.refusals import ErrorAnswer, refusal
 from onebase_edge.request_id import request_id
 from onebase_engine.logs import REQUEST
 from onebase_server.batches.runner import Answer
-from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload
-from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services, server_stopping
+from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload, longest_body
+from onebase_server.http.deps import (
+    CALLER,
+    CUT,
+    RESERVATION,
+    BodyError,
+    Services,
+    refusal_of,
+    server_stopping,
+)
 from onebase_server.http.openapi import describe
 from onebase_server.http.routes import (
     adapters,
@@ -41,7 +49,6 @@ from onebase_server.http.routes import (
     usage,
     vllm,
 )
-from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import QuotaReservation
 
@@ -193,14 +200,17 @@ class BodyLimit:
         if scope["type"] != "http" or is_upload(scope):
             await self._app(scope, receive, send)
             return
-        size = 0
+        size, longest = 0, longest_body(scope, self._limit)
 
         async def counted() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._limit:
+            if size > longest:
                 raise BodyError(BodyTooLargeError(self._limit))
+            if size > self._limit:
+                scope[CUT], body = True, message["body"]
+                return {**message, "body": body[: max(0, len(body) + self._limit - size)]}
             return message
 
         await self._app(scope, counted, send)
@@ -221,8 +231,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_validation(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
-    message, param = validation_error(error.errors())
-    return refusal(InvalidRequestError(message, param=param))
+    return refusal(refusal_of(error))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

@@ -48,6 +48,8 @@ SLASH = "%2F"
 _ACCESS = "onebase_access"
 _ADAPTERS = "/v1/adapters"
 _UPLOADS = (_ADAPTERS, "/v1/files")
+PASSES = "/api/v1/forward_backward"
+_PASS_LIMITS = 64
 _PAST_THE_CATALOG = ("/v1/fine_tuning/", "/v1/keys", "/v1/tenants")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
 """Headers that may hold a key, in the order of KeyRing.caller; some of Anthropic's clients send the
@@ -207,7 +209,7 @@ class Authenticator:
         asks_for_text = access == "generate" and scope["method"] == "POST"
         reservation = self._services.limiter.enter(caller, resumed=_resumes(scope)) if asks_for_text else None
         limit = self._services.settings.max_body
-        if announced_length(scope) > limit and not is_upload(scope):
+        if announced_length(scope) > longest_body(scope, limit) and not is_upload(scope):
             lost = BodyTooLargeError(limit)
         if lost is not None:
             if reservation is not None:
@@ -355,6 +357,13 @@ def is_upload(scope: Scope) -> bool:
     """Return True if a route reads the body as a form; as the routes do, by the first Content-Type."""
     kinds = (value for name, value in scope["headers"] if name == b"content-type")
     return scope["method"] == "POST" and scope["path"] in _UPLOADS and is_form(next(kinds, b""))
+
+
+def longest_body(scope: Scope, limit: int) -> int:
+    """Return how many bytes of a body are taken in at most. A pass of a run that is too long is read to its
+    end, of which `limit` bytes are kept: they say which place it has in its run's order."""
+    is_pass = scope["method"] == "POST" and scope["path"] == PASSES
+    return limit * _PASS_LIMITS if is_pass else limit
 
 
 def _resumes(scope: Scope) -> bool:

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
@@ -75,6 +76,8 @@ CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
 RESERVATION = "onebase.reservation"
 """Key of the QuotaReservation in the ASGI scope of a request for text."""
+CUT = "onebase.cut"
+"""Key that says that a body was too long, and only its beginning is kept."""
 TRANSCRIPT = "onebase.transcript"
 """Key of the transcript that came with the body, once that was read; None if its stream is to have none."""
 
@@ -280,9 +283,29 @@ class StrictRoute(APIRoute):
         kind: TypeAdapter[Any] | None = None if body is None else TypeAdapter(body)
 
         async def strict(request: Request) -> Response:
-            return await handler(_StrictRequest(request.scope, request.receive, kind))
+            asked = _StrictRequest(request.scope, request.receive, kind)
+            try:
+                return await handler(asked)
+            except (ApiError, BodyError, RequestValidationError) as error:
+                return await self.refused(asked, error)
 
         return strict
+
+    async def refused(self, request: Request, error: Exception) -> Response:
+        """Answer a request that was refused for a reason that its sender can change."""
+        raise error
+
+
+def refusal_of(error: Exception) -> ApiError:
+    """Return what refuses a request, as an error of this server. Raises what is none."""
+    if isinstance(error, RequestValidationError):
+        message, param = validation_error(error.errors())
+        return InvalidRequestError(message, param=param)
+    if isinstance(error, BodyError):
+        return error.error
+    if not isinstance(error, ApiError):
+        raise error
+    return error
 
 
 def json_response(data: Any, status: int = 200) -> Response:

@@ -91,7 +91,7 @@ async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
     await services.supervisor.ready.wait()
     freeze_loaded()
     on_ready()
-    await asyncio.gather(services.samples.resume(), services.live_training.resume())
+    await services.samples.resume()
 
 
 async def _drain(services: Services, server: QuietServer, engine: asyncio.Task[None]) -> None:

@@ -27,6 +27,8 @@ DENSE_TIMES = 8
 """Size that the sparse tensors of a body may have once they are dense, in times the largest body."""
 _PART = 1 << 20
 _MOST_DIMENSIONS = 2
+_HEAD, _SECOND, _MORE = 160, 0x10, 0x80
+"""Bytes that hold a request's place; the tag of a number in field 2; the bit of a number that goes on."""
 _WIDTH = {"float32": 4, "int64": 8}
 _INTS, _LONGS, _FLOATS = "i", "q", "f"
 
@@ -287,3 +289,28 @@ def _write_targets(wire: Any, message: Any, targets: Mapping[str, Any]) -> None:
     message.sparse_csr.values = values
     message.sparse_csr.crow_indices = array(_LONGS, targets["crow"]).tobytes()
     message.sparse_csr.col_indices = array(_LONGS, targets["columns"]).tobytes()
+
+
+def read_place(body: bytes, compressed: bool) -> tuple[str, int] | None:
+    """Return the run and the number with which a ForwardBackwardRequest begins; None if it does not, as the
+    client's do."""
+    head = body[:_HEAD]
+    if compressed:
+        import zstandard
+
+        try:
+            with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+                head = reader.read(_HEAD)
+        except zstandard.ZstdError:
+            return None
+    if head[:1] != b"\x0a" or len(head) < _HEAD or head[1] >= _MORE:  # field 1, its length in one byte
+        return None
+    end, number, shift = 2 + head[1], 0, 0
+    if head[end] != _SECOND:
+        return None
+    for byte in head[end + 1 : end + 10]:
+        number |= (byte & (_MORE - 1)) << shift
+        shift += 7
+        if byte < _MORE:
+            return head[2:end].decode(errors="replace"), number
+    return None

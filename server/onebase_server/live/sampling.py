@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,11 +44,19 @@ MOST_RUNNING = 64
 """Largest number of requests for samples of one tenant that the engine has at once."""
 KEPT_SECONDS = 3600.0
 """Seconds for which a result is kept."""
+FORGET_SECONDS = 30.0
+"""Pause, in seconds, between two looks for results that were kept for long enough."""
+MOST_SCORED = 64_000_000
+"""Largest size, in bytes, of the most likely tokens in one sample's result."""
+_SCORE_BYTES = 8
 _IN_MEMORY_SECONDS = 60.0
 _AGAIN = Backoff(0.1, 5.0)
 _PASSING = (EngineRestartedError, QueueFullError, QuotaSpentError, UnavailableError)
 """Errors after which a sample is tried again."""
 _CANCELLED = {"error": "The sample was cancelled.", "category": "user"}
+
+Wanted = dict[int, list[int]]
+"""Tokens whose log-probabilities are wanted, by place in the prompt."""
 
 _log = logging.getLogger(__name__)
 
@@ -117,10 +126,11 @@ class SampleOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(eq=False)
 class _Open:
-    """A sample that is in memory. `task`: what draws it."""
+    """A sample that is in memory. `draw`: what draws it; `task`: what keeps the result of that."""
 
     sample: LiveSample
     finished: asyncio.Event = field(default_factory=asyncio.Event)
+    draw: asyncio.Task[bytes] | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -163,7 +173,6 @@ class Samples:
         self._open: dict[str, _Open] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._writer = _Writer(records, threads, server)
-        self._began = time.time()
 
     async def promise(
         self,
@@ -181,12 +190,15 @@ class Samples:
         """
         if sample_id in self._open:
             return
-        if sampler.created_at < self._began and await self._read(caller.tenant, sample_id) is not None:
+        if await self._read(caller.tenant, sample_id) is not None:
             return
+        wanted = await self._wanted(order, caller)
         if sample_id in self._open:  # it came again while this looked
             return
-        self._request(order, caller, AdapterChoice())
-        mine = sum(one.sample.tenant == caller.tenant for one in self._open.values())
+        self._request(order, wanted, caller, AdapterChoice())
+        mine = sum(
+            one.sample.tenant == caller.tenant and not one.finished.is_set() for one in self._open.values()
+        )
         if mine >= MOST_OPEN:
             raise QueueFullError(1, mine, MOST_OPEN, 1.0)
         sample = LiveSample(
@@ -200,7 +212,7 @@ class Samples:
             del self._open[sample_id]
             raise
         reservation.leave = _nothing
-        self._begin(opened, sampler, order, caller, reservation)
+        self._begin(opened, self._draw(sampler, order, wanted, caller, reservation))
 
     async def result(self, tenant: str, sample_id: str, seconds: float) -> LiveSample | None:
         """Return a finished sample, within some seconds; None if it is not there by then. Raises
@@ -216,13 +228,19 @@ class Samples:
                 await opened.finished.wait()
         except TimeoutError:
             return None
+        if opened.sample.finished_at is None:
+            raise UnavailableError(
+                "The sample is not there yet, and its server is stopping. Ask again in a moment.",
+                code="server_stopping",
+                retry_after=5.0,
+            )
         return opened.sample
 
     def cancel(self, tenant: str, sample_id: str) -> None:
         """End a sample, unless it is there already."""
         opened = self._open.get(sample_id)
-        if opened is not None and opened.sample.tenant == tenant and opened.task is not None:
-            opened.task.cancel()
+        if opened is not None and opened.sample.tenant == tenant and opened.draw is not None:
+            opened.draw.cancel()
 
     @property
     def samplers(self) -> set[str]:
@@ -235,15 +253,24 @@ class Samples:
             if sample.id in self._open or sample.request is None:
                 continue
             opened = self._open[sample.id] = _Open(sample)
-            opened.task = asyncio.get_running_loop().create_task(self._resume(opened))
+            self._begin(opened, self._resumed(sample))
 
     async def stop(self) -> None:
         """End all that run; the next process of this server draws them again."""
-        tasks = [one.task for one in self._open.values() if one.task is not None and not one.task.done()]
         self._writer.closed = True
+        tasks: list[asyncio.Task[Any]] = []
+        for opened in self._open.values():
+            tasks += [one for one in (opened.draw, opened.task) if one is not None and not one.done()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def keep_tidy(self) -> None:
+        """Forget for ever what was kept for long enough."""
+        while True:
+            await asyncio.sleep(FORGET_SECONDS)
+            with suppress(RegistryError):
+                await self.forget()
 
     async def forget(self) -> None:
         """Delete the results that were kept for long enough. Raises RegistryError."""
@@ -260,34 +287,39 @@ class Samples:
 
     # ---- drawing -----------------------------------------------------------------------------
 
-    def _begin(
-        self,
-        opened: _Open,
-        sampler: LiveSampler,
-        order: SampleOrder,
-        caller: Caller,
-        reservation: QuotaReservation,
-    ) -> None:
-        work = self._finish(opened, self._draw(sampler, order, caller, reservation))
-        opened.task = asyncio.get_running_loop().create_task(work)
+    def _begin(self, opened: _Open, drawing: Coroutine[Any, Any, bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        opened.draw = loop.create_task(drawing)
+        opened.task = loop.create_task(self._finish(opened, opened.draw))
 
-    async def _resume(self, opened: _Open) -> None:
-        sample = opened.sample
-
-        async def drawn() -> bytes:
-            caller = await self._keys.caller_of(sample.key)
-            with storage_errors():
-                sampler = await self._threads.run_blocking(
-                    self._records.sampler, sample.tenant, sample.sampler
-                )
-            order = msgspec.msgpack.decode(sample.request or b"", type=SampleOrder)
-            reservation = self._limiter.enter(caller, resumed=True)
-            return await self._draw(sampler, order, caller, reservation)
-
-        await self._finish(opened, drawn())
+    async def _resumed(self, sample: LiveSample) -> bytes:
+        """Return the message of a sample that an earlier process promised. Raises ApiError."""
+        caller = await self._keys.caller_of(sample.key)
+        with storage_errors():
+            sampler = await self._threads.run_blocking(self._records.sampler, sample.tenant, sample.sampler)
+        order = msgspec.msgpack.decode(sample.request or b"", type=SampleOrder)
+        reservation = self._limiter.enter(caller, resumed=True)
+        return await self._draw(sampler, order, await self._wanted(order, caller), caller, reservation)
 
     async def _finish(self, opened: _Open, drawn: Awaitable[bytes]) -> None:
         """Keep what comes of a sample, its error too."""
+        try:
+            finished = await self._outcome(opened.sample, drawn)
+            for pause in _AGAIN.pauses():
+                try:
+                    await self._writer.write(finished)
+                    break
+                except RegistryError as failure:
+                    _log.error("the result of sample %s waits for the registry: %s", finished.id, failure)
+                await asyncio.sleep(pause)
+            opened.sample = finished
+        finally:
+            if opened.sample.finished_at is None:  # the registry has it as unfinished
+                self._open.pop(opened.sample.id, None)
+            opened.finished.set()
+
+    async def _outcome(self, sample: LiveSample, drawn: Awaitable[bytes]) -> LiveSample:
+        """Return a sample with what came of it."""
         result, error = None, None
         try:
             result = await drawn
@@ -299,21 +331,17 @@ class Samples:
             user = status_of(refused)[0] < 500 and not isinstance(refused, UnauthenticatedError)
             error = {"error": refused.message, "category": "user" if user else "server"}
         except Exception:
-            _log.exception("sample %s failed", opened.sample.id)
+            _log.exception("sample %s failed", sample.id)
             error = {"error": "The server failed on this sample; its log says why.", "category": "server"}
-        finished = replace(opened.sample, request=None, result=result, error=error, finished_at=time.time())
-        for pause in _AGAIN.pauses():
-            try:
-                await self._writer.write(finished)
-                break
-            except RegistryError as failure:
-                _log.error("the result of sample %s waits for the registry: %s", finished.id, failure)
-            await asyncio.sleep(pause)
-        opened.sample = finished
-        opened.finished.set()
+        return replace(sample, request=None, result=result, error=error, finished_at=time.time())
 
     async def _draw(
-        self, sampler: LiveSampler, order: SampleOrder, caller: Caller, reservation: QuotaReservation
+        self,
+        sampler: LiveSampler,
+        order: SampleOrder,
+        wanted: Wanted,
+        caller: Caller,
+        reservation: QuotaReservation,
     ) -> bytes:
         """Return the message of a sample, once the engine has room for it. Raises ApiError."""
         turn = self._turns.setdefault(caller.tenant, asyncio.Semaphore(MOST_RUNNING))
@@ -321,7 +349,7 @@ class Samples:
             async with turn:
                 for pause in _AGAIN.pauses():
                     try:
-                        return await self._drawn(sampler, order, caller, reservation)
+                        return await self._drawn(sampler, order, wanted, caller, reservation)
                     except _PASSING as error:
                         _log.debug("a sample of %s waits: %s", sampler.id, error)
                     await asyncio.sleep(pause)
@@ -331,9 +359,14 @@ class Samples:
         raise AssertionError("pauses have no end")
 
     async def _drawn(
-        self, sampler: LiveSampler, order: SampleOrder, caller: Caller, reservation: QuotaReservation
+        self,
+        sampler: LiveSampler,
+        order: SampleOrder,
+        wanted: Wanted,
+        caller: Caller,
+        reservation: QuotaReservation,
     ) -> bytes:
-        request = self._request(order, caller, await self._choose(sampler))
+        request = self._request(order, wanted, caller, await self._choose(sampler))
         reservation.admit(request.reserved_tokens, request.choices)
         run = GenerationRun(
             self._supervisor,
@@ -354,7 +387,18 @@ class Samples:
             caller.tenant, lambda: write_sample(_result(order, choices, scores, run.usage.cached))
         )
 
-    def _request(self, order: SampleOrder, caller: Caller, adapter: AdapterChoice) -> GenerationRequest:
+    async def _wanted(self, order: SampleOrder, caller: Caller) -> Wanted:
+        """Return the named tokens of a prompt, by place. Raises InvalidRequestError, UnavailableError."""
+        vocabulary = self._planner.base().vocab_size
+        _check_last(order)
+        if order.targets is None:
+            return {}
+        length = len(order.prompt)
+        return await self._reading.run_for(caller.tenant, _named, order.targets, length, vocabulary)
+
+    def _request(
+        self, order: SampleOrder, wanted: Wanted, caller: Caller, adapter: AdapterChoice
+    ) -> GenerationRequest:
         """Return the request to the engine. Raises InvalidRequestError, UnavailableError."""
         base, length = self._planner.base(), len(order.prompt)
         check_prompts([Prompt(order.prompt)], base, "prompt")
@@ -367,8 +411,10 @@ class Samples:
                 param="sampling_params.max_tokens",
                 code="context_length_exceeded",
             )
-        _check_scored(order, length, base.vocab_size)
         fits = min(room, max(1, base.kv_longest - length))
+        places = order.n * (fits if order.max_tokens is None else order.max_tokens)
+        _check_size("topk_sample_logprobs", order.top, places, "num_samples x max_tokens")
+        _check_size("topk_prompt_logprobs", order.prompt_top, length, "tokens of the prompt")
         sampling = Sampling(
             temperature=order.temperature,
             top_k=max(order.top_k, 0),
@@ -380,7 +426,7 @@ class Samples:
             ignore_eos=order.ignore_eos,
             logprobs=order.top,
             prompt_logprobs=order.prompt_top if order.scores_prompt else None,
-            prompt_targets={} if order.targets is None else order.targets.by_place(),
+            prompt_targets=wanted,
         )
         return GenerationRequest(
             id=f"sample-{time.monotonic_ns():x}",
@@ -438,22 +484,38 @@ def _nothing() -> None:
     """Leave the reservation of a request to its sample."""
 
 
-def _check_scored(order: SampleOrder, length: int, vocabulary: int) -> None:
-    """Raise InvalidRequestError for prompt logprobs that the prompt does not have."""
-    if order.last_n is not None and order.last_n > length - 1:
+def _check_size(field: str, top: int, places: int, of: str) -> None:
+    """Raise InvalidRequestError if the most likely tokens at so many places are too large a result."""
+    most = MOST_SCORED // _SCORE_BYTES
+    if top and places * (top + 1) > most:
         raise InvalidRequestError(
-            f"prompt_logprobs_last_n: the prompt has {length - 1} tokens after its first. Ask for so many or "
+            f"{field}: {top} at each of {places} places ({of}) are more than a result holds: places x (top + "
+            f"1) x {_SCORE_BYTES} bytes may be {MOST_SCORED}. Ask for {max(0, most // places - 1)} or fewer.",
+            param=field,
+        )
+
+
+def _check_last(order: SampleOrder) -> None:
+    """Raise InvalidRequestError for logprobs of more tokens than a prompt has."""
+    after = len(order.prompt) - 1
+    if order.last_n is not None and order.last_n > after:
+        raise InvalidRequestError(
+            f"prompt_logprobs_last_n: the prompt has {after} tokens after its first. Ask for so many or "
             "fewer.",
             param="prompt_logprobs_last_n",
         )
-    if order.targets is None:
-        return
-    if order.targets.shape[0] != length - 1:
-        raise _bad_targets(f"has {order.targets.shape[0]} rows, and the prompt {length - 1} tokens to score")
-    if not order.targets.by_place():
+
+
+def _named(targets: Targets, length: int, vocabulary: int) -> Wanted:
+    """Return the named tokens of a prompt of that length, by place. Raises InvalidRequestError."""
+    if targets.shape[0] != length - 1:
+        raise _bad_targets(f"has {targets.shape[0]} rows, and the prompt {length - 1} tokens to score")
+    wanted = targets.by_place()
+    if not wanted:
         raise _bad_targets("names no token")
-    if max(order.targets.tokens) >= vocabulary:
+    if max(targets.tokens) >= vocabulary:
         raise _bad_targets(f"names a token that is not in the vocabulary (0 to {vocabulary - 1})")
+    return wanted
 
 
 def _bad_targets(why: str) -> InvalidRequestError:

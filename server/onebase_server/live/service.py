@@ -9,27 +9,33 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import re
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+import msgspec
+
 from onebase_adapters.registry import LiveRecords, LiveSampler, LiveSession, Origin, RegistryError, acting
 from onebase_adapters.registry.records import AuditAction
+from onebase_adapters.store.atomic_files import replace_synced
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
     ApiError,
     DiskFullError,
+    InsufficientScopeError,
     InvalidRequestError,
     LiveNotFoundError,
+    QuotaSpentError,
     ResultGoneError,
     UnavailableError,
+    status_of,
 )
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.adapters.catalog import AdapterChoice, VersionRef, same_base
@@ -58,6 +64,7 @@ from onebase_training.live_operations import (
 from onebase_training.live_store import (
     MOST_MODELS,
     PACKED,
+    RESULTS_KEPT,
     LiveStore,
     ModelRefusedError,
     OtherBaseError,
@@ -76,8 +83,19 @@ LOST_SECONDS = 6 * 3600.0
 """Seconds without a sign of a session's client after which its runs end."""
 ENDED_SECONDS = 600.0
 """Seconds after the end of a session after which its runs end."""
+FORGOTTEN_SECONDS = 7 * 24 * 3600.0
+"""Seconds without a sign of a session's client after which the session and its samplers are deleted."""
 TIDY_SECONDS = 30.0
-_CHARGED = 10_000
+LOOK_SECONDS = 3600.0
+"""Pause, in seconds, between two looks at a run that has ended, and before a failed proof is tried again."""
+MOST_WAITING = 1024
+"""Largest number of operations of a run that wait."""
+MOST_WAITING_BYTES = 1 << 30
+"""Largest size of the operations of one tenant that wait."""
+MOST_CHECKPOINTS = 1000
+"""Largest number of named checkpoints of one tenant."""
+_COUNTED_SECONDS = 5.0
+_PROVED, _CHARGED = "proved.json", "charged.json"
 _SCHEME = "tinker://"
 _KINDS: Mapping[str, Kind] = {"weights": "weights", "sampler_weights": "sampler"}
 _SEGMENTS: Mapping[Kind, str] = {"weights": "weights", "sampler": "sampler_weights"}
@@ -124,6 +142,13 @@ class Place:
         return cls(parts[0], _KINDS[parts[1]], parts[2])
 
 
+class _Mark(msgspec.Struct, frozen=True):
+    """Outcome of a named checkpoint: the digest of its version, or why there is none."""
+
+    digest: str = ""
+    refused: str = ""
+
+
 class LiveTraining:
     """Live training of one server. Called from one event loop.
 
@@ -135,6 +160,7 @@ class LiveTraining:
         base_names: names by which clients may ask for the base.
         tokenizer: where clients find its tokenizer: a repository on the Hub, or else a folder here.
         max_rank: highest rank that the engine serves.
+        check_room: raises QuotaExceededError if a tenant may not store so many bytes more.
     """
 
     def __init__(
@@ -151,6 +177,7 @@ class LiveTraining:
         residency: Residency,
         library: AdapterService,
         usage: TenantUsageRecorder,
+        check_room: Callable[[Caller, int], Awaitable[None]],
     ) -> None:
         self._trainer = trainer
         self._records = records
@@ -163,7 +190,16 @@ class LiveTraining:
         self._residency = residency
         self._library = library
         self._usage = usage
-        self._charged: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._check_room = check_room
+        self._specs: Mapping[str, ModelSpec] = {}
+        """Specs that were read: they never change."""
+        self._held: dict[str, tuple[float, int]] = {}
+        """Bytes of a tenant's waiting operations, and when they were counted."""
+        self._looked: dict[str, float] = {}
+        """Time of the last look at a run that has ended."""
+        self._proving: set[str] = set()
+        self._prove_after: dict[str, float] = {}
+        """Time from which on the proof of a path is tried again."""
         self._sampled: dict[str, float] = {}
         """Time of the last sample from each checkpoint's path."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -183,9 +219,28 @@ class LiveTraining:
         """Return the ids of the tenant's sessions, newest first."""
         return await self._call(self._records.sessions, caller.tenant, offset=offset, limit=limit)
 
-    async def session_seen(self, caller: Caller, session_id: str, *, finished: bool = False) -> None:
-        """Note that a session's client lives, or has finished."""
-        await self._call(self._records.session_seen, caller.tenant, session_id, finished=finished)
+    async def session_seen(self, caller: Caller, session_id: str) -> None:
+        """Note that a session's client lives."""
+        await self._call(self._records.session_seen, caller.tenant, session_id)
+
+    async def finish(self, caller: Caller, session_id: str) -> None:
+        """Note that a session's client has finished. Raises InsufficientScopeError: it has runs, which end
+        with it."""
+        await self.session(caller, session_id)
+        if not caller.may("train") and await self._disk(self._has_runs, session_id):
+            raise InsufficientScopeError("train", caller.key)
+        await self._call(self._records.session_seen, caller.tenant, session_id, finished=True)
+        await self._note("session.finished", caller.tenant, session_id, {})
+
+    async def _open_session(self, caller: Caller, session_id: str) -> None:
+        """Raise InvalidRequestError if a session has finished."""
+        session = await self.session(caller, session_id)
+        if session.finished_at is not None:
+            raise InvalidRequestError(
+                f"session_id: session {session_id} has finished. Begin another one (a new ServiceClient).",
+                param="session_id",
+                code="session_finished",
+            )
 
     @property
     def trains(self) -> bool:
@@ -228,13 +283,12 @@ class LiveTraining:
                 f"lora_config.rank: {rank} is more than this server serves, {self._max_rank} (--max-rank).",
                 param="lora_config.rank",
             )
-        await self.session(caller, session_id)
+        await self._open_session(caller, session_id)
         run = f"{session_id}:train:{number}"
         if seed is None:  # the same for a request that comes again
             seed = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4])
-        store = self._store()
-        mine = await self._disk(lambda: [spec for spec in store.models() if spec.owner == caller.tenant])
-        if len(mine) >= MOST_RUNS and run not in {spec.id for spec in mine}:
+        mine = await self._disk(self._live_runs, caller.tenant)
+        if len(mine) >= MOST_RUNS and run not in mine:
             raise InvalidRequestError(
                 f"model_seq_id: {MOST_RUNS} runs of this tenant are trained already. End a session of them "
                 "first (ServiceClient.close).",
@@ -247,7 +301,7 @@ class LiveTraining:
             start=start,
             owner=caller.tenant,
             base=base_model,
-            base_id=store.base_id,
+            base_id=self._store().base_id,
             session=session_id,
             metadata=dict(metadata or {}),
             created=time.time(),
@@ -308,13 +362,14 @@ class LiveTraining:
 
     async def runs(self, caller: Caller) -> list[ModelSpec]:
         """Return all runs of the caller's tenant, newest first."""
-        specs = await self._disk(self._store().runs)
+        specs = await self._disk(self._runs)
         return [spec for spec in reversed(specs) if spec.owner == caller.tenant]
 
     async def submit(self, caller: Caller, run: str, number: int, operation: Operation) -> str:
         """Accept an operation of a run, and return its id: it is done in its turn, once. Raises
-        InvalidRequestError."""
+        InvalidRequestError; QuotaSpentError: too much waits already."""
         await self.run(caller, run)
+        await self._disk(self._check_waiting, caller.tenant, run, number, operation)
         try:
             await self._on_disk(self._training().submit(run, number, operation))
         except UnknownModelError as error:
@@ -337,7 +392,7 @@ class LiveTraining:
         metadata: dict[str, str] | None,
     ) -> str:
         """Accept that a checkpoint is saved under a name; that of a sampler is proved, too. Raises
-        InvalidRequestError."""
+        InvalidRequestError, QuotaExceededError."""
         place = Place(run, kind, name)
         if not CHECKPOINT_NAME.fullmatch(name) or place.is_of_step:
             raise InvalidRequestError(
@@ -345,6 +400,7 @@ class LiveTraining:
                 "and not live- with a number.",
                 param="path",
             )
+        await self._check_checkpoints(caller, run, number)
         operation = Save(name=name, kind=kind, ttl_seconds=ttl, overwrite=overwrite, metadata=metadata)
         accepted = await self.submit(caller, run, number, operation)
         if kind == "sampler":
@@ -366,16 +422,18 @@ class LiveTraining:
         """Return a run, and the result of one of its operations within some seconds; None: not yet. Number 0
         is its creation. Raises ResultGoneError."""
         run, _, number = request_id.rpartition(":")
-        if not number.isdigit():
+        if not (number.isascii() and number.isdecimal()):
             raise LiveNotFoundError("result", request_id, "request_id")
         spec, trainer, seq_id = await self.run(caller, run, "request_id"), self._training(), int(number)
-        if seq_id == 0:
-            return spec, await self._created(spec, seconds)
-        found = await trainer.wait(run, seq_id, seconds)
+        if not caller.may("train"):
+            raise InsufficientScopeError("train", caller.key)
+        is_live = await self._disk(trainer.store.is_live, run)
+        seconds = seconds if is_live else 0.0  # what has ended changes no more
+        found = await (trainer.wait(run, seq_id, seconds) if seq_id else self._created(spec, seconds))
+        if found is None and not await self._disk(trainer.store.is_live, run):
+            raise ResultGoneError(request_id, "The run has ended.")
         if found is None and await trainer.expired(run, seq_id):
             raise ResultGoneError(request_id)
-        if isinstance(found, Computed):
-            self._charge(spec, seq_id, found)
         return spec, found
 
     async def _created(self, spec: ModelSpec, seconds: float) -> Result | None:
@@ -391,13 +449,85 @@ class LiveTraining:
         """State of the trainer's queue, in the client's words."""
         return self._training().queue_state()
 
-    def _charge(self, spec: ModelSpec, number: int, computed: Computed) -> None:
-        """Record once what a pass took."""
-        if (spec.id, number) not in self._charged:
-            self._charged[spec.id, number] = None
-            if len(self._charged) > _CHARGED:
-                self._charged.popitem(last=False)
-            self._usage.trained(spec.owner, LIVE, computed.seconds, computed.tokens)
+    # ---- limits ------------------------------------------------------------------------------
+
+    def _runs(self) -> list[ModelSpec]:
+        """Return the base's runs that have a folder, oldest first. Blocks."""
+        store, known, found = self._store(), self._specs, {}
+        for name in os.listdir(store.root) if store.root.is_dir() else ():
+            with suppress(UnknownModelError):
+                found[name] = known.get(name) or store.spec(name)
+        self._specs = found
+        own = [spec for spec in found.values() if spec.base_id == store.base_id]
+        return sorted(own, key=lambda spec: (spec.created, spec.id))
+
+    def _live_runs(self, tenant: str) -> set[str]:
+        """Return the ids of a tenant's runs that are trained. Blocks."""
+        store = self._store()
+        return {spec.id for spec in self._runs() if spec.owner == tenant and store.is_live(spec.id)}
+
+    def _has_runs(self, session_id: str) -> bool:
+        """Return True if a session has runs, ended ones included. Blocks."""
+        return self._trainer is not None and any(spec.session == session_id for spec in self._runs())
+
+    def _check_waiting(self, tenant: str, run: str, number: int, operation: Operation) -> None:
+        """Raise QuotaSpentError if too many operations wait, or too large ones. Blocks."""
+        following = self._store().next_seq(run)
+        if number < following:
+            return
+        if number >= following + MOST_WAITING:
+            raise QuotaSpentError(
+                f"seq_id: {number} is too far ahead: operation {following} of run {run} is next, and at most "
+                f"{MOST_WAITING} may wait. Send it again once others are done.",
+                {"quota": "waiting_operations", "limit": MOST_WAITING, "of": "run"},
+                retry_after=1.0,
+            )
+        counted, held = self._held.get(tenant, (0.0, 0))
+        if time.monotonic() - counted > _COUNTED_SECONDS or not counted:
+            counted, held = time.monotonic(), sum(map(self._bytes_waiting, self._live_runs(tenant)))
+        size = len(msgspec.msgpack.encode(operation))
+        if held + size > MOST_WAITING_BYTES:
+            raise QuotaSpentError(
+                f"The operations of this tenant that wait take {held} bytes, and this one {size}: at most "
+                f"{MOST_WAITING_BYTES} may wait. Send it again once others are done.",
+                {"quota": "waiting_bytes", "limit": MOST_WAITING_BYTES, "of": "tenant"},
+                retry_after=_COUNTED_SECONDS,
+            )
+        self._held[tenant] = counted, held + size
+
+    def _bytes_waiting(self, run: str) -> int:
+        """Return the size of a run's operations that were not done yet. Blocks."""
+        store, total = self._store(), 0
+        following = store.next_seq(run)
+        with suppress(FileNotFoundError), os.scandir(store.folder(run) / "operations") as files:
+            for file in files:
+                if file.name.isdecimal() and int(file.name) >= following:
+                    with suppress(FileNotFoundError):
+                        total += file.stat().st_size
+        return total
+
+    async def _check_checkpoints(self, caller: Caller, run: str, number: int) -> None:
+        """Check that the tenant may save one more. Raises InvalidRequestError, QuotaExceededError."""
+        store = self._store()
+        await self.run(caller, run)
+        if await self._disk(lambda: number < store.next_seq(run) or store.operation(run, number)):
+            return  # it was accepted before
+        kept = await self._disk(self._named, caller.tenant)
+        if len(kept) >= MOST_CHECKPOINTS:
+            raise InvalidRequestError(
+                f"path: this tenant has {len(kept)} named checkpoints, and may have {MOST_CHECKPOINTS}. "
+                "Delete some, or save with ttl_seconds.",
+                param="path",
+                code="too_many_checkpoints",
+            )
+        like = [one.bytes for one in kept if one.model == run][-1:]
+        await self._check_room(caller, sum(one.bytes for one in kept) + sum(like))
+
+    def _named(self, tenant: str) -> list[Checkpoint]:
+        """Return a tenant's named checkpoints. Blocks."""
+        store = self._store()
+        found = [one for spec in self._runs() if spec.owner == tenant for one in store.checkpoints(spec.id)]
+        return [one for one in found if not Place.of(one).is_of_step]
 
     # ---- checkpoints -------------------------------------------------------------------------
 
@@ -423,14 +553,18 @@ class LiveTraining:
         """Delete a checkpoint; the version that it was proved as stays."""
         found = await self.checkpoint(caller, path, "checkpoint_id")
         await self._delete(found)
+        await self._note("checkpoint.deleted", caller.tenant, path, {})
 
     async def set_ttl(self, caller: Caller, path: str, ttl: float | None) -> None:
         """Set after how many seconds from now a checkpoint expires; None: never."""
         found = await self.checkpoint(caller, path, "checkpoint_id")
         expires = None if ttl is None else time.time() + ttl
         await self._disk(self._store().set_ttl, found.model, found.kind, found.name, expires)
+        self._looked.pop(found.model, None)
+        await self._note("checkpoint.changed", caller.tenant, path, {"ttl_seconds": ttl})
 
     async def _delete(self, checkpoint: Checkpoint) -> None:
+        self._looked.pop(checkpoint.model, None)
         self._residency.forget(self._files.drop_live(Path(checkpoint.folder)))
         self._sampled.pop(Place.of(checkpoint).path, None)
         with suppress(UnknownCheckpointError):
@@ -502,84 +636,141 @@ class LiveTraining:
         """Prove a checkpoint as a version of an adapter once it is saved."""
         trainer = self._training()
         while (result := await trainer.wait(run, number, 600.0)) is None:
-            if await trainer.expired(run, number):
+            is_live = await self._disk(trainer.store.is_live, run)
+            if not is_live or await trainer.expired(run, number):
                 return
         if isinstance(result, Saved):
             await self._prove(tenant, result.checkpoint)
 
     async def _prove(self, tenant: str, checkpoint: Checkpoint) -> None:
-        place = Place.of(checkpoint)
+        """Register a checkpoint as a version, which is proved then, and mark it with that."""
+        path = Place.of(checkpoint).path
+        if path in self._proving or self._prove_after.get(path, 0.0) > time.monotonic():
+            return
+        self._proving.add(path)
         try:
-            with storage_errors():
-                files = await self._library.disk.run_blocking(
-                    take_folder, self._library.store, Path(checkpoint.folder)
-                )
-            source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
-            with acting(Origin(actor="live training")):
-                await self._library.add(
-                    tenant, adapter_name(place.run), files, source, VersionOptions(any_base=True)
-                )
+            mark = _Mark(await self._added(tenant, checkpoint))
         except (ApiError, StoreError, OSError) as error:
-            _log.error("checkpoint %s is not proved: %s", place.path, error)
+            _log.error("checkpoint %s is not proved: %s", path, error)
+            self._prove_after[path] = time.monotonic() + LOOK_SECONDS
+            if not isinstance(error, ApiError) or not 400 <= status_of(error)[0] < 429:
+                return
+            mark = _Mark(refused=error.message)
+        finally:
+            self._proving.discard(path)
+        with suppress(OSError):  # it was deleted meanwhile
+            await self._disk(_write, Path(checkpoint.folder) / _PROVED, msgspec.json.encode(mark))
 
-    def proved_as(self, tenant: str, checkpoint: Checkpoint) -> tuple[str, str] | None:
+    async def _added(self, tenant: str, checkpoint: Checkpoint) -> str:
+        """Return the digest of the version that a checkpoint is. Raises ApiError, StoreError, OSError."""
+        place = Place.of(checkpoint)
+        with storage_errors():
+            files = await self._library.disk.run_blocking(
+                take_folder, self._library.store, Path(checkpoint.folder)
+            )
+        source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
+        with acting(Origin(actor="live training")):
+            version = await self._library.add(
+                tenant, adapter_name(place.run), files, source, VersionOptions(any_base=True)
+            )
+        return version.digest
+
+    async def proved_as(self, tenant: str, checkpoint: Checkpoint) -> tuple[str, str] | None:
         """Return the adapter and the version that a checkpoint is, or is to be, proved as."""
-        name, path = adapter_name(checkpoint.model), Place.of(checkpoint).path
+        mark = await self._disk(_read_mark, Path(checkpoint.folder))
+        name = adapter_name(checkpoint.model)
         adapter = self._library.catalog.of(tenant).own(name)
-        for version in () if adapter is None else adapter.versions:
-            if version.source.get("path") == path:
-                return name, version.digest
-        return None
+        if mark is None or not mark.digest or adapter is None or adapter.version(mark.digest) is None:
+            return None
+        return name, mark.digest
 
     # ---- upkeep ------------------------------------------------------------------------------
 
     async def keep_tidy(self, samples: SamplersInUse) -> None:
-        """Delete for ever what expired, weights of steps that nobody samples from, and ended runs."""
+        """Delete for ever what nobody needs; charge what was trained; prove what is not proved."""
         while True:
             await asyncio.sleep(TIDY_SECONDS)
-            if self._trainer is None:
-                continue
             with suppress(RegistryError):
                 await self.tidy(samples.samplers)
 
     async def tidy(self, in_use: Collection[str], now: float | None = None) -> None:
-        """Delete what nobody needs any more. in_use: samplers with unfinished samples. Raises
-        RegistryError."""
-        now, store = now or time.time(), self._store()
-        for expired in await self._disk(store.remove_expired, now):
-            self._residency.forget(self._files.drop_live(Path(expired.folder)))
-        seen = max(0.0, now - LOST_SECONDS)
+        """Charge passes, end the runs of ended sessions, and delete what nobody needs any more.
+
+        in_use: samplers with unfinished samples. Raises RegistryError.
+        """
+        now = now or time.time()
+        await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
+        if self._trainer is None:
+            return
         lost_since_start = now - self._began < LOST_SECONDS
         open_sessions = await self._threads.run_blocking(
-            self._records.open_sessions, 0.0 if lost_since_start else seen, now - ENDED_SECONDS
+            self._records.open_sessions,
+            0.0 if lost_since_start else max(0.0, now - LOST_SECONDS),
+            now - ENDED_SECONDS,
         )
-        for spec in await self._disk(store.models):
-            if spec.session not in open_sessions:
-                await self._training().unload(spec.id)
-                await self._note("run.ended", spec.owner, spec.id, {})
-        for spec in await self._disk(store.runs):
-            steps = [one for one in await self._disk(store.checkpoints, spec.id) if Place.of(one).is_of_step]
-            kept = steps[-1:] if spec.session in open_sessions else []
-            for one in steps:
-                place, sampler = Place.of(one), f"{spec.session}:sample:{one.name.removeprefix('live-')}"
-                last = max(one.created, self._sampled.get(place.path, 0.0), self._began)
-                if one not in kept and sampler not in in_use and last < now - IDLE_SECONDS:
-                    await self._delete(one)
+        store = self._store()
+        for spec in await self._disk(self._runs):
+            is_live, is_open = await self._disk(store.is_live, spec.id), spec.session in open_sessions
+            if is_live:
+                await self._charge(spec)
+                if not is_open and not await self._disk(store.has_next, spec.id):
+                    await self._training().unload(spec.id)
+                    await self._note("run.ended", spec.owner, spec.id, {})
+            elif self._looked.get(spec.id, 0.0) > now - LOOK_SECONDS:
+                continue
+            kept = await self._tidy_checkpoints(spec, is_open, in_use, now)
+            if not is_live and not kept:
+                await self._disk(store.remove, spec.id)
+            if not is_live and not any(Place.of(one).is_of_step for one in kept):
+                self._looked[spec.id] = now
+        self._looked = {run: at for run, at in self._looked.items() if run in self._specs}
+
+    async def _tidy_checkpoints(
+        self, spec: ModelSpec, is_open: bool, in_use: Collection[str], now: float
+    ) -> list[Checkpoint]:
+        """Delete a run's checkpoints whose time is over and its steps' weights that nobody samples from,
+        prove the others, and return them."""
+        found = await self._disk(self._store().checkpoints, spec.id)
+        newest = [one for one in found if Place.of(one).is_of_step][-1:] if is_open else []
+        kept = []
+        for one in found:
+            place, sampler = Place.of(one), sampler_of(one, spec.session)
+            last = max(one.created, self._sampled.get(place.path, 0.0), self._began)
+            has_expired = one.expires is not None and one.expires <= now
+            is_idle = sampler is not None and sampler not in in_use and last < now - IDLE_SECONDS
+            if has_expired or (is_idle and one not in newest):
+                await self._delete(one)
+                continue
+            kept.append(one)
+            is_served = one.kind == "sampler" and sampler is None
+            if is_served and await self._disk(_read_mark, Path(one.folder)) is None:
+                await self._prove(spec.owner, one)
+        return kept
+
+    async def _charge(self, spec: ModelSpec) -> None:
+        """Record once what a run's passes took that were done since the last time."""
+        seconds, tokens = await self._disk(self._uncharged, spec.id)
+        if seconds or tokens:
+            self._usage.trained(spec.owner, LIVE, seconds, tokens)
+
+    def _uncharged(self, run: str) -> tuple[float, int]:
+        """Return the seconds and tokens of passes that were not charged, and mark them as charged. Blocks."""
+        store, seconds, tokens = self._store(), 0.0, 0
+        mark, last = store.folder(run) / _CHARGED, store.last_result(run)
+        charged = int(mark.read_bytes()) if mark.exists() else 0
+        for number in range(max(charged, last - RESULTS_KEPT) + 1, last + 1):
+            result = store.result(run, number)
+            if isinstance(result, Computed):
+                seconds, tokens = seconds + result.seconds, tokens + result.tokens
+        if last > charged:
+            _write(mark, b"%d" % last)
+        return seconds, tokens
 
     async def stop(self) -> None:
         """End what waits for checkpoints to be saved."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def resume(self) -> None:
-        """Prove the checkpoints that an earlier process of this server had no time for."""
-        if self._trainer is None:
-            return
-        for spec in await self._disk(self._store().runs):
-            for one in await self.checkpoints(spec.id):
-                if one.kind == "sampler" and self.proved_as(spec.owner, one) is None:
-                    self._begin(self._prove(spec.owner, one))
 
     # ---- parts -------------------------------------------------------------------------------
 
@@ -598,11 +789,11 @@ class LiveTraining:
     def _store(self) -> LiveStore:
         return self._training().store
 
-    async def _note(self, action: AuditAction, tenant: str, run: str, details: Mapping[str, Any]) -> None:
+    async def _note(self, action: AuditAction, tenant: str, target: str, details: Mapping[str, Any]) -> None:
         try:
-            await self._threads.run_blocking(self._records.note_run, action, tenant, run, details)
+            await self._threads.run_blocking(self._records.note, action, tenant, target, details)
         except RegistryError as error:
-            _log.warning("%s of %s is not in the audit log: %s", action, run, error)
+            _log.warning("%s of %s is not in the audit log: %s", action, target, error)
 
     async def _call(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with storage_errors():
@@ -673,6 +864,23 @@ def _check_base(store: LiveStore, found: ModelSpec | Checkpoint, param: str) -> 
         store.check_base(found)
     except OtherBaseError as error:
         raise InvalidRequestError(f"{param}: {error}.", param=param, code="other_base") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file as a whole. Raises OSError."""
+    work = path.with_name(f".{path.name}.part")
+    with work.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    replace_synced(work, path)
+
+
+def _read_mark(folder: Path) -> _Mark | None:
+    try:
+        return msgspec.json.decode((folder / _PROVED).read_bytes(), type=_Mark)
+    except FileNotFoundError:
+        return None
 
 
 def _has_expired(checkpoint: Checkpoint) -> bool:

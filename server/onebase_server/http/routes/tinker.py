@@ -10,18 +10,28 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import (
+    ApiError,
+    BodyTooLargeError,
+    InvalidRequestError,
+    QuotaExceededError,
+    status_of,
+)
 from onebase_protocol import tinker as wire
 from onebase_server.http.answers import answer, refused
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
+    CALLER,
+    CUT,
     Admitted,
+    BodyError,
     Calling,
     Provided,
     Services,
     StrictRoute,
     json_response,
     off_loop,
+    refusal_of,
 )
 from onebase_server.http.schemas.tinker import (
     MAX_ID,
@@ -60,7 +70,49 @@ from onebase_training.live_operations import (
     Refuse,
 )
 
-router = APIRouter(prefix="/api/v1", route_class=StrictRoute, tags=["tinker"])
+
+class _InRun(msgspec.Struct):
+    """Place of a request in its run's order."""
+
+    model_id: str
+    seq_id: int
+
+
+_read_in_run = msgspec.json.Decoder(_InRun).decode
+_IN_ORDER = tuple(
+    f"/api/v1/{name}"
+    for name in (
+        "optim_step",
+        "save_weights",
+        "save_weights_for_sampler",
+        "save_weights_external",
+        "load_weights",
+    )
+)
+_FINAL = (400, 404, 413, 422)
+"""Statuses of refusals that do not change if the request is sent again."""
+
+
+class OrderedRoute(StrictRoute):
+    """Keeps the place of a refused request in its run's order, so that the run goes on: its future fails."""
+
+    async def refused(self, request: Request, error: Exception) -> Response:
+        refusal = refusal_of(error)
+        is_final = status_of(refusal)[0] in _FINAL or isinstance(refusal, QuotaExceededError)
+        if not is_final or self.path not in _IN_ORDER:
+            raise error
+        services: Services = request.app.state.services
+        caller: Caller = request.scope[CALLER]
+        try:
+            body = await request.body()
+            place = await services.reading.run_for(caller.tenant, _read_in_run, body)
+            operation = Refuse(message=refusal.message, code=refusal.code or "invalid_request")
+            return await _accept(services, caller, place.model_id, place.seq_id, operation)
+        except (ApiError, BodyError, RuntimeError, msgspec.MsgspecError):  # it has no place
+            raise error from None
+
+
+router = APIRouter(prefix="/api/v1", route_class=OrderedRoute, tags=["tinker"])
 
 WAIT_SECONDS = 25.0
 """Seconds for which a request for a result waits for it; clients give up after 45."""
@@ -154,8 +206,8 @@ async def session_heartbeat(body: HeartbeatRequest, services: Provided, caller: 
 async def finish_session(
     session_id: RunId, body: FinishSessionRequest, services: Provided, caller: Calling
 ) -> Response:
-    """End a session: its runs are unloaded, and named checkpoints stay."""
-    await services.live_training.session_seen(caller, session_id, finished=True)
+    """End a session: its runs end, which needs the scope `train`, and named checkpoints stay."""
+    await services.live_training.finish(caller, session_id)
     return json_response(wire.NothingAnswer())
 
 
@@ -261,8 +313,16 @@ async def forward_backward(request: Request, services: Provided, caller: Calling
     is_compressed = request.headers.get("content-encoding") == "zstd"
 
     def read() -> codec.PassRequest:
-        content = codec.decompressed(body, most) if is_compressed else body
-        return codec.read_pass(content, codec.DENSE_TIMES * most)
+        try:
+            if CUT in request.scope:
+                raise BodyTooLargeError(most)
+            content = codec.decompressed(body, most) if is_compressed else body
+            return codec.read_pass(content, codec.DENSE_TIMES * most)
+        except BodyTooLargeError as error:
+            place = codec.read_place(body, is_compressed)
+            if place is None:
+                raise
+            return codec.PassRequest(*place, None, error.message)
 
     asked = await services.reading.run_for(caller.tenant, read)
     operation = Refuse(message=asked.refused) if asked.operation is None else asked.operation
@@ -452,7 +512,8 @@ def _order(body: SampleRequest) -> SampleOrder:
 )
 @needs("any")
 async def retrieve_future(body: RetrieveFutureRequest, services: Provided, caller: Calling) -> Response:
-    """Return a result, or why there is none; passes and samples as protocol buffers. Waits for a while."""
+    """Return a result, or why there is none; passes and samples as protocol buffers. Waits for a while.
+    Results of runs need the scope `train`."""
     if ":sample:" in body.request_id:
         return await _retrieved_sample(body.request_id, services, caller)
     live = services.live_training
@@ -598,7 +659,7 @@ async def weights_info(body: WeightsInfoRequest, services: Provided, caller: Cal
 
 async def _checkpoint_answer(services: Services, tenant: str, checkpoint: Checkpoint) -> wire.LiveCheckpoint:
     place = Place.of(checkpoint)
-    adapter, version = services.live_training.proved_as(tenant, checkpoint) or (None, None)
+    adapter, version = await services.live_training.proved_as(tenant, checkpoint) or (None, None)
     return wire.LiveCheckpoint(
         checkpoint_id=place.path.split("/", 3)[3],
         checkpoint_type="training" if checkpoint.kind == "weights" else "sampler",

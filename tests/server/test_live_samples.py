@@ -1,0 +1,179 @@
+"""Promised samples: how long they are kept, how many may wait, and what a cancel ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from onebase_adapters.registry import LiveSampler, Registry
+from onebase_edge.background import Threads
+from onebase_edge.errors import InvalidRequestError, QueueFullError
+from onebase_server.adapters.catalog import AdapterChoice
+from onebase_server.live import sampling
+from onebase_server.live.sampling import SampleOrder, Samples, Targets
+from onebase_server.tenancy.access import LOCAL
+
+SAMPLER = LiveSampler("s:sample:0", "s", LOCAL.tenant, "base", None, 0.0)
+BASE = SimpleNamespace(vocab_size=100, max_length=60_000, kv_longest=60_000, max_rows=4)
+
+
+def order(**fields: Any) -> SampleOrder:
+    given: dict[str, Any] = {"prompt": [1, 2, 3], "n": 1, "seed": 1, "max_tokens": 4}
+    given.update({"temperature": 1.0, "top_k": 0, "top_p": 1.0})
+    given.update(fields)
+    return SampleOrder(**given)
+
+
+class Drawn(Samples):
+    """Samples that are drawn by a function instead of an engine."""
+
+    def __init__(self, registry: Registry, draw: Callable[[], Awaitable[bytes]]) -> None:
+        parts: Any = SimpleNamespace(
+            base=lambda: BASE, check_limits=lambda *_: None, end_tokens=(), run_for=self._run_for
+        )
+        super().__init__(
+            registry.live, Threads("test", 1), "server", planner=parts, supervisor=parts, tokenizer=parts,
+            reading=parts, residency=parts, keys=parts, limiter=parts, choose=parts, recorder=parts,
+        )  # fmt: skip
+        self.draw = draw
+        self.built = 0
+
+    async def _run_for(self, tenant: str, call: Callable[..., Any], *args: Any) -> Any:
+        self.built += 1
+        return await asyncio.to_thread(call, *args)
+
+    async def _draw(self, *_: Any) -> bytes:
+        return await self.draw()
+
+    async def promised(self, number: int, **fields: Any) -> None:
+        reservation: Any = SimpleNamespace(leave=None)
+        await self.promise(f"s:sample:0:{number}", SAMPLER, order(**fields), LOCAL, reservation)
+
+    async def drawn(self, number: int) -> Any:
+        return await self.result(LOCAL.tenant, f"s:sample:0:{number}", 5.0)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="base-1", base_name="base")
+    made.migrate()
+    yield made
+    made.close()
+
+
+def test_finished_samples_take_no_room_and_are_forgotten(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "MOST_OPEN", 2)
+    monkeypatch.setattr(sampling, "_IN_MEMORY_SECONDS", -1.0)
+
+    async def run() -> None:
+        count, held = 0, asyncio.Event()
+
+        async def draw() -> bytes:
+            nonlocal count
+            count += 1
+            return b"drawn"
+
+        samples = Drawn(registry, draw)
+        for number in range(5):
+            await samples.promised(number)
+            assert (await samples.drawn(number)).result == b"drawn"
+        await samples.forget()
+        assert not samples._open
+        await samples.promised(3)  # from the registry: it is not drawn again
+        assert (await samples.drawn(3)).result == b"drawn"
+        assert count == 5
+
+        async def wait() -> bytes:
+            await held.wait()
+            return b"held"
+
+        samples.draw = wait
+        await samples.promised(10)
+        await samples.promised(11)
+        with pytest.raises(QueueFullError):
+            await samples.promised(12)
+        monkeypatch.setattr(sampling, "KEPT_SECONDS", -1.0)
+        await samples.forget()
+        assert registry.live.sample(LOCAL.tenant, "s:sample:0:3") is None
+        assert registry.live.sample(LOCAL.tenant, "s:sample:0:10") is not None  # it waits
+        await samples.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_cancelled_sample_ends_also_while_its_result_is_written(registry: Registry, late: bool) -> None:
+    async def run() -> None:
+        drawing, writing, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def draw() -> bytes:
+            drawing.set()
+            if not late:
+                await asyncio.Event().wait()
+            return b"drawn"
+
+        samples = Drawn(registry, draw)
+        write = samples._writer.write
+
+        async def slowly(sample: Any) -> None:
+            if sample.finished_at is not None:
+                writing.set()
+                await go_on.wait()
+            await write(sample)
+
+        samples._writer.write = slowly  # type: ignore[method-assign]
+        await samples.promised(0)
+        await (writing if late else drawing).wait()
+        samples.cancel(LOCAL.tenant, "s:sample:0:0")
+        go_on.set()
+        found = await samples.drawn(0)
+        if late:
+            assert found.result == b"drawn"
+        else:
+            assert found.error["error"] == "The sample was cancelled."
+        kept = registry.live.sample(LOCAL.tenant, "s:sample:0:0")
+        assert kept is not None
+        assert kept.finished_at is not None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (
+            {"top": 1000, "n": 16, "max_tokens": 1000},
+            "topk_sample_logprobs: 1000 at each of 16000 places .*499 ",
+        ),
+        ({"top": 200, "max_tokens": None}, "topk_sample_logprobs"),
+        ({"prompt": [1] * 20_000, "prompt_top": 1000}, r"topk_prompt_logprobs.*399 or fewer"),
+    ],
+)
+def test_the_likeliest_tokens_of_too_many_places_are_refused(
+    registry: Registry, fields: dict[str, Any], told: str
+) -> None:
+    samples = Drawn(registry, lambda: asyncio.sleep(0, b""))
+    with pytest.raises(InvalidRequestError, match=told):
+        asyncio.run(samples.promised(0, **fields))
+
+
+def test_named_tokens_are_read_once_and_not_on_the_event_loop(registry: Registry) -> None:
+    async def run() -> None:
+        samples = Drawn(registry, lambda: asyncio.sleep(0, b""))
+        targets = Targets([5, -1, -1, 7], (2, 2))
+        wanted = await samples._wanted(order(targets=targets), LOCAL)
+        assert wanted == {1: [5], 2: [7]}
+        request = [samples._request(order(targets=targets), wanted, LOCAL, AdapterChoice()) for _ in range(3)]
+        assert request[-1].sampling.prompt_targets == wanted
+        assert samples.built == 1
+        with pytest.raises(InvalidRequestError, match="not in the vocabulary"):
+            await samples._wanted(order(targets=Targets([5, 100, -1, 7], (2, 2))), LOCAL)
+
+    asyncio.run(run())
