@@ -16,7 +16,6 @@ IsoTime = Annotated[str, Meta(description="time as ISO 8601, in UTC")]
 class ClientConfigAnswer(Sparse, frozen=True):
     """Flags of the client: those that are not its defaults."""
 
-    use_pyqwest_transport: bool | None = None
     sample_join_sampling_session: bool | None = None
     fwdbwd_max_chunk_bytes_count: int | None = None
     sample_max_concurrent_requests: int | None = None
@@ -74,7 +73,7 @@ class TryAgainAnswer(Sparse, frozen=True, kw_only=True):
 
     type: Annotated[str, Meta(extra_json_schema={"const": "try_again"})]
     request_id: str
-    queue_state: Literal["active", "paused_capacity", "paused_rate_limit"]
+    queue_state: Literal["active", "paused_capacity"]
     queue_state_reason: str | None = None
 
 
@@ -132,7 +131,7 @@ class LiveCheckpoint(Sparse, frozen=True, kw_only=True):
     """Weights that were saved under a name. `adapter` and `version`: those that it is proved as."""
 
     checkpoint_id: str
-    checkpoint_type: Literal["training", "sampler", "external"]
+    checkpoint_type: Literal["training", "sampler"]
     time: IsoTime
     tinker_path: str
     size_bytes: int | None = None

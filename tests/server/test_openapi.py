@@ -434,7 +434,7 @@ def _walk_through_live_training(walk: Walk) -> None:
     walk("POST", f"{api}/save_weights_external", json={**place, "seq_id": 3, "path": "a"})
     walk("POST", f"{api}/save_weights_for_sampler", json={**place, "seq_id": 4, "sampling_session_seq_id": 0})
     path = f"tinker://{run}/weights/a"
-    walk("POST", f"{api}/load_weights", 404, json={**place, "seq_id": 5, "path": path, "optimizer": False})
+    walk("POST", f"{api}/load_weights", json={**place, "seq_id": 5, "path": path, "optimizer": False})
     walk("POST", f"{api}/weights_info", 404, json={"tinker_path": path})
     made = {"session_id": session, "sampling_session_seq_id": 1, "base_model": BASE}
     walk("POST", f"{api}/create_sampling_session", json=made)

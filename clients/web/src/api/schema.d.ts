@@ -1610,7 +1610,7 @@ export interface paths {
         put?: never;
         /**
          * Finish Session
-         * @description End a session: its runs are unloaded, and named checkpoints stay.
+         * @description End a session: its runs end, which needs the scope `train`, and named checkpoints stay.
          */
         post: operations["finish_session_api_v1_sessions__session_id__finish_post"];
         delete?: never;
@@ -1934,6 +1934,7 @@ export interface paths {
         /**
          * Retrieve Future
          * @description Return a result, or why there is none; passes and samples as protocol buffers. Waits for a while.
+         *     Results of runs need the scope `train`.
          */
         post: operations["retrieve_future_api_v1_retrieve_future_post"];
         delete?: never;
@@ -7077,7 +7078,6 @@ export interface components {
          * @description Flags of the client: those that are not its defaults.
          */
         ClientConfigAnswer: {
-            use_pyqwest_transport?: boolean;
             sample_join_sampling_session?: boolean;
             fwdbwd_max_chunk_bytes_count?: number;
             sample_max_concurrent_requests?: number;
@@ -7224,7 +7224,7 @@ export interface components {
             type: "try_again";
             request_id: string;
             /** @enum {unknown} */
-            queue_state: "active" | "paused_capacity" | "paused_rate_limit";
+            queue_state: "active" | "paused_capacity";
             queue_state_reason?: string;
         };
         /** LiveRunsAnswer */
@@ -7258,7 +7258,7 @@ export interface components {
         LiveCheckpoint: {
             checkpoint_id: string;
             /** @enum {unknown} */
-            checkpoint_type: "external" | "sampler" | "training";
+            checkpoint_type: "sampler" | "training";
             /** @description time as ISO 8601, in UTC */
             time: string;
             tinker_path: string;
