@@ -270,6 +270,48 @@ def test_keys_are_taken_with_the_prefix_that_the_client_demands(
             assert "completion_tokens" in json.dumps(usage)
 
 
+def test_runs_and_checkpoints_are_their_tenants_alone(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    keys = Keys(tmp_path / "data")
+    mine = keys.make("generate", "train", tenant="acme")
+    other = keys.make("generate", "train", tenant="globex")
+    sampling = keys.make("generate", tenant="acme")
+    keys.close()
+    with (
+        serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path / "data") as server,
+        server.client() as http,
+    ):
+        http.headers["X-API-Key"] = f"tml-{mine}"
+        run = new_run(http)
+        saved = http.post("/api/v1/save_weights", json={"model_id": run, "seq_id": 1, "path": "a"}).json()
+        assert retrieved(http, saved["request_id"]).json()["type"] == "save_weights"
+        session, of_run = run.partition(":")[0], f"/api/v1/training_runs/{run}"
+        path, step = f"{of_run}/checkpoints/weights/a", {"model_id": run, "seq_id": 2, "adam_params": {}}
+        future = {"request_id": saved["request_id"]}
+        requests: list[tuple[str, str, dict[str, Any] | None]] = [
+            ("GET", of_run, None),
+            ("GET", f"{of_run}/checkpoints", None),
+            ("GET", f"/api/v1/sessions/{session}", None),
+            ("POST", "/api/v1/weights_info", {"tinker_path": f"tinker://{run}/weights/a"}),
+            ("POST", "/api/v1/optim_step", step),
+            ("POST", "/api/v1/retrieve_future", future),
+            ("PUT", f"{path}/ttl", {"ttl_seconds": 7200}),
+            ("DELETE", path, None),
+            ("POST", f"/api/v1/sessions/{session}/finish", {}),
+        ]
+
+        def statuses(key: str) -> list[int]:
+            http.headers["X-API-Key"] = f"tml-{key}"
+            return [http.request(how, url, json=body).status_code for how, url, body in requests]
+
+        assert statuses(other) == [404] * 9
+        assert http.get("/api/v1/training_runs").json()["training_runs"] == []
+        assert http.get("/api/v1/checkpoints").json()["checkpoints"] == []
+        assert statuses(sampling) == [403, 403, 200, *[403] * 6]
+        assert statuses(mine) == [200] * 9
+
+
 # ---- training --------------------------------------------------------------------------------------
 
 

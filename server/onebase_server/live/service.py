@@ -566,7 +566,8 @@ class LiveTraining:
     async def _delete(self, checkpoint: Checkpoint) -> None:
         self._looked.pop(checkpoint.model, None)
         self._residency.forget(self._files.drop_live(Path(checkpoint.folder)))
-        self._sampled.pop(Place.of(checkpoint).path, None)
+        for times in (self._sampled, self._prove_after):
+            times.pop(Place.of(checkpoint).path, None)
         with suppress(UnknownCheckpointError):
             await self._disk(
                 self._store().delete_checkpoint, checkpoint.model, checkpoint.kind, checkpoint.name
