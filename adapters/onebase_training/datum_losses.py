@@ -7,7 +7,6 @@ gradient is that of any differentiable loss C.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from onebase_training.losses import CHUNK, token_losses
 Config = Mapping[str, float | str]
 _IGNORED = frozenset({"mask"})
 """Inputs that recipes send along for their own use."""
+_HIGHEST = float(np.finfo(np.float32).max)
 _CLIPS = ("clip_low_threshold", "clip_high_threshold")
 _INSTEAD = {
     "stable_reinforce": "its formula is not published: use importance_sampling, ppo, cispo or gspo",
@@ -57,7 +57,7 @@ class Loss:
 
     @property
     def compares(self) -> bool:
-        """Whether it compares the learner's logprobs with the sampler's."""
+        """Return True if it compares the learner's logprobs with the sampler's."""
         return "logprobs" in self.required
 
     def settings(self, given: Config) -> dict[str, float]:
@@ -67,8 +67,8 @@ class Loss:
             if name not in found:
                 known = ", ".join(found) or "none"
                 raise RefusedError(f"loss_fn_config: {self.name} has no setting {name!r} (there is {known})")
-            if isinstance(value, str) or not math.isfinite(value):
-                raise RefusedError(f"loss_fn_config: {name} is {value!r}: write a finite number")
+            if isinstance(value, str) or not abs(value) <= _HIGHEST:
+                raise RefusedError(f"loss_fn_config: {name} is {value!r}: write a finite number of fp32")
             found[name] = float(value)
         return found
 
@@ -177,7 +177,10 @@ def check_row(datum: Datum, loss: Loss, place: int, words: int, longest: int) ->
     if count > longest:
         raise RefusedError(f"{where}.model_input has {count} tokens: this server trains {longest} at most")
     tokens = np.frombuffer(datum.tokens, "<i4").astype(np.int64)
-    arrays = {name: given.array() for name, given in datum.inputs.items() if name not in _IGNORED}
+    try:
+        arrays = {name: given.array() for name, given in datum.inputs.items() if name not in _IGNORED}
+    except ValueError as error:
+        raise RefusedError(f"{where}.loss_fn_inputs: {error}") from error
     targets = arrays.pop("target_tokens", None)
     if targets is None:
         raise RefusedError(f"{where}.loss_fn_inputs has no target_tokens")

@@ -10,6 +10,7 @@ pass.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import logging
 import math
@@ -28,7 +29,7 @@ from torch import nn
 
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.store.atomic_files import atomic_directory
-from onebase_engine.base.load import longest_row
+from onebase_engine.base.load import BaseChangedError, longest_row
 from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.machine import is_out_of_memory
 from onebase_training.batches import Packed, first_fit
@@ -72,10 +73,19 @@ MICRO_TOKENS = 1024
 """Tokens computed in one pass, whatever the memory: other passes would add up to other last bits."""
 CHECKPOINTING_BYTES = 1 << 30
 """Size of a base from which on activations are computed twice instead of kept."""
+HIGHEST_SETTING = 1e6
+"""Largest learning rate, weight decay, epsilon and norm: what AdamW makes of them is a number of fp32."""
 POINT_SECONDS = 30.0
 """Time of computing, in seconds, that a process that begins again may have to do over."""
 _OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_NO_MEMORY = "out_of_memory"
+STATE_BYTES = 20
+"""Bytes that a trained parameter takes: itself, two gradients and two moments of Adam, in fp32."""
+OWNER_SHARE = 0.5
+"""Largest part of the trainer's memory for the models of one owner who has several."""
+MODELS_SHARE = 0.8
+"""Largest part of the trainer's memory for all models, if there are several. Passes need the rest."""
 
 logger = logging.getLogger(__name__)
 
@@ -226,9 +236,11 @@ class LiveModel:
         """Step AdamW. Raises RefusedError."""
         numbers = {name: getattr(operation, name) for name in operation.__struct_fields__}
         for name, value in numbers.items():
-            highest = 1.0 if name.startswith("beta") else math.inf
+            highest = 1.0 if name.startswith("beta") else HIGHEST_SETTING
             if not 0 <= value < highest:
-                raise RefusedError(f"adam_params.{name} is {value}: write a number from 0 to {highest:g}")
+                raise RefusedError(
+                    f"adam_params.{name} is {value}: write a number from 0 to below {highest:g}"
+                )
         if self._gradients is None:
             raise RefusedError("there is no gradient to step with: call forward_backward first")
         for name, parameter in self._parameters.items():
@@ -291,6 +303,7 @@ class LiveModel:
                 kind=operation.kind,
                 folder=str(folder),
                 model=self.spec.id,
+                base_id=self.spec.base_id,
                 seq_id=seq_id,
                 step=self.steps,
                 digest=packed if operation.packed_only else _digest(work),
@@ -328,7 +341,7 @@ class LiveModel:
 
     def _write_packed(self, path: Path) -> tuple[str, int]:
         """Write the weights as the engine loads them. Return the file's SHA-256 and size. Raises OSError."""
-        write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id="")
+        write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id=self.spec.base_id)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
 
@@ -343,6 +356,8 @@ class LiveModel:
             raise RefusedError("there is no such checkpoint, or it has expired", "not_found")
         if start.optimizer and not checkpoint.optimizer:
             raise RefusedError(f"checkpoint {checkpoint.name!r} has no optimizer: load its weights alone")
+        if checkpoint.base_id != self.spec.base_id:
+            raise RefusedError(f"checkpoint {checkpoint.name!r} was made on another base", "other_base")
         if checkpoint.alpha != self.spec.alpha:
             raise RefusedError(
                 f"the checkpoint has alpha {checkpoint.alpha:g}, the model {self.spec.alpha:g}"
@@ -440,6 +455,7 @@ class LiveModels:
             that was made, or refused, with 0.
         point_seconds: time of computing after which a point is written.
         int8_cache: whether the engine that serves keeps keys and values in int8.
+        memory: bytes for all models; 0: not known.
     """
 
     def __init__(
@@ -452,7 +468,9 @@ class LiveModels:
         on_done: Callable[[str, int], None] = lambda model_id, seq_id: None,
         point_seconds: float = POINT_SECONDS,
         int8_cache: bool = False,
+        memory: int = 0,
     ) -> None:
+        self._memory = memory
         self._base, self._store, self._gate, self._name = base, store, gate, name
         self._scorer = Scorer(base, gate.wait, int8_cache=int8_cache)
         self._on_done = on_done
@@ -461,20 +479,32 @@ class LiveModels:
         self._since_point: dict[str, float] = {}
         self._broken: dict[str, Refused] = {}
         """Result of each operation of a model that could not be made here."""
+        self._waiting: set[str] = set()
+        """Models that fit in the memory once another is unloaded. Their operations wait for that."""
         self._turns: deque[str] = deque()
 
-    def look(self, model_id: str) -> None:
-        """Note that something was written for a model."""
+    def enqueue(self, model_id: str) -> None:
+        """Give a model a turn, because something was written for it."""
         if model_id not in self._turns:
             self._turns.append(model_id)
 
-    def look_at_all(self) -> None:
-        """Note all models of the store."""
+    def enqueue_all(self) -> None:
+        """Give each model of the store a turn."""
         for spec in self._store.models():
-            self.look(spec.id)
+            self.enqueue(spec.id)
 
     def refuse(self, model_id: str, seq_id: int, refused: Refused) -> None:
-        """Give an operation that has no result this one. Raises OSError."""
+        """Give an operation that has no result this one; number 0: all of them, for the model is broken.
+
+        Raises OSError.
+        """
+        if seq_id == 0:
+            if self._store.is_live(model_id):
+                self._broken[model_id] = refused
+                if self._store.made(model_id) is None:
+                    self._store.write_made(model_id, Made(refused=refused.message))
+                    self._on_done(model_id, 0)
+            return
         self._store.complete(model_id)
         if seq_id == self._store.next_seq(model_id) and self._store.is_live(model_id):
             self._store.write_result(model_id, seq_id, refused)
@@ -496,9 +526,18 @@ class LiveModels:
                 if self._store.is_live(model_id):
                     raise
             if not self._store.is_live(model_id):
-                self._models.pop(model_id, None)
-                self._broken.pop(model_id, None)
+                self._forget(model_id)
         return False
+
+    def _forget(self, model_id: str) -> None:
+        """Free the memory of a model that was unloaded, for those that wait for memory."""
+        self._broken.pop(model_id, None)
+        self._waiting.discard(model_id)
+        if self._models.pop(model_id, None) is not None:
+            gc.collect()
+            waiting, self._waiting = self._waiting, set()
+            for other in waiting:
+                self.enqueue(other)
 
     def write_points(self) -> None:
         """Write all models to the disk, so that nothing has to be done over. Raises OSError."""
@@ -508,10 +547,20 @@ class LiveModels:
                 self._write_point(model, last, self._store.result(model_id, last))
 
     def _do_next_of(self, model_id: str) -> bool:
-        if not self._store.is_live(model_id):
+        if not self._store.is_live(model_id) or self._store.spec(model_id).base_id != self._store.base_id:
+            return False
+        if model_id in self._waiting:
             return False
         if model_id not in self._models and model_id not in self._broken:
+            for other in [other for other in self._models if not self._store.is_live(other)]:
+                self._forget(other)
+            self._store.write_begun(model_id, 0)
             self._make(model_id)
+            self._store.forget_begun()
+            if model_id not in self._models:
+                gc.collect()  # PEFT's modules refer to one another
+            if model_id in self._waiting:
+                return False
         seq_id = self._store.next_seq(model_id)
         operation = self._store.operation(model_id, seq_id)
         if operation is None:
@@ -535,17 +584,27 @@ class LiveModels:
         return True
 
     def _done(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
+        """Do an operation. An error fails it alone, unless base or device cannot be trusted after it."""
         try:
             return self._result(model, seq_id, operation)
         except RefusedError as error:
             return error.refused
         except Exception as error:
+            if _ends_process(error):
+                raise
+            if isinstance(operation, OptimStep | Load):
+                self._models.pop(model.spec.id, None)  # half of it may be done: made again from its point
             if is_out_of_memory(error):
                 message = "it needs more memory than the trainer may take: send fewer or shorter rows"
-                return Refused(message=message, code="out_of_memory", category="server")
-            if isinstance(error, OSError) and isinstance(operation, Save):
-                return Refused(message=f"it cannot be saved: {error}", code="disk_full", category="server")
-            raise
+                return Refused(message=message, code=_NO_MEMORY, category="server")
+            if isinstance(operation, Save):
+                code = "disk_full" if isinstance(error, OSError) else "save_failed"
+                return Refused(message=f"it cannot be saved: {error}", code=code, category="server")
+            if isinstance(error, OSError) and not isinstance(operation, Load):
+                raise
+            logger.exception("operation %d of %s failed", seq_id, model.spec.id)
+            message = f"it failed: {error or type(error).__name__}"
+            return Refused(message=message, code="operation_failed", category="server")
 
     def _result(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
         if isinstance(operation, ForwardBackward):
@@ -573,6 +632,8 @@ class LiveModels:
             if made is not None and made.refused:
                 raise RefusedError(made.refused, "model_refused")
             model = LiveModel(self._base, self._store.spec(model_id), self._gate, self._name, self._scorer)
+            if made is None:
+                self._check_share(model)
             if self._store.last_point(model_id) < 0:
                 if model.spec.start is not None:
                     model.load(model.spec.start)
@@ -582,12 +643,16 @@ class LiveModels:
             self._broken[model_id] = Refused(message=str(error), code="model_refused")
             self._store.write_made(model_id, Made(refused=str(error)))
         except Exception as error:
-            if isinstance(error, Interrupted | torch.AcceleratorError):
+            if _ends_process(error):
                 raise
-            logger.exception("training model %s cannot be continued", model_id)
             message = f"the model cannot be continued: {error or type(error).__name__}"
             if is_out_of_memory(error):
                 message = "the trainer has no memory for this model: unload others, or lower the rank"
+                if made is not None:
+                    logger.warning("training model %s waits until another is unloaded", model_id)
+                    self._waiting.add(model_id)
+                    return
+            logger.exception("training model %s cannot be continued", model_id)
             self._broken[model_id] = Refused(message=message, code="model_broken", category="server")
             if made is None:
                 self._store.write_made(model_id, Made(refused=message))
@@ -596,6 +661,20 @@ class LiveModels:
             if made is None:
                 self._store.write_made(model_id, Made(targets=model.targets, parameters=model.parameters))
         self._on_done(model_id, 0)
+
+    def _check_share(self, model: LiveModel) -> None:
+        """Raise RefusedError if a new model beside others takes too much of the memory: its owner's part, or
+        what passes need."""
+        everyone = [*self._models.values(), model]
+        own = [one for one in everyone if one.spec.owner == model.spec.owner]
+        for models, whose, part in ((own, "your", OWNER_SHARE), (everyone, "all", MODELS_SHARE)):
+            taken = STATE_BYTES * sum(one.parameters for one in models)
+            most = int(part * self._memory)
+            if self._memory and len(models) > 1 and taken > most:
+                raise RefusedError(
+                    f"with this model {whose} {len(models)} would take {taken} bytes, and they may take "
+                    f"{most}: end another run, or lower the rank"
+                )
 
     def _continue(self, model: LiveModel) -> None:
         """Read the newest point, and do over what was done since."""
@@ -611,6 +690,8 @@ class LiveModels:
             if _leaves_state(operation) or isinstance(kept, Refused):
                 continue
             again = self._done(model, seq_id, operation)
+            if isinstance(again, Refused) and again.code == _NO_MEMORY:
+                raise MemoryError(again.message)
             if isinstance(again, Refused):
                 raise RuntimeError(f"operation {seq_id} of {model_id} cannot be done over: {again.message}")
             if isinstance(again, Stepped) and isinstance(kept, Stepped) and again != kept:
@@ -627,6 +708,13 @@ class LiveModels:
         for work in self._store.point(model.spec.id, seq_id).parent.glob(".*"):
             shutil.rmtree(work, ignore_errors=True)
         self._since_point[model.spec.id] = 0.0
+
+
+def _ends_process(error: Exception) -> bool:
+    """Return True for an error after which nothing more can be computed in this process."""
+    if isinstance(error, Interrupted | torch.AcceleratorError | BaseChangedError):
+        return True
+    return type(error) is RuntimeError and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 def _leaves_state(operation: Operation) -> bool:

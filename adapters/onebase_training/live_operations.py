@@ -78,6 +78,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     start: Start | None = None
     owner: str = ""
     base: str = ""
+    """Name of the base, as it was asked for."""
+    base_id: str = ""
+    """Identity of the base, which the store sets."""
     session: str = ""
     metadata: dict[str, Any] = {}
     created: float = 0.0
@@ -90,6 +93,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     digest: SHA-256 of the two PEFT files, or of the packed one if it is alone: equal weights have equal
     digests. step: optimizer steps done. bytes: size of the folder. created, expires: Unix seconds. packed,
     packed_bytes: SHA-256 and size of `packed.safetensors`, which the engine loads. metadata: as it was saved.
+    base_id: identity of the base that it was trained on.
     """
 
     name: str
@@ -112,6 +116,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     packed: str = ""
     packed_bytes: int = 0
     metadata: dict[str, str] | None = None
+    base_id: str = ""
 
 
 # ---- operations ------------------------------------------------------------------------------

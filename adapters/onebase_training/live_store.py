@@ -31,6 +31,8 @@ from onebase_training.live_operations import (
 
 RESULTS_KEPT = 1024
 """Number of a model's newest results that can be asked for."""
+MOST_MODELS = 64
+"""Largest number of models of one owner that are trained at once."""
 _BACKUP_TRIES = 5
 CHECKPOINT, RESULT = "checkpoint.json", "result"
 PACKED = "packed.safetensors"
@@ -63,6 +65,16 @@ class UnknownCheckpointError(KeyError):
         return f"There is no checkpoint {'/'.join(self.args)}, or it has expired."
 
 
+class OtherBaseError(ValueError):
+    """The live adapter or checkpoint belongs to another base than that of the store."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name!r} was trained on another base than the one that is served: start the server with that "
+            "base to use it"
+        )
+
+
 class SequenceConflictError(ValueError):
     """Another operation was accepted under this number."""
 
@@ -82,10 +94,14 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
 
 class LiveStore:
     """All live adapters of one server, each in a folder of its name. Methods raise OSError; those that take a
-    model's id, UnknownModelError."""
+    model's id, UnknownModelError.
 
-    def __init__(self, root: Path) -> None:
+    base_id: identity of the base that is trained. Adapters of other bases stay as they are.
+    """
+
+    def __init__(self, root: Path, base_id: str = "") -> None:
         self.root = root
+        self.base_id = base_id
         self._lock = threading.Lock()
 
     # ---- models ------------------------------------------------------------------------------
@@ -99,15 +115,20 @@ class LiveStore:
     def create(self, spec: ModelSpec) -> None:
         """Accept a model. The same spec may come again.
 
-        Raises SequenceConflictError: there is, or was, another one with this id.
+        Raises SequenceConflictError: there is, or was, another one with this id; ModelRefusedError: its owner
+        has as many as may be trained at once.
         """
-        folder = self.folder(spec.id)
+        folder, spec = self.folder(spec.id), msgspec.structs.replace(spec, base_id=self.base_id)
         with self._lock:
             for name in (_SPEC, _REMOVED):
                 if (folder / name).exists():
                     if name == _SPEC and _same(self.spec(spec.id), spec):
                         return
                     raise SequenceConflictError(f"there is another training model {spec.id!r}")
+            if sum(one.owner == spec.owner for one in self.models()) >= MOST_MODELS:
+                raise ModelRefusedError(
+                    f"{MOST_MODELS} runs of this tenant are trained already: end a session of them first"
+                )
             for part in ("operations", "results", "points", *_KINDS):
                 (folder / part).mkdir(parents=True, exist_ok=True)
             _write(folder / _SPEC, msgspec.json.encode(spec))
@@ -118,7 +139,16 @@ class LiveStore:
         return [spec for spec in self.runs() if self.is_live(spec.id)]
 
     def runs(self) -> list[ModelSpec]:
-        """Return all models that were ever made and have a folder, unloaded ones included, oldest first."""
+        """Return the base's models that were ever made, unloaded ones included, oldest first."""
+        return [spec for spec in self._specs() if spec.base_id == self.base_id]
+
+    def check_base(self, found: ModelSpec | Checkpoint) -> None:
+        """Raise OtherBaseError if a model or a checkpoint is not of this base."""
+        if found.base_id != self.base_id:
+            raise OtherBaseError(found.id if isinstance(found, ModelSpec) else found.name)
+
+    def _specs(self) -> list[ModelSpec]:
+        """Return the models of all bases that have a folder, oldest first."""
         names = os.listdir(self.root) if self.root.is_dir() else []
         found = []
         for name in names:
@@ -161,7 +191,7 @@ class LiveStore:
 
     def back_up(self, target: Path) -> None:
         """Copy all models to a folder that is not there, while they are trained. Raises OSError."""
-        for spec in self.runs():
+        for spec in self._specs():
             for _ in range(_BACKUP_TRIES):
                 point = self.last_point(spec.id)
                 shutil.rmtree(target / spec.id, ignore_errors=True)
@@ -179,6 +209,7 @@ class LiveStore:
 
         Raises:
             SequenceConflictError: another operation waits under this number.
+            OtherBaseError: the model is not of this base.
         """
         if seq_id < 1:
             raise SequenceConflictError(f"seq_id is {seq_id}: a model's operations are numbered from 1")
@@ -186,6 +217,7 @@ class LiveStore:
         with self._lock:
             if not self.is_live(model_id):
                 raise UnknownModelError(model_id)
+            self.check_base(self.spec(model_id))
             if seq_id < self.next_seq(model_id):
                 return
             with suppress(FileNotFoundError):
@@ -215,14 +247,21 @@ class LiveStore:
             self._path(model_id, "results", seq_id - RESULTS_KEPT).unlink()
 
     def write_begun(self, model_id: str, seq_id: int) -> None:
-        """Record the operation that is being done now, for whoever finds that its process has died."""
+        """Record the operation that is being done now, for whoever finds that its process has died.
+
+        Number 0 stands for the model itself, while it is made or continued.
+        """
         (self.root / _BEGUN).write_text(f"{model_id} {seq_id}")
 
+    def forget_begun(self) -> None:
+        """Record that nothing is being done."""
+        (self.root / _BEGUN).unlink(missing_ok=True)
+
     def died_of(self) -> tuple[str, int] | None:
-        """Return the operation that was begun last, if it has no result."""
+        """Return the operation that was begun last, if it has no result; number 0: the model itself."""
         with suppress(FileNotFoundError, ValueError, UnknownModelError):
             model_id, seq_id = (self.root / _BEGUN).read_text().split()
-            if self.is_live(model_id) and self.last_result(model_id) < int(seq_id):
+            if self.is_live(model_id) and (seq_id == "0" or self.last_result(model_id) < int(seq_id)):
                 return model_id, int(seq_id)
         return None
 
@@ -312,7 +351,7 @@ class LiveStore:
     def remove_expired(self, now: float) -> list[Checkpoint]:
         """Delete the checkpoints whose time is over, and return them. `now`: Unix seconds."""
         gone = []
-        for spec in self.runs():
+        for spec in self._specs():
             for found in self.checkpoints(spec.id):
                 if found.expires is not None and found.expires <= now:
                     with suppress(UnknownCheckpointError):

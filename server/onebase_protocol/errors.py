@@ -115,9 +115,11 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "sequence_conflict not_installed training_off",
+        "sequence_conflict session_finished too_many_checkpoints other_base not_installed training_off",
         "[live training](how-to/tinker.md) has another request under this `seq_id`, which is still waiting; "
-        "the server was installed without `onebase[tinker]`; `--train-jobs` is 0",
+        "the session has finished; the tenant has as many named checkpoints as are kept; the run or the "
+        "checkpoint was trained on another base; the server was installed without `onebase[tinker]`; "
+        "`--train-jobs` is 0",
     ),
     _meaning(
         400,

@@ -195,3 +195,55 @@ sys.exit(main())
         assert isinstance(await _result(live, "small", 3), Stepped)
 
     run(published, tmp_path, work, (sys.executable, "-c", deadly))
+
+
+def test_a_model_that_kills_the_trainer_is_broken_and_others_are_trained(
+    published: _Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = """
+import os, sys
+from onebase_training.live import LiveModel
+whole = LiveModel.__init__
+def init(self, base, spec, *rest):
+    if spec.id == "wide:0":
+        os.kill(os.getpid(), 9)
+    whole(self, base, spec, *rest)
+LiveModel.__init__ = init
+from onebase_server.processes.live import main
+sys.exit(main())
+"""
+    monkeypatch.setattr(live_client, "RESTARTS", Backoff(0.01, 0.01))
+
+    async def train_both(live: LiveTrainer) -> None:
+        for spec in SPECS:
+            await live.create(spec)
+            await live.submit(spec.id, 1, ask(text_row(9)))
+            await _result(live, spec.id, 1)
+
+    async def outlive(live: LiveTrainer) -> None:
+        for spec in SPECS:
+            await live.submit(spec.id, 2, STEP)
+        refused = await _result(live, "wide:0", 2)
+        assert isinstance(refused, Refused)
+        assert (refused.code, refused.category) == ("model_broken", "server")
+        assert isinstance(await _result(live, "small", 2), Stepped)
+
+    run(published, tmp_path, train_both)
+    run(published, tmp_path, outlive, (sys.executable, "-c", deadly))
+
+
+def test_all_who_wait_for_a_result_get_it_and_leave_nothing_behind(
+    published: _Published, tmp_path: Path
+) -> None:
+    async def work(live: LiveTrainer) -> None:
+        await live.create(SPECS[0])
+        waits = [live.wait("small", 1, 60.0) for _ in range(3)] + [live.wait("small", 2, 0.01)]
+        found = asyncio.gather(*waits, live.created("small", 60.0))
+        await live.submit("small", 1, ask(text_row(9)))
+        first, *same, none, made = await found
+        assert isinstance(first, Computed)
+        assert same == [first, first]
+        assert (none, made) == (None, True)
+        assert live._waiters == {}
+
+    run(published, tmp_path, work)

@@ -165,6 +165,18 @@ def test_a_run_ends_with_its_session_and_leaves_what_has_a_name(upkeep: Upkeep) 
     assert upkeep.unloaded == [RUN]
 
 
+def test_what_another_base_has_trained_stays_and_is_refused(upkeep: Upkeep) -> None:
+    upkeep.finish(LATER)
+    upkeep.store.base_id = "another base"
+    assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-0", "live-1", "live-2"]
+    assert upkeep.unloaded == []
+    path = f"tinker://{RUN}/sampler_weights/final"
+    with pytest.raises(InvalidRequestError, match="model_path: 'final' was trained on another base"):
+        asyncio.run(upkeep.service.checkpoint(ACME, path, "model_path"))
+    with pytest.raises(InvalidRequestError, match="was trained on another base"):
+        asyncio.run(upkeep.service.submit(ACME, RUN, 1, OptimStep()))
+
+
 def test_a_lost_session_ends_and_is_forgotten(upkeep: Upkeep) -> None:
     sampler = LiveSampler("s:sample:0", "s", "acme", "base", None, LATER)
     upkeep.records.add_sampler(sampler, "server")

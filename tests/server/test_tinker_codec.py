@@ -18,6 +18,9 @@ from onebase_server.live import codec
 from onebase_server.live.codec import Sampled, SampleResult
 from onebase_training.live_operations import Computed, Tensor
 
+MOST = 1_000_000
+"""Bytes that sparse tensors may take."""
+
 
 def body_of(*data: tinker.Datum, loss: Any = "ppo", **config: float | str) -> bytes:
     """What the client sends."""
@@ -44,7 +47,7 @@ def test_a_pass_arrives_as_the_client_meant_it() -> None:
         ),
         clip_low_threshold=0.8, mode="strict",
     )  # fmt: skip
-    read = codec.read_pass(body)
+    read = codec.read_pass(body, MOST)
     assert (read.model_id, read.seq_id) == ("run:train:0", 7)
     assert read.operation is not None
     assert read.operation.loss == "ppo"
@@ -61,7 +64,7 @@ def test_a_sparse_tensor_arrives_dense() -> None:
     dense[1, 2], dense[4, 7], dense[4, 0] = 5, 6, 7
     sparse = tinker.TensorData.from_torch_sparse(dense)
     assert sparse.sparse_crow_indices is not None
-    read = codec.read_pass(body_of(datum(*range(6), target_tokens=sparse)))
+    read = codec.read_pass(body_of(datum(*range(6), target_tokens=sparse)), MOST)
     assert read.operation is not None
     assert read.operation.data[0].inputs["target_tokens"].array().tolist() == dense.tolist()
 
@@ -69,7 +72,7 @@ def test_a_sparse_tensor_arrives_dense() -> None:
 def test_an_image_is_refused_by_name_and_keeps_its_place_in_the_order() -> None:
     image = tinker.types.ImageChunk(data=b"\x89PNG", format="png", expected_tokens=3)
     one = tinker.Datum(model_input=tinker.ModelInput(chunks=[image]), loss_fn_inputs={})
-    read = codec.read_pass(body_of(one))
+    read = codec.read_pass(body_of(one), MOST)
     assert read.operation is None
     assert read.seq_id == 7
     assert read.refused.startswith("data[0].model_input: image is not served")
@@ -78,19 +81,44 @@ def test_an_image_is_refused_by_name_and_keeps_its_place_in_the_order() -> None:
 def test_a_tensor_that_lies_about_its_shape_is_refused() -> None:
     message = tinker_public_pb2.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
     tensor = message.data.add().loss_fn_inputs["weights"]
-    tensor.dtype, tensor.dense = tinker_public_pb2.DTYPE_FLOAT32, b"\0" * 8
-    tensor.shape.extend([3])
-    assert "weights: its shape [3]" in codec.read_pass(message.SerializeToString()).refused
+    tensor.dtype = tinker_public_pb2.DTYPE_FLOAT32
+
+    def refusal(*shape: int) -> str:
+        tensor.shape[:] = shape
+        return codec.read_pass(message.SerializeToString(), MOST).refused
+
+    tensor.dense = b"\0" * 8
+    assert "weights: its shape [3]" in refusal(3)
+    tensor.dense = b"\0" * 4
+    assert "weights: it has 65 dimensions" in refusal(*[1] * 65)
+    tensor.dense = b""
+    assert "weights: it has 3 dimensions" in refusal(0, 2**62, 2**62)
+    assert "does not fit its 0 values" in refusal(0, 2**62)
     tensor.sparse_csr.values = b"\0" * 4
     tensor.sparse_csr.crow_indices = np.array([0, 1], np.int64).tobytes()
     tensor.sparse_csr.col_indices = np.array([9], np.int64).tobytes()
-    tensor.shape[:] = [1, 4]
-    assert "do not fit its shape [1, 4]" in codec.read_pass(message.SerializeToString()).refused
+    assert "do not fit its shape [1, 4]" in refusal(1, 4)
+    assert "may take 1000000 bytes" in refusal(1, 2**62)
+    tensor.sparse_csr.values = tensor.sparse_csr.col_indices = b""
+    tensor.sparse_csr.crow_indices = np.array([0], np.int64).tobytes()
+    assert "may take 1000000 bytes" in refusal(0, 2**62)
+
+
+def test_the_sparse_tensors_of_a_request_have_one_limit_together() -> None:
+    message = tinker_public_pb2.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
+    for _ in range(4):
+        tensor = message.data.add().loss_fn_inputs["weights"]
+        tensor.dtype = tinker_public_pb2.DTYPE_FLOAT32
+        tensor.shape.extend([1, 1000])
+        tensor.sparse_csr.crow_indices = np.array([0, 0], np.int64).tobytes()
+    assert codec.read_pass(message.SerializeToString(), 16_000).operation is not None
+    refused = codec.read_pass(message.SerializeToString(), 15_999)
+    assert refused.refused.startswith("data[3].loss_fn_inputs.weights: the sparse tensors")
 
 
 def test_what_is_no_message_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="no ForwardBackwardRequest"):
-        codec.read_pass(b"\xff" * 40)
+        codec.read_pass(b"\xff" * 40, MOST)
 
 
 def test_a_compressed_body_may_not_grow_beyond_the_limit() -> None:

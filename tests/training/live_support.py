@@ -85,7 +85,7 @@ SPECS = (
 
 def live_models(base: torch.nn.Module, root: Path, gate: Gate | None = None, **options: Any) -> LiveModels:
     models = LiveModels(base, LiveStore(root), gate or OpenGate(), BaseName("tiny"), **options)
-    models.look_at_all()
+    models.enqueue_all()
     return models
 
 

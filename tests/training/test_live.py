@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.training.live_support import (
     SPECS,
@@ -23,13 +24,13 @@ from tests.training.live_support import (
 )
 from tests.training.runs import assert_equal
 
-from onebase_engine.base.load import fingerprint
+from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
 from onebase_training import replies
 from onebase_training.checkpoint import save_peft
 from onebase_training.events import Interrupted, OpenGate
-from onebase_training.live import BaseName, LiveModel, LiveModels
+from onebase_training.live import STATE_BYTES, BaseName, LiveModel, LiveModels
 from onebase_training.live_operations import (
     Computed,
     Datum,
@@ -43,13 +44,17 @@ from onebase_training.live_operations import (
     Saved,
     Start,
     Stepped,
+    Tensor,
 )
 from onebase_training.live_store import (
     LiveStore,
+    ModelRefusedError,
+    OtherBaseError,
     SequenceConflictError,
     UnknownCheckpointError,
     UnknownModelError,
 )
+from onebase_training.trainable import Trainable
 
 LEARNING = ModelSpec(id="learning", rank=8, seed=3)
 
@@ -223,14 +228,14 @@ def test_operations_are_done_by_number_whatever_their_order_and_never_twice(
     rows = {seq_id: ask(text_row(5, seq_id)) for seq_id in (2, 3, 1)}
     for seq_id, operation in rows.items():
         store.submit("learning", seq_id, operation)
-        models.look("learning")
+        models.enqueue("learning")
         while models.do_next():
             pass
         store.submit("learning", seq_id, operation)
     assert numbers == [0, 1, 2, 3]
     kept = store.result("learning", 2)
     store.submit("learning", 2, STEP)  # done already: what is kept holds
-    models.look("learning")
+    models.enqueue("learning")
     assert not models.do_next()
     assert store.result("learning", 2) == kept
     store.submit("learning", 9, STEP)
@@ -267,6 +272,144 @@ def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
     assert "call forward_backward first" in found[9].message
     plain = done(base, tmp_path / "b", {1: rest[1], 2: STEP, 3: Save(name="end", kind="sampler")}, LEARNING)
     assert found[-1].checkpoint.digest == plain[-1].checkpoint.digest
+
+
+def test_numbers_and_tensors_that_nobody_can_compute_with_fail_alone(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    deep, huge = (Tensor("float32", shape, b"\0" * 4 * n) for shape, n in (((1,) * 65, 1), ((0, 2**62), 0)))
+    refused: list[Operation] = [
+        *(ask(Datum(text_row(1).tokens, text_row(1).inputs | {"weights": one})) for one in (deep, huge)),
+        *(OptimStep(learning_rate=rate) for rate in (1e300, 1e39, 1e6)),
+        OptimStep(weight_decay=1e39),
+        ask(policy_row(4), loss="dro", config={"beta": 1e300}),
+    ]
+    row = ask(text_row(6))
+    end = [OptimStep(learning_rate=9e5, beta1=1 - 1e-16), STEP, Save(name="end", kind="sampler")]
+    found = done(base, tmp_path / "a", dict(enumerate([row, *refused, row, *end], start=1)), LEARNING)
+    assert [type(one) for one in found[1:8]] == [Refused] * 7
+    assert [one.category for one in found[1:8]] == ["user"] * 7
+    assert isinstance(found[9], Stepped)
+
+
+def test_an_error_fails_its_operation_and_leaves_no_half_of_a_step(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, end = ask(text_row(6)), Save(name="end", kind="sampler")
+    plain = done(base, tmp_path / "a", {1: row, 2: STEP, 3: row, 4: STEP, 5: end}, LEARNING)
+    step, logits = torch.optim.AdamW.step, Trainable.logits
+    failing = {"step", "logits"}
+
+    def half_step(self: torch.optim.AdamW) -> Any:
+        if "step" in failing:
+            failing.remove("step")
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1.0)
+            raise RuntimeError("overflow")
+        return step(self)
+
+    def no_logits(self: Trainable, packed: Any) -> torch.Tensor:
+        if "logits" in failing and store.last_result("learning") == 3:
+            failing.remove("logits")
+            raise IndexError("no such token")
+        return logits(self, packed)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half_step)
+    monkeypatch.setattr(Trainable, "logits", no_logits)
+    models = live_models(base, tmp_path / "b")
+    store = LiveStore(tmp_path / "b")
+    store.create(LEARNING)
+    operations: list[Operation] = [row, STEP, STEP, row, row, STEP, end]
+    for seq_id, operation in enumerate(operations, start=1):
+        store.submit("learning", seq_id, operation)
+    models.enqueue("learning")
+    while models.do_next():
+        pass
+    found = [store.result("learning", seq_id) for seq_id in range(1, 8)]
+    assert [type(one) for one in found] == [Computed, Refused, Stepped, Refused, Computed, Stepped, Saved]
+    assert isinstance(found[1], Refused)
+    assert (found[1].code, found[1].category) == ("operation_failed", "server")
+    assert found[6].checkpoint.digest == plain[-1].checkpoint.digest  # type: ignore[union-attr]
+
+
+def test_an_error_of_the_device_or_the_base_ends_the_trainer_without_a_result(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LiveStore(tmp_path)
+    store.create(LEARNING)
+    store.submit("learning", 1, ask(text_row(6)))
+    errors = (
+        torch.AcceleratorError("illegal access"),
+        BaseChangedError("bits"),
+        RuntimeError("CUDA error: x"),
+    )
+    for error in errors:
+
+        def failing(self: Trainable, packed: Any, error: Exception = error) -> torch.Tensor:
+            raise error
+
+        monkeypatch.setattr(Trainable, "logits", failing)
+        with pytest.raises(type(error)):
+            live_models(base, tmp_path).do_next()
+        assert store.result("learning", 1) is None
+
+
+def test_a_model_without_memory_waits_until_another_is_unloaded(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(base, tmp_path, {1: ask(text_row(6))}, SPECS[0])
+    done(base, tmp_path, {1: ask(text_row(6))}, SPECS[1])
+    store = LiveStore(tmp_path)
+    models, read = live_models(base, tmp_path), LiveModel.read_state
+
+    def full(self: LiveModel, folder: Path) -> None:
+        if self.spec.id == "wide:0" and store.is_live("small"):
+            raise MemoryError
+        read(self, folder)
+
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    for spec in SPECS:
+        store.submit(spec.id, 2, STEP)
+    for _ in range(2):
+        while models.do_next():
+            pass
+        assert isinstance(store.result("small", 2), Stepped)
+        assert store.result("wide:0", 2) is None
+        models.enqueue("wide:0")
+    store.unload("small")
+    models.enqueue("small")
+    while models.do_next():
+        pass
+    assert isinstance(store.result("wide:0", 2), Stepped)
+
+
+def test_an_owner_has_so_many_models_and_so_much_of_the_memory(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_training.live_store.MOST_MODELS", 3)
+    store = LiveStore(tmp_path)
+    for name, owner in (("a", "acme"), ("b", "acme"), ("c", "globex"), ("d", "acme")):
+        store.create(ModelSpec(id=name, rank=4, owner=owner, created=float(ord(name))))
+    store.create(ModelSpec(id="d", rank=4, owner="acme"))
+    with pytest.raises(ModelRefusedError, match="3 runs of this tenant"):
+        store.create(ModelSpec(id="e", rank=4, owner="acme"))
+    size = STATE_BYTES * model_of(base, ModelSpec(id="x", rank=4)).parameters
+    models = live_models(base, tmp_path, memory=5 * size)
+    while models.do_next():
+        pass
+    made = {name: store.made(name) for name in "abcd"}
+    assert [one is not None and not one.refused for one in made.values()] == [True, True, True, False]
+    assert made["d"] is not None
+    assert "with this model your 3 would take" in made["d"].refused
+    store.unload("a")
+    for name, owner in (("e", "acme"), ("f", "initech"), ("g", "hooli")):
+        store.create(ModelSpec(id=name, rank=4, owner=owner))
+        models.enqueue(name)
+    store.unload("d")
+    while models.do_next():
+        pass
+    found = [store.made(name) for name in "efg"]
+    assert [one.refused[:21] for one in found if one] == ["", "", "with this model all 5"]
 
 
 def test_a_row_that_the_engine_refuses_is_refused(
@@ -485,7 +628,7 @@ def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) ->
         gate = Stopping()
         gate.left = passes
         models = LiveModels(base, store, gate, BaseName("tiny"))
-        models.look_at_all()
+        models.enqueue_all()
         try:
             while models.do_next():
                 pass
@@ -494,6 +637,43 @@ def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) ->
         models.write_points()
     assert stops >= 3
     assert_equal(saved(store.result("small", 14)), saved(plain[-1]))
+
+
+def test_models_of_another_base_are_neither_trained_nor_read_and_stay(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    first, other = LiveStore(tmp_path, "first"), LiveStore(tmp_path, "other")
+
+    def train(store: LiveStore) -> None:
+        models = LiveModels(base, store, OpenGate(), BaseName("tiny"))
+        models.enqueue_all()
+        models.enqueue("learning")
+        while models.do_next():
+            pass
+
+    first.create(LEARNING)
+    first.submit("learning", 1, Save(name="a", kind="weights"))
+    train(first)
+    first.submit("learning", 2, ask(text_row(5)))
+    checkpoint = first.checkpoint("learning", "weights", "a")
+    packed = Path(checkpoint.folder) / "packed.safetensors"
+    with safe_open(packed, "pt") as file:
+        assert file.metadata()["base_id"] == checkpoint.base_id == "first"
+    train(other)
+    assert first.result("learning", 2) is None
+    assert (other.models(), other.runs()) == ([], [])
+    other.back_up(tmp_path / "copy")
+    assert [spec.id for spec in LiveStore(tmp_path / "copy", "first").runs()] == ["learning"]
+    with pytest.raises(OtherBaseError, match="trained on another base"):
+        other.submit("learning", 3, STEP)
+    with pytest.raises(OtherBaseError):
+        other.check_base(checkpoint)
+    other.create(ModelSpec(id="new", rank=8, start=Start(checkpoint.folder)))
+    train(other)
+    assert (made := other.made("new")) is not None
+    assert "made on another base" in made.refused
+    train(first)
+    assert isinstance(first.result("learning", 2), Computed)
 
 
 def test_a_copy_made_while_a_model_is_trained_goes_on_where_it_was(
@@ -506,7 +686,7 @@ def test_a_copy_made_while_a_model_is_trained_goes_on_where_it_was(
     models = live_models(base, root, point_seconds=0.0)
     for seq_id, operation in lesson(root, "small").items():
         store.submit("small", seq_id, operation)
-        models.look("small")
+        models.enqueue("small")
         store.back_up(tmp_path / f"copy {seq_id}")
         copies.append(LiveStore(tmp_path / f"copy {seq_id}"))
         while models.do_next():

@@ -165,7 +165,7 @@ def assemble(
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
     live = LiveTrainer(
-        LiveStore(Path(settings.data_dir).expanduser().absolute() / "live"),
+        LiveStore(Path(settings.data_dir).expanduser().absolute() / "live", storage.base_id),
         threads.disk,
         LiveSettings(
             base.name,

@@ -7,8 +7,9 @@ imports torch, which this process leaves out.
 from __future__ import annotations
 
 import importlib.util
+import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -22,7 +23,10 @@ from onebase_training.live_operations import Computed, Datum, ForwardBackward, T
 MEDIA_TYPE = "application/x-protobuf"
 MISSING_LOGPROB = -99999.0
 """Log-probability of an empty cell among the most likely tokens."""
+DENSE_TIMES = 8
+"""Size that the sparse tensors of a body may have once they are dense, in times the largest body."""
 _PART = 1 << 20
+_MOST_DIMENSIONS = 2
 _HEAD, _SECOND, _MORE = 160, 0x10, 0x80
 """Bytes that hold a request's place; the tag of a number in field 2; the bit of a number that goes on."""
 _WIDTH = {"float32": 4, "int64": 8}
@@ -82,8 +86,11 @@ def decompressed(body: bytes, most: int) -> bytes:
     return b"".join(pieces)
 
 
-def read_pass(body: bytes) -> PassRequest:
-    """Read the body of /forward_backward. Raises InvalidRequestError if not even its place can be read."""
+def read_pass(body: bytes, most: int) -> PassRequest:
+    """Read the body of /forward_backward. Raises InvalidRequestError if not even its place can be read.
+
+    most: bytes that all sparse tensors together may take once they are dense.
+    """
     wire = messages()
     message = wire.ForwardBackwardRequest()
     try:
@@ -95,8 +102,9 @@ def read_pass(body: bytes) -> PassRequest:
         name: value.text if value.WhichOneof("value") == "text" else value.number
         for name, value in message.loss_fn_config_v2.items()
     }
+    room = _Room(most)
     try:
-        data = [_datum(wire, index, datum) for index, datum in enumerate(message.data)]
+        data = [_datum(wire, index, datum, room) for index, datum in enumerate(message.data)]
     except RefusedOperationError as error:
         return PassRequest(message.model_id, message.seq_id, None, error.message)
     operation = ForwardBackward(
@@ -105,7 +113,23 @@ def read_pass(body: bytes) -> PassRequest:
     return PassRequest(message.model_id, message.seq_id, operation)
 
 
-def _datum(wire: Any, index: int, message: Any) -> Datum:
+class _Room:
+    """Bytes that the sparse tensors of one request may still take."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+
+    def reserve(self, place: str, size: int) -> None:
+        """Raises RefusedOperationError."""
+        if size > self._left:
+            raise RefusedOperationError(
+                f"{place}: the sparse tensors of one request may take {self._most} bytes when dense. "
+                "Send fewer rows, or narrower tensors."
+            )
+        self._left -= size
+
+
+def _datum(wire: Any, index: int, message: Any, room: _Room) -> Datum:
     place = f"data[{index}]"
     tokens = []
     for chunk in message.model_input:
@@ -117,30 +141,37 @@ def _datum(wire: Any, index: int, message: Any) -> Datum:
             )
         tokens.append(chunk.encoded_text.tokens)
     inputs = {
-        name: _tensor(wire, f"{place}.loss_fn_inputs.{name}", tensor)
+        name: _tensor(wire, f"{place}.loss_fn_inputs.{name}", tensor, room)
         for name, tensor in message.loss_fn_inputs.items()
     }
     return Datum(tokens=b"".join(tokens), inputs=inputs)
 
 
-def _tensor(wire: Any, place: str, message: Any) -> Tensor:
+def _tensor(wire: Any, place: str, message: Any, room: _Room) -> Tensor:
     kinds: dict[int, Literal["float32", "int64"]] = {wire.DTYPE_FLOAT32: "float32", wire.DTYPE_INT64: "int64"}
     kind, shape = kinds.get(message.dtype), tuple(message.shape)
     if kind is None:
         raise RefusedOperationError(f"{place}: its dtype is not served. Send float32 or int64.")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise RefusedOperationError(
+            f"{place}: it has {len(shape)} dimensions. Send {_MOST_DIMENSIONS} at most."
+        )
     if message.HasField("sparse_csr"):
         csr = message.sparse_csr
         crow, columns = _numbers(_LONGS, csr.crow_indices), _numbers(_LONGS, csr.col_indices)
         cells = dense_cells(place, shape, crow, columns)
-        data = bytearray(shape[0] * shape[1] * (width := _WIDTH[kind]))
+        width = _WIDTH[kind]
         if len(csr.values) != len(cells) * width:
             raise RefusedOperationError(f"{place}: it has another number of values than of columns.")
+        room.reserve(place, max(1, shape[0]) * shape[1] * width)
+        data = bytearray(shape[0] * shape[1] * width)
         for number, cell in enumerate(cells):
             data[cell * width : (cell + 1) * width] = csr.values[number * width : (number + 1) * width]
         return Tensor(dtype=kind, shape=shape, data=bytes(data))
     count = len(message.dense) // _WIDTH[kind]
     shape = shape or (count,)
-    if min(shape) < 0 or _product(shape) * _WIDTH[kind] != len(message.dense):
+    fits = min(shape) >= 0 and math.prod(shape) * _WIDTH[kind] == len(message.dense)
+    if not fits or (not count and any(shape)):
         raise RefusedOperationError(f"{place}: its shape {list(shape)} does not fit its {count} values.")
     return Tensor(dtype=kind, shape=shape, data=message.dense)
 
@@ -163,13 +194,6 @@ def _numbers(kind: str, data: bytes) -> list[int]:
     numbers: array[int] = array(kind)
     numbers.frombytes(data[: len(data) // numbers.itemsize * numbers.itemsize])
     return numbers.tolist()
-
-
-def _product(shape: Iterable[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def write_pass(computed: Computed) -> bytes:

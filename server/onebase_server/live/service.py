@@ -62,10 +62,12 @@ from onebase_training.live_operations import (
     Stepped,
 )
 from onebase_training.live_store import (
+    MOST_MODELS,
     PACKED,
     RESULTS_KEPT,
     LiveStore,
     ModelRefusedError,
+    OtherBaseError,
     SequenceConflictError,
     UnknownCheckpointError,
     UnknownModelError,
@@ -73,7 +75,7 @@ from onebase_training.live_store import (
 
 LIVE = "live"
 """Name of live versions in leases, usage and metrics: each step has another one."""
-MOST_RUNS = 64
+MOST_RUNS = MOST_MODELS
 """Largest number of runs of one tenant that are trained at once."""
 IDLE_SECONDS = 900.0
 """Seconds without a sample after which a step's weights are deleted, unless they are its run's newest."""
@@ -299,6 +301,7 @@ class LiveTraining:
             start=start,
             owner=caller.tenant,
             base=base_model,
+            base_id=self._store().base_id,
             session=session_id,
             metadata=dict(metadata or {}),
             created=time.time(),
@@ -354,6 +357,7 @@ class LiveTraining:
             raise LiveNotFoundError("run", run, param) from error
         if spec.owner != caller.tenant:
             raise LiveNotFoundError("run", run, param)
+        _check_base(self._store(), spec, param)
         return spec
 
     async def runs(self, caller: Caller) -> list[ModelSpec]:
@@ -448,13 +452,14 @@ class LiveTraining:
     # ---- limits ------------------------------------------------------------------------------
 
     def _runs(self) -> list[ModelSpec]:
-        """Return all runs that have a folder, oldest first. Blocks."""
+        """Return the base's runs that have a folder, oldest first. Blocks."""
         store, known, found = self._store(), self._specs, {}
         for name in os.listdir(store.root) if store.root.is_dir() else ():
             with suppress(UnknownModelError):
                 found[name] = known.get(name) or store.spec(name)
         self._specs = found
-        return sorted(found.values(), key=lambda spec: (spec.created, spec.id))
+        own = [spec for spec in found.values() if spec.base_id == store.base_id]
+        return sorted(own, key=lambda spec: (spec.created, spec.id))
 
     def _live_runs(self, tenant: str) -> set[str]:
         """Return the ids of a tenant's runs that are trained. Blocks."""
@@ -536,6 +541,7 @@ class LiveTraining:
             raise LiveNotFoundError("checkpoint", path, param) from error
         if spec.owner != caller.tenant or _has_expired(found):
             raise LiveNotFoundError("checkpoint", path, param)
+        _check_base(self._store(), found, param)
         return found
 
     async def checkpoints(self, run: str) -> list[Checkpoint]:
@@ -851,6 +857,14 @@ def answer_of(spec: ModelSpec, number: int, result: Result) -> Mapping[str, Any]
     sampler = sampler_of(saved, spec.session)
     where = {"path": Place.of(saved).path} if sampler is None else {"sampling_session_id": sampler}
     return where | {"type": "save_weights_for_sampler"}
+
+
+def _check_base(store: LiveStore, found: ModelSpec | Checkpoint, param: str) -> None:
+    """Raise InvalidRequestError for a run or a checkpoint of another base."""
+    try:
+        store.check_base(found)
+    except OtherBaseError as error:
+        raise InvalidRequestError(f"{param}: {error}.", param=param, code="other_base") from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -40,6 +40,11 @@ DIED = Refused(
     code="trainer_died",
     category="server",
 )
+DIED_OF_MODEL = Refused(
+    message="The trainer died each time that it made this model: begin another from a checkpoint of it.",
+    code="model_broken",
+    category="server",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,7 @@ def run_live(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> i
     """Do operations until the api stops this process or goes; returns the process's exit status."""
     channel = Channel[ToLive](sock, to_live_decoder().decode, leave_within=0.0)
     try:
-        return _LiveWork(channel, base_fd, busy_fd).do()
+        return _LiveWork(channel, base_fd, busy_fd).run_to_end()
     finally:
         channel.close()
 
@@ -69,7 +74,8 @@ class _LiveWork:
         self._reason: Reason | None = None
         self._looks: dict[str, None] = {}
 
-    def do(self) -> int:
+    def run_to_end(self) -> int:
+        """Return the process's exit status."""
         start = self._channel.receive()
         if not isinstance(start, StartLive):
             return 0
@@ -87,26 +93,28 @@ class _LiveWork:
         base = attach(base_settings(start.config, CPU), start.manifest, self._base_fd)
         device = next(base.parameters()).device
         importlib.import_module("peft")  # before the limit, which is for what the models take
-        bound_memory(memory_limit(start.memory_limit, device, start.config), device)
+        memory = memory_limit(start.memory_limit, device, start.config)
+        bound_memory(memory, device)
         models = LiveModels(
             base,
-            LiveStore(Path(start.root)),
+            LiveStore(Path(start.root), start.base_id),
             self._gate(start.share, device),
             BaseName(start.base_name, start.base_commit),
             int8_cache=start.config.kv_dtype == "int8",
+            memory=memory,
             on_done=lambda model_id, seq_id: self._channel.send(Done(model_id, seq_id)),
         )
         for model_id, seq_id in start.refuse:
-            models.refuse(model_id, seq_id, DIED)
+            models.refuse(model_id, seq_id, DIED if seq_id else DIED_OF_MODEL)
         self._channel.send(LiveReady())
-        models.look_at_all()
+        models.enqueue_all()
         try:
             while self._reason is None:
                 if not models.do_next() and not self._looks:
                     self._take(self._channel.receive())
                 self._stopping()
                 for model_id in self._looks:
-                    models.look(model_id)
+                    models.enqueue(model_id)
                 self._looks.clear()
         except Interrupted:
             pass

@@ -7,8 +7,8 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,7 +33,7 @@ from onebase_training.live_store import LiveStore, ModelRefusedError
 
 LIVE_COMMAND = (sys.executable, "-m", "onebase_server.processes", "live")
 MAX_DEATHS = 3
-"""Deaths of the trainer during one operation after which the operation is refused."""
+"""Deaths of the trainer during one operation, or while a model is made, after which it is refused."""
 RESTARTS = Backoff(0.2, 30.0)
 """Pauses, in seconds, before a trainer that died is started again."""
 STOP_SECONDS = 15.0
@@ -79,7 +79,8 @@ class LiveTrainer:
         self._base: _Base | None = None
         self._child: ChildProcess | None = None
         self._keeping: asyncio.Task[None] | None = None
-        self._changed: dict[tuple[str, int], asyncio.Event] = {}
+        self._waiters: dict[tuple[str, int], set[asyncio.Event]] = {}
+        """One event for each call that waits for a result; number 0: for the model itself."""
         self._deaths: Counter[tuple[str, int]] = Counter()
         self._ready = False
         self._stopping = False
@@ -87,7 +88,10 @@ class LiveTrainer:
     # ---- requests ------------------------------------------------------------------------------
 
     async def create(self, spec: ModelSpec) -> None:
-        """Accept a model. The same one may come again. Raises SequenceConflictError, OSError."""
+        """Accept a model. The same one may come again.
+
+        Raises SequenceConflictError, ModelRefusedError: its owner has too many; OSError.
+        """
         await self._disk.run_blocking(self.store.create, spec)
         self._start()
         self._look(spec.id)
@@ -97,22 +101,24 @@ class LiveTrainer:
 
         Raises UnknownModelError; ModelRefusedError: it cannot be made.
         """
-        event, end = self._event(model_id, 0), time.monotonic() + timeout
-        while True:
-            event.clear()
-            made = await self._disk.run_blocking(self.store.made, model_id)
-            if made is not None and made.refused:
-                raise ModelRefusedError(made.refused)
-            if made is not None:
-                return True
-            if not await _waited(event, end - time.monotonic()):
-                await self._disk.run_blocking(self.store.spec, model_id)
-                return False
+        end = time.monotonic() + timeout
+        with self._waiting_for(model_id, 0) as event:
+            while True:
+                event.clear()
+                made = await self._disk.run_blocking(self.store.made, model_id)
+                if made is not None and made.refused:
+                    raise ModelRefusedError(made.refused)
+                if made is not None:
+                    return True
+                if not await _waited(event, end - time.monotonic()):
+                    await self._disk.run_blocking(self.store.spec, model_id)
+                    return False
 
     async def submit(self, model_id: str, seq_id: int, operation: Operation) -> None:
         """Accept an operation: it is on the disk when this returns. The same one may come again.
 
-        Raises UnknownModelError; SequenceConflictError: another one waits under this number; OSError.
+        Raises UnknownModelError; OtherBaseError; SequenceConflictError: another one waits under this number;
+        OSError.
         """
         await self._disk.run_blocking(self.store.submit, model_id, seq_id, operation)
         self._start()
@@ -124,14 +130,13 @@ class LiveTrainer:
 
     async def wait(self, model_id: str, seq_id: int, timeout: float) -> Result | None:
         """Return the result once there is one; None if there is none after `timeout` seconds."""
-        event, end = self._event(model_id, seq_id), time.monotonic() + timeout
-        while True:
-            event.clear()
-            found = await self.result(model_id, seq_id)
-            if found is not None or not await _waited(event, end - time.monotonic()):
-                if found is not None:
-                    self._changed.pop((model_id, seq_id), None)
-                return found
+        end = time.monotonic() + timeout
+        with self._waiting_for(model_id, seq_id) as event:
+            while True:
+                event.clear()
+                found = await self.result(model_id, seq_id)
+                if found is not None or not await _waited(event, end - time.monotonic()):
+                    return found
 
     async def expired(self, model_id: str, seq_id: int) -> bool:
         """Return True if the operation was done whose result is no longer kept."""
@@ -146,12 +151,25 @@ class LiveTrainer:
         await self._disk.run_blocking(self.store.spec, model_id)
         await self._disk.run_blocking(self.store.unload, model_id)
         self._look(model_id)
-        for key, event in list(self._changed.items()):
+        for key in list(self._waiters):
             if key[0] == model_id:
-                event.set()
+                self._wake(key)
 
-    def _event(self, model_id: str, seq_id: int) -> asyncio.Event:
-        return self._changed.setdefault((model_id, seq_id), asyncio.Event())
+    @contextmanager
+    def _waiting_for(self, model_id: str, seq_id: int) -> Iterator[asyncio.Event]:
+        """Give an event of the caller's own, which is set when there may be a result."""
+        key, event = (model_id, seq_id), asyncio.Event()
+        self._waiters.setdefault(key, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._waiters[key].discard(event)
+            if not self._waiters[key]:
+                del self._waiters[key]
+
+    def _wake(self, key: tuple[str, int]) -> None:
+        for event in self._waiters.get(key, ()):
+            event.set()
 
     def _look(self, model_id: str) -> None:
         if self._child is not None:
@@ -217,6 +235,7 @@ class LiveTrainer:
         """Run one trainer to its end, and return how it ended."""
         lost = asyncio.Event()
         settings = self._settings
+        await self._disk.run_blocking(self.store.forget_begun)
         self._child = child = await ChildProcess.spawn(
             settings.command,
             from_live_decoder(),
@@ -232,6 +251,7 @@ class LiveTrainer:
                     config=base.config,
                     manifest=base.manifest,
                     root=str(self.store.root),
+                    base_id=self.store.base_id,
                     base_name=settings.base_name,
                     base_commit=settings.base_commit,
                     share=settings.share,
@@ -244,8 +264,8 @@ class LiveTrainer:
         finally:
             self._child, self._ready = None, False
             await child.end()
-            for event in self._changed.values():
-                event.set()  # a result may have been written, and its writer killed before it reported it
+            for key in list(self._waiters):
+                self._wake(key)  # a result may have been written, and its writer killed before it reported it
 
     def _take(self, message: FromLive) -> None:
         if isinstance(message, LiveReady):
@@ -253,9 +273,9 @@ class LiveTrainer:
         elif isinstance(message, LiveFailed):
             _log.error("live adapters cannot be trained: %s", message.message)
         elif isinstance(message, Done):
-            self._deaths.pop((message.model_id, message.seq_id), None)
-            if (event := self._changed.get((message.model_id, message.seq_id))) is not None:
-                event.set()
+            key = (message.model_id, message.seq_id)
+            self._deaths.pop(key, None)
+            self._wake(key)
 
 
 async def _waited(event: asyncio.Event, seconds: float) -> bool:

@@ -21,6 +21,8 @@ class StartLive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Manifest from the engine's `Ready`."""
     root: str
     """Folder of the live adapters."""
+    base_id: str
+    """Identity of the base: those of others are not trained."""
     base_name: str
     base_commit: str | None = None
     share: float

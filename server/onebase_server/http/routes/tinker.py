@@ -316,7 +316,8 @@ async def forward_backward(request: Request, services: Provided, caller: Calling
         try:
             if CUT in request.scope:
                 raise BodyTooLargeError(most)
-            return codec.read_pass(codec.decompressed(body, most) if is_compressed else body)
+            content = codec.decompressed(body, most) if is_compressed else body
+            return codec.read_pass(content, codec.DENSE_TIMES * most)
         except BodyTooLargeError as error:
             place = codec.read_place(body, is_compressed)
             if place is None:
