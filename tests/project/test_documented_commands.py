@@ -61,8 +61,10 @@ OF_A_JOB = r"(\bID\b|DIGEST|\btickets$)"
 
 TABLE: tuple[tuple[str, str], ...] = (
     (r"curl http://127\.0\.0\.1:8000/(?!v1/(adapters/support/rollout|feedback) )", RUN),
-    # A version and an answer of a reader's own; tests/server/test_rollouts.py runs them.
-    (r"curl http://127\.0\.0\.1:8000/v1/(adapters/support/rollout|feedback) ", PARSE),
+    (
+        r"curl http://127\.0\.0\.1:8000/v1/(adapters/support/rollout|feedback) ",
+        "a reader's own version and answer; tests/server/test_rollouts.py asks the like",
+    ),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
     (rf"onebase (generate|models|version|usage)( (?!--help|.*{OF_A_JOB})|$)", RUN),
     (r"onebase --url \S+ --json models$", PARSE),  # tests/clients/test_cli.py runs it

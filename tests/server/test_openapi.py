@@ -248,8 +248,9 @@ def _ask(walk: Walk) -> None:
     walk("POST", "/generate/gen-nothing/cancel", 404)  # of what runs, its own test has the answer
     walk("POST", "/", json={"inputs": "word", "stream": True, "parameters": details})
     used = {"name": "now", "input_schema": {"type": "object"}}
-    for more in ({}, {"stream": True}, {"stream": True, "tools": [used], "tool_choice": {"type": "any"}}):
-        walk("POST", "/v1/messages", json={**asked, "messages": messages, **more})
+    called: dict[str, object] = {"stream": True, "tools": [used], "tool_choice": {"type": "any"}}
+    for options in ({}, {"stream": True}, called):
+        walk("POST", "/v1/messages", json={**asked, "messages": messages, **options})
     walk("POST", "/v1/messages/count_tokens", json={"model": BASE, "messages": messages})
     walk("POST", "/v1/responses/input_tokens", json={"model": BASE, "input": "word"})
     body = {"model": BASE, "input": "word", "max_output_tokens": 16, "top_logprobs": 1}
