@@ -3,7 +3,7 @@
 It stands in for the engine only where a fault cannot be had from the real one at a given moment.
 Run as `python scripted_engine.py BEHAVIOUR [--pace PIPE] --fd N [--base-fd N]`. It loads any file as an
 adapter, if its hash is right, and dies when a row asks for one that is not loaded. A row with an adapter
-whose file begins with the word `sick` ends with an error.
+whose file begins with the word `sick` ends with an error, and one with `stuck` never advances.
 
     words        every row gets the token ids of its prompt, one per step, over and over
     flood        as `words`, with no pause between steps; each says that it took a second
@@ -78,6 +78,7 @@ class ScriptedEngine:
         self.steps = 0
         self.loaded: set[str] = set()
         self.sick: set[str] = set()
+        self.stuck: set[str] = set()
         self.seen: set[tuple[str, tuple[int, ...]]] = set()
         self.pace: int | None = None
 
@@ -131,6 +132,8 @@ class ScriptedEngine:
         self.loaded.add(message.digest)
         if content.startswith(b"sick"):
             self.sick.add(message.digest)
+        if content.startswith(b"stuck"):
+            self.stuck.add(message.digest)
         self.send(AdapterLoaded(digest=message.digest, bytes=len(content), load_seconds=0.0))
 
     def start(self, message: Start) -> None:
@@ -193,6 +196,8 @@ class ScriptedEngine:
             submit, count = state
             if not isinstance(submit, Submit) or not isinstance(count, int):
                 raise TypeError("a row is a submit and a count")
+            if any(ref.digest in self.stuck for ref in submit.adapters):
+                continue
             state[1] = count + 1
             if any(ref.digest in self.sick for ref in submit.adapters):
                 error = {"error_code": "engine_error", "error_message": "these weights make it sick"}

@@ -17,6 +17,7 @@ from onebase_server.adapters.rollout_rules import (
     RequestUnit,
     RolloutSettings,
     chooses_candidate,
+    cluster_of,
     compare,
     decide,
     is_refusal,
@@ -94,7 +95,7 @@ def sums(**values: list[float]) -> dict[str, float]:
 
 def verdict(metric: str, active: list[float], candidate: list[float], **rules: float) -> str:
     figures = {"active": sums(**{metric: active}), "candidate": sums(**{metric: candidate})}
-    found = compare(figures, RolloutRules(**rules))  # type: ignore[arg-type]
+    found = compare(figures, RolloutSettings(RolloutRules(**rules), by="request"))  # type: ignore[arg-type]
     return next(one.verdict for one in found if one.metric == metric)
 
 
@@ -123,7 +124,9 @@ def test_times_are_shown_in_seconds_and_their_difference_as_a_ratio() -> None:
         "active": sums(first_token=[math.log(0.1)] * 50),
         "candidate": sums(first_token=[math.log(0.2)] * 50),
     }
-    found = next(one for one in compare(figures, RolloutRules()) if one.metric == "first_token")
+    found = next(
+        one for one in compare(figures, RolloutSettings(RolloutRules())) if one.metric == "first_token"
+    )
     assert found.active.mean == pytest.approx(0.1)
     assert found.worse_by == pytest.approx(1.0)
 
@@ -132,7 +135,7 @@ def test_times_are_shown_in_seconds_and_their_difference_as_a_ratio() -> None:
 def test_equal_versions_are_hardly_ever_told_apart_however_often_one_looks(rate: float) -> None:
     """The confidence holds for all looks together: an interval for one look would be wrong far more often."""
     draw, wrong, runs = random.Random(7), 0, 200
-    rules = RolloutRules(requests=100, confidence=0.9, errors=0.0)
+    rules = RolloutSettings(RolloutRules(requests=100, confidence=0.9, errors=0.0), by="request")
     for _ in range(runs):
         counts = {
             "active": {"errors.n": 0.0, "errors.sum": 0.0},
@@ -148,11 +151,74 @@ def test_equal_versions_are_hardly_ever_told_apart_however_often_one_looks(rate:
     assert wrong <= 0.1 * runs
 
 
+def clustered_verdicts(
+    draw: random.Random, users: int, percent: float, *, slower: float = 0.0, rounds: int = 20
+) -> set[str]:
+    """Verdicts on the time to the first token while users come back, each with a speed of its own."""
+    one = rollout(percent, name=str(draw.random()))
+    speeds = {unit(str(user)): draw.gauss(0, 0.7) for user in range(users)}
+    weights = [draw.paretovariate(2) for _ in speeds]
+    settings = RolloutSettings(RolloutRules(requests=300, confidence=0.9))
+    verdicts: set[str] = set()
+    figures: dict[Any, dict[str, float]] = {"active": {}, "candidate": {}}
+    for _ in range(rounds):
+        for user in draw.choices(list(speeds), weights, k=2 * users):
+            chosen = chooses_candidate(one, user)
+            side = figures["candidate" if chosen else "active"]
+            value = speeds[user] + slower * chosen + draw.gauss(0, 0.3)
+            for figure, amount in observe("first_token", value).items():
+                keys = (figure, f"{figure}.{cluster_of(one, user)}")
+                for key in keys:
+                    side[key] = side.get(key, 0.0) + amount
+        found = next(one for one in compare(figures, settings) if one.metric == "first_token")
+        verdicts.add(found.verdict)
+    return verdicts
+
+
+@pytest.mark.parametrize(("users", "percent"), [(30, 10.0), (120, 50.0), (500, 10.0)])
+def test_equal_versions_are_not_told_apart_by_the_users_whom_each_happens_to_have(
+    users: int, percent: float
+) -> None:
+    """Each user's requests depend on each other, and all of them are on one side."""
+    draw, runs = random.Random(11), 40
+    wrong = sum(bool({"worse", "better"} & clustered_verdicts(draw, users, percent)) for _ in range(runs))
+    assert wrong <= 0.1 * runs
+
+
+def test_a_slower_candidate_is_found_out_among_users_of_different_speeds() -> None:
+    assert "worse" in clustered_verdicts(random.Random(12), 600, 50.0, slower=1.2, rounds=10)
+
+
+def test_few_users_decide_nothing_however_many_requests_they_send() -> None:
+    few = {f"errors.n.{one}": 200.0 for one in range(9)}
+    figures: Any = {
+        "active": sums(errors=[0.0] * 1800) | few,
+        "candidate": sums(errors=[1.0] * 1800) | few | {f"errors.sum.{one}": 200.0 for one in range(9)},
+    }
+    by_caller = RolloutSettings(RolloutRules())
+    assert compare(figures, by_caller)[0].verdict == "undecided"
+    assert "groups of users: 9 of 30" in decide(rollout(**figures), by_caller).waits_for
+    for side in figures.values():
+        side["errors.n.9"] = 1.0
+    assert compare(figures, by_caller)[0].verdict == "worse"
+
+
+def test_copies_count_in_the_division_of_the_error() -> None:
+    figures: Any = {"active": sums(errors=[0.0] * 400), "candidate": sums(errors=[0.0] * 400)}
+    narrow, wide = (
+        compare(figures, RolloutSettings(rules, by="request"))[0]
+        for rules in (RolloutRules(judge=None, refusals=None), RolloutRules(judge=None, feedback=None))
+    )
+    assert wide.high is not None
+    assert narrow.high is not None
+    assert wide.high > narrow.high, "refusals are compared of copies too, feedback is not"
+
+
 # ---- decisions ----------------------------------------------------------------------------------
 
 
 def settings(**rules: object) -> RolloutSettings:
-    return RolloutSettings(rules=RolloutRules(**rules), promote=True)  # type: ignore[arg-type]
+    return RolloutSettings(RolloutRules(**rules), by="request", promote=True)  # type: ignore[arg-type]
 
 
 def test_a_candidate_is_promoted_after_its_requests_if_no_metric_is_open() -> None:
@@ -178,6 +244,22 @@ def test_a_copy_that_fails_rolls_back_too_and_a_margin_of_none_never_does() -> N
     assert found.state == "rolled_back"
     assert found.reason.startswith("errors of copies: worse by ")
     assert decide(rollout(**figures), settings(errors=None)).state is None
+
+
+def test_a_candidate_whose_clients_leave_is_not_promoted() -> None:
+    same: Any = {side: sums(errors=[0.0] * 2000) for side in ("active", "candidate")}
+    assert decide(rollout(**same), settings()).state == "promoted"
+    same["candidate"]["aborted"] = 400.0
+    left = decide(rollout(**same), settings())
+    assert left.state is None
+    assert left.waits_for == (
+        "clients left 16.7% of the candidate's answers, and 0% of the active version's",
+    )
+
+
+def test_without_requests_of_the_active_version_nothing_is_decided() -> None:
+    alone = rollout(100.0, candidate=sums(errors=[1.0] * 500))
+    assert decide(alone, settings()).waits_for[0] == "no requests of the active version"
 
 
 @pytest.mark.parametrize(

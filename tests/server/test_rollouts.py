@@ -133,6 +133,15 @@ def test_what_cannot_be_rolled_out_is_refused_by_field(
         assert http.get("/v1/adapters/refused/rollout").status_code == 404
 
 
+def test_a_rollout_needs_an_active_version_first(scripted: Server) -> None:
+    with scripted.client() as http:
+        new = upload(http, "never-active", b"new").json()["version"]
+        answer = http.post("/v1/adapters/never-active/rollout", json={"version": new, "percent": 10})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (409, "rollout_state")
+        assert "activate one first" in error["message"]
+
+
 def test_one_rollout_at_a_time_and_its_candidate_is_not_deleted_under_it(scripted: Server) -> None:
     with scripted.client() as http:
         _, new = two_versions(http, "busy")
@@ -177,6 +186,24 @@ def test_a_candidate_that_fails_under_load_is_rolled_back_by_itself(scripted: Se
         assert entry["version"] == new
         assert entry["details"]["figures"]["candidate"]["errors.sum"] >= 10
         assert scored(entry["details"], "errors")["verdict"] == "worse"
+
+
+def test_a_candidate_that_stalls_is_rolled_back(scripted: Server) -> None:
+    with scripted.client() as http, ThreadPoolExecutor(8) as pool:
+        _, new = two_versions(http, "stalling", b"stuck")
+        start(http, "stalling", new, percent=50, promote=True)
+        asked = 0
+
+        def wait_for_answer(number: int) -> int:
+            return ask(http, "stalling", f"user-{number}", timeout_s=0.3).status_code
+
+        while rollout_of(http, "stalling")["state"] == "running" and asked < 400:
+            list(pool.map(wait_for_answer, range(asked, asked + 16)))
+            asked += 16
+        ended = rollout_of(http, "stalling")
+        assert ended["state"] == "rolled_back"
+        assert ended["reason"].startswith("errors: worse by ")
+        assert counts(ended, "candidate")["aborted"] == 0
 
 
 def test_feedback_rolls_back_a_candidate_that_users_dislike(scripted: Server) -> None:

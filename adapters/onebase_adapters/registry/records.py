@@ -106,7 +106,8 @@ class RolloutRecord:
 
 @dataclass(frozen=True)
 class RolloutAnswer:
-    """Answer of a rollout, as it is kept for feedback. `at`: time of its end."""
+    """Answer of a rollout, as it is kept for feedback. `at`: time of its end. `cluster`: that of its caller,
+    where callers are divided."""
 
     tenant: str
     id: str
@@ -114,6 +115,7 @@ class RolloutAnswer:
     side: RolloutSide
     at: float
     score: float | None = None
+    cluster: int | None = None
 
 
 @dataclass(frozen=True)

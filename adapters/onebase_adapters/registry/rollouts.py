@@ -125,9 +125,14 @@ def end(
     row.figures = plain_json(figures_of(session, row.number) if figures is None else figures)
     row.state, row.reason, row.ended_at, row.ended_by = state, plain(reason), at, plain(actor)
     _saw(session, adapter)
-    known = {"rollout": row.id, "reason": row.reason, "baseline": row.baseline, "figures": row.figures}
+    sums = {side: _without_clusters(one) for side, one in row.figures.items()}
+    known = {"rollout": row.id, "reason": row.reason, "baseline": row.baseline, "figures": sums}
     _note(session, _AUDITED[state], adapter, row, actor, {**known, **(facts or {})})
     return record(row, adapter)
+
+
+def _without_clusters(sums: Mapping[str, float]) -> dict[str, float]:
+    return {figure: value for figure, value in sums.items() if not figure.rpartition(".")[2].isdecimal()}
 
 
 def active_changed(session: Session, adapter: AdapterRow, digest: str | None, actor: str, at: float) -> None:
@@ -254,7 +259,7 @@ class Rollouts:
             kept = [
                 {
                     "tenant": plain(one.tenant), "id": plain(one.id), "rollout": numbers[one.rollout],
-                    "side": one.side, "at": one.at, "score": None,
+                    "side": one.side, "at": one.at, "score": None, "cluster": one.cluster,
                 }
                 for one in answers
                 if one.rollout in numbers
@@ -282,13 +287,17 @@ class Rollouts:
                     "feedback.sum": score - (before or 0.0),
                     "feedback.squares": score**2 - (before or 0.0) ** 2,
                 }
+                if found.cluster is not None:
+                    changes |= {
+                        f"{name}.{found.cluster}": changes[name] for name in ("feedback.n", "feedback.sum")
+                    }
                 rows = [
                     {"rollout": rollout.number, "side": found.side, "figure": name, "value": value}
                     for name, value in sorted(changes.items())
                 ]
                 session.execute(_adding(session), rows)
             side = cast(RolloutSide, found.side)
-            return RolloutAnswer(tenant, answer, rollout.id, side, found.at, score), counts
+            return RolloutAnswer(tenant, answer, rollout.id, side, found.at, score, found.cluster), counts
 
     def forget_answers(self, before: float) -> None:
         """Delete the answers that ended before that time (Unix seconds)."""

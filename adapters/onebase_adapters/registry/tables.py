@@ -286,6 +286,7 @@ class RolloutAnswerRow(Table):
     side: Mapped[str] = mapped_column(String)
     at: Mapped[float] = mapped_column(DoubleType, index=True)
     score: Mapped[float | None] = mapped_column(DoubleType)
+    cluster: Mapped[int | None] = mapped_column(Integer)
 
 
 class VersionRow(Table):

@@ -104,7 +104,13 @@ class ActivationService:
         if candidate.state != "ready":
             raise not_ready(candidate, "version")
         active = names.adapter(rollout.name, param="name").active_version
-        for version in (candidate, *([active] if active is not None else ())):
+        if active is None:
+            raise StateConflictError(
+                f"A rollout compares a version with the active one, and of {rollout.name!r} no version is "
+                "active: activate one first.",
+                code="rollout_state",
+            )
+        for version in (candidate, active):
             if (task := (version.report or {}).get("task", "CAUSAL_LM")) != "CAUSAL_LM":
                 raise InvalidRequestError(
                     f"version: rollouts are for adapters that generate text, and the task_type of "
@@ -119,7 +125,7 @@ class ActivationService:
                     replace(
                         rollout,
                         candidate=candidate.digest,
-                        baseline="" if active is None else active.digest,
+                        baseline=active.digest,
                     ),
                 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from msgspec import convert
@@ -31,7 +31,9 @@ By = Literal["caller", "request"]
 
 LEAST: Final[Mapping[Kind, int]] = {"share": 10, "score": 10, "ratio": 30}
 """Smallest number of values on each side before a metric says anything. The spread of shares and scores has a
-bound; that of times must be estimated."""
+bound; that of times must be estimated. Where callers are divided, as many clusters of them are needed."""
+CLUSTERS: Final = 64
+"""Clusters among which the callers of a rollout are spread by their hash."""
 _WHOLE = 2**64
 REFUSALS = (
     "i can't", "i cannot", "i can not", "i'm unable to", "i am unable to", "i'm not able to",
@@ -70,6 +72,12 @@ def position(rollout: str, unit: str) -> float:
     """Return a number from 0 to 1 that a unit keeps throughout a rollout, whatever its share is."""
     digest = hashlib.sha256(f"{rollout}\0{unit}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / _WHOLE
+
+
+def cluster_of(rollout: RolloutRecord, unit: RequestUnit) -> int:
+    """Return the cluster (0 to CLUSTERS - 1) of a caller. It does not depend on its `position`."""
+    digest = hashlib.sha256(f"{rollout.id}\0{unit.caller}".encode("utf-8", "surrogatepass")).digest()
+    return digest[8] % CLUSTERS
 
 
 def chooses_candidate(rollout: RolloutRecord, unit: RequestUnit) -> bool:
@@ -117,11 +125,20 @@ def observe(metric: str, value: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Number, mean and standard deviation of the values of one metric on one side."""
+    """Number, mean and standard deviation of the values of one metric on one side.
+
+    effective: number of independent values that would give the mean the same variance (Kish, "Survey
+    Sampling", 1965). clusters: number of clusters that have values; None where each value counts by itself.
+    """
 
     n: int
     mean: float
     deviation: float
+    effective: float
+    clusters: int | None = None
+
+    def is_enough(self, least: int) -> bool:
+        return self.n >= least and (self.clusters is None or self.clusters >= least)
 
     def half_width(self, alpha: float, most_exact_at: int) -> float:
         """Return half the width of a confidence sequence of the mean, which errs with probability `alpha`.
@@ -130,40 +147,65 @@ class _Sample:
         """
         if self.n == 0:
             return math.inf
+        n = self.effective
         spread = -2 * math.log(alpha)
         rho = (spread + math.log(spread) + 1) / max(1, most_exact_at)
-        grown = self.n * rho + 1
-        return self.deviation * math.sqrt(2 * grown / (self.n**2 * rho) * math.log(math.sqrt(grown) / alpha))
+        grown = n * rho + 1
+        return self.deviation * math.sqrt(2 * grown / (n**2 * rho) * math.log(math.sqrt(grown) / alpha))
 
 
-def _sample(metric: Metric, sums: Mapping[str, float]) -> _Sample:
+def _sample(metric: Metric, sums: Mapping[str, float], *, clustered: bool) -> _Sample:
     n = round(sums.get(f"{metric.name}.n", 0.0))
     if n == 0:
-        return _Sample(0, 0.0, 0.0)
+        return _Sample(0, 0.0, 0.0, 0.0)
     total = sums.get(f"{metric.name}.sum", 0.0)
     mean = total / n
     if metric.kind == "share":  # none of few is not never: as of two more that did, and two that did not
         likely = (total + 2) / (n + 4)
-        return _Sample(n, mean, math.sqrt(likely * (1 - likely)))
-    variance = max(0.0, sums.get(f"{metric.name}.squares", 0.0) / n - mean * mean)
-    if metric.kind == "score":  # equal ones by chance are no proof that all are
-        variance = max(variance, 0.25 / (n + 4))
-    return _Sample(n, mean, math.sqrt(variance * n / max(1, n - 1)))
+        variance = likely * (1 - likely)
+    else:
+        variance = max(0.0, sums.get(f"{metric.name}.squares", 0.0) / n - mean * mean)
+        if metric.kind == "score":  # equal ones by chance are no proof that all are
+            variance = max(variance, 0.25 / (n + 4))
+        variance *= n / max(1, n - 1)
+    sample = _Sample(n, mean, math.sqrt(variance), n)
+    if not clustered:
+        return sample
+    clusters, of_mean = _cluster_variance(metric, sums, mean)
+    design_effect = max(1.0, of_mean * n / variance) if variance else 1.0
+    return replace(sample, effective=n / design_effect, clusters=clusters)
+
+
+def _cluster_variance(metric: Metric, sums: Mapping[str, float], mean: float) -> tuple[int, float]:
+    """Return the number of clusters with values, and the variance of the mean between them: values of one
+    cluster may depend on each other."""
+    sizes = {one: sums.get(f"{metric.name}.n.{one}", 0.0) for one in range(CLUSTERS)}
+    present = [one for one, size in sizes.items() if size > 0]
+    if len(present) < 2:
+        return len(present), 0.0
+    residuals = (sums.get(f"{metric.name}.sum.{one}", 0.0) - mean * sizes[one] for one in present)
+    squares = math.fsum(one * one for one in residuals)
+    values = math.fsum(sizes[one] for one in present)
+    return len(present), len(present) / (len(present) - 1) * squares / values**2
 
 
 # ---- what they say -----------------------------------------------------------------------------
 
 
-def compare(figures: RolloutFigures, rules: RolloutRules) -> list[RolloutComparison]:
+def compare(figures: RolloutFigures, settings: RolloutSettings) -> list[RolloutComparison]:
     """Return the comparison of the candidate, and of its copies, by each metric."""
-    ruled = sum(getattr(rules, metric.name) is not None for metric in METRICS)
-    alpha = (1 - rules.confidence) / max(1, ruled)
-    active, found = figures.get("active", {}), []
-    for metric in METRICS:
-        found.append(_compare(metric, "candidate", active, figures.get("candidate", {}), rules, alpha))
-    if figures.get("shadow"):
+    rules = settings.rules
+    ruled = [metric.name for metric in METRICS if getattr(rules, metric.name) is not None]
+    alpha = (1 - rules.confidence) / max(1, len(ruled) + sum(name in _OF_SHADOWS for name in ruled))
+    active, candidate = figures.get("active", {}), figures.get("candidate", {})
+    clustered = settings.by == "caller"
+    found = [
+        _compare(metric, "candidate", active, candidate, rules, alpha, clustered=clustered)
+        for metric in METRICS
+    ]
+    if figures.get("shadow"):  # requests are chosen for copies one by one, whoever sent them
         found += [
-            _compare(metric, "shadow", active, figures["shadow"], rules, alpha)
+            _compare(metric, "shadow", active, figures["shadow"], rules, alpha, clustered=False)
             for metric in METRICS
             if metric.name in _OF_SHADOWS
         ]
@@ -177,8 +219,10 @@ def _compare(
     other: Mapping[str, float],
     rules: RolloutRules,
     alpha: float,
+    *,
+    clustered: bool,
 ) -> RolloutComparison:
-    ours, theirs = _sample(metric, active), _sample(metric, other)
+    ours, theirs = (_sample(metric, one, clustered=clustered) for one in (active, other))
     margin: float | None = getattr(rules, metric.name)
     widths = [one.half_width(alpha / 2, rules.requests) for one in (ours, theirs)]
     worse_by = low = high = None
@@ -189,7 +233,7 @@ def _compare(
             math.expm1(min(one, 700.0)) if metric.kind == "ratio" else max(-1.0, min(1.0, one))
             for one in (difference, difference - width, difference + width)
         )
-        if min(ours.n, theirs.n) >= LEAST[metric.kind]:
+        if all(one.is_enough(LEAST[metric.kind]) for one in (ours, theirs)):
             low, high = ends
             verdict = _verdict(low, high, margin or 0.0)
     return RolloutComparison(
@@ -220,7 +264,7 @@ def _shown(metric: Metric, sample: _Sample, width: float) -> SideFigure:
         math.exp(min(one, 700.0)) if metric.kind == "ratio" else max(0.0, min(1.0, one))
         for one in (sample.mean, sample.mean - width, sample.mean + width)
     )
-    return SideFigure(sample.n, mean, *((low, high) if sample.n >= LEAST[metric.kind] else ()))
+    return SideFigure(sample.n, mean, *((low, high) if sample.is_enough(LEAST[metric.kind]) else ()))
 
 
 def side_counts(rollout: RolloutRecord) -> tuple[RolloutSideCounts, ...]:
@@ -261,9 +305,10 @@ def decide(rollout: RolloutRecord, settings: RolloutSettings) -> Decision:
     """Return what the figures of a running rollout ask for.
 
     Worse by one metric's margin rolls back. A promotion needs the rules' number of answers, and each metric
-    that has a margin and any value at all to be not worse.
+    that has a margin and any value at all to be not worse. Nor may clients have left more of the candidate's
+    answers, by the margin of errors.
     """
-    comparisons = compare(rollout.figures, settings.rules)
+    comparisons = compare(rollout.figures, settings)
     ruled = [one for one in comparisons if one.margin is not None]
     for one in ruled:
         if one.verdict == "worse":
@@ -272,11 +317,44 @@ def decide(rollout: RolloutRecord, settings: RolloutSettings) -> Decision:
     waits = []
     if answered < settings.rules.requests:
         waits.append(f"requests: {answered} of {settings.rules.requests}")
+    waits += _lacking(rollout, settings)
+    waits += _left_more(rollout, settings.rules)
     if undecided := [_name(one) for one in ruled if one.verdict == "undecided"]:
         waits.append(f"not decided: {', '.join(undecided)}")
     if waits or not settings.promote:
         return Decision(waits_for=tuple(waits))
     return Decision("promoted", f"not worse by any margin after {answered} requests")
+
+
+def _lacking(rollout: RolloutRecord, settings: RolloutSettings) -> list[str]:
+    """Return what keeps the two sides from being compared."""
+    active, candidate = (rollout.figures.get(side, {}) for side in ("active", "candidate"))
+    if not active.get("errors.n"):
+        return ["no requests of the active version"] if candidate.get("errors.n") else []
+    if settings.by != "caller" or not candidate.get("errors.n"):
+        return []
+    rules = settings.rules
+    ruled = [LEAST[one.kind] for one in METRICS if getattr(rules, one.name) is not None]
+    least = max(ruled, default=0)
+    found = min(_sample(METRICS[0], side, clustered=True).clusters or 0 for side in (active, candidate))
+    return [f"groups of users: {found} of {least}"] if found < least else []
+
+
+def _left_more(rollout: RolloutRecord, rules: RolloutRules) -> list[str]:
+    """Return what is said of a candidate whose clients leave, as they do where it stalls."""
+    if rules.errors is None:
+        return []
+    shares = []
+    for side in ("active", "candidate"):
+        sums = rollout.figures.get(side, {})
+        left = sums.get("aborted", 0.0)
+        shares.append(left / max(1.0, left + sums.get("errors.n", 0.0)))
+    if shares[1] - shares[0] <= rules.errors:
+        return []
+    return [
+        f"clients left {_percent(shares[1])}% of the candidate's answers, and {_percent(shares[0])}% of the "
+        "active version's"
+    ]
 
 
 def _name(one: RolloutComparison) -> str:

@@ -51,6 +51,7 @@ from onebase_server.adapters.catalog import Catalog, RolloutPart, VersionRef
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.rollout_rules import (
     RolloutSettings,
+    cluster_of,
     compare,
     decide,
     is_refusal,
@@ -87,6 +88,8 @@ MOST_JUDGED = 16_000
 """Characters of the longest answer that is judged."""
 _KEPT_CHARACTERS = 400
 """Characters of an answer that are kept where none is judged: enough to see a refusal."""
+_TIMER_SECONDS = 0.01
+"""Time, in seconds, by which a timer may be early: loops have clocks of a millisecond."""
 _SWEEP_SECONDS = 600.0
 _WARM_SECONDS = 30.0
 _LOWEST_PRIORITY = -4
@@ -132,16 +135,19 @@ class Observation:
         """Record that the version could not be used at all."""
         lacking = isinstance(error, UnavailableError) and error.code.startswith("adapter_")
         if lacking or not isinstance(error, _PASSING):
-            self._rollouts.record(self.part, observe("errors", 1.0))
+            self._record(observe("errors", 1.0))
+
+    def _record(self, sums: Mapping[str, float]) -> None:
+        self._rollouts.record(self.part, sums, _cluster(self.part, self.request))
 
     def ended(self, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]) -> None:
         """Record the end of the request. finished: its choices by how they ended."""
         if finished["error"]:
             if not self._is_callers_fault:
-                self._rollouts.record(self.part, observe("errors", 1.0))
+                self._record(observe("errors", 1.0))
             return
         if finished["abort"]:
-            self._rollouts.record(self.part, {"aborted": 1.0})
+            self._record(observe("errors", 1.0) if self._is_late() else {"aborted": 1.0})
             return
         sums = observe("errors", 0.0)
         sums |= {"prompt_tokens": float(usage.prompt), "completion_tokens": float(usage.completion)}
@@ -156,13 +162,20 @@ class Observation:
                 per_token = max(1e-6, (timestamps.last - timestamps.first) / (each - 1))
                 sums |= observe("per_token", math.log(per_token))
                 sums["decode.seconds"] = max(0.0, timestamps.last - timestamps.first)
-        self._rollouts.record(self.part, sums)
+        self._record(sums)
         if self.part.side != "shadow":
             self._rollouts.keep_answer(self.part, self.request)
         if self._judges and self.text and len(self.text) <= MOST_JUDGED and self.settings.judge is not None:
             self._rollouts.judge(self.part, self.request, self.text, self.settings.judge)
         if self._copies:
             self._rollouts.copy(self.part, self.request)
+
+    def _is_late(self) -> bool:
+        """Return True if the request's time is over, and was the version's: a copy's goes by in waiting."""
+        deadline = self.request.deadline
+        if deadline is None or self.request.background:
+            return False
+        return asyncio.get_running_loop().time() >= deadline - _TIMER_SECONDS
 
 
 class _CopyRecorder:
@@ -238,13 +251,16 @@ class RolloutService:
         copies = copies and 100.0 * random.random() < part.rollout.shadow
         return Observation(self, request, part, copies=copies)
 
-    def record(self, part: RolloutPart, sums: Mapping[str, float]) -> None:
-        """Add to the figures of one side of a rollout."""
+    def record(self, part: RolloutPart, sums: Mapping[str, float], cluster: int | None = None) -> None:
+        """Add to the figures of one side of a rollout, and to those of the caller's cluster, if it counts."""
         rollout, side = part
         total = self.totals.setdefault((rollout.id, side), Counter())
         for figure, value in sums.items():
-            key = (rollout.id, side, figure)
-            self._waiting[key] = self._waiting.get(key, 0.0) + value
+            keys = [(rollout.id, side, figure)]
+            if cluster is not None and figure.endswith((".n", ".sum")):
+                keys.append((rollout.id, side, f"{figure}.{cluster}"))
+            for key in keys:
+                self._waiting[key] = self._waiting.get(key, 0.0) + value
             total[figure] += value  # type: ignore[assignment]  # a Counter of floats
         self._touched.add(rollout.id)
 
@@ -252,7 +268,14 @@ class RolloutService:
         """Keep the id of an answer for feedback, as long as there are not too many."""
         if len(self._answers) < MOST_ANSWERS:
             self._answers.append(
-                RolloutAnswer(request.tenant, request.id, part.rollout.id, part.side, time.time())
+                RolloutAnswer(
+                    request.tenant,
+                    request.id,
+                    part.rollout.id,
+                    part.side,
+                    time.time(),
+                    cluster=_cluster(part, request),
+                )
             )
 
     # ---- copies and judgements -------------------------------------------------------------------
@@ -342,7 +365,7 @@ class RolloutService:
         verdict = await self._run(planned, None)
         if verdict is not None:
             approves = verdict.strip().casefold().startswith(judge.approves.casefold())
-            self.record(part, observe("judge", float(approves)))
+            self.record(part, observe("judge", float(approves)), _cluster(part, request))
 
     def _runs(self, rollout: RolloutRecord) -> bool:
         record = self._catalog.of(rollout.tenant).own(rollout.name)
@@ -563,10 +586,17 @@ class RolloutService:
                 yield record.rollout
 
 
+def _cluster(part: RolloutPart, request: GenerationRequest) -> int | None:
+    """Return the caller's cluster in a rollout that divides callers; None if each request counts."""
+    by_request = part.rollout.settings.get("by") == "request"
+    if by_request or part.side == "shadow" or request.unit is None:
+        return None
+    return cluster_of(part.rollout, request.unit)
+
+
 def _facts(rollout: RolloutRecord) -> dict[str, Any]:
     """Return what the audit log holds of a rollout's end besides its sums."""
-    rules = RolloutSettings.of(rollout).rules
-    return {"comparisons": msgspec.to_builtins(compare(rollout.figures, rules))}
+    return {"comparisons": msgspec.to_builtins(compare(rollout.figures, RolloutSettings.of(rollout)))}
 
 
 def view(rollout: RolloutRecord) -> Rollout:
@@ -587,7 +617,7 @@ def view(rollout: RolloutRecord) -> Rollout:
         rules=settings.rules,
         judge=settings.judge,
         sides=side_counts(rollout),
-        comparisons=tuple(compare(rollout.figures, settings.rules)),
+        comparisons=tuple(compare(rollout.figures, settings)),
         waits_for=decide(rollout, settings).waits_for if runs else (),
         reason=rollout.reason,
         created_at=rollout.created_at,

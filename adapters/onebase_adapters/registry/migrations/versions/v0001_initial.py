@@ -421,6 +421,7 @@ def _create_rollouts() -> None:
         sa.Column("side", sa.String(), nullable=False),
         sa.Column("at", sa.Double(), nullable=False, index=True),
         sa.Column("score", sa.Double()),
+        sa.Column("cluster", sa.Integer()),
     )
 
 
