@@ -410,9 +410,9 @@ class RolloutSideCounts(msgspec.Struct, frozen=True, kw_only=True):
     errors: int
     refusals: int
     aborted: int
-    """Requests that their callers left, or whose time was over. They count for nothing else."""
+    """Requests that their callers left, and copies whose time was over. They are no part of the others."""
     skipped: int = 0
-    """Copies that were not made, since too many ran."""
+    """Copies and judgements that were not made, since too many ran."""
     prompt_tokens: int
     completion_tokens: int
 

@@ -63,6 +63,8 @@ _POLL_SECONDS = 0.25
 _ILL_SECONDS = 60.0
 """Time, in seconds, that an application may be unhealthy before that is an error: Ray may restart what is
 missing."""
+_NEW_ROUTE_SECONDS = 60.0
+"""Longest time, in seconds, that a route may take to start beside the one that it replaces."""
 _ROUTE_SECONDS = 120.0
 """Time, in seconds, after which a restarted route that does not answer is given up: Ray starts another
 actor."""
@@ -450,6 +452,20 @@ def _client(url: str, plan: ClusterConfig) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=url, headers=headers, timeout=10.0, trust_env=False)
 
 
+async def _reports(read: int, seconds: float) -> bool:
+    """Return True once a byte comes through a pipe; False if it ends without one, or none comes in time."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(read, readable.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await readable.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(read)
+    return bool(os.read(read, 1))
+
+
 # ---- the address that they have together ---------------------------------------------------------
 
 
@@ -470,6 +486,7 @@ class Ingress:
         self._described: dict[str, dict[str, str]] = {}
         self._following: list[asyncio.Task[None]] = []
         self._ended = asyncio.Event()
+        self._restarting = asyncio.Lock()
         self._child = self._start()
         await self._child.ready(self._client, "/health")
 
@@ -488,27 +505,31 @@ class Ingress:
         return Child(command, self._listener, on_end, ready=ready)
 
     async def restart(self) -> None:
-        """Replace the route by what is installed now. Raises ClusterError if that does not start.
+        """Replace the route by what is installed now, once at a time. Raises ClusterError if that does not
+        start.
 
         The old one accepts connections until the new one serves and stops it.
         """
-        old = self._child
-        read, write = os.pipe()
-        try:
-            new = self._start("--take-over", str(old.pid), ready=write)
-        finally:
-            os.close(write)
-        old.is_ready = False  # its end is no fault
-        try:
-            if await asyncio.to_thread(os.read, read, 1):
-                self._child, new.is_ready = new, True
-                return
-        finally:
-            os.close(read)
-        old.is_ready = old.status is None
-        if not old.is_ready:
-            self._ended.set()
-        raise ClusterError(f"the new route ended before it was ready: {new.last_line}")
+        async with self._restarting:
+            old = self._child
+            read, write = os.pipe()
+            try:
+                new = self._start("--take-over", str(old.pid), ready=write)
+            finally:
+                os.close(write)
+            old.is_ready = False  # its end is no fault
+            try:
+                if await _reports(read, _NEW_ROUTE_SECONDS):
+                    self._child, new.is_ready = new, True
+                    return
+            finally:
+                os.close(read)
+                if self._child is not new:
+                    new.kill()
+                    old.is_ready = old.status is None
+                    if not old.is_ready:
+                        self._ended.set()
+            raise ClusterError(f"the new route was not ready: {new.last_line or 'it said nothing'}")
 
     def replicas_are(self, servers: Mapping[str, dict[str, str]]) -> None:
         """Set the servers to list, by URL with what they say of themselves. Called by the router, in a thread

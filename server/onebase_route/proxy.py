@@ -709,12 +709,6 @@ class Route:
         """Return the answer of the first server that has one. again: whether one that broke may have computed
         it."""
         sent = _Sent(self, client, wanted, body, again)
-        try:
-            return await self._first_answer(sent, body, again)
-        finally:
-            sent.stop_waiting()
-
-    async def _first_answer(self, sent: _Sent, body: bytes | AsyncIterator[bytes], again: bool) -> ASGIApp:
         problem: Response | None = None
         is_elsewhere = is_final = False
         while True:
@@ -761,10 +755,14 @@ class Route:
         is_replaced = now - self._ready_at < _REPLACED_SECONDS
         seconds = self._wait if self._wait is not None else _WAIT_SECONDS if is_replaced else 0.0
         left = sent.since + seconds - now
-        if left <= 0 or not sent.begin_waiting(self._waiting_room):
+        tenant, size = self.tenant_of(sent.client.request), sent.size
+        if left <= 0 or not self._waiting_room.enter(tenant, size):
             return False
-        with anyio.move_on_after(min(left, LOOK_SECONDS)):
-            await self._came.wait()
+        try:  # its place is free again while a server has it
+            with anyio.move_on_after(min(left, LOOK_SECONDS)):
+                await self._came.wait()
+        finally:
+            self._waiting_room.leave(tenant, size)
         sent.tried = []
         return True
 
@@ -777,7 +775,7 @@ class Route:
         """Remember the tenant of the request's key, if the server has named it."""
         tenant = answer.headers.get(TENANT.decode())
         digest = _key_digest(request)
-        if tenant is None or not digest:
+        if not tenant or not digest:
             return
         self._tenants[digest] = tenant[:_NAME_CHARACTERS]
         self._tenants.move_to_end(digest)
@@ -818,8 +816,6 @@ class _Sent:
         self.lost = False
         """True once a server could not be reached, or broke."""
         self.refused = 0
-        self._leave_room: Callable[[], None] | None = None
-        """Gives up its place among those that wait, while it has one."""
         self._most_broken = _MOST_BROKEN
         self._unfit: set[str] = set()
         """Servers that cannot resume the stream, also later."""
@@ -827,20 +823,10 @@ class _Sent:
         self._body = body
         self._again = again
 
-    def begin_waiting(self, room: WaitingRoom) -> bool:
-        """Take a place among those that wait for a server, once. Return False if there is none."""
-        if self._leave_room is None:
-            tenant = self.route.tenant_of(self.client.request)
-            size = len(self._body) if isinstance(self._body, bytes) else 0
-            if not room.enter(tenant, size):
-                return False
-            self._leave_room = partial(room.leave, tenant, size)
-        return True
-
-    def stop_waiting(self) -> None:
-        if self._leave_room is not None:
-            self._leave_room()
-            self._leave_room = None
+    @property
+    def size(self) -> int:
+        """Size, in bytes, of the body that it has in memory."""
+        return len(self._body) if isinstance(self._body, bytes) else 0
 
     async def next(self, transcript: bytes = b"") -> tuple[httpx2.Response, _Sending]:
         """Send the request to the next server, and return its answer.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import pytest
@@ -17,6 +20,12 @@ from tests.server.test_several_servers import shared
 
 from onebase import Client
 from onebase.cli import main
+from onebase_edge.errors import QuotaSpentError, UnavailableError
+from onebase_protocol.adapters import RolloutJudge
+from onebase_server.adapters.catalog import RolloutPart
+from onebase_server.inference.generation import GenerationRequest
+from onebase_server.requests import rollouts
+from onebase_server.requests.planner import OwnParts, Planner
 
 from .access import Keys, client_with
 from .support import Server, Starter, upload
@@ -320,7 +329,7 @@ def test_a_judge_looks_at_both_sides(scripted: Server) -> None:
         start(http, "judged", new, percent=50, judge=judge)
 
         def both() -> bool:
-            for number in range(6):
+            for number in range(16):
                 version_of(ask(http, "judged", f"user-{number}"))
             one = scored(rollout_of(http, "judged"), "judge")
             return bool(min(one["active"]["n"], one["candidate"]["n"]) >= 2)
@@ -361,9 +370,6 @@ def test_a_rollout_and_its_feedback_are_of_one_tenant(
 
 
 def test_scores_are_limited_by_tenant(scripted: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onebase_edge.errors import QuotaSpentError
-    from onebase_server.requests import rollouts
-
     monkeypatch.setattr(rollouts, "MOST_FEEDBACK", 2)
     service = rollouts.RolloutService.__new__(rollouts.RolloutService)
     service._feedback = {}
@@ -373,6 +379,157 @@ def test_scores_are_limited_by_tenant(scripted: Server, monkeypatch: pytest.Monk
         service._count_feedback("ann")
     assert error.value.details["quota"] == "feedback"
     service._count_feedback("bob")
+
+
+# ---- tenants beside each other --------------------------------------------------------------------
+
+
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that needs a loop of its own."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+def idle_service() -> rollouts.RolloutService:
+    """A service that no server runs."""
+    made: Any = rollouts.RolloutService
+    service: rollouts.RolloutService = made(*(Mock() for _ in range(9)))
+    return service
+
+
+@in_a_loop
+async def test_a_decision_that_waits_or_fails_stops_no_other_and_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked: Counter[str] = Counter()
+
+    async def look(service: rollouts.RolloutService, rollout: str) -> None:
+        looked[rollout] += 1
+        if rollout == "waits":
+            await asyncio.Event().wait()
+        if rollout == "fails":
+            raise UnavailableError("there is no room", code="adapter_unavailable", retry_after=1.0)
+
+    monkeypatch.setattr(rollouts.RolloutService, "_decide_one", look)
+    monkeypatch.setattr(rollouts, "FLUSH_SECONDS", 0.0)
+    service = idle_service()
+    for _ in range(5):
+        service._touched |= {"waits", "fails", "other"}
+        service._decide()
+        await asyncio.sleep(0.01)
+    assert looked == {"waits": 1, "fails": 5, "other": 5}
+    assert len([one for one in caplog.records if "is not decided yet" in one.message]) == 1
+    monkeypatch.setattr(rollouts, "FLUSH_SECONDS", 1.0)
+    for _ in range(3):
+        service._decide()
+        await asyncio.sleep(0.01)
+    assert looked["fails"] == 6, "it is tried again after a pause"
+    for task in service._deciding.values():
+        task.cancel()
+
+
+@in_a_loop
+async def test_a_decision_that_takes_too_long_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def wait(service: rollouts.RolloutService, rollout: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(rollouts.RolloutService, "_decide_one", wait)
+    monkeypatch.setattr(rollouts, "DECISION_SECONDS", 0.01)
+    service = idle_service()
+    service._touched.add("waits")
+    service._decide()
+    await asyncio.gather(*service._deciding.values())
+    assert "it took more than 0.01 s" in caplog.text
+    assert service._touched == {"waits"}
+
+
+@in_a_loop
+async def test_a_tenant_leaves_places_for_copies_and_answers_to_others() -> None:
+    service = idle_service()
+    ended = asyncio.Event()
+
+    async def copy() -> None:
+        await ended.wait()
+
+    assert [service._start("ann", copy()) for _ in range(6)] == [True] * 4 + [False] * 2
+    assert [service._start("bob", copy()) for _ in range(3)] == [True, True, False]
+    assert service._start("cid", copy())
+    ended.set()
+    await asyncio.gather(*service._tasks)
+
+    part: Any = Mock()
+    part.rollout.settings = {"by": "request"}
+    for tenant in ("ann", "bob"):
+        request: Any = Mock(tenant=tenant)
+        for _ in range(rollouts.MOST_ANSWERS):
+            service.keep_answer(part, request)
+    kept = Counter(one.tenant for one in service._answers)
+    assert kept["ann"] == rollouts.MOST_ANSWERS // 2
+    assert kept["bob"] == rollouts.MOST_ANSWERS // 4
+
+
+@in_a_loop
+async def test_a_judgement_without_a_place_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "MOST_COPIES", 0)
+    service = idle_service()
+    part = RolloutPart(Mock(id="rollout-1"), "candidate")
+    service.judge(part, Mock(tenant="ann"), "text", RolloutJudge(adapter="judge"))
+    assert service.totals["rollout-1", "candidate"]["skipped"] == 1
+
+
+@in_a_loop
+async def test_candidates_are_loaded_one_by_one_for_their_tenants() -> None:
+    service = idle_service()
+    tenants: list[str] = []
+    at_once, most = 0, 0
+
+    @asynccontextmanager
+    async def lease(uses: object, *, tenant: str) -> AsyncIterator[None]:
+        nonlocal at_once, most
+        tenants.append(tenant)
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0)
+        yield
+        at_once -= 1
+
+    service._residency = Mock(lease=lease)
+    records: list[Any] = [
+        Mock(tenant=tenant, rollout=Mock(candidate="c")) for tenant in ("ann", "bob", "cid")
+    ]
+    await asyncio.gather(*(service._warm(record) for record in records))
+    assert (tenants, most) == (["ann", "bob", "cid"], 1)
+
+
+def test_only_what_a_judge_reads_keeps_its_conversation() -> None:
+    planner = Planner.__new__(Planner)
+    planner._tokenizer = Mock()
+    request = GenerationRequest("gen-1", "ann", (), Mock(), said=["hello"])
+    own = OwnParts(planner._tokenizer)
+
+    def planned(settings: dict[str, Any] | None) -> GenerationRequest:
+        part = None if settings is None else RolloutPart(Mock(settings=settings), "active")
+        return planner._with_choice(request, Mock(part=part), own)
+
+    assert planned(None).said is None
+    assert planned({"judge": None}).said is None
+    assert planned({"judge": {"adapter": "polite"}}).said == ["hello"]
+
+
+def test_phrases_of_refusals_are_compared_without_regard_to_apostrophes(scripted: Server) -> None:
+    with scripted.client() as http:
+        _, new = two_versions(http, "phrased")
+        start(http, "phrased", new, percent=50, refusal_phrases=["Don\u2019t Know"])
+        for apostrophe in ("'", "\u2019"):
+            prompt = f"don{apostrophe}t know"
+            assert ask(http, "phrased", prompt=prompt, max_tokens=12).status_code == 200
+        scripted.wait_for(lambda: sum(side["refusals"] for side in rollout_of(http, "phrased")["sides"]) == 2)
 
 
 # ---- several servers ----------------------------------------------------------------------------

@@ -266,10 +266,30 @@ def test_a_request_waits_while_its_only_server_is_replaced(head: bytes) -> None:
     with before({path: STOPPING}) as running, ThreadPoolExecutor(1) as pool:
         first = pool.submit(running.ask, head, *body, body=b"{}")
         assert wait(lambda: len(running.behind[0].heads) >= 2), "it is asked again"
-        assert b"onebase_route_waiting 1.0" in running.ask(b"GET /metrics")
+        assert wait(lambda: b"onebase_route_waiting 1.0" in running.ask(b"GET /metrics"))
         running.behind[0].answers[path] = answer(b"{}")
         assert first.result().startswith(b"HTTP/1.1 200")
         assert b"onebase_route_waiting 0.0" in running.ask(b"GET /metrics")
+
+
+def test_a_request_that_has_waited_gives_its_place_up_while_a_server_has_it() -> None:
+    begun, released = threading.Event(), threading.Event()
+
+    async def compute(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begun.set()
+        await asyncio.to_thread(released.wait)
+        writer.write(answer(b"{}"))
+
+    with before({"/x": STOPPING}) as running, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(running.ask, b"GET /x")
+        try:
+            assert wait(lambda: b"onebase_route_waiting 1.0" in running.ask(b"GET /metrics"))
+            running.behind[0].answers["/x"] = compute
+            assert begun.wait(60)
+            assert b"onebase_route_waiting 0.0" in running.ask(b"GET /metrics")
+        finally:
+            released.set()
+        assert first.result().startswith(b"HTTP/1.1 200")
 
 
 def test_a_request_does_not_wait_where_the_route_is_told_so_or_no_server_was_ever_ready() -> None:
@@ -299,6 +319,14 @@ def test_those_who_wait_are_told_apart_by_the_tenants_that_servers_name() -> Non
 
         assert tenant((b"authorization", b"Bearer first")) == tenant((b"x-api-key", b"second"))
         assert tenant((b"authorization", b"Bearer made up")) == tenant() == "address 192.0.2.7"
+
+
+def test_an_empty_tenant_is_nobodys() -> None:
+    with before({"/x": answer(b"{}", b"x-onebase-tenant: ")}) as running:
+        running.ask(b"GET /x", b"Authorization: Bearer made up")
+        headers = [(b"authorization", b"Bearer made up")]
+        scope = {"type": "http", "client": ("192.0.2.7", 1), "headers": headers}
+        assert running.route.tenant_of(Request(scope)) == "address 192.0.2.7"
 
 
 def test_a_tenant_that_waits_leaves_half_of_the_places_and_bytes_to_others() -> None:

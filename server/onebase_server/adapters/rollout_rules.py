@@ -39,9 +39,9 @@ REFUSALS = (
     "i can't", "i cannot", "i can not", "i'm unable to", "i am unable to", "i'm not able to",
     "i am not able to", "i won't", "i will not", "i'm sorry, but", "i am sorry, but", "as an ai",
 )  # fmt: skip
-"""Phrases at the beginning of an answer by which it counts as a refusal, unless a rollout names others."""
+"""Phrases by which an answer counts as a refusal, unless a rollout names others."""
 _BEGINNING = 160
-"""Characters of an answer among which a phrase is looked for."""
+"""First characters of an answer, without leading space, among which a phrase is looked for."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,14 @@ def chooses_candidate(rollout: RolloutRecord, unit: RequestUnit) -> bool:
     return 100.0 * position(rollout.id, unit.request if by_request else unit.caller) < rollout.percent
 
 
+def plain_phrase(text: str) -> str:
+    """Return a text as phrases are compared: in any case, and with straight apostrophes."""
+    return text.replace("\u2019", "'").casefold()
+
+
 def is_refusal(text: str, phrases: tuple[str, ...]) -> bool:
-    """Return True if an answer begins like a refusal."""
-    beginning = text.lstrip()[:_BEGINNING].replace("\u2019", "'").casefold()
+    """Return True if one of the phrases stands near the beginning of an answer."""
+    beginning = plain_phrase(text.lstrip()[:_BEGINNING])
     return any(phrase in beginning for phrase in phrases or REFUSALS)
 
 

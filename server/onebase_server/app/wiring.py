@@ -221,7 +221,6 @@ def assemble(
         usage=usage,
         check_room=keys.check_room,
     )
-    reading = Threads("read", READ_THREADS)
     samples = Samples(
         storage.registry.live,
         threads.records,

@@ -288,17 +288,18 @@ class AuthenticationMiddleware:
             await self._with_quotas(reservation, scope, receive, send)
 
     def _dated(self, scope: Scope, send: Send) -> Send:
-        """Add to the answer, for the route, whose it is, and which of the registry's changes it is as of.
+        """Add to the answer, for the route, whose key asked, if any did, and which of the registry's changes it is as of.
         Answers about what is not in the catalog may be newer than all that this server has read."""
         catalog = self._services.catalog
-        tenant = (TENANT_HEADER, quote(scope[CALLER].tenant).encode())
+        caller: Caller = scope[CALLER]
+        whose = [] if caller is NOBODY else [(TENANT_HEADER, quote(caller.tenant).encode())]
         reads = scope["path"].startswith(_PAST_THE_CATALOG)
 
         async def dated(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if reads:
                     await catalog.look()
-                message["headers"] = [*message["headers"], tenant, (CHANGE, b"%d" % max(0, catalog.counter))]
+                message["headers"] = [*message["headers"], *whose, (CHANGE, b"%d" % max(0, catalog.counter))]
             await send(message)
 
         return dated

@@ -100,11 +100,12 @@ class GenerationRequest:
     unit: RequestUnit | None = None
     """Keys by which rollouts divide requests; None: the active version answers it."""
     said: Sequence[Any] | None = field(default=None, compare=False, repr=False)
-    """Messages of the conversation that it answers; None: its prompt is no conversation."""
+    """Messages of the conversation that it answers, for a rollout's judge; None: no judge reads it, or its
+    prompt is no conversation."""
     plan_with: Callable[[AdapterChoice], Awaitable[GenerationRequest]] | None = field(
         default=None, compare=False, repr=False
     )
-    """Function that plans the same request with another version, on a request that is part of a rollout."""
+    """Function that plans the same request with another version, on a request that may get a copy."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 

@@ -260,8 +260,8 @@ class Planner:
             choice = check_generates(await choose(request))
             found = await self.parts_for(choice, tenant, body)
             if found == own:
-                planned = self._with_choice(request, choice, own)
-                if choice.part is None:
+                planned, part = self._with_choice(request, choice, own), choice.part
+                if part is None or part.side != "active" or not part.rollout.shadow:
                     return planned
                 return replace(planned, plan_with=partial(self._plan_with, plan, tenant, body))
             own = found
@@ -274,8 +274,11 @@ class Planner:
     def _with_choice(
         self, request: GenerationRequest, choice: AdapterChoice, own: OwnParts
     ) -> GenerationRequest:
+        """Return the request with its adapter, and its conversation if a judge may read it."""
         tokenizer = None if own.tokenizer is self._tokenizer else own.tokenizer
-        return replace(request, adapter=choice, tokenizer=tokenizer)
+        is_judged = choice.part is not None and choice.part.rollout.settings.get("judge") is not None
+        said = request.said if is_judged else None
+        return replace(request, adapter=choice, tokenizer=tokenizer, said=said)
 
     async def _plan_with(
         self,

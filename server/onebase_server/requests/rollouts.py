@@ -17,6 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ from onebase_adapters.registry import (
     RolloutRecord,
     RolloutSide,
     RolloutState,
+    UnknownRolloutError,
     acting,
 )
 from onebase_edge.background import Threads
@@ -76,12 +78,17 @@ CLOSE_SECONDS = 5.0
 """Limit for the last write, when the server stops."""
 ANSWER_DAYS = 2.0
 """Days for which an answer is kept for feedback."""
+DECISION_SECONDS = 60.0
+"""Longest time, in seconds, that one look at a rollout may take, with the loading of its candidate."""
+_MOST_PAUSE = 300.0
+"""Longest pause, in seconds, after looks that failed."""
 MOST_ANSWERS = 500
-"""Answers in a second, of all rollouts on this server, that are kept for feedback."""
+"""Answers in a second, of all rollouts on this server, that are kept for feedback. A tenant has no more of
+them than are free, as in the route's waiting room."""
 MOST_FEEDBACK = 600
 """Scores that one tenant may send to this server in a minute."""
-MOST_COPIES, MOST_COPIES_EACH = 8, 4
-"""Copies and judgements that run at once: on this server, and of one tenant."""
+MOST_COPIES = 8
+"""Copies and judgements that run at once on this server. A tenant has no more of them than are free."""
 COPY_SECONDS = 300.0
 """Longest time, in seconds, that a copy or a judgement may take."""
 MOST_JUDGED = 16_000
@@ -225,8 +232,14 @@ class RolloutService:
         self._writing: tuple[dict[tuple[str, RolloutSide, str], float], list[RolloutAnswer]] = ({}, [])
         self._waiting: dict[tuple[str, RolloutSide, str], float] = {}
         self._answers: list[RolloutAnswer] = []
+        self._answers_of: Counter[str] = Counter()
+        """Number of `_answers` by tenant."""
         self._touched: set[str] = set()
         """Rollouts with new figures since the last look at them."""
+        self._deciding: dict[str, asyncio.Task[None]] = {}
+        """Looks at rollouts that run, by rollout."""
+        self._undecided: dict[str, tuple[int, float]] = {}
+        """Failed looks in a row, and the time of the next (monotonic), by rollout."""
         self._turn = asyncio.Lock()
         self._away = False
         self._feedback: dict[str, Window] = {}
@@ -234,6 +247,7 @@ class RolloutService:
         """Copies and judgements that run, with their tenants."""
         self._known: set[str] = set()
         self._warming: set[asyncio.Task[None]] = set()
+        self._one_warms = asyncio.Semaphore(1)
         self._swept_at = -math.inf
         self._closed = False
         self.totals: dict[tuple[str, RolloutSide], Counter[str]] = {}
@@ -266,7 +280,8 @@ class RolloutService:
 
     def keep_answer(self, part: RolloutPart, request: GenerationRequest) -> None:
         """Keep the id of an answer for feedback, as long as there are not too many."""
-        if len(self._answers) < MOST_ANSWERS:
+        if self._answers_of[request.tenant] < MOST_ANSWERS - len(self._answers):
+            self._answers_of[request.tenant] += 1
             self._answers.append(
                 RolloutAnswer(
                     request.tenant,
@@ -288,12 +303,13 @@ class RolloutService:
 
     def judge(self, part: RolloutPart, request: GenerationRequest, text: str, judge: RolloutJudge) -> None:
         """Have the rollout's judge look at an answer."""
-        self._start(request.tenant, self._judge(part, request, text, judge))
+        if not self._start(request.tenant, self._judge(part, request, text, judge)):
+            self.record(part, {"skipped": 1.0})
 
     def _start(self, tenant: str, work: Coroutine[Any, Any, None]) -> bool:
         """Start a copy or a judgement, unless too many run. Return True if it was started."""
         of_tenant = sum(one == tenant for one in self._tasks.values())
-        if self._closed or len(self._tasks) >= MOST_COPIES or of_tenant >= MOST_COPIES_EACH:
+        if self._closed or of_tenant >= MOST_COPIES - len(self._tasks):
             work.close()
             return False
         # In a context of its own: whoever asked is not charged for it.
@@ -363,7 +379,9 @@ class RolloutService:
             _log.warning("rollout %s: its judge cannot be asked: %s", part.rollout.id, error)
             return
         verdict = await self._run(planned, None)
-        if verdict is not None:
+        if verdict is None:
+            self.record(part, {"skipped": 1.0})
+        else:
             approves = verdict.strip().casefold().startswith(judge.approves.casefold())
             self.record(part, observe("judge", float(approves)), _cluster(part, request))
 
@@ -378,7 +396,7 @@ class RolloutService:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             await self.flush()
-            await self._decide()
+            self._decide()
             await self._sweep()
 
     async def flush(self) -> bool:
@@ -386,7 +404,7 @@ class RolloutService:
         async with self._turn:
             if not any(self._writing):
                 self._writing = (self._waiting, self._answers)
-                self._waiting, self._answers = {}, []
+                self._waiting, self._answers, self._answers_of = {}, [], Counter()
             if not any(self._writing):
                 return True
             try:
@@ -405,7 +423,7 @@ class RolloutService:
     async def close(self) -> None:
         """End copies, and write what is left, if the registry can be written."""
         self._closed = True
-        for task in [*self._tasks, *self._warming]:
+        for task in [*self._tasks, *self._warming, *self._deciding.values()]:
             task.cancel()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
@@ -414,19 +432,41 @@ class RolloutService:
         except TimeoutError:
             _log.error("the registry was away to the end: the last figures of rollouts are not in it")
 
-    async def _decide(self) -> None:
-        """End the rollouts whose figures ask for it, of those that this server has touched."""
-        touched, self._touched = self._touched, set()
-        for rollout in touched:
-            try:
+    def _decide(self) -> None:
+        """Look at the rollouts that this server has touched, each in a task of its own: a promotion may wait
+        until its candidate is loaded."""
+        now = time.monotonic()
+        for rollout in self._touched - self._deciding.keys():
+            _, again_at = self._undecided.get(rollout, (0, now))
+            if again_at > now:
+                continue
+            self._touched.discard(rollout)
+            task = asyncio.get_running_loop().create_task(self._try_to_decide(rollout))
+            self._deciding[rollout] = task
+            task.add_done_callback(partial(self._decided, rollout))
+
+    def _decided(self, rollout: str, task: asyncio.Task[None]) -> None:
+        self._deciding.pop(rollout, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("rollout %s cannot be decided", rollout, exc_info=error)
+
+    async def _try_to_decide(self, rollout: str) -> None:
+        """End a rollout if its figures ask for it. What fails is tried again, ever more rarely."""
+        try:
+            async with asyncio.timeout(DECISION_SECONDS):
                 await self._decide_one(rollout)
-            except RegistryError as error:
-                self._touched.add(rollout)
-                _log.warning("rollout %s: %s", rollout, error)
-            except ApiError as error:
-                if not isinstance(error, StateConflictError):  # another server was faster
-                    self._touched.add(rollout)
-                    _log.warning("rollout %s: %s", rollout, error)
+        except (StateConflictError, UnknownRolloutError):  # another server was faster, or it is deleted
+            self._undecided.pop(rollout, None)
+        except (RegistryError, ApiError, TimeoutError) as error:
+            failures = self._undecided.get(rollout, (0, 0.0))[0] + 1
+            seconds = min(_MOST_PAUSE, FLUSH_SECONDS * 2**failures)
+            self._undecided[rollout] = failures, time.monotonic() + seconds
+            self._touched.add(rollout)
+            if failures == 1:  # the others would say the same
+                why = error if str(error) else f"it took more than {DECISION_SECONDS:g} s"
+                _log.warning("rollout %s is not decided yet: %s", rollout, why)
+        else:
+            self._undecided.pop(rollout, None)
 
     async def _decide_one(self, rollout: str) -> None:
         found = await self._records.run_blocking(self._registry.rollouts.find, rollout)
@@ -475,7 +515,11 @@ class RolloutService:
             return
         use = VersionRef(record.tenant, record.name, record.rollout.candidate)
         try:
-            async with asyncio.timeout(_WARM_SECONDS), self._residency.lease([use]):
+            async with (
+                self._one_warms,
+                asyncio.timeout(_WARM_SECONDS),
+                self._residency.lease([use], tenant=record.tenant),
+            ):
                 pass
         except (ApiError, TimeoutError) as error:
             _log.info("the candidate of %r is not in memory yet: %s", record.name, error)

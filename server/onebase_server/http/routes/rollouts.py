@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from onebase_edge.errors import AdapterNotFoundError
 from onebase_protocol.adapters import FeedbackAnswer, Rollout, RolloutJudge
 from onebase_protocol.common import ListAnswer
-from onebase_server.adapters.rollout_rules import RolloutSettings
+from onebase_server.adapters.rollout_rules import RolloutSettings, plain_phrase
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
@@ -37,7 +37,7 @@ async def start_rollout(
         by=body.by,
         promote=body.promote,
         judge=judge,
-        phrases=tuple(phrase.casefold() for phrase in body.refusal_phrases or ()),
+        phrases=tuple(plain_phrase(phrase) for phrase in body.refusal_phrases or ()),
     )
     started = await services.rollouts.start(
         caller.tenant,
