@@ -18,7 +18,6 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -187,6 +186,7 @@ _PLACES = (
     (re.compile(r"(/v1/keys|/v1/tenants)/[^/]+"), r"\1"),
     (re.compile(r"(/v1/adapters/[^/]+)/(?:activate|rollback|deactivate)"), r"\1/history"),
     (re.compile(r"(/v1/adapters/[^/]+)/(?:pin|share)"), r"\1"),
+    (re.compile(r"(/v1/adapters/[^/]+/rollout)/(?:share|promote|rollback)"), r"\1"),
     (re.compile(r"(/v1/(?:batches|fine_tuning/jobs)/[^/]+)/(?:cancel|pause|stop|resume)"), r"\1"),
 )
 """Paths of requests that change something, each with the path at which GET shows the result. Others have

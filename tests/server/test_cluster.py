@@ -667,6 +667,57 @@ def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_
     asyncio.run(asyncio.wait_for(play(), 120))
 
 
+REPORTS = "import os, time; os.write(int(os.environ['{ready}']), b'1'); time.sleep(600)"
+SILENT = "import time; time.sleep(600)"
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_route_is_replaced_once_at_a_time_and_one_that_is_not_ready_in_time_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    from onebase_route import cluster
+
+    class OwnIngress(cluster.Ingress):
+        def _start(self, *options: str, ready: int | None = None) -> Any:
+            program = ROUTE if ready is None else SILENT if silent else REPORTS.format(ready=cluster.READY)
+            before = options[1:]
+            child = cluster.Child([sys.executable, "-c", program], self._listener, lambda: None, ready=ready)
+            started.append((before, child))
+            return child
+
+    started: list[tuple[Any, Any]] = []
+
+    async def play() -> None:
+        monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
+        plan = cluster.ClusterConfig(
+            ingress=["onebase", "route", "--port", "0"], data_dir=str(tmp_path), wait=5.0
+        )
+        ingress = OwnIngress.__new__(OwnIngress)
+        await ingress.__init__(plan)  # type: ignore[misc]  # as Ray does
+        if silent:
+            monkeypatch.setattr(cluster, "_NEW_ROUTE_SECONDS", 0.2)
+        first = ingress._child
+        try:
+            answers = await asyncio.gather(ingress.restart(), ingress.restart(), return_exceptions=True)
+            _, (_, second), (before, third) = started
+            if silent:
+                assert all(isinstance(one, cluster.ClusterError) for one in answers)
+                assert ingress._child is first
+                assert first.is_ready
+                while second.status is None or third.status is None:
+                    await asyncio.sleep(0.01)
+            else:
+                assert answers == [None, None]
+                assert before == (str(second.pid),), "it takes the place of the one before it"
+                assert ingress._child is third
+        finally:
+            for _, child in started:
+                child.kill()
+            await ingress.kill()
+
+    asyncio.run(asyncio.wait_for(play(), 120))
+
+
 def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     from onebase_edge.listener import bind
     from onebase_edge.settings import LISTENER, load_settings

@@ -288,8 +288,9 @@ class AuthenticationMiddleware:
             await self._with_quotas(reservation, scope, receive, send)
 
     def _dated(self, scope: Scope, send: Send) -> Send:
-        """Add to the answer, for the route, whose key asked, if any did, and which of the registry's changes it is as of.
-        Answers about what is not in the catalog may be newer than all that this server has read."""
+        """Add to the answer, for the route, the tenant of its key, if it had one, and which of the registry's
+        changes it is as of. Answers about what is not in the catalog may be newer than all that this server
+        has read."""
         catalog = self._services.catalog
         caller: Caller = scope[CALLER]
         whose = [] if caller is NOBODY else [(TENANT_HEADER, quote(caller.tenant).encode())]
