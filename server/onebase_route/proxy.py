@@ -162,7 +162,7 @@ _TEXT = frozenset(
         "/v1/conversations", "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens",
         "/v1/embeddings", "/v1/classify", "/classify",
         "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize",
-        "/detokenize",
+        "/detokenize", "/v1/feedback",
     }
 )  # fmt: skip
 """Paths of requests that may be sent again to another server, whatever came of the first."""

@@ -596,6 +596,21 @@ def test_a_server_without_keys_serves_nobody_whom_a_proxy_brings_from_another_ma
         assert http.get("/v1/key", headers=FROM_AFAR[0]).status_code == 200
 
 
+def test_a_route_is_told_the_tenant_of_a_key_and_nobodys_of_none(
+    serve_scripted: Starter, keys: Keys, tmp_path: Path
+) -> None:
+    admin, user = keys.make("admin"), keys.make("generate", tenant="acme")
+    with serve_scripted("words", data_dir=tmp_path) as server, client_with(server, admin) as http:
+        route = as_route(http)
+        with server.client() as stranger:
+            for headers in ({}, bearer("made-up")):
+                answer = stranger.get("/health", headers=route | headers)
+                assert answer.status_code == 200
+                assert "x-onebase-tenant" not in answer.headers
+            named = stranger.get("/v1/key", headers=route | bearer(user))
+            assert named.headers["x-onebase-tenant"] == "acme"
+
+
 def test_a_change_that_somebody_names_costs_no_look_at_the_registry(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
