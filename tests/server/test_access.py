@@ -597,9 +597,11 @@ def test_a_server_without_keys_serves_nobody_whom_a_proxy_brings_from_another_ma
 
 
 def test_a_route_is_told_the_tenant_of_a_key_and_nobodys_of_none(
-    serve_scripted: Starter, keys: Keys, tmp_path: Path
+    serve_scripted: Starter, tmp_path: Path
 ) -> None:
+    keys = Keys(tmp_path)
     admin, user = keys.make("admin"), keys.make("generate", tenant="acme")
+    keys.close()
     with serve_scripted("words", data_dir=tmp_path) as server, client_with(server, admin) as http:
         route = as_route(http)
         with server.client() as stranger:
