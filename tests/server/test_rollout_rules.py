@@ -66,6 +66,12 @@ def test_the_share_of_users_is_the_share_that_was_asked_for(percent: float) -> N
     assert abs(chosen - expected) < 5 * math.sqrt(expected)
 
 
+def test_a_small_share_has_users_of_all_clusters() -> None:
+    one = rollout(2.0)
+    users = [user for user in (unit(f"user-{n}") for n in range(30_000)) if chooses_candidate(one, user)]
+    assert len({cluster_of(one, user) for user in users}) == 64
+
+
 def test_another_rollout_tries_other_users() -> None:
     users = [unit(f"user-{one}") for one in range(2000)]
     first, second = (

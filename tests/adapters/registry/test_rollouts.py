@@ -144,6 +144,22 @@ def test_feedback_is_of_the_tenant_that_was_answered_and_its_last_word_counts(tw
     assert two.rollouts.rate("default", "gen-1", 1.0) is None
 
 
+def test_feedback_adds_to_the_cluster_of_its_user_and_the_audit_log_holds_the_sums_of_all(
+    two: Registry,
+) -> None:
+    rollout(two)
+    answer = RolloutAnswer("default", "gen-1", "rollout-1", "candidate", 100.0, cluster=7)
+    two.rollouts.add("first", 1, {}, [answer])
+    for score in (1.0, 0.5):
+        two.rollouts.rate("default", "gen-1", score)
+    whole = {"feedback.n": 1.0, "feedback.sum": 0.5, "feedback.squares": 0.25}
+    sums = two.rollouts.find("rollout-1").figures["candidate"]
+    assert sums == whole | {"feedback.n.7": 1.0, "feedback.sum.7": 0.5}
+    ended = two.end_rollout(*HERE, "rolled_back", "worse")
+    assert ended.figures["candidate"] == sums
+    assert two.audit.entries(limit=1)[0].details["figures"] == {"candidate": whole}
+
+
 def test_an_answer_that_ends_after_its_rollout_can_still_be_rated_but_counts_for_nothing(
     two: Registry,
 ) -> None:
