@@ -306,7 +306,12 @@ def test_a_sum_of_adapters_counts_for_each_of_them() -> None:
 
 def sample_names() -> dict[str, str]:
     """Of each sample the family."""
-    ends = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    ends = {
+        "gauge": ("",),
+        "counter": ("_total",),
+        "histogram": ("_bucket", "_sum", "_count"),
+        "summary": ("_sum", "_count"),
+    }
     return {name + end: name for name, kind in FAMILIES.items() for end in ends[kind]}
 
 
