@@ -123,6 +123,12 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
+        "of_one_server",
+        "behind `onebase route`: a request of the [Tinker API](how-to/tinker.md), whose clients need the "
+        "address of one server",
+    ),
+    _meaning(
+        400,
         "thread_unsupported_request",
         "Anthropic's routes keep no conversations: send all messages",
     ),

@@ -148,6 +148,8 @@ _OF_ONE_SERVER = (
     "/server_info",
     "/get_world_size",
 )
+_LIVE = "/api/v1/"
+"""Beginning of the paths of live training, whose runs one server has. Its clients try again after a 503."""
 _KEPT_BY_ONE = (b"response_not_found", b"conversation_not_found", b"generation_not_found")
 _PASSING = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a refusal to resume a stream that may end soon."""
@@ -691,6 +693,11 @@ class Route:
         if path in _OF_ONE_SERVER:
             raise UnavailableError(
                 f"{path} is of one server: ask it at its own address.", code="of_one_server", retry_after=60.0
+            )
+        if path.startswith(_LIVE):
+            raise InvalidRequestError(
+                f"{path} is of one server: give clients of the Tinker API that server's own address.",
+                code="of_one_server",
             )
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind in ("application/json", ""):

@@ -90,6 +90,11 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     assert any_key == {
         "/version", "/v1/key", "/v1/models", "/v1/models/thing", "/openapi.json", "/v1/usage", "/v1/tenants",
         "/tokenizer_info", "/v1/files", "/v1/files/thing", "/v1/files/thing/content",
+        "/api/v1/client/config", "/api/v1/client/dynamic_config", "/api/v1/healthz",
+        "/api/v1/get_server_capabilities", "/api/v1/create_session", "/api/v1/session_heartbeat",
+        "/api/v1/sessions", "/api/v1/sessions/thing", "/api/v1/sessions/thing/finish", "/api/v1/telemetry",
+        "/api/v1/join_sampling_session", "/api/v1/samplers/thing", "/api/v1/retrieve_future",
+        "/api/v1/cancel_future",
     }  # fmt: skip
     for scope, beginnings in {
         "generate": (
@@ -111,6 +116,8 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
             "/score",
             "/v1/score",
             "/v1/decide",
+            "/api/v1/create_sampling_session",
+            "/api/v1/asample",
         ),
         "adapters": (
             "/v1/adapters",
@@ -119,7 +126,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
             "/v1/audit",
             "/v1/models/",
         ),
-        "train": ("/v1/fine_tuning",),
+        "train": ("/v1/fine_tuning", "/api/v1/"),
     }.items():
         found = {path for _, path, access in ROUTES if access == scope}
         assert all(path.startswith(beginnings) for path in found - {"/"})

@@ -150,6 +150,8 @@ def test_errors_limits_and_heads_are_the_servers_own(http: httpx2.Client, server
     assert (large.status_code, large.json()["error"]["code"]) == (413, "payload_too_large")
     alone = http.post("/pause")
     assert (alone.status_code, alone.json()["error"]["code"]) == (503, "of_one_server")
+    training = http.post("/api/v1/create_session", json={})
+    assert (training.status_code, training.json()["error"]["code"]) == (400, "of_one_server")
 
 
 def test_a_page_that_comes_from_the_route_may_use_it(http: httpx2.Client, route: Server) -> None:
