@@ -56,11 +56,15 @@ scripted: what real ones make of the same requests is tested in tests/clients. M
 PARSE = "parse"
 """In a shell, up to the real parser of its options; of `make` the real rules, without doing what they say."""
 
-OF_A_JOB = r"(\bID\b|DIGEST|\btickets$)"
+OF_A_JOB = r"(\bID\b|DIGEST|\btickets$|--adapter mine\b)"
 """Arguments that only the job of a reader gives."""
 
 TABLE: tuple[tuple[str, str], ...] = (
-    (r"curl http://127\.0\.0\.1:8000/", RUN),
+    (r"curl http://127\.0\.0\.1:8000/(?!v1/adapters/support/rollout |v1/feedback )", RUN),
+    (
+        r"curl http://127\.0\.0\.1:8000/v1/(adapters/support/rollout|feedback) ",
+        "of an adapter with a rollout; tests/server/test_rollouts.py asks it",
+    ),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
     (rf"onebase (generate|models|version|usage)( (?!--help|.*{OF_A_JOB})|$)", RUN),
     (r"onebase --url \S+ --json models$", PARSE),  # tests/clients/test_cli.py runs it
