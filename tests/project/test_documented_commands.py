@@ -60,10 +60,10 @@ OF_A_JOB = r"(\bID\b|DIGEST|\btickets$|--adapter mine\b)"
 """Arguments that only the job of a reader gives."""
 
 TABLE: tuple[tuple[str, str], ...] = (
-    (r"curl http://127\.0\.0\.1:8000/(?!v1/adapters/support/rollout |v1/feedback )", RUN),
+    (r"curl http://127\.0\.0\.1:8000/(?!v1/(adapters/support/rollout|feedback) )", RUN),
     (
         r"curl http://127\.0\.0\.1:8000/v1/(adapters/support/rollout|feedback) ",
-        "of an adapter with a rollout; tests/server/test_rollouts.py asks it",
+        "a reader's own version and answer; tests/server/test_rollouts.py asks the like",
     ),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
     (rf"onebase (generate|models|version|usage)( (?!--help|.*{OF_A_JOB})|$)", RUN),
@@ -71,10 +71,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase top( --once)?$", RUN),
     (r"onebase top --json ", PARSE),  # never ends
     (rf"onebase (adapters|jobs) (?!rollout )\w+( (?!.*{OF_A_JOB})[^-]|$)", RUN),
-    (
-        r"onebase adapters rollout [^-]",
-        PARSE,
-    ),  # tests/server/test_rollouts.py runs it
+    (r"onebase adapters rollout [^-]", PARSE),  # tests/server/test_rollouts.py runs it
     (rf"onebase (adapters|jobs|generate) .*{OF_A_JOB}", PARSE),
     (r"onebase (batches|files) (create|list|upload)", RUN),
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
