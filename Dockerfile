@@ -38,7 +38,7 @@ RUN npm run build
 
 # What OneBase needs, one requirement a line: the layers with PyTorch are made again only when this list changes.
 FROM build AS requirements
-# More extras, as in --build-arg EXTRAS=ray.
+# More extras, as in --build-arg EXTRAS=ray, or EXTRAS="ray tinker".
 ARG EXTRAS=
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \

@@ -178,6 +178,9 @@ _OF_CACHE = "vllm:cache_config_info"
 _TOLD = (*_OF_BASES, "vllm:lora_adapter_loaded", "vllm:lora_requests_info", "onebase_max_rows", _OF_CACHE)
 """Metrics that are read."""
 
+_SUMMARY_SECONDS = 1.0
+"""Time, in seconds, in which the streams that go on at other servers share a line of the log."""
+
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -479,6 +482,8 @@ class Route:
         self.resumed = Counter(
             "onebase_route_resumed", "Streams that went on at another server.", registry=self._known
         )
+        self._resumed_lately: dict[str, int] = {}
+        """Streams that went on at each server since the log was last written."""
         self.lost = Counter("onebase_route_lost", "Answers cut by a server that went.", registry=self._known)
         waiting = Gauge("onebase_route_waiting", "Requests that wait for a server.", registry=self._known)
         waiting.set_function(self._waiting_room.__len__)
@@ -495,6 +500,19 @@ class Route:
             if one.looking is not None:
                 one.looking.cancel()
             await one.way.aclose()
+
+    def note_resumed(self, url: str) -> None:
+        """Count a stream that goes on at this server. The log has one line a second, however many do."""
+        self.resumed.inc()
+        if not self._resumed_lately:
+            asyncio.get_running_loop().call_later(_SUMMARY_SECONDS, self._log_resumed)
+        self._resumed_lately[url] = self._resumed_lately.get(url, 0) + 1
+
+    def _log_resumed(self) -> None:
+        """Write which servers resumed how many streams."""
+        for url, count in self._resumed_lately.items():
+            _log.warning("%s resumed %d stream%s", url, count, "" if count == 1 else "s")
+        self._resumed_lately.clear()
 
     def set_replicas(self, urls: Sequence[str]) -> None:
         """Set the servers behind the address. Requests that were sent to others end there."""
@@ -901,8 +919,7 @@ class _Sent:
                 continue
             if answer.status_code == 200 and TRANSCRIPT_HEADER in answer.headers:
                 sending.answered()
-                self.route.resumed.inc()
-                _log.warning("%s resumes a stream", sending.url)
+                self.route.note_resumed(sending.url)
                 kept.begin_again()
                 return answer, sending
             await self._refused(answer, sending)

@@ -153,7 +153,7 @@ def test_another_token_is_chosen_and_the_answer_goes_on_from_it(real: Server, lo
         page.keyboard.press("Escape")
         choose(page, size)
         page.locator("[aria-live=polite]", has_text="1 answer complete.").wait_for(state="attached")
-        expect(page.get_by_text("Goes on from another token.")).to_be_visible()
+        expect(page.get_by_text("Continued from another token.")).to_be_visible()
         tokens.first.wait_for()
         after = "".join(tokens.all_inner_texts())
         (body,) = bodies(visit)

@@ -80,7 +80,7 @@ def test_each_target_serves_as_an_ordinary_user_with_its_own_environment(target:
     assert "COPY --from=own /opt/onebase /opt/onebase" in own
 
 
-@pytest.mark.parametrize("more", ["", "ray"])
+@pytest.mark.parametrize("more", ["", "ray", "tinker"])
 def test_the_images_are_given_the_requirements_of_every_extra_that_a_server_uses(
     tmp_path: Path, more: str
 ) -> None:
@@ -93,7 +93,7 @@ def test_the_images_are_given_the_requirements_of_every_extra_that_a_server_uses
     subprocess.run(["sh", "-ec", command[1]], cwd=tmp_path, env=environment, check=True)
     project = tomllib.loads(text)["project"]
     extras = {name: set(some) for name, some in project["optional-dependencies"].items()}
-    left_out = {"all", "conform", "dev", "track", "ray"} - {more}
+    left_out = {"all", "conform", "dev", "track", "ray", "tinker"} - {more}
     wanted = set(project["dependencies"]).union(*(extras[name] for name in extras.keys() - left_out))
     assert set((tmp_path / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
 

@@ -56,7 +56,7 @@ scripted: what real ones make of the same requests is tested in tests/clients. M
 PARSE = "parse"
 """In a shell, up to the real parser of its options; of `make` the real rules, without doing what they say."""
 
-OF_A_JOB = r"(\bID\b|DIGEST|\btickets$)"
+OF_A_JOB = r"(\bID\b|DIGEST|\btickets$|--adapter mine\b)"
 """Arguments that only the job of a reader gives."""
 
 TABLE: tuple[tuple[str, str], ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ def other(number: int) -> bytes:
 
 
 def test_a_copy_made_while_versions_come_and_go_is_served_with_all_that_it_names(
-    serve_scripted: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve_scripted: Starter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     copy, numbers = tmp_path / "copy", itertools.count(1)
     with serve_scripted("words", data_dir=tmp_path / "data") as server, server.client() as http:
@@ -46,6 +50,10 @@ def test_a_copy_made_while_versions_come_and_go_is_served_with_all_that_it_names
             monkeypatch.setattr(opening, name, and_then(getattr(opening, name)))
         for _ in range(2):
             assert backup([str(copy), "--data-dir", str(tmp_path / "data")]) == 0
+            said = " ".join(capsys.readouterr().err.split())
+            assert re.search(r": 1 adapter, \d+ files, [\d.]+ [kM]B, newest change \d{4}-\d\d-\d\d ", said), (
+                said
+            )
         assert http.delete("/v1/adapters/acme?force=true").status_code == 200
     with serve_scripted("words", data_dir=copy) as server, server.client() as http:
         server.wait_ready()

@@ -474,6 +474,23 @@ def test_a_stream_goes_on_as_long_as_there_is_a_server_that_takes_it(
     assert text == b"data: a\n\ndata: b\n\ndata: c\n\n"
 
 
+def test_streams_that_go_on_at_one_server_share_a_line_of_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy, "_SUMMARY_SECONDS", 0.01)
+    route = proxy.Route([], key=None, max_body=1)
+
+    async def resume() -> None:
+        for servers in (["a", "a", "b", "a"], ["b"]):
+            for server in servers:
+                route.note_resumed(server)
+            while len(caplog.messages) < (3 if servers == ["b"] else 2):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(resume())
+    assert caplog.messages == ["a resumed 3 streams", "b resumed 1 stream", "b resumed 1 stream"]
+
+
 def test_a_stream_waits_for_a_server_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "_RESUME_BACKOFF", Backoff(0.01, 0.01))
     say = takes(BREAKS, REST)

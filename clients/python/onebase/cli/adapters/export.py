@@ -75,7 +75,10 @@ def run(action: str, argv: list[str]) -> int:
     args = made.parse_args(argv)
     try:
         wanted = reference(args.adapter)
-        target = Path(args.out or _file_name(wanted.name) + _SUFFIX[args.format]).expanduser().absolute()
+        out = args.out or _file_name(wanted.name) + _SUFFIX[args.format]
+        if _SUFFIX[args.format].endswith(".gguf") and not out.endswith(".gguf"):
+            out += ".gguf"
+        target = Path(out).expanduser().absolute()
         check_free(target, force=args.force)
         if args.data:
             held_out_rows(args.data, _MOST_COMPARED)
@@ -88,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     made = action_parser("adapters export", _DESCRIPTION, _EXAMPLES)
     made.add_argument("adapter", metavar="NAME[@VERSION]", help="by default the active version")
     made.add_argument("--format", required=True, choices=_SUFFIX, help="see above")
-    made.add_argument("--out", metavar="PATH", help="what to write (default: the adapter's name, here)")
+    made.add_argument(
+        "--out",
+        metavar="PATH",
+        help="what to write; a GGUF file ends in .gguf (default: the adapter's name, here)",
+    )
     made.add_argument("--force", action="store_true", help="replace what is at that path")
     made.add_argument(
         "--base",
