@@ -396,13 +396,19 @@ async def run_parts(
         supervisor=SimpleNamespace(run_engine=follow, stop=stop("engine"), ready=ready),
         training=SimpleNamespace(scheduler=SimpleNamespace(follow=follow, stop=stop("jobs"))),
         batches=SimpleNamespace(runner=SimpleNamespace(follow=follow, stop=stop("batches"))),
+        live=SimpleNamespace(stop=stop("trainer")),
+        samples=SimpleNamespace(stop=stop("samples")),
+        live_training=SimpleNamespace(stop=stop("live training")),
     )
     app: Any = SimpleNamespace(state=SimpleNamespace(authenticator=None))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         await run_server(services, app, listener, on_ready)
 
 
-@pytest.mark.parametrize("broken", ["http", "batches", "jobs", "engine"])
+STEPS = ["live training", "samples", "batches", "trainer", "jobs", "engine"]
+
+
+@pytest.mark.parametrize("broken", ["http", *STEPS])
 def test_each_step_of_the_end_is_taken_whatever_another_raises(
     monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -432,7 +438,7 @@ def test_each_step_of_the_end_is_taken_whatever_another_raises(
     monkeypatch.setattr(QuietServer, "serve", ends)
     with pytest.raises(RuntimeError, match=f"{broken} does not stop"):
         asyncio.run(serve())
-    assert taken == ["batches", "jobs", "engine", "a task", "a task", "a task"]
+    assert taken == [*STEPS, "a task", "a task", "a task"]
 
 
 def test_garbage_collections_of_a_server_that_is_ready_leave_out_what_was_loaded_before(

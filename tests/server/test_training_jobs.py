@@ -673,7 +673,7 @@ def test_without_a_registry_nobody_is_told_that_there_are_no_jobs() -> None:
     batches: Any = SimpleNamespace(flying=0, answered={})
     metrics = MetricsCollector(
         supervisor=nothing, catalog=nothing, residency=nothing, adapters=nothing, scheduler=scheduler,
-        batches=batches, requests=nothing, answers=nothing,
+        batches=batches, requests=nothing, answers=nothing, rollouts=nothing,
     )  # fmt: skip
     known, unknown = (
         render([*metrics._training(counts), *metrics._batch_figures(counts)]) for counts in ({}, None)
