@@ -69,8 +69,10 @@ MODES = {
 
 async def judge(session: Session, mode: Mode, judges: int, text: list[int]) -> dict[str, float]:
     """Return the seconds to all answers and to the base's answer before them, and the tokens computed."""
+    # Of activated LoRAs alone llama.cpp wants one in each request; without its invocation it is the base.
+    of_base = f"{mode.kind}0" if mode.target == "llama.cpp" else None
     started = time.perf_counter()
-    await session.run([Request(text, None, 1)])
+    await session.run([Request(text, of_base, 1)])
     before = time.perf_counter() - started
     requests = [
         Request([*text, *INVOCATION], f"{mode.kind}{n}", 1 + 15 * n // max(judges - 1, 1))
