@@ -133,8 +133,8 @@ class _Controls:
 def encode_texts(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[list[int]]:
     """Return the ids of texts as a transformers tokenizer gives them, without what else it makes of a text.
 
-    A long text takes about half of the processor time of `tokenizer(texts)`, and the interpreter's lock for
-    a quarter as long.
+    A long text takes half to two thirds of the processor time of `tokenizer(texts)`, and the interpreter's
+    lock for a quarter as long.
 
     Args:
         tokenizer: the tokenizer, which is set to neither cut nor pad.

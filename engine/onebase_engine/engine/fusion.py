@@ -317,8 +317,8 @@ class RecordedLayer:
     def _forward(self, *args: Any, **named: Any) -> Any:
         step = self._attention.step
         given = _tensors(args, named)
-        if self.leader is not None and self.leader._ran is not None:
-            return self.leader.result_for(given)
+        if self.leader is not None and (ran := self.leader._ran) is not None:
+            return self.leader.result_for(given, ran)
         self._ran = None
         if not self._plain or step is None or not given or given[0].dim() != 3 or any(self._hooks):
             return self._whole(*args, **named)
@@ -331,11 +331,8 @@ class RecordedLayer:
         program = self._programs.get(count) or self._shorter(count)
         if program is None:
             return self._whole(*args, **named)
-        if (
-            self.chain
-            and (together := self._together(count)) is not None
-            and all(o._alone for o in self.chain)
-        ):
+        together = self._together(count) if self.chain else None
+        if together is not None and all(layer._alone for layer in self.chain):
             result = together.run_calls(given, self._rows.tokens, step)
             self._ran = (result, *given[1:])
             return result
@@ -344,15 +341,14 @@ class RecordedLayer:
             self.memory.watched.append((self, given, result))
         return result
 
-    def result_for(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the chain's result as that of one of its layers, which this one has computed.
+    def result_for(self, given: Sequence[torch.Tensor], ran: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the chain's result as that of one of its layers, which must be given what `ran` holds.
 
         Raises:
             RuntimeError: the layer is given something else than in the pass by which the chain was found.
                 From then on, each layer computes alone.
         """
-        ran = self._ran
-        if ran is None or len(ran) != len(given) or any(a is not b for a, b in zip(ran, given, strict=True)):
+        if len(ran) != len(given) or any(a is not b for a, b in zip(ran, given, strict=True)):
             self.part()
             raise RuntimeError("a decoder layer was given other tensors than the layers before it")
         return ran[0]
