@@ -36,9 +36,12 @@ _ONEDNN = re.compile(r"could not (create a (primitive|memory|memory object)|exec
 """Pattern of oneDNN's out-of-memory errors. Unsupported cases name a "primitive descriptor"."""
 
 
-BESIDE_SERVING = 10
-"""Niceness of a process for whose result a request waits: it gets a tenth of a core that the engine wants as
-well."""
+PROVING = 10
+"""Niceness of the one process for which each upload and activation waits: it gets a tenth of a core that the
+engine wants as well."""
+BESIDE_SERVING = 15
+"""Niceness of another process for whose result a request waits: a thirtieth of such a core, since there may
+be several."""
 BEHIND_SERVING = 19
 """Niceness of a process for whose result nobody waits: a seventieth of such a core."""
 

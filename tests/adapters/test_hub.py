@@ -34,6 +34,7 @@ from onebase_adapters.hub.pull import (
 )
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store, StoreFullError
+from onebase_engine.machine import BESIDE_SERVING
 
 pytestmark = pytest.mark.usefixtures("forks")
 
@@ -788,7 +789,7 @@ def test_the_process_that_pulls_is_confined(hub: HubStandIn, store: Store, tmp_p
                 for pid in (task / "children").read_text().split():
                     if "hub.child" in Path(f"/proc/{pid}/cmdline").read_text():
                         seen.extend(Path(f"/proc/{pid}/{part}").read_text() for part in ("status", "limits"))
-                        assert_behind(int(pid), 10)
+                        assert_behind(int(pid), BESIDE_SERVING)
             cancel.set()
 
     with pytest.raises(PullCancelledError):

@@ -321,7 +321,7 @@ def test_what_a_template_computes_counts_as_time_of_the_thread_that_renders_it(
 def test_a_process_that_is_killed_while_it_renders_is_replaced(templates: OwnTemplates) -> None:
     busy = "{% for a in range(1000) %}{% for b in range(5000) %}{% endfor %}{% endfor %}b"
     assert templates.render("a", [], None, {}) == "a"
-    first = templates._process
+    first = templates._helper.process
     assert first is not None
     killer = threading.Timer(0.1, first.kill)
     killer.start()

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 from fastapi import APIRouter, FastAPI, Request, Response
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError, model_validator
 from starlette.middleware.base import RequestResponseEndpoint
 
 from onebase_edge.background import Threads, TurnBudget
-from onebase_edge.errors import InvalidRequestError, QueueFullError
+from onebase_edge.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from onebase_engine.machine import BESIDE_SERVING
 from onebase_server.http import app
-from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
+from onebase_server.http.deps import CALLER, LONG_BODY, VERY_LONG_BODY, StrictRoute, off_loop
 from onebase_server.http.routes import generation as generation_routes
 from onebase_server.inference.generation import GenerationRun
 from onebase_server.inference.tool_format import ToolFormat
@@ -27,9 +33,10 @@ from onebase_server.requests.schemas.anthropic import MessagesRequest
 from onebase_server.requests.schemas.generation import GenerateRequest
 from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.requests.schemas.wire import Wire
-from onebase_server.requests.strict_json import MAX_FIELDS, decode
+from onebase_server.requests.strict_json import MAX_FIELDS, BodyReaders, decode
 from onebase_server.tenancy.access import LOCAL, Caller
 
+from ..priorities import assert_behind
 from .support import Server
 
 MANY = 100_000
@@ -351,6 +358,8 @@ def reader() -> FastAPI:
         settings=SimpleNamespace(max_body=LIMIT),
         reading=Threads("read", 1),
         read_inline=TurnBudget(LONG_BODY),
+        body_readers=BodyReaders(),
+        planner=SimpleNamespace(max_length=8192),
     )
     app.include_router(router)
     return app
@@ -378,12 +387,13 @@ def where() -> Iterator[list[str]]:
     WHERE.clear()
 
 
-@pytest.mark.parametrize(("messages", "thread"), [(1, "MainThread"), (1023, "read")])
+@pytest.mark.parametrize(("messages", "thread"), [(1, "MainThread"), (60, "read"), (1023, "read")])
 def test_a_long_body_is_looked_at_off_the_event_loop_and_once(
     where: list[str], messages: int, thread: str
 ) -> None:
     body = conversation(messages)
     assert (len(body) > LONG_BODY) == (thread == "read")
+    assert (len(body) > VERY_LONG_BODY) == (messages > 1000)
 
     assert sent(body).json() == {"messages": messages}
     assert where == [thread, thread]
@@ -419,6 +429,107 @@ def test_what_is_wrong_with_a_body_is_said_alike_whatever_its_length(scripted: S
             said = short.json()["error"]
             assert said["details"] == long.json()["error"]["details"]
             assert said["type"] == "invalid_request_error"
+
+
+@pytest.fixture(scope="module")
+def readers() -> Iterator[BodyReaders]:
+    readers = BodyReaders()
+    yield readers
+    readers.close()
+
+
+def read_apart(
+    readers: BodyReaders, body: bytes, tenant: str = "one", max_length: int = 10, max_body: int = LIMIT
+) -> Any:
+    async def play() -> Any:
+        own = BodyReaders(readers.helpers)  # threads are of one event loop
+        return await own.decode(tenant, body, max_body, max_length)
+
+    return asyncio.run(play())
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=values, end=st.sampled_from(["", "}", ', "n": 1, "n": 2}', "\\", "NaN"]))
+def test_a_process_apart_reads_what_a_thread_reads_and_refuses_alike(
+    readers: BodyReaders, value: Any, end: str
+) -> None:
+    body = json.dumps(value).encode() + end.encode()
+
+    def said(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except InvalidRequestError as error:
+            return error.message, error.param, error.code
+        except json.JSONDecodeError as error:
+            return error.msg
+
+    assert said(lambda: read_apart(readers, body)) == said(lambda: decode(body, LIMIT))
+
+
+def test_a_process_apart_refuses_what_is_nested_too_deeply_or_beyond_64_bits(readers: BodyReaders) -> None:
+    for depth in range(700, 1100, 20):  # a process apart and this one do not give up at the same depth
+        with suppress(json.JSONDecodeError):
+            read_apart(readers, b"[" * depth + b"]" * depth)
+    with pytest.raises(json.JSONDecodeError):
+        read_apart(readers, b"[" * 100_000 + b"]" * 100_000)
+    with pytest.raises(InvalidRequestError, match="64 bits"):
+        read_apart(readers, b'{"seed": ' + b"9" * 4000 + b"}")
+
+
+def test_more_token_ids_than_the_context_has_are_refused_before_they_are_validated(
+    readers: BodyReaders,
+) -> None:
+    many = list(range(11))
+    for field, ids in (("prompt", many), ("input", [[1], many])):
+        with pytest.raises(ContextLengthError) as caught:
+            read_apart(readers, json.dumps({field: ids}).encode())
+        assert (caught.value.param, "has 11 tokens" in caught.value.message) == (field, True)
+    for taken in (
+        {"prompt": many[1:]},
+        {"input": many, "truncate_prompt_tokens": 10},
+        {"prompt": ["a"] * 11},
+        {"scores": [0.5] * 11},
+    ):
+        assert read_apart(readers, json.dumps(taken).encode()) == taken
+
+
+def test_a_process_that_was_killed_is_replaced(readers: BodyReaders) -> None:
+    assert read_apart(readers, b"[1]") == [1]
+    for helper in readers.helpers:
+        if helper.process is not None:
+            helper.process.kill()
+            helper.process.wait()
+    assert read_apart(readers, b"[2]") == [2]
+
+
+def test_a_tenants_long_bodies_wait_for_each_other_and_another_tenants_do_not() -> None:
+    async def play() -> None:
+        readers = BodyReaders()
+        try:
+            assert await readers.decode("evil", b"[0]", LIMIT, 10) == [0]
+            busy = next(helper.process for helper in readers.helpers if helper.process is not None)
+            os.kill(busy.pid, signal.SIGSTOP)
+            waiting = [asyncio.create_task(readers.decode("evil", b"[1]", LIMIT, 10)) for _ in range(3)]
+            await asyncio.sleep(0)
+            assert await readers.decode("good", b"[2]", LIMIT, 10) == [2]
+            assert not any(task.done() for task in waiting)
+            os.kill(busy.pid, signal.SIGCONT)
+            assert await asyncio.gather(*waiting) == [[1]] * 3
+            assert_behind(busy.pid, BESIDE_SERVING)
+        finally:
+            readers.close()
+
+    asyncio.run(play())
 
 
 class WatchedFormat(ToolFormat):

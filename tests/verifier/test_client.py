@@ -24,6 +24,7 @@ from onebase_adapters.store.blobs import AdapterFiles
 from onebase_edge.background import Backoff
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_engine.machine import PROVING
 from onebase_server.processes import verifier
 from onebase_server.processes import verifier_client as module
 from onebase_server.processes.time_share import BusyFlag
@@ -568,7 +569,7 @@ def new_api(published: Published) -> Iterator[NewApi]:
 
 def test_the_verifier_steps_aside_in_the_session_of_the_engine(bench: Bench) -> None:
     assert bench.verifier.pid is not None
-    assert_behind(bench.verifier.pid, 10)
+    assert_behind(bench.verifier.pid, PROVING)
 
 
 def test_the_verifier_obeys_a_shutdown(new_api: NewApi) -> None:

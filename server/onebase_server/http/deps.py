@@ -68,6 +68,8 @@ LONG_BODY = 16 * 1024
 """Bytes of bodies that one turn of the event loop reads and validates, for all requests together (about
 5 ms). The rest goes to threads: a long conversation takes a third of a second, in which no stream would go
 on."""
+VERY_LONG_BODY = 128 * 1024
+"""Bytes of a body above which a process apart reads it: a thread would hold up the event loop for 3 ms."""
 READ_THREADS = 2
 COUNT_SECONDS = 5.0
 """Time limit, in seconds, for the registry's figures; after it the others are given alone."""
@@ -161,6 +163,7 @@ class Services:
     pacer: RequestPacer
     reading: Threads
     """Threads for bodies and answers that are long; tenants take turns."""
+    body_readers: strict_json.BodyReaders = field(default_factory=strict_json.BodyReaders)
     running: WeakValueDictionary[tuple[str, str], GenerationRun] = field(default_factory=WeakValueDictionary)
     """Texts that are being generated, by tenant and id, so that each can be cancelled."""
     read_inline: TurnBudget = field(default_factory=lambda: TurnBudget(LONG_BODY))
@@ -250,12 +253,18 @@ class _StrictRequest(Request):
         try:
             if services.read_inline.try_spend(len(body)):
                 return strict_json.decode(body, most)
-            return await services.reading.run_for(_caller(self).tenant, self._validated, body, most)
+            tenant = _caller(self).tenant
+            if len(body) <= VERY_LONG_BODY:
+                return await services.reading.run_for(tenant, self._read, body, most)
+            value = await services.body_readers.decode(tenant, body, most, _max_length(services))
+            return await services.reading.run_for(tenant, self._validated, value)
         except ApiError as error:
             raise BodyError(error) from error
 
-    def _validated(self, body: bytes, most: int) -> Any:
-        value = strict_json.decode(body, most)
+    def _read(self, body: bytes, most: int) -> Any:
+        return self._validated(strict_json.decode(body, most))
+
+    def _validated(self, value: Any) -> Any:
         if self._kind is None:
             return value
         try:
@@ -263,6 +272,13 @@ class _StrictRequest(Request):
         except ValidationError as error:
             message, param = validation_error(error.errors(include_url=False))
             raise InvalidRequestError(message, param=param) from error
+
+
+def _max_length(services: Services) -> int:
+    try:
+        return services.planner.max_length
+    except UnavailableError:  # the engine is away; a route that needs it says so
+        return 2**63 - 1
 
 
 async def off_loop(request: Request, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

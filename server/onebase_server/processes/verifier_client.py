@@ -27,7 +27,7 @@ from onebase_adapters.store.store import Store
 from onebase_edge.background import Backoff, Threads
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
 from onebase_engine.environment import behind_serving
-from onebase_engine.machine import BESIDE_SERVING, free_host_memory
+from onebase_engine.machine import PROVING, free_host_memory
 from onebase_protocol.adapters import MergeMethod, MergeSign
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.verifier_protocol import (
@@ -572,7 +572,7 @@ class VerifierClient:
         news = partial(self._take_news, place)
         try:
             place.process = process = await AskedProcess.spawn(
-                self._command, from_verifier_decoder(), news, fds, behind_serving(), BESIDE_SERVING
+                self._command, from_verifier_decoder(), news, fds, behind_serving(), PROVING
             )
         except OSError as error:
             raise VerifierGoneError(f"the verifier cannot be started: {error}") from error

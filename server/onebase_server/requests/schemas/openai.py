@@ -155,7 +155,7 @@ class CompletionRequest(OpenAIRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
+            return [self.prompt]
         return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
 
