@@ -43,7 +43,7 @@ class ApiRun:
 async def measure(streams: int, tokens: int, folder: Path) -> ApiRun:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, str(SERVER), "words", "--port", str(port), "--max-rows", str(streams)]
+    command = [sys.executable, str(SERVER), "words", "--port", str(port), "--max-sequences", str(streams)]
     command += ["--data-dir", str(folder / f"data-{streams}")]
     body = {"model": "smollm2-135m-instruct", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
     body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}

@@ -83,7 +83,7 @@ def running(behaviour: str) -> Iterator[Cluster]:
     """Run a cluster of one server."""
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         cluster = Cluster(behaviour, Path(folder))
-        options = f"--port {cluster.port} --drain-timeout 5 --queue-limit 4096 --max-rows 4"
+        options = f"--port {cluster.port} --drain-timeout 5 --queue-limit 4096 --max-sequences 4"
         up = cluster.command("up", *options.split())
         process = subprocess.Popen(up, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

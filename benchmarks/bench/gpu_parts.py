@@ -643,8 +643,8 @@ def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
     engine = Engine(base, name="sized", limits=limits, kv_blocks=blocks, slots=1, model=model)
     before = _shortages(device)
     longest = min(16 if small else 8000, limits.max_length - 8, (blocks - RESERVED_BLOCKS) * BLOCK // 2)
-    decoding = [Asked(str(i), words(setup, 4, i), 8) for i in range(limits.max_rows - 1)]
-    serve(engine, [*decoding, Asked("long", words(setup, longest, 99), 2)], apart=limits.max_rows)
+    decoding = [Asked(str(i), words(setup, 4, i), 8) for i in range(limits.max_sequences - 1)]
+    serve(engine, [*decoding, Asked("long", words(setup, longest, 99), 2)], apart=limits.max_sequences)
     found.check("the steps of a server find the memory that was left for them", _shortages(device) == before)
     del engine, model
     gc.collect()

@@ -70,7 +70,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_quotas(text: str) -> dict[str, int | None]:
-    """`{"requests": 60, "rows": None}` from `requests=60,rows=none`.
+    """`{"requests": 60, "sequences": None}` from `requests=60,sequences=none`.
 
     Bytes may have a suffix (10GB), training_seconds be a time (20h). Raises SettingsError for anything else;
     which names there are, the registry knows.
@@ -354,7 +354,7 @@ class Settings:
     max_slots: int = setting(
         0,
         "adapters",
-        "adapters in the accelerator's memory at once; 0: on a GPU as many as --max-rows, within "
+        "adapters in the accelerator's memory at once; 0: on a GPU as many as --max-sequences, within "
         "--slot-memory, else 8",
         low=0,
         high=1024,
@@ -430,7 +430,7 @@ class Settings:
         high=3600,
     )
 
-    max_rows: int = setting(64, "engine", "sequences that are decoded in one step", low=1, high=4096)
+    max_sequences: int = setting(64, "engine", "sequences that are decoded in one step", low=1, high=4096)
     max_length: int = setting(
         0, "engine", "longest prompt plus completion, in tokens; 0 takes the base's own", low=0
     )
@@ -497,11 +497,11 @@ class Settings:
         low=1000,
     )
 
-    batch_rows: int = setting(
+    batch_requests: int = setting(
         0,
         "limits",
-        "rows of batches that are answered at once, where nothing else needs the place; 0: as many as "
-        "there are places (--max-rows)",
+        "requests of batches that are answered at once, where nothing else needs the place; 0: as many "
+        "as there are places (--max-sequences)",
         low=0,
         high=4096,
     )

@@ -28,7 +28,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     last_used_at: float | None
     """Time of the last use, to the hour."""
     quotas: dict[str, int] = {}
-    """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
+    """`requests` and `tokens` in any 60 seconds, `sequences` at once; what is missing is not limited."""
     used: dict[str, int] = {}
     """Amount that counts against each of `quotas` now."""
     priority: int = 0

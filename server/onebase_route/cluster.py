@@ -337,7 +337,7 @@ class Server:
         """Return `queued_tokens`, `busy` and `ttft`.
 
         queued_tokens: tokens of the requests that wait, if they are as long as those before. busy: part of
-        its rows in use. ttft: mean time to a first token, in seconds, since the last call.
+        its sequences in use. ttft: mean time to a first token, in seconds, since the last call.
         """
         text = await self._metrics()
         report, _ = read_report(text)
@@ -348,7 +348,7 @@ class Server:
         new = firsts - before[1]
         return {
             "queued_tokens": report.waiting * (tokens / ended if ended else 1.0),
-            "busy": min(1.0, report.running / report.rows),
+            "busy": min(1.0, report.running / report.sequences),
             "ttft": (seconds - before[0]) / new if new > 0 else 0.0,
         }
 
@@ -636,7 +636,9 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
             self._placement.lost(name)
         for name, stats in there.items():
             report = {key: value for key, value in stats.items() if key != "bases"}
-            self._placement.record_report(name, ReplicaReport(**report) if report else ReplicaReport(rows=1))
+            self._placement.record_report(
+                name, ReplicaReport(**report) if report else ReplicaReport(sequences=1)
+            )
             self._bases |= set(stats.get("bases", ()))
         with contextlib.suppress(serve.exceptions.RayServeException):  # in no actor of Ray Serve
             owner = serve.get_replica_context().servable_object
@@ -674,7 +676,7 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
 
 
 class ByQueuedTokens:
-    """Autoscaling policy: the number of replicas by queued tokens, times to a first token and busy rows.
+    """Autoscaling policy: the number of replicas by queued tokens, times to a first token and busy sequences.
 
     Args:
         queued_tokens: of requests that wait, for which there is one more replica.

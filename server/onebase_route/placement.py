@@ -3,8 +3,9 @@
 Each adapter has homes: the first k replicas, two or more, in its own order of them, which rendezvous hashing
 makes of their names, weighted by their slots, so that a replica that comes or goes moves only what belongs on
 it. k follows what is asked of the adapter: by Little's law rate x service time is the number of sequences at
-once, and a replica has `rows`. Of two homes the one with less to do answers. Where the homes are full, or
-would have to put out a version that is in use, the next in its order does that is not, and has it in memory.
+once, and a replica has room for `sequences`. Of two homes the one with less to do answers. Where they are
+full, or would have to put out a version that is in use, the next in its order does that is not, and has it
+in memory.
 
 What counts is what replicas report of themselves (`ReplicaReport`), and what was sent to them since.
 """
@@ -33,12 +34,12 @@ LEAST_HOMES = 2
 """Least number of homes of an adapter, if there are so many replicas: a choice of two evens out their
 load."""
 _FILL = 0.75
-"""Part of a replica's rows that one adapter may be expected to take."""
+"""Part of a replica's sequences that one adapter may be expected to take."""
 _COLD: dict[Tier, float] = {"slot": 0.0, "host": 1.0, "disk": 40.0}
-"""Cost of each tier: tokens that a row could compute until the adapter is in a slot."""
+"""Cost of each tier: tokens that a sequence could compute until the adapter is in a slot."""
 _PATIENCE = 8.0
-"""Tokens of a row for which a request rather waits than to begin where its adapter is on disk. For itself it
-would be right to wait longer; but the next ones have it in memory there. With 5, one request in fifty came
+"""Tokens of a sequence for which a request rather waits than begins where its adapter is on disk. For itself
+it would be right to wait longer; but the next ones have it in memory there. With 5, one request in fifty came
 from the store once a tenth of the replicas were lost (as in tests/server/test_many_servers.py); with 12 the
 waits show."""
 _MOST_KNOWN = 100_000
@@ -65,7 +66,7 @@ class ReplicaReport:
     """State that a replica reports of itself.
 
     Args:
-        rows: largest number of sequences that it computes at once.
+        sequences: largest number of sequences that it computes at once.
         slots: for versions; 0 if it does not report them: then none is ever thought to be full.
         in_slots: adapters in slots, and whether sequences use them now.
         in_host: adapters in its host memory.
@@ -74,7 +75,7 @@ class ReplicaReport:
         kv_dtype: type of its keys and values; "" if it does not report it.
     """
 
-    rows: int
+    sequences: int
     slots: int = 0
     in_slots: Mapping[str, bool] = field(default_factory=dict)
     in_host: Collection[str] = frozenset()
@@ -125,7 +126,7 @@ class _Replica:
     report: ReplicaReport
     sent: dict[str, int] = field(default_factory=dict)
     """Number of this router's requests that have not ended, by adapter."""
-    rows: int = 0
+    sequences: int = 0
     tokens: float = 0.0
     first_token: _Average = field(default_factory=_Average)
     failures: int = 0
@@ -140,16 +141,16 @@ class _Replica:
     @property
     def load(self) -> int:
         """Number of requests that it has."""
-        return max(self.rows, self.report.running + self.report.waiting)
+        return max(self.sequences, self.report.running + self.report.waiting)
 
     @property
     def full(self) -> bool:
         """Whether one more request would wait."""
-        return self.load >= self.report.rows
+        return self.load >= self.report.sequences
 
     @property
     def tokens_each(self) -> float:
-        return self.tokens / self.rows if self.rows else 1.0
+        return self.tokens / self.sequences if self.sequences else 1.0
 
     def evicts(self, adapter: str | None) -> bool:
         """Return True if the adapter would need a slot, while sequences use all of them."""
@@ -190,8 +191,8 @@ class Placement:
         known = self._replicas.pop(replica, None)
         if known is None:
             return
-        if known.rows:
-            self._gone[replica] = _Replica(known.report, known.sent, known.rows, known.tokens)
+        if known.sequences:
+            self._gone[replica] = _Replica(known.report, known.sent, known.sequences, known.tokens)
         self._weigh()
 
     def _weigh(self) -> None:
@@ -237,7 +238,7 @@ class Placement:
         replica = self._replicas[chosen]
         if adapter is not None:
             replica.sent[adapter] = replica.sent.get(adapter, 0) + 1
-        replica.rows += 1
+        replica.sequences += 1
         replica.tokens += tokens
         return chosen
 
@@ -280,21 +281,21 @@ class Placement:
         return other if bad or self._cost(adapter, other) < self._cost(adapter, one) else one
 
     def _cost(self, adapter: str | None, name: str) -> float:
-        """Return a replica's pending work, with loading the adapter, in tokens that each of its rows
+        """Return a replica's pending work, with loading the adapter, in tokens that each of its sequences
         computes."""
         replica = self._replicas[name]
-        others = max(0, replica.report.running + replica.report.waiting - replica.rows)
-        rows = max(1, replica.report.rows)
-        return (replica.tokens + others * replica.tokens_each) / rows + self._cold(adapter, name)
+        others = max(0, replica.report.running + replica.report.waiting - replica.sequences)
+        sequences = max(1, replica.report.sequences)
+        return (replica.tokens + others * replica.tokens_each) / sequences + self._cold(adapter, name)
 
     def _cold(self, adapter: str | None, name: str) -> float:
         return _COLD[self._replicas[name].tier(adapter)]
 
     def _wait(self, name: str) -> float:
-        """Return the wait until a row is free, in tokens of a row."""
+        """Return the wait until a sequence is free, in tokens of a sequence."""
         replica = self._replicas[name]
-        over = replica.load - replica.report.rows + 1
-        return max(0, over) * replica.tokens_each / max(1, replica.report.rows)
+        over = replica.load - replica.report.sequences + 1
+        return max(0, over) * replica.tokens_each / max(1, replica.report.sequences)
 
     def answered(self, replica: str, seconds: float, now: float) -> None:
         """Record the time, in seconds, to a first token."""
@@ -325,10 +326,10 @@ class Placement:
                 known.sent[adapter] = left
             else:
                 known.sent.pop(adapter, None)
-        known.rows = max(0, known.rows - 1)
-        known.tokens = max(0.0, known.tokens - tokens) if known.rows else 0.0
+        known.sequences = max(0, known.sequences - 1)
+        known.tokens = max(0.0, known.tokens - tokens) if known.sequences else 0.0
         if replica in self._gone:
-            if not known.rows:
+            if not known.sequences:
                 del self._gone[replica]
             return
         if refused:
@@ -354,14 +355,14 @@ class Placement:
                 self._demands.popitem(last=False)
         self._demands.move_to_end(adapter)
         demand.arrivals.add(1.0, now)
-        rows = demand.arrivals.rate(now) * demand.service.mean()
-        each = _FILL * median(one.report.rows for one in self._replicas.values())
-        needed = min(len(self._replicas), max(LEAST_HOMES, math.ceil(rows / each)))
+        sequences = demand.arrivals.rate(now) * demand.service.mean()
+        each = _FILL * median(one.report.sequences for one in self._replicas.values())
+        needed = min(len(self._replicas), max(LEAST_HOMES, math.ceil(sequences / each)))
         if needed > demand.homes:
             demand.homes, demand.changed = needed, now
         elif (
             demand.homes > LEAST_HOMES
-            and rows < _SHRINK * each * (demand.homes - 1)
+            and sequences < _SHRINK * each * (demand.homes - 1)
             and now - demand.changed >= _SETTLE_SECONDS
         ):
             demand.homes, demand.changed = demand.homes - 1, now

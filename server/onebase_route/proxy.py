@@ -175,7 +175,13 @@ _LOADS = re.compile(r"/v1/adapters/([^/]+)/(?:activate|rollback)")
 
 _OF_BASES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:max_gpu_lora_adapters")
 _OF_CACHE = "vllm:cache_config_info"
-_TOLD = (*_OF_BASES, "vllm:lora_adapter_loaded", "vllm:lora_requests_info", "onebase_max_rows", _OF_CACHE)
+_TOLD = (
+    *_OF_BASES,
+    "vllm:lora_adapter_loaded",
+    "vllm:lora_requests_info",
+    "onebase_max_sequences",
+    _OF_CACHE,
+)
 """Metrics that are read."""
 
 _SUMMARY_SECONDS = 1.0
@@ -357,7 +363,7 @@ def read_report(text: str) -> tuple[ReplicaReport, frozenset[str]]:
     for labels, _ in told.of("vllm:lora_requests_info"):
         running |= set(labels.get("running_lora_adapters", "").split(","))
     report = ReplicaReport(
-        rows=max(1, int(told.total("onebase_max_rows") or 32)),
+        sequences=max(1, int(told.total("onebase_max_sequences") or 32)),
         slots=int(told.total("vllm:max_gpu_lora_adapters")),
         in_slots={name: name in running for name in slots},
         in_host=host,

@@ -241,7 +241,7 @@ def test_wrong_arguments_exit_with_2_and_name_the_option(
         ["jobs", "create", "--name", "a", "--name=b", "x"],
         ["usage", "--by", "day", "--by", "adapter"],
         ["keys", "create", "--scope", "train", "--tenant", "a", "--tenant", "b"],
-        ["tenants", "set", "a", "--quota", "rows=1", "--quota", "rows=2"],
+        ["tenants", "set", "a", "--quota", "sequences=1", "--quota", "sequences=2"],
         ["backup", "x", "--data-dir", "a", "--data-dir", "b"],
         ["train", "--data", "x", "--name", "y", "--r", "1", "--r", "2"],
         ["estimate", "--dtype", "bfloat16", "--dtype", "float32"],

@@ -68,13 +68,13 @@ def test_keys_are_made_listed_and_revoked(sdk: Any) -> None:
 
 
 def test_quotas_and_priorities_of_keys_and_tenants_are_changed(sdk: Any) -> None:
-    limited = {**FACTS, "quotas": {"rows": 3}, "priority": 5}
+    limited = {**FACTS, "quotas": {"sequences": 3}, "priority": 5}
     tenant = {"tenant": "acme", "quotas": {"bytes": 9}, "adapters": 1, "bytes": 4, "training_seconds": 1.5}
     script = Script(
         ok({**limited, "key": "ob-new"}), ok(limited), ok(tenant), ok({"data": [tenant]}), ok({"data": []})
     )
     actions: list[Any] = [
-        lambda client: client.keys.create(["train"], quotas={"rows": 3}, priority=5),
+        lambda client: client.keys.create(["train"], quotas={"sequences": 3}, priority=5),
         lambda client: client.keys.update(KEY.id, quotas={"tokens": None}),
         lambda client: client.tenants.set_quotas("a/b", {"bytes": 9}),
         lambda client: client.tenants.list(),
@@ -82,12 +82,12 @@ def test_quotas_and_priorities_of_keys_and_tenants_are_changed(sdk: Any) -> None
     ]
     made, changed, one, every, nothing = (sdk.call(action, script.transport) for action in actions)
 
-    assert (made.quotas, made.priority) == (changed.quotas, changed.priority) == ({"rows": 3}, 5)
+    assert (made.quotas, made.priority) == (changed.quotas, changed.priority) == ({"sequences": 3}, 5)
     assert every == (one,)
     assert (one.quotas, one.training_seconds) == ({"bytes": 9}, 1.5)
     assert nothing == ()
     sent = [(one.method, one.url.raw_path.decode(), one.content) for one in script.requests]
-    assert {"quotas": {"rows": 3}, "priority": 5}.items() <= json.loads(sent[0][2]).items()
+    assert {"quotas": {"sequences": 3}, "priority": 5}.items() <= json.loads(sent[0][2]).items()
     assert sent[1:] == [
         ("POST", f"/v1/keys/{KEY.id}", b'{"quotas": {"tokens": null}, "priority": null}'),
         ("POST", "/v1/tenants/a%2Fb", b'{"quotas": {"bytes": 9}}'),

@@ -60,8 +60,8 @@ onebase_host_memory_bytes{{part="used"}} 5e+07
 onebase_host_memory_bytes{{part="limit"}} 4e+09
 onebase_versions_unfinished 1
 onebase_http_answers_total{{route="/generate",status="429"}} {2 * look}
-onebase_tenant_rows{{tenant="acme"}} 3
-onebase_tenant_rows{{tenant="beta"}} 1
+onebase_tenant_sequences{{tenant="acme"}} 3
+onebase_tenant_sequences{{tenant="beta"}} 1
 onebase_adapter_requests_total{{tenant="acme",adapter="support"}} {4 * look}
 onebase_adapter_generation_tokens_total{{tenant="acme",adapter="support"}} {90 * look}
 onebase_adapter_requests_total{{tenant="beta",adapter="pirate"}} 7
@@ -177,9 +177,9 @@ def test_ctrl_c_ends_it_too(server: Any) -> None:
 
 def test_the_sdk_reads_metrics(sdk: Sdk, server: Any) -> None:
     metrics: Metrics = sdk.call(lambda client: client.metrics(), url=server.url)
-    assert metrics.total("onebase_tenant_rows") == 4
-    assert metrics.by("onebase_tenant_rows", "tenant") == {"acme": 3, "beta": 1}
-    assert metrics.total("onebase_tenant_rows", tenant="nobody") == 0
+    assert metrics.total("onebase_tenant_sequences") == 4
+    assert metrics.by("onebase_tenant_sequences", "tenant") == {"acme": 3, "beta": 1}
+    assert metrics.total("onebase_tenant_sequences", tenant="nobody") == 0
     assert metrics.quantile("vllm:e2e_request_latency_seconds", 0.25) == pytest.approx(0.05)
     assert metrics.quantile("vllm:no_such", 0.5) is None
 

@@ -107,7 +107,7 @@ def test_all_columns_stream_at_once_and_stop_together(
             stop.click()
             expect(visit.page.get_by_text("Stopped by you.")).to_have_count(12)
             step(24)
-            server.wait_for(lambda: http.get("/status").json()["stats"]["rows_running"] == 0)
+            server.wait_for(lambda: http.get("/status").json()["stats"]["sequences_running"] == 0)
         assert all(visit.answers)
         expect(visit.page.get_by_role("button", name="Ask all 12")).to_be_visible()
         sent = [one for one in visit.requests if one.url.endswith("/generate/many")]
@@ -127,7 +127,7 @@ def test_a_column_that_is_removed_while_it_is_answered_is_computed_no_further(
     ):
 
         def running() -> int:
-            return int(http.get("/status").json()["stats"]["rows_running"])
+            return int(http.get("/status").json()["stats"]["sequences_running"])
 
         visit.open(f"#/compare?c=a:orders&{'&'.join(['c=b'] * (columns - 1))}&n=4000")
         visit.page.get_by_label("Message to all columns").fill("one two three four five six seven")

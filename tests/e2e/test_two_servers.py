@@ -51,7 +51,7 @@ def shared(base: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
         ).create_bucket(Bucket="onebase")
         options = ["--registry", postgres.database(), "--store", "s3://onebase/adapters"]
         options += ["--base", str(base), "--sync-seconds", "3600", "--kv-memory", "50MB"]
-        options += ["--max-rows", "4", "--threads", "1"]
+        options += ["--max-sequences", "4", "--threads", "1"]
         yield options, environment
         bucket.stop()
 

@@ -65,7 +65,7 @@ class Lab:
     ) -> Engine:
         """Create an engine. `kv_blocks`: with room for as many tokens in each group of layers."""
         settings = {
-            "max_rows": 32,
+            "max_sequences": 32,
             "step_tokens": 96,
             "draft_tokens": 0,
             "kv_blocks": 400,
@@ -77,7 +77,9 @@ class Lab:
         } | changes
         model = ServedModel(self.base, settings["slots"]) if model is None else model
         blocks = (settings["kv_blocks"] - RESERVED_BLOCKS) * len(model.groups) + RESERVED_BLOCKS
-        limits = SchedulerLimits(settings["max_rows"], settings["step_tokens"], 512, settings["draft_tokens"])
+        limits = SchedulerLimits(
+            settings["max_sequences"], settings["step_tokens"], 512, settings["draft_tokens"]
+        )
         engine = Engine(
             self.base,
             name="tiny",

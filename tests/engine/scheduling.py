@@ -36,7 +36,7 @@ class World:
         *,
         blocks: int = 40,
         slots: int = 2,
-        max_rows: int = 4,
+        max_sequences: int = 4,
         step_tokens: int = 16,
         max_length: int = 64,
         host_blocks: int = 0,
@@ -45,7 +45,7 @@ class World:
     ) -> World:
         """`sights`: of each group of layers."""
         pool, table = BlockPool(blocks + 2, BLOCK, host_blocks, restored), SlotTable(slots)
-        limits = SchedulerLimits(max_rows, step_tokens, max_length)
+        limits = SchedulerLimits(max_sequences, step_tokens, max_length)
         groups = [BlockGroup((), sight) for sight in sights]
         return cls(Scheduler("base", pool, table, limits, groups), pool, table, groups=groups)
 
@@ -96,7 +96,7 @@ class World:
     def check(self, plan: StepPlan, before: Sequence[SequenceState]) -> None:
         limits, running = self.scheduler.limits, self.scheduler.running
         segments = plan.segments
-        assert len(running) <= limits.max_rows
+        assert len(running) <= limits.max_sequences
         assert sum(segment.length for segment in segments) <= limits.step_tokens
         assert len({segment.sequence for segment in segments}) == len(segments)
         assert [row.arrival for row in running] == sorted(row.arrival for row in running)

@@ -224,7 +224,7 @@ def test_a_prompt_that_does_not_invoke_it_is_the_bases_in_text_and_cache(lab: La
     "changes",
     [
         pytest.param({"step_tokens": 9}, id="chunks of nine tokens"),
-        pytest.param({"kv_blocks": 50, "block_size": 4, "max_rows": 8}, id="preemption"),
+        pytest.param({"kv_blocks": 50, "block_size": 4, "max_sequences": 8}, id="preemption"),
         pytest.param({"kv_blocks": 20, "host_blocks": 60}, id="blocks in host memory"),
         pytest.param({"draft_tokens": 5}, id="drafts"),
         pytest.param({"slots": 1}, id="one slot"),

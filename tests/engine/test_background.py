@@ -43,7 +43,7 @@ def live(
 def test_a_row_gets_its_place_in_the_next_step_though_the_background_has_taken_all_of_them(
     tenant: str,
 ) -> None:
-    world = World.create(max_rows=4, step_tokens=32)
+    world = World.create(max_sequences=4, step_tokens=32)
     rows = batch(world, 6)
     while len(world.scheduler.running) < 4:
         world.step()
@@ -58,7 +58,7 @@ def test_a_row_gets_its_place_in_the_next_step_though_the_background_has_taken_a
 
 
 def test_a_row_gets_the_blocks_and_the_slot_that_the_background_holds() -> None:
-    world = World.create(max_rows=8, blocks=16, slots=1, step_tokens=64)
+    world = World.create(max_sequences=8, blocks=16, slots=1, step_tokens=64)
     held = make_row(0, [1, 2, 3], 20, ["a"], background=True)
     world.scheduler.add(held)
     batch(world, 3, first=1, tokens=12)
@@ -75,7 +75,7 @@ def test_a_row_gets_the_blocks_and_the_slot_that_the_background_holds() -> None:
 
 
 def test_the_background_takes_no_place_from_a_row_whatever_was_given_to_whom() -> None:
-    world = World.create(max_rows=2, step_tokens=32, blocks=100, max_length=200)
+    world = World.create(max_sequences=2, step_tokens=32, blocks=100, max_length=200)
     asked = [live(world, n, tokens=40, tenant="flood") for n in range(2)]
     world.step()
     waiting = batch(world, 3, first=5, tenant="patient")
@@ -89,7 +89,7 @@ def test_the_background_takes_no_place_from_a_row_whatever_was_given_to_whom() -
 
 
 def test_what_a_tenants_batch_was_given_costs_its_other_requests_no_turn() -> None:
-    world = World.create(max_rows=3, step_tokens=64, blocks=100)
+    world = World.create(max_sequences=3, step_tokens=64, blocks=100)
     batch(world, 3, tokens=30, tenant="night")
     for _ in range(20):
         world.step()
@@ -104,7 +104,7 @@ def test_what_a_tenants_batch_was_given_costs_its_other_requests_no_turn() -> No
 
 
 def test_a_step_with_a_prompt_has_none_of_the_background_and_one_with_decodes_as_much_as_is_said() -> None:
-    world = World.create(max_rows=4, step_tokens=16, blocks=100)
+    world = World.create(max_sequences=4, step_tokens=16, blocks=100)
     asked = live(world, 0, prompt=24, tokens=20)
     rows = [make_row(1 + n, list(range(1000 * n, 1000 * n + 8)), 4, background=True) for n in range(2)]
     for row in rows:
@@ -122,7 +122,7 @@ def test_a_step_with_a_prompt_has_none_of_the_background_and_one_with_decodes_as
 
 
 def test_tenants_share_the_background_as_they_share_the_rest() -> None:
-    world = World.create(max_rows=2, step_tokens=64, blocks=100, max_length=100)
+    world = World.create(max_sequences=2, step_tokens=64, blocks=100, max_length=100)
     flood = batch(world, 8, tokens=12, tenant="flood")
     world.step()
     other = batch(world, 1, first=20, tokens=12, tenant="other")[0]
@@ -189,7 +189,7 @@ def test_a_step_of_the_background_alone_is_short_where_tokens_are_slow_and_full_
 
 
 def test_a_step_of_the_background_alone_has_as_many_tokens_as_is_said_and_the_oldest_end_first() -> None:
-    world = World.create(max_rows=8, step_tokens=32, blocks=100)
+    world = World.create(max_sequences=8, step_tokens=32, blocks=100)
     rows = [make_row(n, list(range(1000 * n, 1000 * n + 20)), 4, background=True) for n in range(8)]
     for row in rows:
         world.scheduler.add(row)

@@ -58,7 +58,7 @@ def save_doge(folder: Path) -> Path:
 
 def engine_on(base: torch.nn.Module, **settings: Any) -> Engine:
     model = ServedModel(base, 1, **settings)
-    limits = SchedulerLimits(max_rows=4, step_tokens=256, max_length=256)
+    limits = SchedulerLimits(max_sequences=4, step_tokens=256, max_length=256)
     return Engine(base, name="base", limits=limits, kv_blocks=40, slots=1, model=model)
 
 

@@ -47,9 +47,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 
 
 def create(
-    base: nn.Module, *, kv_blocks: int = 60, host_blocks: int = 0, slots: int = 2, max_rows: int = 4
+    base: nn.Module, *, kv_blocks: int = 60, host_blocks: int = 0, slots: int = 2, max_sequences: int = 4
 ) -> Engine:
-    limits = SchedulerLimits(max_rows, 64, 200)
+    limits = SchedulerLimits(max_sequences, 64, 200)
     return Engine(base, name="tiny", limits=limits, kv_blocks=kv_blocks, host_blocks=host_blocks, slots=slots)
 
 
@@ -154,7 +154,7 @@ def weights(base: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Adapte
 @pytest.fixture(scope="module")
 def undisturbed(base: nn.Module, weights: AdapterWeights) -> dict[tuple[str, int], list[Any]]:
     """What the crowd gets without a culprit and without a fault."""
-    engine = create(base, max_rows=8)
+    engine = create(base, max_sequences=8)
     crowd(engine, weights)
     return facts(finish(engine))
 
@@ -163,7 +163,7 @@ def undisturbed(base: nn.Module, weights: AdapterWeights) -> dict[tuple[str, int
 def test_a_step_that_fails_once_is_computed_again_and_no_row_notices(
     base: nn.Module, weights: AdapterWeights, undisturbed: dict[tuple[str, int], list[Any]], step: int
 ) -> None:
-    engine = create(base, max_rows=8)
+    engine = create(base, max_sequences=8)
     flaky = Flaky(engine, once_in(step))
     crowd(engine, weights)
     assert facts(finish(engine)) == undisturbed
@@ -185,7 +185,7 @@ def test_a_row_that_fails_every_step_ends_alone_and_its_neighbours_get_the_same_
     undisturbed: dict[tuple[str, int], list[Any]],
     prompt: list[int],
 ) -> None:
-    engine = create(base, max_rows=8)
+    engine = create(base, max_sequences=8)
     Flaky(engine, on_token(BAD))
     crowd(engine, weights, culprit=prompt)
     found = finish(engine)
@@ -195,7 +195,7 @@ def test_a_row_that_fails_every_step_ends_alone_and_its_neighbours_get_the_same_
 
 
 def test_a_decode_that_fails_is_found_among_many(base: nn.Module) -> None:
-    expected, engine = create(base, max_rows=8), create(base, max_rows=8)
+    expected, engine = create(base, max_sequences=8), create(base, max_sequences=8)
     Flaky(engine, on_token(BAD))
     for one in (expected, engine):
         for i in range(7):
@@ -210,7 +210,7 @@ def test_a_decode_that_fails_is_found_among_many(base: nn.Module) -> None:
 def test_a_prefill_that_memory_does_not_hold_is_computed_in_smaller_chunks(
     base: nn.Module, weights: AdapterWeights, undisturbed: dict[tuple[str, int], list[Any]]
 ) -> None:
-    engine = create(base, max_rows=8)
+    engine = create(base, max_sequences=8)
 
     def full(batch: StepBatch) -> Exception | None:
         return torch.OutOfMemoryError("out of memory") if batch.contexts.write.shape[-1] > TILE else None
@@ -241,7 +241,7 @@ def test_what_a_failed_step_has_written_is_read_by_nobody_who_gets_its_blocks(ba
 
 
 def test_a_step_in_which_every_row_fails_is_nobodys_fault_and_later_ones_are_served(base: nn.Module) -> None:
-    engine, expected = create(base, max_rows=4), create(base)
+    engine, expected = create(base, max_sequences=4), create(base)
     Flaky(engine, once_in(2, *range(3, 10)))
     for i in range(4):
         engine.submit(submit(str(i), [3, 4 + i]))
@@ -455,7 +455,7 @@ def test_choices_of_a_preempted_leader_finish_with_the_text_they_have_alone(base
 
 
 def test_waiting_rows_can_be_cancelled(base: nn.Module) -> None:
-    engine = create(base, max_rows=1)
+    engine = create(base, max_sequences=1)
     engine.submit(submit("running", [3]))
     engine.submit(submit("waiting", [4], n=2))
     engine.step()

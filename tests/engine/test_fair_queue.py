@@ -83,14 +83,14 @@ SHAPE = st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0, 0,
     shapes=st.tuples(SHAPE, SHAPE, SHAPE),
     late=st.integers(0, 60),
     steps=st.integers(200, 400),
-    max_rows=st.integers(1, 4),
+    max_sequences=st.integers(1, 4),
     bounded=st.none() | st.integers(1, 16),
 )
 def test_what_tenants_that_always_wait_are_given_differs_by_no_more_than_the_bound(
-    shapes: tuple[tuple[int, int, int], ...], late: int, steps: int, max_rows: int, bounded: int | None
+    shapes: tuple[tuple[int, int, int], ...], late: int, steps: int, max_sequences: int, bounded: int | None
 ) -> None:
     # With room for all that runs: while blocks are lacking, shorter rows may pass longer ones.
-    world = World.create(blocks=60, max_rows=max_rows, step_tokens=STEP_TOKENS)
+    world = World.create(blocks=60, max_sequences=max_sequences, step_tokens=STEP_TOKENS)
     backlog = Backlog(world, dict(zip("abc", shapes, strict=True)))
     backlog.fill("a", 10)
     for _ in range(late):
@@ -101,7 +101,7 @@ def test_what_tenants_that_always_wait_are_given_differs_by_no_more_than_the_bou
         backlog.refill(5)
         given_to.step(world, bounded)
     longest = max((prompt + 2 * tokens) / 2.0**priority for prompt, tokens, priority in shapes)
-    bound = 2 * (max_rows * longest + CREDIT)
+    bound = 2 * (max_sequences * longest + CREDIT)
     amounts = [given_to.by_tenant.get(tenant, 0.0) for tenant in "abc"]
     assert max(amounts) - min(amounts) <= bound
 
@@ -121,7 +121,7 @@ def test_a_row_beside_an_endless_flood_ends(
     own_flood: bool,
     blocks: int,
 ) -> None:
-    world = World.create(blocks=blocks, slots=2, max_rows=3, step_tokens=STEP_TOKENS)
+    world = World.create(blocks=blocks, slots=2, max_sequences=3, step_tokens=STEP_TOKENS)
     arrivals = count()
 
     def pour(rows: int) -> None:
@@ -161,7 +161,7 @@ def flooded(
 
 
 def test_a_tenant_that_asks_now_and_then_runs_in_the_next_step_beside_a_flood() -> None:
-    world = World.create(max_rows=4)
+    world = World.create(max_sequences=4)
     flood = flooded(world, 20, 12)
     guest = make_row(100, [7, 8, 9], 4, tenant="guest")
     world.scheduler.add(guest)
@@ -174,7 +174,7 @@ def test_a_tenant_that_asks_now_and_then_runs_in_the_next_step_beside_a_flood() 
 
 
 def test_a_row_that_gave_way_makes_a_block_of_tokens_before_it_does_so_again() -> None:
-    world = World.create(max_rows=2, blocks=100)
+    world = World.create(max_sequences=2, blocks=100)
     flood = flooded(world, 2, 40)
     made = []
     for arrival in range(10, 40):
@@ -190,7 +190,7 @@ def test_a_row_that_gave_way_makes_a_block_of_tokens_before_it_does_so_again() -
 
 
 def test_tenants_that_are_about_even_take_nothing_from_each_other() -> None:
-    world = World.create(max_rows=6, blocks=200, step_tokens=64)
+    world = World.create(max_sequences=6, blocks=200, step_tokens=64)
     flooded(world, 30, 40, tenant="one")
     for arrival in range(100, 130):
         world.scheduler.add(make_row(arrival, [arrival], 40, tenant="two"))
@@ -202,7 +202,7 @@ def test_tenants_that_are_about_even_take_nothing_from_each_other() -> None:
 
 
 def test_time_in_which_nothing_waited_is_no_credit() -> None:
-    world = World.create(max_rows=2)
+    world = World.create(max_sequences=2)
     backlog = Backlog(world, {"a": (4, 4, 0), "b": (4, 4, 0)})
     for _ in range(200):
         backlog.fill("a", 1)
@@ -215,7 +215,7 @@ def test_time_in_which_nothing_waited_is_no_credit() -> None:
 
 
 def test_a_tenant_of_a_higher_priority_is_given_twice_as_much_for_each_step() -> None:
-    world = World.create(max_rows=6, blocks=100)
+    world = World.create(max_sequences=6, blocks=100)
     backlog = Backlog(world, {"a": (4, 4, 0), "b": (4, 4, 2)})
     given_to = Given()
     for _ in range(600):
@@ -227,7 +227,7 @@ def test_a_tenant_of_a_higher_priority_is_given_twice_as_much_for_each_step() ->
 
 
 def test_in_a_tenant_the_adapter_that_was_given_least_is_next() -> None:
-    world = World.create(max_rows=1, slots=2)
+    world = World.create(max_sequences=1, slots=2)
     for arrival in range(6):
         world.scheduler.add(make_row(arrival, [arrival], 3, ["a"]))
     world.scheduler.add(make_row(6, [6], 3, ["b"]))
@@ -246,7 +246,7 @@ def test_adapters_at_random_over_few_slots_wait_about_as_long_as_each_other(
     adapters: int, own_tenants: bool
 ) -> None:
     """However often they were asked for, and although others that were given nothing come all the time."""
-    world = World.create(slots=4, max_rows=16, step_tokens=32, blocks=200)
+    world = World.create(slots=4, max_sequences=16, step_tokens=32, blocks=200)
     chosen = random.Random(adapters)
     waits: list[int] = []
     waiting: dict[SequenceState, int] = {}
@@ -276,7 +276,7 @@ def test_a_guest_does_not_pay_for_what_others_had_more_of_than_the_flood(
     own_tenants: bool, waits: bool
 ) -> None:
     """What runs long raises the mean of all by more than what the flood is given."""
-    world = World.create(slots=4, max_rows=8, step_tokens=16, blocks=4000, max_length=2000)
+    world = World.create(slots=4, max_sequences=8, step_tokens=16, blocks=4000, max_length=2000)
     arrivals = count()
 
     def ask(name: str, tokens: int) -> SequenceState:
@@ -306,7 +306,7 @@ def test_a_guest_does_not_pay_for_what_others_had_more_of_than_the_flood(
 
 
 def test_a_guest_that_asks_again_and_again_is_next_each_time_beside_a_flood() -> None:
-    world = World.create(max_rows=4, step_tokens=16, blocks=400, max_length=200)
+    world = World.create(max_sequences=4, step_tokens=16, blocks=400, max_length=200)
     backlog = Backlog(world, {"flood": (2, 12, 0), "guest": (64, 1, 0)})
     for visit in range(30):
         for _ in range(40):
@@ -332,7 +332,7 @@ def test_a_prompt_goes_before_the_rest_of_a_flooding_tenants_long_one() -> None:
 
 
 def test_a_step_with_a_guests_prompt_has_none_of_a_tenant_that_runs_twice_as_much() -> None:
-    world = World.create(step_tokens=32, max_length=400, blocks=100, max_rows=6)
+    world = World.create(step_tokens=32, max_length=400, blocks=100, max_sequences=6)
     flooded(world, 3, 30)
     flood = [make_row(i, [i] * 5, 3, tenant="flood") for i in (10, 11)]
     guest = make_row(12, [1] * 5, 3, tenant="guest")
@@ -369,7 +369,7 @@ def test_prompts_next_to_decodes_of_another_tenant_have_the_bounded_tokens(bound
 
 
 def test_decodes_of_a_tenant_with_twice_the_load_take_turns_next_to_a_guests() -> None:
-    world = World.create(step_tokens=64, max_length=400, blocks=400, max_rows=8)
+    world = World.create(step_tokens=64, max_length=400, blocks=400, max_sequences=8)
     flood = flooded(world, 6, 60)
     guest = make_row(9, [7] * 5, 60, tenant="guest")
     world.scheduler.add(guest)
@@ -387,7 +387,7 @@ def test_decodes_of_a_tenant_with_twice_the_load_take_turns_next_to_a_guests() -
 
 @pytest.mark.parametrize("flood", [2, 3])
 def test_decodes_are_not_bounded_of_tenants_that_run_about_the_same(flood: int) -> None:
-    world = World.create(step_tokens=64, max_length=400, blocks=400, max_rows=8)
+    world = World.create(step_tokens=64, max_length=400, blocks=400, max_sequences=8)
     flooded(world, flood, 60)
     for arrival in (8, 9):
         world.scheduler.add(make_row(arrival, [7] * 5, 60, tenant="guest"))
@@ -427,7 +427,7 @@ def test_bounded_tokens_follow_the_processor_and_not_what_else_a_busy_machine_do
 
 @pytest.mark.parametrize("step_tokens", [1, 16, 63])
 def test_small_steps_leave_a_decode_and_a_prompts_token_of_a_bounded_tenant(step_tokens: int) -> None:
-    world = World.create(step_tokens=16, max_length=400, blocks=400, max_rows=8)
+    world = World.create(step_tokens=16, max_length=400, blocks=400, max_sequences=8)
     flood = flooded(world, 4, 60)
     world.scheduler.add(make_row(9, [7], 60, tenant="guest"))
     world.step()
@@ -464,7 +464,7 @@ def test_a_guests_prompt_is_not_bounded_next_to_decodes_of_a_tenant_that_runs_mo
 
 
 def test_a_guests_adapter_gets_a_slot_before_older_rows_of_a_flood_that_wait_for_one() -> None:
-    world = World.create(slots=2, max_rows=4, blocks=100)
+    world = World.create(slots=2, max_sequences=4, blocks=100)
     for arrival in range(12):
         row = make_row(arrival, [arrival], 20, "abc"[arrival % 3], tenant="flood")
         world.scheduler.add(row)
@@ -501,7 +501,7 @@ def test_what_came_from_the_cache_or_is_computed_again_is_not_counted() -> None:
 
 
 def test_small_rows_pass_one_that_lacks_blocks_but_not_for_ever() -> None:
-    world = World.create(blocks=12, max_rows=8, max_length=64)
+    world = World.create(blocks=12, max_sequences=8, max_length=64)
     arrivals = count()
     for _ in range(4):
         world.scheduler.add(make_row(next(arrivals), [1], 6))
@@ -518,7 +518,7 @@ def test_small_rows_pass_one_that_lacks_blocks_but_not_for_ever() -> None:
 
 
 def test_a_guest_goes_before_a_row_for_which_blocks_are_kept() -> None:
-    world = World.create(blocks=12, max_rows=8, max_length=64)
+    world = World.create(blocks=12, max_sequences=8, max_length=64)
     flood = [make_row(i, [i], 30, tenant="flood") for i in range(4)]
     for row in flood:
         world.scheduler.add(row)
@@ -537,7 +537,7 @@ def test_a_guest_goes_before_a_row_for_which_blocks_are_kept() -> None:
 
 
 def test_when_blocks_run_out_the_tenant_that_runs_most_gives_way_not_the_guest() -> None:
-    world = World.create(blocks=12, max_rows=6, max_length=64)
+    world = World.create(blocks=12, max_sequences=6, max_length=64)
     flood = flooded(world, 4, 16, steps=1)
     guest = make_row(50, [1], 16, tenant="guest")
     world.scheduler.add(guest)
@@ -550,7 +550,7 @@ def test_when_blocks_run_out_the_tenant_that_runs_most_gives_way_not_the_guest()
 
 
 def test_no_place_stays_free_while_a_row_could_run() -> None:
-    world = World.create(max_rows=4, blocks=400, step_tokens=64)
+    world = World.create(max_sequences=4, blocks=400, step_tokens=64)
     backlog = Backlog(world, {"a": (3, 5, 0), "b": (9, 2, 1), "c": (1, 9, -1)})
     backlog.refill(40)
     while world.scheduler.waiting:
@@ -562,7 +562,7 @@ def test_no_place_stays_free_while_a_row_could_run() -> None:
 
 
 def test_a_walk_has_no_row_twice_when_one_goes_back_on_the_way() -> None:
-    world = World.create(max_rows=1)
+    world = World.create(max_sequences=1)
     rows = [make_row(arrival, [arrival], 9) for arrival in range(4)]
     for row in rows:
         world.scheduler.add(row)
@@ -578,7 +578,7 @@ def test_a_walk_has_no_row_twice_when_one_goes_back_on_the_way() -> None:
 def test_a_plan_tries_few_of_many_adapters_that_lack_slots_and_runs_those_that_are_in_slots(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    world = World.create(slots=2, max_rows=8, blocks=200, step_tokens=64)
+    world = World.create(slots=2, max_sequences=8, blocks=200, step_tokens=64)
     tried: list[SequenceState] = []
     acquire = SlotTable.acquire
 
@@ -602,7 +602,7 @@ def test_a_plan_tries_few_of_many_adapters_that_lack_slots_and_runs_those_that_a
 
 
 def test_a_plan_leaves_the_garbage_collector_alone_however_many_tenants_wait() -> None:
-    world = World.create(max_rows=4, blocks=100, step_tokens=64)
+    world = World.create(max_sequences=4, blocks=100, step_tokens=64)
     for arrival in range(5000):
         world.scheduler.add(make_row(arrival, [arrival], 9, tenant=f"tenant{arrival}"))
     world.step()

@@ -131,7 +131,7 @@ def test_logprobs_are_bit_equal_after_preemption(lab: Lab, plain_longer: Scores)
 
 def test_logprobs_are_bit_equal_after_giving_a_place_to_another_tenant(lab: Lab, plain: Scores) -> None:
     asked = [replace(request, tenant=f"tenant {i // 6}") for i, request in enumerate(ASKED)]
-    full = lab.engine(max_rows=3)
+    full = lab.engine(max_sequences=3)
     assert scored(full, asked) == plain
     assert full.scheduler.yielded > 0
 

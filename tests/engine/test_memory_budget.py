@@ -184,7 +184,7 @@ def test_the_largest_step_has_every_row_at_its_longest_context_and_no_more_token
         assert {len(group.terms) for group in batch.token_map.groups} == {16}
         assert len(batch.input_ids) == limits.step_tokens
         assert batch.positions.max() == limits.max_length - 1
-        rows = min(limits.max_rows, limits.step_tokens)
+        rows = min(limits.max_sequences, limits.step_tokens)
         assert len(batch.sampled) >= rows
         assert (batch.positions[: rows - 1] == limits.max_length - 1).all()
         assert len(batch.logit_rows) >= limits.step_tokens - len(batch.scored)
@@ -335,7 +335,7 @@ def test_what_jobs_may_take_is_left_free_for_them_where_no_setting_says_how_much
 def test_on_an_accelerator_each_sequence_of_a_step_may_have_a_slot_unless_told_otherwise(
     device: str, asked: int, slots: int
 ) -> None:
-    config = EngineConfig(base_folder="", max_slots=asked, max_rows=48)
+    config = EngineConfig(base_folder="", max_slots=asked, max_sequences=48)
     assert process._slot_count(config, torch.device(device)) == slots
 
 
@@ -416,7 +416,7 @@ def test_a_step_for_which_there_is_no_memory_is_tried_with_shorter_contexts_and_
     def full(run: Callable[[], object]) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(MemoryBudgetError, match=r"512: lower --step-tokens or --max-rows") as refused:
+    with pytest.raises(MemoryBudgetError, match=r"512: lower --step-tokens or --max-sequences") as refused:
         sizes(EngineConfig(base_folder=""), base, model, SchedulerLimits(4, 32, 4096), full)
     model.allocate_kv(60, 16)  # nothing of it is left
     assert isinstance(cause := refused.value.__cause__, torch.OutOfMemoryError)

@@ -137,10 +137,10 @@ ENGINES = st.sampled_from(
     [
         {},
         {"step_tokens": 20, "slots": 2},
-        {"kv_blocks": 26, "block_size": 4, "host_blocks": 40, "max_rows": 8},
-        {"kv_blocks": 60, "block_size": 2, "max_rows": 6, "draft_tokens": 4},
+        {"kv_blocks": 26, "block_size": 4, "host_blocks": 40, "max_sequences": 8},
+        {"kv_blocks": 60, "block_size": 2, "max_sequences": 6, "draft_tokens": 4},
         {"draft_tokens": 5},
-        {"max_rows": 2},
+        {"max_sequences": 2},
     ]
 )
 
@@ -209,7 +209,7 @@ def test_who_comes_does_not_wait_for_a_step_of_the_background_that_was_planned_b
     assert [output.id for output in engine.take_outputs()] == ["chat"]
 
 
-@pytest.mark.parametrize("changes", [{"max_rows": 3}, {"slots": 1}, {"kv_blocks": 2 + 3}])
+@pytest.mark.parametrize("changes", [{"max_sequences": 3}, {"slots": 1}, {"kv_blocks": 2 + 3}])
 def test_a_row_that_ends_gives_its_place_and_nobody_else_does(lab: Lab, changes: dict[str, int]) -> None:
     """Its place, slot and blocks are there for the step that is planned while its last token is drawn."""
     engine = ahead(lab.engine(**changes))

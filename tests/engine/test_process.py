@@ -154,7 +154,7 @@ def test_a_start_is_answered_by_progress_then_ready_then_idle_reports_also_for_v
     base: Path, spawn: Callable[[], EngineClient]
 ) -> None:
     client = spawn()
-    client.start(base, max_length=4, max_rows=3, prefix_memory=1_000_000)
+    client.start(base, max_length=4, max_sequences=3, prefix_memory=1_000_000)
     progress: list[protocol.Loading] = []
     while isinstance(message := client.receive(), protocol.Loading):
         progress.append(message)
@@ -162,7 +162,7 @@ def test_a_start_is_answered_by_progress_then_ready_then_idle_reports_also_for_v
     assert [p.fraction for p in progress] == sorted(p.fraction for p in progress)
     assert isinstance(message, protocol.Ready)
     assert message.base.architecture == "LlamaForCausalLM"
-    assert (message.base.max_length, message.base.max_rows, message.base.vocab_size) == (4, 3, 320)
+    assert (message.base.max_length, message.base.max_sequences, message.base.vocab_size) == (4, 3, 320)
     idle = client.wait_for(protocol.StepResult)
     assert idle.outputs == []
     assert idle.stats.generated_tokens == 0

@@ -23,8 +23,8 @@ SAMPLING = protocol.Sampling(
     temperature=0.5, logit_bias={3: -1.5}, seed=2**63, stop_token_ids=(1, 2), logprobs=2, prompt_logprobs=0
 )
 STATS = protocol.Stats(
-    rows_running=1,
-    rows_waiting=2,
+    sequences_running=1,
+    sequences_waiting=2,
     kv_blocks_free=3,
     kv_blocks_cached=4,
     kv_blocks_total=5,
@@ -64,7 +64,7 @@ BASE = protocol.BaseInfo(
     kv_longest=40,
     block_size=16,
     max_length=5,
-    max_rows=6,
+    max_sequences=6,
     max_slots=7,
     max_rank=8,
     vocab_size=9,

@@ -96,7 +96,7 @@ def test_vectors_are_the_hidden_states_of_pefts_own_model(lab: Lab, plain: list[
     [
         pytest.param({}, id="as-they-come"),
         pytest.param({"step_tokens": 7}, id="short-chunks"),
-        pytest.param({"step_tokens": 33, "max_rows": 3}, id="few-places"),
+        pytest.param({"step_tokens": 33, "max_sequences": 3}, id="few-places"),
         pytest.param({"kv_blocks": 52, "block_size": 2}, id="few-blocks"),
         pytest.param({"draft_tokens": 5}, id="drafts"),
     ],
@@ -177,7 +177,7 @@ def test_branches_have_the_logprobs_of_the_whole_text(lab: Lab) -> None:
 def test_branches_are_bit_equal_in_any_chunks_and_where_blocks_are_few(lab: Lab) -> None:
     plain = scores(lab.engine(), ASKED)
     assert scores(lab.engine(step_tokens=5), ASKED) == plain
-    tight = lab.engine(kv_blocks=82, block_size=2, max_rows=9)
+    tight = lab.engine(kv_blocks=82, block_size=2, max_sequences=9)
     assert scores(tight, ASKED) == plain
 
 

@@ -90,7 +90,7 @@ SIGHTS = st.sampled_from([Sight(), Sight(), Sight(1), Sight(6), Sight(17), Sight
     traffic=TRAFFIC,
     blocks=st.integers(8, 20),
     slots=st.integers(2, 3),
-    max_rows=st.integers(1, 5),
+    max_sequences=st.integers(1, 5),
     step_tokens=st.integers(1, 24),
     joins=st.integers(0, 3),
     most=st.integers(1, 16),
@@ -104,7 +104,7 @@ def test_every_row_finishes_and_everything_comes_back(
     traffic: list[Traffic],
     blocks: int,
     slots: int,
-    max_rows: int,
+    max_sequences: int,
     step_tokens: int,
     joins: int,
     most: int,
@@ -117,7 +117,17 @@ def test_every_row_finishes_and_everything_comes_back(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "PREFIX_IN_FLIGHT", in_flight)
         _finish_everything(
-            traffic, blocks, slots, max_rows, step_tokens, joins, most, bounded, host_blocks, restored, sights
+            traffic,
+            blocks,
+            slots,
+            max_sequences,
+            step_tokens,
+            joins,
+            most,
+            bounded,
+            host_blocks,
+            restored,
+            sights,
         )
 
 
@@ -125,7 +135,7 @@ def _finish_everything(
     traffic: list[Traffic],
     blocks: int,
     slots: int,
-    max_rows: int,
+    max_sequences: int,
     step_tokens: int,
     joins: int,
     most: int,
@@ -138,7 +148,7 @@ def _finish_everything(
         sights=sights,
         blocks=blocks * len(sights),
         slots=slots,
-        max_rows=max_rows,
+        max_sequences=max_sequences,
         step_tokens=step_tokens,
         host_blocks=host_blocks,
         restored=restored,
@@ -219,7 +229,7 @@ def test_a_preempted_row_that_has_released_blocks_begins_again_from_its_prefix()
 
 
 def test_the_youngest_row_is_preempted_and_still_finishes() -> None:
-    world = World.create(blocks=6, max_rows=3)
+    world = World.create(blocks=6, max_sequences=3)
     rows = [make_row(i, [i * 10 + j for j in range(4)], 12) for i in range(3)]
     for row in rows:
         world.scheduler.add(row)
@@ -234,7 +244,7 @@ def test_the_youngest_row_is_preempted_and_still_finishes() -> None:
 
 
 def test_rows_that_outgrow_the_pool_are_not_admitted_only_to_be_preempted() -> None:
-    world = World.create(blocks=20, max_rows=8)
+    world = World.create(blocks=20, max_sequences=8)
     rows = [make_row(i, [i * 10 + j for j in range(6)], 20) for i in range(24)]
     for row in rows:
         world.scheduler.add(row)
@@ -244,7 +254,7 @@ def test_rows_that_outgrow_the_pool_are_not_admitted_only_to_be_preempted() -> N
 
 
 def test_a_row_that_needs_every_block_lets_others_pass_and_then_runs_alone() -> None:
-    world = World.create(blocks=200, max_rows=4, max_length=1000, step_tokens=1000)
+    world = World.create(blocks=200, max_sequences=4, max_length=1000, step_tokens=1000)
     rows = [make_row(0, [1], 2), make_row(1, list(range(200 * BLOCK)), 1), make_row(2, [2], 2)]
     for row in rows:
         world.scheduler.add(row)
@@ -258,7 +268,7 @@ def test_a_row_that_needs_every_block_lets_others_pass_and_then_runs_alone() -> 
 
 
 def test_a_preempted_row_goes_on_where_it_was() -> None:
-    world = World.create(blocks=6, max_rows=2, step_tokens=32)
+    world = World.create(blocks=6, max_sequences=2, step_tokens=32)
     rows = [make_row(i, [i * 10 + j for j in range(8)], 9) for i in range(2)]
     for row in rows:
         world.scheduler.add(row)
@@ -273,7 +283,7 @@ def test_a_preempted_row_goes_on_where_it_was() -> None:
 
 
 def test_decodes_come_before_prefills_of_older_and_younger_rows() -> None:
-    world = World.create(step_tokens=5, max_rows=4)
+    world = World.create(step_tokens=5, max_sequences=4)
     world.scheduler.add(make_row(0, [1, 2], 20))
     world.step()
     world.scheduler.add(make_row(1, list(range(20)), 4))
@@ -330,7 +340,7 @@ def _ending_apart(number: int, shared: int = 40, **options: Any) -> SequenceStat
 
 
 def test_a_prefix_that_arrives_several_times_at_once_is_computed_once() -> None:
-    world = World.create(blocks=80, max_rows=6, step_tokens=16)
+    world = World.create(blocks=80, max_sequences=6, step_tokens=16)
     rows = [_ending_apart(number) for number in range(6)]
     for row in rows:
         world.scheduler.add(row)
@@ -378,7 +388,7 @@ def test_a_row_does_not_wait_for_a_row_that_is_slow_with_the_prefix_they_share(w
 
 def test_a_row_stops_waiting_for_its_prefix_once_the_flow_that_computes_it_is_behind_its_own() -> None:
     """Activated LoRAs reuse what the bare base computes, which may have received far more."""
-    world = World.create(blocks=8000, slots=8, max_rows=64, step_tokens=16, max_length=400)
+    world = World.create(blocks=8000, slots=8, max_sequences=64, step_tokens=16, max_length=400)
 
     def add_others(numbers: range, *adapters: str) -> None:
         for number in numbers:

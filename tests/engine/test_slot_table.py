@@ -15,7 +15,7 @@ def row(arrival: int, *adapters: str) -> SequenceState:
 
 
 def test_a_third_adapter_gets_a_slot_under_endless_traffic_on_two() -> None:
-    world = World.create(slots=2, max_rows=6, step_tokens=64, blocks=200)
+    world = World.create(slots=2, max_sequences=6, step_tokens=64, blocks=200)
     third: SequenceState | None = None
     for step in range(40):
         # There are always rows of both a and b, so that neither slot falls idle by itself.

@@ -141,7 +141,7 @@ def test_an_engine_with_nothing_else_to_do_waits_for_the_copies_instead_of_askin
 
 
 @pytest.mark.parametrize(
-    ("prompt_tokens", "changes"), [(20, {"max_rows": 2}), (150, {"max_rows": 4, "step_tokens": 32})]
+    ("prompt_tokens", "changes"), [(20, {"max_sequences": 2}), (150, {"max_sequences": 4, "step_tokens": 32})]
 )
 def test_steps_that_are_full_before_a_row_is_asked_do_not_throw_its_copy_away(
     lab: Lab, prompt_tokens: int, changes: dict[str, int]
@@ -257,7 +257,7 @@ def test_whatever_arrives_every_row_ends_as_peft_has_it_and_copies_keep_to_their
     largest = max(map(weights_bytes, lab.weights))
     room = largest * share
     copies = SlowCopies(polls)
-    engine = lab.engine(copies, slots=slots, max_rows=rows, slot_memory=room)
+    engine = lab.engine(copies, slots=slots, max_sequences=rows, slot_memory=room)
     asked = requests(10, seed=seed, tokens=4, longest=24)
     assert run(engine, asked) == [lab.expected(request) for request in asked]
     assert copies.alive == 0

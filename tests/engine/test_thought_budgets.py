@@ -92,7 +92,7 @@ def test_the_budget_begins_behind_the_token_that_begins_the_thought(lab: Lab) ->
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"draft_tokens": 5}, {"step_tokens": 7}, {"kv_blocks": 30, "block_size": 4, "max_rows": 4}],
+    [{}, {"draft_tokens": 5}, {"step_tokens": 7}, {"kv_blocks": 30, "block_size": 4, "max_sequences": 4}],
     ids=["steps", "drafts", "chunks", "preemption"],
 )
 @pytest.mark.parametrize("ahead", [False, True])

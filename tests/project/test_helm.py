@@ -29,7 +29,7 @@ EVERYTHING = {
     "alerts": {"enabled": True},
     "s3": {"endpoint": "http://minio.minio:9000", "port": 9000},
     "postgres": {"port": 6432},
-    "settings": {"max_rows": 128, "kv_dtype": "int8"},
+    "settings": {"max_sequences": 128, "kv_dtype": "int8"},
     "pullSecrets": [{"name": "registry"}],
     "server": {"nodeSelector": {"gpu": "yes"}, "tolerations": [{"operator": "Exists"}]},
     "route": {"replicas": 2},
@@ -109,7 +109,7 @@ def test_servers_get_settings_that_they_know_and_the_time_to_drain() -> None:
     known = {f"ONEBASE_{field.name.upper()}" for field in fields(Settings)}
     assert {name for name in data if name.startswith("ONEBASE_")} <= known
     settings = load_settings({}, data)
-    assert (settings.max_rows, settings.kv_dtype) == (128, "int8")
+    assert (settings.max_sequences, settings.kv_dtype) == (128, "int8")
     assert data["AWS_ENDPOINT_URL"] == "http://minio.minio:9000"
     for kind, name in (("StatefulSet", "onebase"), ("Deployment", "onebase-route")):
         spec = pod(objects, kind, name)
@@ -139,7 +139,9 @@ def test_a_change_replaces_one_server_at_a_time_and_never_the_last_route() -> No
     assert route["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     assert {one["spec"]["maxUnavailable"] for one in objects["PodDisruptionBudget"].values()} == {1}
     before, after = (
-        rendered({"settings": {"max_rows": rows}})["StatefulSet"]["onebase"]["spec"]["template"]["metadata"]
+        rendered({"settings": {"max_sequences": rows}})["StatefulSet"]["onebase"]["spec"]["template"][
+            "metadata"
+        ]
         for rows in (1, 2)
     )
     assert before["annotations"] != after["annotations"]  # or pods would not get new settings

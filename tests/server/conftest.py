@@ -158,7 +158,16 @@ def api(serve_real: Starter, base_folder: Path, tmp_path_factory: pytest.TempPat
         for name, seed, rank in (("red", 1, 4), ("blue", 2, 8))
     }
     data_dir = tmp_path_factory.mktemp("data")
-    options = ["--adapters-dir", str(parent), "--kv-memory", "400MB", "--max-rows", "16", "--threads", "1"]
+    options = [
+        "--adapters-dir",
+        str(parent),
+        "--kv-memory",
+        "400MB",
+        "--max-sequences",
+        "16",
+        "--threads",
+        "1",
+    ]
     with serve_real(*options, data_dir=data_dir) as server, server.client() as http:
         digests = {entry["id"]: entry["version"] for entry in http.get("/v1/adapters").json()["data"]}
         yield Api(server, http, "smollm2-135m-instruct", adapters, digests, data_dir)

@@ -150,7 +150,7 @@ class ScriptedEngine:
         base = BaseInfo(
             architecture="Scripted", parameters=1, quantization="none", dtype="float32", device="cpu",
             base_bytes=1, kv_bytes=1, kv_blocks=4096, kv_tokens=65_536, kv_longest=65_536, block_size=16,
-            max_length=config.max_length or 100_000, max_rows=config.max_rows,
+            max_length=config.max_length or 100_000, max_sequences=config.max_sequences,
             max_slots=config.max_slots if self.behaviour == "few" else 1,
             max_rank=8, vocab_size=49152, load_seconds=0.0,
         )  # fmt: skip
@@ -249,12 +249,12 @@ class ScriptedEngine:
 
     def report(self, outputs: list[SequenceOutput]) -> None:
         counts = dict.fromkeys(Stats.__struct_fields__, 0)
-        known = {"paused": self.paused, "rows_running": len(self.rows), "steps": self.steps}
+        known = {"paused": self.paused, "sequences_running": len(self.rows), "steps": self.steps}
         stats = Stats(**counts | known | {"awaits_grammars": self.behaviour == "awaits"})
         if self.behaviour == "few":
             waiting = max(0, len(self.rows) - FEW)
             running = len(self.rows) - waiting
-            stats = msgspec.structs.replace(stats, rows_running=running, rows_waiting=waiting)
+            stats = msgspec.structs.replace(stats, sequences_running=running, sequences_waiting=waiting)
         at = float(self.steps) if self.behaviour == "flood" else time.monotonic()
         self.send(StepResult(outputs, stats, at))
 

@@ -99,7 +99,7 @@ class Server:
             def run() -> bool:
                 step(1)
                 stats = http.get("/status").json()["stats"]  # None before the first step
-                return stats is not None and bool(stats["rows_running"] == rows)
+                return stats is not None and bool(stats["sequences_running"] == rows)
 
             self.wait_for(run)
 

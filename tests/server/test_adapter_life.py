@@ -19,7 +19,7 @@ from .conftest import make_adapter
 from .support import ROOT, Server, Starter, upload, upload_folder
 
 ORDERS, PIRATE = (ROOT / "examples" / "adapters" / name for name in ("orders", "pirate"))
-OPTIONS = ["--kv-memory", "300MB", "--max-rows", "16", "--threads", "1", "--hub-allow", "acme/*"]
+OPTIONS = ["--kv-memory", "300MB", "--max-sequences", "16", "--threads", "1", "--hub-allow", "acme/*"]
 PROMPTS = [f"Order {number}: {number} jars of honey for" for number in range(4)]
 LONG = 64
 """Tokens of a text that still runs when others have been asked for."""
@@ -146,7 +146,7 @@ def test_rows_that_run_while_another_version_is_activated_end_on_the_one_they_be
 
     streams = started(server, PROMPTS, "shop", LONG)
     activated = http.post("/v1/adapters/shop/activate", json={"version": second, "expected": first})
-    during = http.get("/status").json()["stats"]["rows_running"]
+    during = http.get("/status").json()["stats"]["sequences_running"]
     after = answer_of(http, PROMPTS[0], "shop", LONG)
 
     assert activated.json()["version"] == second

@@ -256,7 +256,7 @@ def test_a_batch_whose_key_is_revoked_ends_with_what_it_has_and_says_why(
     with (
         pace(tmp_path) as (environment, allow),
         serve_scripted(
-            "paced", "--batch-rows", "2", data_dir=tmp_path / "data", environment=environment
+            "paced", "--batch-requests", "2", data_dir=tmp_path / "data", environment=environment
         ) as server,
     ):
         client, admin = client_of(server, mine), client_of(server, other)
@@ -279,7 +279,7 @@ def test_a_batch_whose_key_is_revoked_ends_with_what_it_has_and_says_why(
 def test_quotas_usage_audit_and_metrics_know_batches(
     server: Server, acme: openai.OpenAI, keys: Keys, keys_of: dict[str, str]
 ) -> None:
-    keys.tenants.set_quotas("acme", {"rows": 2})
+    keys.tenants.set_quotas("acme", {"sequences": 2})
     with httpx2.Client(base_url=server.url, timeout=60, headers=bearer(keys_of["admin"])) as http:
         usage = {"group_by": "tenant", "tenant": "acme"}
         before = http.get("/v1/usage", params=usage).json()["data"]
@@ -287,7 +287,7 @@ def test_quotas_usage_audit_and_metrics_know_batches(
         after = http.get("/v1/usage", params=usage).json()["data"]
         entries = http.get("/v1/audit", params={"target": batch.id, "order": "asc"}).json()["data"]
         figures = http.get("/metrics").text
-    keys.tenants.set_quotas("acme", {"rows": None})
+    keys.tenants.set_quotas("acme", {"sequences": None})
 
     assert batch.request_counts is not None
     assert (batch.request_counts.completed, batch.request_counts.failed) == (8, 0)
@@ -297,7 +297,7 @@ def test_quotas_usage_audit_and_metrics_know_batches(
     assert {entry["key"] for entry in entries} == {key}
     assert entries[1]["actor"] == f"batch {batch.id}"
     assert 'onebase_batches{state="completed"}' in figures
-    assert "onebase_batch_rows_running 0.0" in figures
+    assert "onebase_batch_requests_running 0.0" in figures
 
 
 # ---- before whom it goes ------------------------------------------------------------------------
@@ -306,10 +306,13 @@ def test_quotas_usage_audit_and_metrics_know_batches(
 def test_a_live_request_finds_its_place_though_batches_take_all_that_are_free(
     serve_scripted: Starter,
 ) -> None:
-    with serve_scripted("words", "--max-rows", "2", "--queue-limit", "0") as server, server.client() as http:
+    with (
+        serve_scripted("words", "--max-sequences", "2", "--queue-limit", "0") as server,
+        server.client() as http,
+    ):
         client = client_of(server)
         batch = begin(client, [row(str(number), tokens=50_000) for number in range(6)])
-        server.wait_for(lambda: "onebase_batch_rows_running 4.0" in http.get("/metrics").text)
+        server.wait_for(lambda: "onebase_batch_requests_running 4.0" in http.get("/metrics").text)
 
         for _ in range(3):
             answer = http.post("/generate", json={"prompt": "one two", "max_tokens": 2})
@@ -331,7 +334,7 @@ def test_a_batch_goes_on_after_the_server_s_end_from_what_is_written_and_no_row_
     data = tmp_path / "data"
     with pace(tmp_path) as (environment, allow):
         with serve_scripted(
-            "paced", "--batch-rows", "4", "--drain-timeout", "0", data_dir=data, environment=environment
+            "paced", "--batch-requests", "4", "--drain-timeout", "0", data_dir=data, environment=environment
         ) as server:
             client = client_of(server)
             batch = begin(client, rows)
@@ -379,7 +382,7 @@ def test_rows_that_an_engine_s_death_cuts_off_are_answered_by_the_next_one(serve
 def test_a_row_that_kills_every_engine_is_given_up_and_the_others_are_answered(
     serve_scripted: Starter,
 ) -> None:
-    with serve_scripted("poison", "--batch-rows", "3") as server:
+    with serve_scripted("poison", "--batch-requests", "3") as server:
         client = client_of(server)
         rows = [row(str(number), tokens=5) for number in range(6)]
         batch = end_of(server, client, begin(client, [row("poison", tokens=1313), *rows]))
@@ -394,7 +397,7 @@ def test_a_row_that_kills_every_engine_is_given_up_and_the_others_are_answered(
 def test_a_cancelled_batch_keeps_what_it_has(serve_scripted: Starter, tmp_path: Path) -> None:
     with (
         pace(tmp_path) as (environment, allow),
-        serve_scripted("paced", "--batch-rows", "2", environment=environment) as server,
+        serve_scripted("paced", "--batch-requests", "2", environment=environment) as server,
     ):
         client = client_of(server)
         batch = begin(client, [row(str(number), tokens=1) for number in range(300)])
@@ -418,7 +421,9 @@ def test_rows_that_are_left_when_the_time_is_over_are_told_as_expired(
 ) -> None:
     data = tmp_path / "data"
     with pace(tmp_path) as (environment, allow):
-        with serve_scripted("paced", "--batch-rows", "2", data_dir=data, environment=environment) as server:
+        with serve_scripted(
+            "paced", "--batch-requests", "2", data_dir=data, environment=environment
+        ) as server:
             client = client_of(server)
             batch = begin(client, [row(str(number), tokens=1) for number in range(60)])
             until(server, client, batch, lambda now: done(now) >= 1, allow)
@@ -443,7 +448,7 @@ def test_a_full_disk_holds_a_batch_up_and_loses_nothing_of_it(
 ) -> None:
     with (
         small_disk(tmp_path / "disk", 24 << 20) as disk,
-        serve_scripted("words", "--batch-rows", "8", data_dir=disk / "data") as server,
+        serve_scripted("words", "--batch-requests", "8", data_dir=disk / "data") as server,
     ):
         client = client_of(server)
         batch = begin(client, [row(str(number), tokens=20) for number in range(400)])

@@ -66,7 +66,7 @@ def test_help_explains_every_setting_with_its_default(capsys: pytest.CaptureFixt
         (["--kv-memory", "lots"], "2GB"),
         (["--kv-dtype", "fp8"], "int8"),
         (["--adapter", "acme"], "NAME=FOLDER"),
-        (["--max-rows", "0"], "--max-rows"),
+        (["--max-sequences", "0"], "--max-sequences"),
         (["--adaptor", "x=y"], "--adaptor"),
     ],
 )

@@ -767,7 +767,7 @@ def test_a_data_folder_has_one_cluster_and_forgets_one_that_was_killed(
         (["--adapter", "acme={empty}"], "adapter 'acme': {empty} has no adapter_config.json"),
         (["--adapters-dir", "/no/such"], "--adapters-dir: /no/such is not a folder"),
         (["--base", "./no/such"], "--base: ./no/such is not a folder"),
-        (["--max-rows", "0"], "--max-rows is 0: the lowest value is 1"),
+        (["--max-sequences", "0"], "--max-sequences is 0: the lowest value is 1"),
     ],
 )
 def test_what_each_server_would_refuse_is_refused_before_ray_starts(

@@ -226,7 +226,10 @@ def test_an_adapter_without_weights_ends_the_start_by_its_name(
 
 
 def test_requests_beyond_the_queue_get_429_with_retry_after(serve_scripted: Starter) -> None:
-    with serve_scripted("words", "--max-rows", "1", "--queue-limit", "1") as server, server.client() as http:
+    with (
+        serve_scripted("words", "--max-sequences", "1", "--queue-limit", "1") as server,
+        server.client() as http,
+    ):
         streams = [http.stream("POST", "/generate", json=LONG) for _ in range(2)]
         for stream in streams:
             stream.__enter__()

@@ -244,7 +244,7 @@ def test_a_caller_who_leaves_frees_the_row(api: Any) -> None:
         assert api.http.get("/status").json()["requests"] == 1
 
     api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0, 30)
-    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["rows_running"] == 0, 30)
+    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["sequences_running"] == 0, 30)
 
 
 @one_server
@@ -254,7 +254,7 @@ def test_a_caller_who_leaves_without_a_stream_frees_the_row(api: Any) -> None:
     with api.server.client(timeout=1.0) as impatient, pytest.raises(Exception, match="timed out"):
         impatient.post("/generate", json=body)
 
-    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["rows_running"] == 0, 30)
+    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["sequences_running"] == 0, 30)
 
 
 def test_hugging_faces_client_gets_texts_tokens_and_streams(api: Any) -> None:

@@ -206,7 +206,7 @@ def test_a_quota_refuses_the_judges_that_exceed_it_in_a_whole_answer_too(keyed: 
 
 def test_leaving_ends_all_and_gives_back_what_they_had(keyed: Server, keys: Keys) -> None:
     body = {"prompt": "word", "max_tokens": 10_000}
-    with caller(keyed, keys, "leaves", quotas={"rows": 4}) as http:
+    with caller(keyed, keys, "leaves", quotas={"sequences": 4}) as http:
         sent = {"requests": [body] * 4}
         with http.stream("POST", "/generate/many", json=sent) as answer:
             lines = (line for line in answer.iter_lines() if line)

@@ -55,11 +55,20 @@ def test_scopes_and_quotas_may_be_given_in_several_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
-    given = ["--scope", "train", "--scope", "generate,adapters", "--quota", "rows=2", "--quota", "requests=5"]
+    given = [
+        "--scope",
+        "train",
+        "--scope",
+        "generate,adapters",
+        "--quota",
+        "sequences=2",
+        "--quota",
+        "requests=5",
+    ]
     assert main(["keys", "create", *given]) == 0
     record = Keys(tmp_path).record(capsys.readouterr().out.strip())
     assert set(record.scopes) == {"generate", "adapters", "train"}
-    assert record.quotas == Quotas(rows=2, requests=5)
+    assert record.quotas == Quotas(sequences=2, requests=5)
 
 
 def test_on_a_narrow_terminal_keys_are_blocks_whose_words_are_whole(
@@ -67,14 +76,14 @@ def test_on_a_narrow_terminal_keys_are_blocks_whose_words_are_whole(
 ) -> None:
     monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
     made = ["keys", "create", "--scope", "generate,adapters", "--name", "web shop"]
-    made += ["--quota", "requests=600,rows=16"]
+    made += ["--quota", "requests=600,sequences=16"]
     monkeypatch.setenv("COLUMNS", "80")
     assert main(made) == 0
     lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
     for title, value in (
         ("tenant", "default"),
         ("scopes", "generate,adapters"),
-        ("quotas", "requests=600,rows=16"),
+        ("quotas", "requests=600,sequences=16"),
         ("name", "web shop"),
     ):
         assert f"{title:9}  {value}" in lines
@@ -89,12 +98,12 @@ def test_quotas_are_set_for_keys_and_tenants_and_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
-    made = ["--scope", "generate", "--quota", "requests=60,rows=8", "--priority", "-3"]
+    made = ["--scope", "generate", "--quota", "requests=60,sequences=8", "--priority", "-3"]
     assert main(["keys", "create", "--tenant", "acme", *made]) == 0
     known = Keys(tmp_path)
     record = known.record(capsys.readouterr().out.strip())
-    assert (record.quotas, record.priority) == (Quotas(requests=60, rows=8), -3)
-    assert main(["keys", "set", record.id, "--quota", "rows=none, tokens=5"]) == 0
+    assert (record.quotas, record.priority) == (Quotas(requests=60, sequences=8), -3)
+    assert main(["keys", "set", record.id, "--quota", "sequences=none, tokens=5"]) == 0
     assert "requests=60,tokens=5 priority=-3" in capsys.readouterr().out
     assert main(["keys", "set", record.id, "--priority", "0"]) == 0
     assert "priority" not in capsys.readouterr().out
@@ -111,7 +120,16 @@ def test_quotas_are_set_for_keys_and_tenants_and_listed(
 
 
 @pytest.mark.parametrize(
-    "quota", ["", "rows", "rows=", "rows=few", "rows=1,rows=2", "bytes=10XB", "rows=1.5"]
+    "quota",
+    [
+        "",
+        "sequences",
+        "sequences=",
+        "sequences=few",
+        "sequences=1,sequences=2",
+        "bytes=10XB",
+        "sequences=1.5",
+    ],
 )
 def test_a_quota_that_cannot_be_read_is_a_wrong_argument(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quota: str
@@ -145,7 +163,7 @@ def test_the_registry_and_the_data_folder_are_named_as_for_serve(
         (["revoke", "ob-nobody"], "There is no API key 'ob-nobody'"),
         (["set", "ob-nobody", "--priority", "1"], "There is no API key 'ob-nobody'"),
         (["create", "--scope", "train", "--quota", "bytes=1"], "onebase tenants set"),
-        (["create", "--scope", "train", "--quota", "wishes=3"], "choose among requests, tokens, rows"),
+        (["create", "--scope", "train", "--quota", "wishes=3"], "choose among requests, tokens, sequences"),
         (["create", "--scope", "train", "--priority", "5"], "priority: use a whole number from -4 to 4"),
         (["list", "--registry", "mysql://host/name"], "a sqlite:/// or a postgresql:// URL"),
         (["list", "--registry", "sqlite:////proc/none/registry.db"], "registry"),

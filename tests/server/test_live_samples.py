@@ -19,7 +19,7 @@ from onebase_server.live.sampling import SampleOrder, Samples, Targets
 from onebase_server.tenancy.access import LOCAL
 
 SAMPLER = LiveSampler("s:sample:0", "s", LOCAL.tenant, "base", None, 0.0)
-BASE = SimpleNamespace(vocab_size=100, max_length=60_000, kv_longest=60_000, max_rows=4)
+BASE = SimpleNamespace(vocab_size=100, max_length=60_000, kv_longest=60_000, max_sequences=4)
 
 
 def order(**fields: Any) -> SampleOrder:

@@ -206,7 +206,7 @@ def test_a_secret_never_comes_out_in_logs_metrics_or_the_errors_of_others(
     serve_real: Starter, keys: Keys, small_base: Path, tmp_path: Path
 ) -> None:
     key = keys.make("generate", "adapters", "train", "admin")
-    options = ("--base", str(small_base), "--kv-memory", "50MB", "--max-rows", "4", "--threads", "1")
+    options = ("--base", str(small_base), "--kv-memory", "50MB", "--max-sequences", "4", "--threads", "1")
     options += ("--log-format", "json", "--log-level", "debug", "--access-log")
     environment = {"HF_TOKEN": CANARY, "ONEBASE_TEST_SECRET": CANARY}
     folder = make_adapter(small_base, tmp_path / "adapter", 1, 4)

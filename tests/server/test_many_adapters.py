@@ -91,7 +91,7 @@ def server(serve_scripted: Starter, base_folder: Path, quick_folder: Path) -> It
         register(storage.registry, number, config, prepared[number])
     storage.registry.close()
     copies(data_dir / "registry.db", ADAPTERS // 10)
-    options = ["--host-memory", str(RESIDENT * SIZE), "--max-rows", "16"]
+    options = ["--host-memory", str(RESIDENT * SIZE), "--max-sequences", "16"]
     with serve_scripted("words", *options, data_dir=data_dir) as server:
         yield server
 

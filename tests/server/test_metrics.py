@@ -46,12 +46,12 @@ VLLM = {
     "lora_adapter_load_seconds",
 }
 OURS = {
-    "gauge": "tenant_rows adapters host_memory_bytes engine_state max_rows versions_unfinished training_jobs "
-    "training_step training_steps training_loss training_eval_loss training_tokens_per_second "
-    "trainer_memory_bytes batches batch_rows_running host_prefix_blocks rollout_percent",
+    "gauge": "tenant_sequences adapters host_memory_bytes engine_state max_sequences versions_unfinished "
+    "training_jobs training_step training_steps training_loss training_eval_loss training_tokens_per_second "
+    "trainer_memory_bytes batches batch_requests_running host_prefix_blocks rollout_percent",
     "counter": "adapter_loads adapter_evictions adapter_requests adapter_prompt_tokens "
     "adapter_generation_tokens engine_restarts engine_steps http_answers proofs activations trainer_deaths "
-    "batch_rows host_prefix_tokens rollouts_ended rollout_requests rollout_errors rollout_refusals "
+    "batch_requests host_prefix_tokens rollouts_ended rollout_requests rollout_errors rollout_refusals "
     "rollout_aborted rollout_copies_skipped rollout_prompt_tokens rollout_generation_tokens "
     "rollout_first_token_seconds rollout_decode_seconds",
     "summary": "rollout_judged",
@@ -340,7 +340,7 @@ def test_the_dashboard_asks_for_samples_and_labels_that_there_are(http: httpx2.C
         }
         asked |= set(re.findall(r'(\w+)=~?"', expression))
         has = {label for name in names for one in families[known[name]].samples for label in one.labels}
-        idle = {"job_id", "tenant"} if re.search("train|tenant_rows", expression) else set()
+        idle = {"job_id", "tenant"} if re.search("train|tenant_sequences", expression) else set()
         assert asked <= has | idle | {"instance"}, expression
 
 

@@ -403,7 +403,7 @@ def _walk_through_a_batch(walk: Walk, http: httpx2.Client, server: Server) -> No
 
 
 def _walk_through_keys(walk: Walk) -> None:
-    wanted = {"tenant": "acme", "scopes": ["generate"], "expires_in_s": 60, "quotas": {"rows": 2}}
+    wanted = {"tenant": "acme", "scopes": ["generate"], "expires_in_s": 60, "quotas": {"sequences": 2}}
     key = walk("POST", "/v1/keys", json=wanted)["id"]
     walk("POST", f"/v1/keys/{key}", json={"priority": 1})
     walk("GET", "/v1/key")

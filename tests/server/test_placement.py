@@ -18,7 +18,7 @@ from onebase_route.placement import (
     order_of,
 )
 
-EMPTY = ReplicaReport(rows=16, slots=8)
+EMPTY = ReplicaReport(sequences=16, slots=8)
 NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=12, unique=True)
 
 
@@ -31,7 +31,7 @@ def placement(replicas: int, report: ReplicaReport = EMPTY) -> Placement:
 
 def busy(*adapters: str, slots: int = 8, rows: int = 16) -> ReplicaReport:
     """Of a replica all of whose slots, or these of them, are used by rows."""
-    return ReplicaReport(rows=rows, slots=slots, in_slots=dict.fromkeys(adapters, True))
+    return ReplicaReport(sequences=rows, slots=slots, in_slots=dict.fromkeys(adapters, True))
 
 
 @given(names=NAMES, key=st.text(max_size=20), weights=st.data())
@@ -68,7 +68,7 @@ def test_an_adapter_stays_at_its_homes_while_they_have_room() -> None:
 
 
 def test_of_two_homes_the_one_with_less_to_do_answers() -> None:
-    made = placement(2, ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
+    made = placement(2, ReplicaReport(sequences=16, slots=8, in_slots={"shop": False}))
     for _ in range(10):
         made.place("shop", 50, 0.0)
     homes = Counter(made.place("shop", 50, 0.0) for _ in range(10))
@@ -103,13 +103,13 @@ def test_a_full_home_sends_on_to_where_the_adapter_is_in_memory() -> None:
     made = placement(10)
     order = order_of("shop", dict.fromkeys(made.replicas, 8))
     for home in order[:LEAST_HOMES]:
-        made.record_report(home, ReplicaReport(rows=16, slots=8, running=16))
-    made.record_report(order[5], ReplicaReport(rows=16, slots=8, in_host={"shop"}))
+        made.record_report(home, ReplicaReport(sequences=16, slots=8, running=16))
+    made.record_report(order[5], ReplicaReport(sequences=16, slots=8, in_host={"shop"}))
 
     assert made.place("shop", 50, 0.0) == order[5]
     made.ended(order[5], "shop", 50, 0.0, seconds=0.1)
 
-    made.record_report(order[4], ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
+    made.record_report(order[4], ReplicaReport(sequences=16, slots=8, in_slots={"shop": False}))
     assert made.place("shop", 50, 0.0) == order[4]
 
 
@@ -143,8 +143,8 @@ def test_no_version_in_use_is_put_out_while_a_replica_has_a_slot_for_it(data: st
 
     if not all(map(evicts, reports.values())):
         assert not evicts(chosen)
-    if any(not evicts(one) and one.running < one.rows for one in reports.values()):
-        assert chosen.running < chosen.rows or "a" in chosen.in_slots  # where it waits a little
+    if any(not evicts(one) and one.running < one.sequences for one in reports.values()):
+        assert chosen.running < chosen.sequences or "a" in chosen.in_slots  # where it waits a little
 
 
 @given(data=st.data())
@@ -170,7 +170,7 @@ def test_the_base_is_at_home_everywhere() -> None:
 
 
 def test_requests_with_the_same_beginning_go_to_the_same_home_unless_it_has_more_to_do() -> None:
-    made = placement(6, ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
+    made = placement(6, ReplicaReport(sequences=16, slots=8, in_slots={"shop": False}))
     where = set()
     for _ in range(20):
         chosen = made.place("shop", 50, 0.0, prefix="system prompt")
@@ -268,14 +268,14 @@ def test_a_replica_that_comes_back_still_has_what_it_had() -> None:
     for _ in here:  # what ends now began before
         more += made.place(None, 50, 0.0) == "r0"
         made.ended("r0", None, 50, 0.0, seconds=0.1)
-    assert made._replicas["r0"].rows == more
+    assert made._replicas["r0"].sequences == more
 
 
 NAMED = st.sampled_from(["a", "b", "\ud800", "", "x\0y", "+", "c" * 600]) | st.text(max_size=3) | st.none()
 PLACES = st.sampled_from(["r0", "r1", "http://[::1]:1", "", "\0"])
 REPORTS = st.builds(
     ReplicaReport,
-    rows=st.integers(1, 40),
+    sequences=st.integers(1, 40),
     slots=st.integers(-1, 5),
     in_slots=st.dictionaries(st.sampled_from("abc"), st.booleans(), max_size=3),
     in_host=st.frozensets(st.sampled_from("abc")),
@@ -334,7 +334,7 @@ class Life(RuleBasedStateMachine):
         rows = Counter(where for where, _, _ in self.open)
         sent = Counter((where, adapter) for where, adapter, _ in self.open if adapter is not None)
         for name, one in self.made._replicas.items():
-            assert one.rows == rows[name]
+            assert one.sequences == rows[name]
             assert one.sent == {adapter: count for (where, adapter), count in sent.items() if where == name}
             assert one.tokens >= 0
         assert set(self.made._gone) == set(rows) - self.there

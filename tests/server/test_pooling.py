@@ -99,7 +99,7 @@ def test_more_inputs_than_there_are_places_are_read_one_after_the_other(api: Any
 def test_a_request_has_no_more_rows_at_once_than_the_server_takes(serve_scripted: Starter) -> None:
     texts, choices = [[number] for number in range(8)], [f" {number}" for number in range(9)]
     with (
-        serve_scripted("words", "--max-rows", "2", "--queue-limit", "1") as server,
+        serve_scripted("words", "--max-sequences", "2", "--queue-limit", "1") as server,
         server.client() as http,
     ):
         found = vectors(http, input=texts, normalize=False)
@@ -110,7 +110,7 @@ def test_a_request_has_no_more_rows_at_once_than_the_server_takes(serve_scripted
 
 def test_a_request_that_is_being_read_in_parts_keeps_its_places_among_others(serve_scripted: Starter) -> None:
     with (
-        serve_scripted("words", "--max-rows", "1", "--queue-limit", "1") as server,
+        serve_scripted("words", "--max-sequences", "1", "--queue-limit", "1") as server,
         server.client() as http,
     ):
         asked = {"model": BASE, "input": [[number] for number in range(1000)]}

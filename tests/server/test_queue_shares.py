@@ -13,8 +13,8 @@ from onebase_server.processes.inflight import Inflight
 from onebase_server.tenancy.shares import QueueShares
 
 STATS = Stats(
-    rows_running=0,
-    rows_waiting=0,
+    sequences_running=0,
+    sequences_waiting=0,
     kv_blocks_free=0,
     kv_blocks_cached=0,
     kv_blocks_total=0,

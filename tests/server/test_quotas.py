@@ -154,11 +154,11 @@ def test_an_account_counts_what_a_ticket_adds_that_had_it_while_it_was_idle() ->
 
 def test_an_account_whose_rows_other_servers_count_is_kept_until_they_are_told_or_forget_them() -> None:
     clock = Clock()
-    limiter = Limiter(lambda _: (Quotas(rows=10), Quotas()), clock)
+    limiter = Limiter(lambda _: (Quotas(sequences=10), Quotas()), clock)
     ticket = limiter.enter(Caller("rows", "acme", frozenset()))
     ticket.admit(1, 5)
     clock.now += 100.0
-    assert [use.rows for use in limiter.report_uses()] == [5]
+    assert [use.sequences for use in limiter.report_uses()] == [5]
     ticket.sequences_ended()
     ticket.settle(1)
     del ticket
@@ -166,22 +166,22 @@ def test_an_account_whose_rows_other_servers_count_is_kept_until_they_are_told_o
         limiter.enter(Caller(f"ob-{number}", "acme", frozenset()))
 
     (use,) = [use for use in limiter.report_uses() if use.name == "rows"]
-    assert use.rows == 0
+    assert use.sequences == 0
 
 
 def test_what_an_owner_uses_is_reported_for_the_quotas_it_has_and_as_all_servers_know_it() -> None:
     clock = Clock()
-    quotas = Quotas(requests=10, tokens=100, rows=4, bytes=9)
+    quotas = Quotas(requests=10, tokens=100, sequences=4, bytes=9)
     limiter, elsewhere = (Limiter(lambda _: (quotas, Quotas()), clock) for _ in range(2))
     for one in (limiter, elsewhere):
         one.enter(Caller("ob-1", "acme", frozenset())).admit(30, 2)
     limiter.hear(("elsewhere", use) for use in elsewhere.report_uses())
 
-    assert limiter.used("key", "ob-1", quotas) == {"requests": 2, "tokens": 60, "rows": 4}
+    assert limiter.used("key", "ob-1", quotas) == {"requests": 2, "tokens": 60, "sequences": 4}
     assert limiter.used("key", "ob-1", Quotas(tokens=100)) == {"tokens": 60}
-    assert limiter.used("tenant", "ob-1", quotas) == {"requests": 0, "tokens": 0, "rows": 0}
+    assert limiter.used("tenant", "ob-1", quotas) == {"requests": 0, "tokens": 0, "sequences": 0}
     clock.now += WINDOW_SECONDS
-    assert limiter.used("key", "ob-1", quotas) == {"requests": 0, "tokens": 0, "rows": 2}
+    assert limiter.used("key", "ob-1", quotas) == {"requests": 0, "tokens": 0, "sequences": 2}
 
 
 def test_what_is_used_beyond_the_estimate_counts_from_then_on() -> None:
@@ -199,7 +199,7 @@ def test_what_is_used_beyond_the_estimate_counts_from_then_on() -> None:
 
 def test_a_refused_request_takes_nothing_and_what_never_ran_gives_all_back() -> None:
     clock = Clock()
-    of_key, of_tenant = Quotas(requests=3), Quotas(tokens=100, rows=2)
+    of_key, of_tenant = Quotas(requests=3), Quotas(tokens=100, sequences=2)
     limiter = Limiter(lambda _: (of_key, of_tenant), clock)
     caller = Caller("ob-1", "acme", frozenset())
 
@@ -208,7 +208,9 @@ def test_a_refused_request_takes_nothing_and_what_never_ran_gives_all_back() -> 
         with pytest.raises(kind):
             ticket.admit(tokens, rows)
     ticket.admit(60, 2)
-    with pytest.raises(Limited, match="rows: tenant 'acme' may have 2 completions at once: 2 are running"):
+    with pytest.raises(
+        Limited, match=r"sequences: tenant 'acme' may have 2 sequences .completions. at once: 2 are running"
+    ):
         limiter.enter(caller)
     ticket.sequences_ended()
     second = limiter.enter(caller)
@@ -240,13 +242,13 @@ def test_a_time_is_written_as_openai_does(seconds: float, text: str) -> None:
 
 def test_rows_of_batches_take_half_of_a_quota_and_leave_the_rest_to_requests() -> None:
     clock = Clock()
-    limiter = Limiter(lambda _: (Quotas(), Quotas(requests=10, tokens=100, rows=4)), clock)
+    limiter = Limiter(lambda _: (Quotas(), Quotas(requests=10, tokens=100, sequences=4)), clock)
     live = Caller("ob-1", "acme", frozenset())
     batch = replace(live, background=True)
     rows = [limiter.enter(batch) for _ in range(2)]
     for ticket in rows:
         ticket.admit(10, 1)
-    with pytest.raises(Limited, match="rows") as waits:
+    with pytest.raises(Limited, match="sequences") as waits:
         limiter.enter(batch)
     assert waits.value.retry_after == 1.0
     asked = limiter.enter(live)
@@ -322,7 +324,7 @@ def test_servers_let_in_no_more_than_the_limit_but_for_what_they_have_not_told(
 
 def test_rows_that_run_on_other_servers_count_until_they_end_or_nothing_is_heard_for_a_minute() -> None:
     clock = Clock()
-    one, other = (Limiter(lambda _: (Quotas(), Quotas(rows=2)), clock) for _ in range(2))
+    one, other = (Limiter(lambda _: (Quotas(), Quotas(sequences=2)), clock) for _ in range(2))
     caller = Caller("ob-1", "acme", frozenset())
     tickets = [one.enter(caller) for _ in range(2)]
     for ticket in tickets:
@@ -445,7 +447,7 @@ def test_requests_of_a_key_end_at_its_quota_and_those_of_others_do_not(
 def test_a_body_that_is_announced_too_large_counts_as_a_request_and_its_answer_says_so(
     server: Server, http: httpx2.Client, keys: Keys, tenant: str
 ) -> None:
-    limited = known(server, keys.make("generate", tenant=tenant, quotas={"requests": 2, "rows": 1}))
+    limited = known(server, keys.make("generate", tenant=tenant, quotas={"requests": 2, "sequences": 1}))
 
     answers = [http.post("/generate", content=b"w" * 2_000_001, headers=bearer(limited)) for _ in range(2)]
 
@@ -534,32 +536,32 @@ def test_a_request_without_max_tokens_sets_aside_what_is_usual_and_pays_what_it_
 def test_a_stream_that_is_left_gives_back_its_rows_and_its_tokens(
     server: Server, http: httpx2.Client, keys: Keys, tenant: str
 ) -> None:
-    key = known(server, keys.make("generate", tenant=tenant, quotas={"tokens": 50_000, "rows": 4}))
+    key = known(server, keys.make("generate", tenant=tenant, quotas={"tokens": 50_000, "sequences": 4}))
     body = {"prompt": "word", "max_tokens": 10_000, "n": 2, "stream": True}
     with http.stream("POST", "/generate", json=body, headers=bearer(key)) as first:
         with http.stream("POST", "/generate", json=body, headers=bearer(key)) as second:
             assert (first.status_code, second.status_code) == (200, 200)
             lines = second.iter_lines()  # kept: a stream whose lines are let go of is closed
             next(lines)
-            error = refused(ask(http, key, max_tokens=1), "rate_limit_exceeded", "rows", "key")
+            error = refused(ask(http, key, max_tokens=1), "rate_limit_exceeded", "sequences", "key")
             assert "4 are running" in error["message"]
             assert int(second.headers["x-ratelimit-remaining-tokens"]) < 50_000 - 40_000
 
         server.wait_for(lambda: ask(http, key, max_tokens=1, n=2).status_code == 200)
-        refused(ask(http, key, max_tokens=1, n=3), "rate_limit_exceeded", "rows", "key")
+        refused(ask(http, key, max_tokens=1, n=3), "rate_limit_exceeded", "sequences", "key")
         left = int(ask(http, key, max_tokens=1).headers["x-ratelimit-remaining-tokens"])
         assert 20_000 < left < 30_000
 
     server.wait_for(lambda: ask(http, key, max_tokens=1, n=4).status_code == 200)
     assert int(ask(http, key, max_tokens=1).headers["x-ratelimit-remaining-tokens"]) > 40_000
-    error = refused(ask(http, key, max_tokens=1, n=5), "insufficient_quota", "rows", "key")
+    error = refused(ask(http, key, max_tokens=1, n=5), "insufficient_quota", "sequences", "key")
     assert "Lower n" in error["message"]
 
 
 def test_texts_that_are_read_have_as_many_rows_at_once_as_the_key_may_have(
     server: Server, http: httpx2.Client, keys: Keys, tenant: str
 ) -> None:
-    key = known(server, keys.make("generate", tenant=tenant, quotas={"rows": 2, "tokens": 100}))
+    key = known(server, keys.make("generate", tenant=tenant, quotas={"sequences": 2, "tokens": 100}))
     body = {"input": [[5, 6]] * 7}
     answer = http.post("/v1/embeddings", json=body, headers=bearer(key))
     assert answer.status_code == 200
@@ -576,9 +578,9 @@ def test_one_tenants_refusals_cost_others_nothing_and_a_change_holds_within_a_se
     for _ in range(50):
         refused(ask(http, key), "insufficient_quota", "requests", "tenant")
 
-    body = {"quotas": {"requests": 3, "rows": 2}}
+    body = {"quotas": {"requests": 3, "sequences": 2}}
     changed = http.post(f"/v1/tenants/{tenant}", json=body, headers=bearer(admin))
-    assert changed.json()["quotas"] == {"requests": 3, "rows": 2}
+    assert changed.json()["quotas"] == {"requests": 3, "sequences": 2}
     assert ask(http, key).headers["x-ratelimit-remaining-requests"] == "2"  # at once; refusals did not count
     keys.tenants.set_quotas(tenant, {"requests": None})  # by the command: within a second
     server.wait_for(
@@ -589,22 +591,24 @@ def test_one_tenants_refusals_cost_others_nothing_and_a_change_holds_within_a_se
 def test_an_operator_changes_a_key_over_http(
     server: Server, http: httpx2.Client, admin: str, tenant: str
 ) -> None:
-    body = {"tenant": tenant, "scopes": ["generate"], "quotas": {"rows": 3}, "priority": 4}
+    body = {"tenant": tenant, "scopes": ["generate"], "quotas": {"sequences": 3}, "priority": 4}
     made = http.post("/v1/keys", json=body, headers=bearer(admin)).json()
-    assert (made["quotas"], made["priority"]) == ({"rows": 3}, 4)
+    assert (made["quotas"], made["priority"]) == ({"sequences": 3}, 4)
     place = f"/v1/keys/{made['id']}"
     changed = http.post(place, json={"quotas": {"tokens": 9}}, headers=bearer(admin)).json()
-    assert (changed["quotas"], changed["priority"]) == ({"tokens": 9, "rows": 3}, 4)
-    changed = http.post(place, json={"quotas": {"rows": None}, "priority": -1}, headers=bearer(admin)).json()
+    assert (changed["quotas"], changed["priority"]) == ({"tokens": 9, "sequences": 3}, 4)
+    changed = http.post(
+        place, json={"quotas": {"sequences": None}, "priority": -1}, headers=bearer(admin)
+    ).json()
     assert (changed["quotas"], changed["priority"]) == ({"tokens": 9}, -1)
     listed = http.get("/v1/keys", headers=bearer(admin)).json()["data"]
     assert [one["priority"] for one in listed if one["id"] == made["id"]] == [-1]
     for wrong, param in (
         ({"quotas": {"bytes": 1}}, "quotas.bytes"),
-        ({"quotas": {"rows": -1}}, "quotas.rows"),
+        ({"quotas": {"sequences": -1}}, "quotas.sequences"),
         ({"priority": 5}, "priority"),
         ({"priority": 1.5}, "priority"),
-        ({"quotas": {"rows": "many"}}, "quotas"),
+        ({"quotas": {"sequences": "many"}}, "quotas"),
     ):
         answer = http.post(place, json=wrong, headers=bearer(admin))
         assert answer.status_code == 400

@@ -130,7 +130,7 @@ def test_a_drain_lets_real_text_end_paused_or_not_and_the_engine_exit(
             lines = answer.iter_lines()
             first = next(lines)
             http.post("/pause", params={"mode": "keep"}).raise_for_status()
-            assert http.get("/status").json()["stats"]["rows_running"] == 1
+            assert http.get("/status").json()["stats"]["sequences_running"] == 1
             assert http.get("/ready").json() == {"status": "paused", "engine": "ready"}
             assert server.status_of("/health") == 200
             server.signal(signal.SIGTERM)

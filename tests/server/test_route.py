@@ -436,7 +436,7 @@ def test_a_servers_metrics_are_its_report(servers: list[Server]) -> None:
         report, bases = read_report(http.get("/metrics").text)
 
     assert bases == {BASE}
-    assert report.rows >= 1
+    assert report.sequences >= 1
     assert report.slots >= 1
     assert set(report.in_slots) <= {*NAMES, "routed"}
     with pytest.raises(ValueError, match="num_requests_running"):

@@ -29,7 +29,7 @@ from onebase_route.resumption import WaitingRoom
 from .support import told_statuses
 from .test_route import wait
 
-METRICS = b'vllm:num_requests_running{model_name="base"} 0\nonebase_max_rows 16\n'
+METRICS = b'vllm:num_requests_running{model_name="base"} 0\nonebase_max_sequences 16\n'
 SECRET = b"5" * 64
 Answer = Callable[["Behind", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -145,7 +145,7 @@ class Running:
         return found
 
     def open_requests(self) -> int:
-        return sum(one.rows for one in self.route.placement._replicas.values())
+        return sum(one.sequences for one in self.route.placement._replicas.values())
 
 
 @contextlib.contextmanager

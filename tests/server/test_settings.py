@@ -33,11 +33,11 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
 
 
 def test_an_option_wins_over_the_environment_and_that_over_the_default() -> None:
-    environ = {"ONEBASE_PORT": "9000", "ONEBASE_MAX_ROWS": "7"}
+    environ = {"ONEBASE_PORT": "9000", "ONEBASE_MAX_SEQUENCES": "7"}
 
-    settings = load_settings({"port": 9001, "max_rows": None}, environ)
+    settings = load_settings({"port": 9001, "max_sequences": None}, environ)
 
-    assert (settings.port, settings.max_rows, settings.max_slots) == (9001, 7, Settings().max_slots)
+    assert (settings.port, settings.max_sequences, settings.max_slots) == (9001, 7, Settings().max_slots)
 
 
 def test_the_environment_takes_sizes_switches_and_several_adapters() -> None:
@@ -64,7 +64,7 @@ def test_the_environment_takes_sizes_switches_and_several_adapters() -> None:
         ({"ONEBASE_STALL_TIMEOUT": "nan"}, "--stall-timeout"),
         ({"ONEBASE_ADAPTER": "nofolder"}, "NAME=FOLDER"),
         ({"ONEBASE_DETERMINISTIC": "perhaps"}, "ONEBASE_DETERMINISTIC"),
-        ({"ONEBASE_MAX_ROWS": "0"}, "--max-rows"),
+        ({"ONEBASE_MAX_SEQUENCES": "0"}, "--max-sequences"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name(environ: dict[str, str], named: str) -> None:
@@ -78,14 +78,14 @@ def test_the_server_listens_on_loopback_unless_told_otherwise() -> None:
 
 
 def test_every_engine_setting_reaches_the_engine() -> None:
-    settings = Settings(quantization="none", max_rows=3, kv_memory=5, kv_dtype="int8", threads=2)
+    settings = Settings(quantization="none", max_sequences=3, kv_memory=5, kv_dtype="int8", threads=2)
 
     config = engine_config(settings, "/base")
 
     assert config == EngineConfig(
         base_folder="/base",
         quantization="none",
-        max_rows=3,
+        max_sequences=3,
         kv_memory=5,
         kv_dtype="int8",
         threads=2,

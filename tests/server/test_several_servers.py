@@ -80,7 +80,7 @@ def test_a_quota_holds_for_what_all_servers_let_in(
 def test_a_stream_that_used_all_of_a_quota_goes_on_where_its_server_is_killed(
     routing: Starter, serve_scripted: Starter, keys: Keys, tmp_path: Path
 ) -> None:
-    limited, admin = keys.make("generate", quotas={"rows": 1, "requests": 1}), keys.make("admin")
+    limited, admin = keys.make("generate", quotas={"sequences": 1, "requests": 1}), keys.make("admin")
     (tmp_path / "key").touch(0o600)
     (tmp_path / "key").write_text(admin)
     names, options = tmp_path / "replicas", shared(tmp_path)

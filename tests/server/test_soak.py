@@ -80,7 +80,7 @@ def test_requests_and_abandoned_streams_leave_no_row_and_no_open_file(serve_scri
         outcomes = asyncio.run(soak(server.url))
 
         server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
-        server.wait_for(lambda: http.get("/status").json()["stats"]["rows_running"] == 0, 60)
+        server.wait_for(lambda: http.get("/status").json()["stats"]["sequences_running"] == 0, 60)
         server.wait_for(lambda: open_files(server) <= before, 60)
         assert set(outcomes) == {"whole", "left"}
         assert "Traceback" not in server.log

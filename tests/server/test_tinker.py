@@ -22,7 +22,7 @@ from tinker import types
 from .access import Keys
 from .support import ROOT, Server, Starter
 
-OPTIONS = ("--kv-memory", "100MB", "--threads", "1", "--max-rows", "16")
+OPTIONS = ("--kv-memory", "100MB", "--threads", "1", "--max-sequences", "16")
 PROMPT = [504, 2920, 282, 4649, 314]
 
 

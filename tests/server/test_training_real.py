@@ -73,7 +73,7 @@ def base_mapping(pid: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def server(serve_real: Starter) -> Iterator[Server]:
-    with serve_real("--kv-memory", "200MB", "--max-rows", "8", "--threads", "1") as running:
+    with serve_real("--kv-memory", "200MB", "--max-sequences", "8", "--threads", "1") as running:
         yield running
 
 
@@ -372,7 +372,7 @@ def test_a_job_that_another_server_takes_over_ends_in_the_same_adapter_to_the_la
 ) -> None:
     options = (
         "--registry", f"sqlite:///{tmp_path / 'registry.db'}", "--store", str(tmp_path / "store"),
-        "--kv-memory", "200MB", "--max-rows", "8", "--threads", "1",
+        "--kv-memory", "200MB", "--max-sequences", "8", "--threads", "1",
     )  # fmt: skip
     with serve_real(*options) as one, serve_real(*options) as other:
         here, there = openai_client(one), openai_client(other)

@@ -124,7 +124,7 @@ def prove(verifier: Verifier, adapter: Path, packed: Path) -> tuple[ProvenVersio
 def serve(
     base: torch.nn.Module, versions: dict[str, AdapterWeights], asked: Sequence[protocol.Submit]
 ) -> dict[str, np.ndarray]:
-    limits = SchedulerLimits(max_rows=16, step_tokens=33, max_length=200)
+    limits = SchedulerLimits(max_sequences=16, step_tokens=33, max_length=200)
     engine = Engine(base, name="tiny", limits=limits, kv_blocks=200, slots=4)
     for digest, weights in versions.items():
         engine.put_adapter(digest, weights)

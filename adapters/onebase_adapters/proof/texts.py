@@ -223,7 +223,9 @@ class TextProver:
             self._engine, self._room = None, (rows, length)
             model = ServedModel(self._base, slots=2, max_length=length)
             blocks = rows * -(-length // _BLOCK) * len(model.groups) + RESERVED_BLOCKS
-            limits = SchedulerLimits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
+            limits = SchedulerLimits(
+                max_sequences=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length
+            )
             self._engine = Engine(
                 self._base,
                 name="verifier",

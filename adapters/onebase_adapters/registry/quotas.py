@@ -28,7 +28,7 @@ from onebase_adapters.registry.tables import (
     VersionRow,
 )
 
-KEY_QUOTAS = ("requests", "tokens", "rows")
+KEY_QUOTAS = ("requests", "tokens", "sequences")
 """Quotas that a key can have; the others limit what is stored, which belongs to the key's tenant."""
 TENANT_QUOTAS = tuple(item.name for item in fields(Quotas))
 MOST = 10**15

@@ -183,7 +183,7 @@ class Quotas:
     """Requests for text, in any 60 seconds."""
     tokens: int | None = None
     """Tokens of prompts and completions, in any 60 seconds."""
-    rows: int | None = None
+    sequences: int | None = None
     """Completions at once: each of a request's prompts counts `n`."""
     adapters: int | None = None
     """Number of names, on all bases of the registry."""
@@ -598,12 +598,12 @@ class QuotaUse:
     """Use of one key's or one tenant's quotas that one process has admitted.
 
     kind: `key` or `tenant`; name: the key's id or the tenant's name. requests, tokens: (age in seconds,
-    amount), of the last minute. rows: those that run. age: age of the figures, in seconds.
+    amount), of the last minute. sequences: those that run. age: age of the figures, in seconds.
     """
 
     kind: str
     name: str
     requests: tuple[tuple[float, int], ...]
     tokens: tuple[tuple[float, int], ...]
-    rows: int
+    sequences: int
     age: float = 0.0

@@ -124,7 +124,7 @@ def _uses(session: Session, process: str, since: float) -> tuple[float, list[tup
 
 
 def _values(process: str, use: QuotaUse, now: float) -> dict[str, Any]:
-    held = {"requests": use.requests, "tokens": use.tokens, "rows": use.rows}
+    held = {"requests": use.requests, "tokens": use.tokens, "sequences": use.sequences}
     return {"process": process, "kind": use.kind, "name": plain(use.name), "at": now, "use": held}
 
 
@@ -134,7 +134,7 @@ def _use(row: QuotaUseRow, older: float) -> QuotaUse:
         rate: tuple((age + older, amount) for age, amount in row.use.get(rate) or ())
         for rate in ("requests", "tokens")
     }
-    return QuotaUse(row.kind, row.name, **aged, rows=int(row.use.get("rows") or 0), age=older)
+    return QuotaUse(row.kind, row.name, **aged, sequences=int(row.use.get("sequences") or 0), age=older)
 
 
 def upserting(session: Session, table: Any, key: Sequence[str]) -> Insert:

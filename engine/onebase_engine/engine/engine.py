@@ -168,7 +168,7 @@ class Engine:
             copy: starts a version's copy to the accelerator; `copier` chooses it by default.
             host_blocks: places in host memory for prefix blocks that leave the KV cache.
             state_places: places for recurrent states, of which each running sequence has two; the others keep
-                those behind prefixes. 0: two for each of `limits.max_rows`, and as many for prefixes.
+                those behind prefixes. 0: two for each of `limits.max_sequences`, and as many for prefixes.
             tokenizer: folder of the base's tokenizer, without which no sequence can follow a grammar.
         """
         self._base = base
@@ -185,10 +185,10 @@ class Engine:
         self.model = model or ServedModel(base, slots, max_length=limits.max_length)
         if self.model.device.type != "cpu":
             self.watch_content()
-        places = state_places or 1 + 4 * limits.max_rows
+        places = state_places or 1 + 4 * limits.max_sequences
         states = StatePool(places) if self.model.state_bytes else None
         if states is not None:
-            limits = replace(limits, max_rows=min(limits.max_rows, states.rows))
+            limits = replace(limits, max_sequences=min(limits.max_sequences, states.rows))
         self.model.allocate_kv(kv_blocks, block_size, host_blocks, places)
         kernels = self.model.kernels
         limits = replace(limits, draft_cost=kernels.draft_cost, draft_rows=kernels.draft_rows)
@@ -214,7 +214,7 @@ class Engine:
         self.counters = Counters()
         self._grammars: Grammars | None = None
         if tokenizer is not None:
-            places = limits.max_rows * (limits.draft_tokens + 1)
+            places = limits.max_sequences * (limits.draft_tokens + 1)
             self._grammars = Grammars(tokenizer, self._vocabulary + MOST_NEW_TOKENS, self._eos_ids, places)
             self.scheduler.awaits = self._grammars.awaits
         self._opening: dict[tuple[str, str], list[_Opening]] = {}
@@ -580,8 +580,8 @@ class Engine:
 
     def stats(self) -> protocol.Stats:
         return protocol.Stats(
-            rows_running=len(self.scheduler.running),
-            rows_waiting=len(self.scheduler.waiting),
+            sequences_running=len(self.scheduler.running),
+            sequences_waiting=len(self.scheduler.waiting),
             kv_blocks_free=self.pool.free,
             kv_blocks_cached=self.pool.cached,
             kv_blocks_total=self.pool.capacity,

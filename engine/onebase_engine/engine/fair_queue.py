@@ -15,11 +15,11 @@ counter of the waiting accounts. So a tenant that sends requests now and then pr
 service that an adapter received is balanced over time, even if others that received none keep arriving. Two
 tenants of equal weight that both have sequences waiting all the time receive the same, up to
 
-    2 * (max_rows * (longest prompt + 2 * most max_tokens) + credit)
+    2 * (max_sequences * (longest prompt + 2 * most max_tokens) + credit)
 
 weighted tokens, if neither lacks slots or blocks: while a tenant's counter exceeds the other's by more than a
 credit, it gets no place. It therefore gains at most what its running sequences still lack, and those are at
-most `max_rows`.
+most `max_sequences`.
 
 Sequences in the background (batches) come after all others. Among themselves the same rules hold, with
 separate accounts: a tenant's batch does not delay its other requests.

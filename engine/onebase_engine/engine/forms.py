@@ -115,7 +115,7 @@ def capture_steps(engine: Engine) -> None:
         logger.info("kernels: passes with an adapter are captured while sequences run: %s", error)
     sampling = Sampling(temperature=0.0, max_tokens=3, ignore_eos=True)
     for adapters in mixes:
-        for rows in (count for count in ROWS if count <= engine.scheduler.limits.max_rows):
+        for rows in (count for count in ROWS if count <= engine.scheduler.limits.max_sequences):
             for number in range(rows):
                 one = f"{rows} rows, {number}"
                 engine.submit(

@@ -114,11 +114,11 @@ def host_block_count(block_bytes: int, prefix_memory: int) -> int:
     return min(prefix_memory, machine.free_memory(torch.device("cpu")) // 2) // block_bytes
 
 
-def state_place_count(state_bytes: int, max_rows: int, free: int) -> int:
+def state_place_count(state_bytes: int, max_sequences: int, free: int) -> int:
     """Return the number of places for recurrent states; 0 for a base that keeps none.
 
-    Each of `max_rows` sequences has two, and as many keep the states behind prefixes. Where all of them would
-    take more than STATE_SHARE of the free memory there are fewer, and fewer sequences run at once.
+    Each of `max_sequences` sequences has two, and as many keep the states behind prefixes. Where all of them
+    would take more than STATE_SHARE of the free memory there are fewer, and fewer sequences run at once.
 
     Raises:
         MemoryBudgetError: there is no room for one sequence.
@@ -132,7 +132,7 @@ def state_place_count(state_bytes: int, max_rows: int, free: int) -> int:
             f"{STATE_SHARE:.0%} of the {free / 1e6:.0f} MB that are free holds {fitting} of the 3 that are "
             "needed; choose a smaller base"
         )
-    return min(fitting, 1 + 4 * max_rows)
+    return min(fitting, 1 + 4 * max_sequences)
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
@@ -281,7 +281,7 @@ def largest_step_bytes(
 def _too_large(limits: SchedulerLimits) -> MemoryBudgetError:
     return MemoryBudgetError(
         f"no memory for a step of {limits.step_tokens} tokens with contexts of {limits.max_length}: lower "
-        "--step-tokens or --max-rows, or choose a smaller base"
+        "--step-tokens or --max-sequences, or choose a smaller base"
     )
 
 
@@ -291,7 +291,7 @@ def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int, gro
     # those behind each token of a draft.
     ends = limits.draft_tokens + 1
     sampling = Sampling(temperature=100.0, top_p=0.9999, min_tokens=ends, logprobs=1, prompt_logprobs=0)
-    rows = min(limits.max_rows - 1, limits.step_tokens - 1)
+    rows = min(limits.max_sequences - 1, limits.step_tokens - 1)
     draft = min(
         limits.draft_tokens, limits.max_length - 1, max((limits.step_tokens - 1) // max(rows, 1) - 1, 0)
     )

@@ -32,10 +32,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     max_rank: int = 256
     max_slots: int = 8
-    """Number of versions in slots; 0: 8 on the CPU, and on an accelerator as many as `max_rows`."""
+    """Number of versions in slots; 0: 8 on the CPU, and on an accelerator as many as `max_sequences`."""
     slot_memory: int = 0
     """Bytes of the versions in slots; 0: a quarter of what is free on an accelerator, no limit on the CPU."""
-    max_rows: int = 64
+    max_sequences: int = 64
     max_length: int = 0
     """Longest prompt plus completion, in tokens; 0 takes the base's own limit."""
     step_tokens: int = 0
@@ -258,7 +258,7 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Number of tokens of the longest sequence that may be and fits."""
     block_size: int
     max_length: int
-    max_rows: int
+    max_sequences: int
     max_slots: int
     max_rank: int
     vocab_size: int
@@ -343,8 +343,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    rows_running: int
-    rows_waiting: int
+    sequences_running: int
+    sequences_waiting: int
     kv_blocks_free: int
     kv_blocks_cached: int
     """Free blocks that still hold a reusable prefix; counted in `kv_blocks_free` too."""
@@ -361,7 +361,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     right_draft_tokens: int = 0
     paused: bool = False
     background_waiting: int = 0
-    """Number of sequences among `rows_waiting` that are in the background."""
+    """Number of sequences among `sequences_waiting` that are in the background."""
     kv_blocks_on_host: int = 0
     """Number of prefix blocks in host memory, some of which may be in the KV cache too."""
     kv_blocks_host_total: int = 0

@@ -118,7 +118,7 @@ class NeverFitsError(ValueError):
 class SchedulerLimits:
     """Limits of the scheduler: sequences and tokens per step, tokens per sequence."""
 
-    max_rows: int
+    max_sequences: int
     step_tokens: int
     max_length: int
     draft_tokens: int = 0
@@ -777,7 +777,7 @@ class Scheduler:
 
     @property
     def _is_full(self) -> bool:
-        return len(self.running) >= self.limits.max_rows
+        return len(self.running) >= self.limits.max_sequences
 
     def _acquire_slots(self, sequence: SequenceState, draft: _Draft) -> bool:
         if self._slots.acquire(sequence):
@@ -798,7 +798,7 @@ class Scheduler:
         needed = self.most_blocks(sequence.length) + self._watermark(sequence)
         free = self._pool.free
         yielding: list[SequenceState] = []
-        while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
+        while len(self.running) - len(yielding) >= self.limits.max_sequences or free < needed:
             victim = self._over_served(sequence, self.running, yielding, draft)
             if victim is None:
                 return []

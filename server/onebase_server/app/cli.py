@@ -398,8 +398,8 @@ def _add_quota(parser: argparse.ArgumentParser, names: Sequence[str], *, require
         default={},
         required=required,
         metavar="NAME=LIMIT,...",
-        help=f"{', '.join(names)}: requests and tokens in any 60 seconds, rows at once{kept}; NAME=none: no "
-        "limit. What is not named stays as it is; may be repeated",
+        help=f"{', '.join(names)}: requests and tokens in any 60 seconds, sequences at once{kept}; "
+        "NAME=none: no limit. What is not named stays as it is; may be repeated",
     )
 
 

@@ -458,7 +458,7 @@ def _batches(
         supervisor,
         training.peers,
         max_body=settings.max_body,
-        most=settings.batch_rows,
+        most=settings.batch_requests,
     )
     runner = BatchRunner(parts, settings.sync_seconds)
     return BatchService(records, training.threads, training.files, runner, training.folders.server)

@@ -668,7 +668,7 @@ class BatchRunner:
         supervisor = self._parts.supervisor
         if supervisor.base is None or not supervisor.ready.is_set() or supervisor.paused:
             return 0
-        places = supervisor.base.max_rows
+        places = supervisor.base.max_sequences
         free = max(0, places - supervisor.client.foreground_sequences)
         return min(self._parts.most or places + SPARE_ROWS, free + SPARE_ROWS) if free else 0
 

@@ -157,11 +157,13 @@ class MetricsCollector:
             yield self._gauge(name, "Part of the KV cache in use by sequences, 0 to 1.", used)
         for field, name, text in _COUNTED:
             yield self._counter(name, text, router.total(field))
-        rows = GaugeMetricFamily("onebase_tenant_rows", "Sequences waiting or running.", labels=["tenant"])
+        sequences = GaugeMetricFamily(
+            "onebase_tenant_sequences", "Sequences waiting or running.", labels=["tenant"]
+        )
         tenants = sorted(router.tenants.items(), key=lambda one: -one[1])
         for tenant, count in tenants[:MOST_ADAPTERS]:
-            rows.add_metric([tenant], count)
-        yield rows
+            sequences.add_metric([tenant], count)
+        yield sequences
         if base is not None:
             info = {"block_size": str(base.block_size), "num_gpu_blocks": str(base.kv_blocks)}
             info |= {"cache_dtype": base.kv_dtype, "enable_prefix_caching": "True"}
@@ -274,7 +276,9 @@ class MetricsCollector:
         yield state
         if supervisor.base is not None:
             yield GaugeMetricFamily(
-                "onebase_max_rows", "Largest number of sequences computed at once.", supervisor.base.max_rows
+                "onebase_max_sequences",
+                "Largest number of sequences computed at once.",
+                supervisor.base.max_sequences,
             )
         yield _total("onebase_engine_restarts", "Engines started after the first one.", supervisor.restarts)
         yield _total("onebase_engine_steps", "Steps of the engine.", router.total("steps"))
@@ -360,12 +364,14 @@ class MetricsCollector:
                 batches.add_metric([state], counts.get(state, 0))
             yield batches
         yield GaugeMetricFamily(
-            "onebase_batch_rows_running", "Rows of batches in flight.", value=self._batches.flying
+            "onebase_batch_requests_running", "Requests of batches in flight.", value=self._batches.flying
         )
-        rows = CounterMetricFamily("onebase_batch_rows", "Rows of batches that ended.", labels=["result"])
+        ended = CounterMetricFamily(
+            "onebase_batch_requests", "Requests of batches that ended.", labels=["result"]
+        )
         for result in ("completed", "failed"):
-            rows.add_metric([result], self._batches.answered.get(result, 0))
-        yield rows
+            ended.add_metric([result], self._batches.answered.get(result, 0))
+        yield ended
 
     # ---- families -----------------------------------------------------------------------------------
 
@@ -430,7 +436,7 @@ def _load(stats: Stats | None) -> tuple[int, int, float]:
         return 0, 0, 0.0
     total = stats.kv_blocks_total
     used = 1 - stats.kv_blocks_free / total if total else 0.0
-    return stats.rows_running, stats.rows_waiting - stats.background_waiting, used
+    return stats.sequences_running, stats.sequences_waiting - stats.background_waiting, used
 
 
 def _labelled(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:

@@ -256,17 +256,17 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         max_length=max_length,
     )
     limits = SchedulerLimits(
-        max_rows=config.max_rows,
+        max_sequences=config.max_sequences,
         step_tokens=config.step_tokens or DEFAULT_STEP_TOKENS[device.type],
         max_length=max_length,
         draft_tokens=config.draft_tokens,
     )
     measure = measured_on(device) if device.type == "cuda" else None
-    places = state_place_count(model.state_bytes, config.max_rows, kv_memory_available(device))
-    if 0 < places // 2 < config.max_rows:
+    places = state_place_count(model.state_bytes, config.max_sequences, kv_memory_available(device))
+    if 0 < places // 2 < config.max_sequences:
         logger.warning(
-            "%d sequences run at once, instead of %d (--max-rows): the state of each takes %.1f MB, twice",
-            places // 2, config.max_rows, model.state_bytes / 1e6,
+            "%d sequences run at once, not %d (--max-sequences): the state of each takes %.1f MB, twice",
+            places // 2, config.max_sequences, model.state_bytes / 1e6,
         )  # fmt: skip
     blocks, slot_memory = sizes(config, base, model, limits, measure, places * model.state_bytes)
     host_blocks = host_block_count(model.kv_bytes_per_block(config.block_size), config.prefix_memory)
@@ -316,13 +316,13 @@ def sizes(
     Raises MemoryBudgetError.
     """
     device, layers = model.device, adaptable_layers(base)
-    aside = {"recurrent states (--max-rows)": state_bytes}
+    aside = {"recurrent states (--max-sequences)": state_bytes}
 
     def held(tokens: int) -> int:
         """Return the blocks that a sequence of so many tokens holds."""
         return most_blocks(model.groups, tokens, config.block_size, limits.step_tokens)
 
-    most = config.max_rows * held(limits.max_length) + RESERVED_BLOCKS
+    most = config.max_sequences * held(limits.max_length) + RESERVED_BLOCKS
     if config.kv_memory:
         measure = None
     if measure is not None:
@@ -434,7 +434,7 @@ def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, 
 
 def _slot_count(config: EngineConfig, device: torch.device) -> int:
     """Return the number of slots: on an accelerator by default as many as sequences, within their memory."""
-    return config.max_slots or (CPU_SLOTS if device.type == "cpu" else config.max_rows)
+    return config.max_slots or (CPU_SLOTS if device.type == "cpu" else config.max_sequences)
 
 
 def _device(name: str) -> torch.device:
@@ -516,7 +516,7 @@ def _base_info(
         kv_longest=engine.longest,
         block_size=config.block_size,
         max_length=limits.max_length,
-        max_rows=limits.max_rows,
+        max_sequences=limits.max_sequences,
         max_slots=config.max_slots,
         max_rank=config.max_rank,
         vocab_size=int(base.config.get_text_config().vocab_size),  # type: ignore[union-attr, operator]

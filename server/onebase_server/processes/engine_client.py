@@ -77,30 +77,30 @@ class EngineClient:
         """Return one of TOTALS, summed over all engines since the start."""
         return self._past[field] + (getattr(self.stats, field) if self.stats is not None else 0)
 
-    def check_room(self, tenant: str, sequences: int, max_rows: int) -> None:
+    def check_room(self, tenant: str, sequences: int, max_sequences: int) -> None:
         """Check that a tenant may have so many sequences more.
 
-        `max_rows` run at once and `queue_limit` more may wait.
+        `max_sequences` run at once and `queue_limit` more may wait.
 
         Raises QueueFullError if there is no room and the tenant has its share, InvalidRequestError if even an
         empty queue is too short.
         """
-        capacity = self._check_capacity(sequences, max_rows)
+        capacity = self._check_capacity(sequences, max_sequences)
         if not self._shares.has_room(tenant, sequences, capacity):
-            raise self._queue_full(sequences, max_rows)
+            raise self._queue_full(sequences, max_sequences)
 
-    def submit(self, request: Inflight, max_rows: int) -> None:
+    def submit(self, request: Inflight, max_sequences: int) -> None:
         """Send a request.
 
         Raises what `check_room` does, CrashesEngineError, or UnavailableError while another suspect of
         crashes runs.
         """
         if not (request.background or request.is_continuation):
-            self.check_room(request.tenant, request.sequences, max_rows)
+            self.check_room(request.tenant, request.sequences, max_sequences)
         else:
-            self._check_capacity(request.sequences, max_rows)
-            if request.background and self.background_sequences >= 2 * max_rows:
-                raise self._queue_full(request.sequences, max_rows)
+            self._check_capacity(request.sequences, max_sequences)
+            if request.background and self.background_sequences >= 2 * max_sequences:
+                raise self._queue_full(request.sequences, max_sequences)
         self._suspects.admit(request)
         if self.open_sequences == 0:
             self.note_progress()
@@ -168,19 +168,19 @@ class EngineClient:
         """Return the seconds without progress while there are sequences; 0 if there are none."""
         return time.monotonic() - self._last_progress if self.open_sequences else 0.0
 
-    def _check_capacity(self, sequences: int, max_rows: int) -> int:
+    def _check_capacity(self, sequences: int, max_sequences: int) -> int:
         """Return the number of sequences that run and wait at most, which is not below `sequences`."""
-        capacity = max_rows + self._queue_limit
+        capacity = max_sequences + self._queue_limit
         if sequences > capacity:
             raise InvalidRequestError(
                 f"The request asks for {sequences} completions at once and this server takes {capacity} "
-                "(--max-rows plus --queue-limit). Lower n or send fewer prompts.",
+                "(--max-sequences plus --queue-limit). Lower n or send fewer prompts.",
                 param="n",
             )
         return capacity
 
-    def _queue_full(self, asked: int, max_rows: int) -> QueueFullError:
-        waiting = max(0, self.foreground_sequences - max_rows)
+    def _queue_full(self, asked: int, max_sequences: int) -> QueueFullError:
+        waiting = max(0, self.foreground_sequences - max_sequences)
         wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_sequence * (waiting + 1))
         return QueueFullError(asked, waiting, self._queue_limit, wait)
 

@@ -175,14 +175,14 @@ class EngineSupervisor:
         reason = self.unavailable()
         if reason is not None:
             raise reason
-        self.client.submit(request, self.base.max_rows if self.base else 0)
+        self.client.submit(request, self.base.max_sequences if self.base else 0)
 
     def check_room(self, tenant: str, sequences: int) -> None:
         """Check that the queue has room for so many sequences, before work is spent on them.
 
         Raises QueueFullError, InvalidRequestError (never fits).
         """
-        self.client.check_room(tenant, sequences, self.base.max_rows if self.base else 0)
+        self.client.check_room(tenant, sequences, self.base.max_sequences if self.base else 0)
 
     def unavailable(self) -> UnavailableError | None:
         """Return the error for requests that cannot be submitted now, or None if they can."""

@@ -86,8 +86,8 @@ class LoadRecorder:
             generated_tokens=self._total("generated_tokens"),
             prompt_tokens=self._total("prompt_tokens"),
             first_token=self._measured.first_token.counts,
-            running=0 if stats is None else stats.rows_running,
-            waiting=0 if stats is None else stats.rows_waiting,
+            running=0 if stats is None else stats.sequences_running,
+            waiting=0 if stats is None else stats.sequences_waiting,
         )
 
 

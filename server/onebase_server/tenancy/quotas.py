@@ -27,13 +27,13 @@ from onebase_edge.errors import ApiError, QuotaExceededError, QuotaSpentError
 from onebase_server.tenancy.access import Caller
 
 WINDOW_SECONDS = 60.0
-ROWS_RETRY_SECONDS = 1.0
+SEQUENCES_RETRY_SECONDS = 1.0
 """Suggested wait, in seconds, for free sequences; the real time depends on others' requests."""
 Rate = Literal["requests", "tokens"]
 _RATES: tuple[Rate, ...] = get_args(Rate)
 _LEAST_KEPT = 64
 """Accounts among which none is looked for that is idle."""
-_ROWS_AGAIN_SECONDS = 20.0
+_SEQUENCES_AGAIN_SECONDS = 20.0
 """Time, in seconds, between two reports of running sequences, which count on other servers for a minute."""
 
 
@@ -123,7 +123,7 @@ class _Elsewhere:
     """Charges that another server reported. until: time at which its sequences stop counting."""
 
     windows: dict[Rate, Window]
-    rows: int
+    sequences: int
     until: float
 
 
@@ -176,7 +176,9 @@ class QuotaAccount:
     def sequences_running(self, now: float) -> int:
         others = self._elsewhere.values()
         return (
-            self.sequences + sum(one.rows for one in others if one.until > now) if others else self.sequences
+            self.sequences + sum(one.sequences for one in others if one.until > now)
+            if others
+            else self.sequences
         )
 
     def _windows(self, rate: Rate) -> Sequence[Window]:
@@ -198,8 +200,8 @@ class QuotaAccount:
             windows[rate] = window = Window()
             for age, amount in sorted(report, reverse=True):
                 window.add(amount, now - age)
-        if use.rows or any(window.total for window in windows.values()):
-            self._elsewhere[process] = _Elsewhere(windows, use.rows, until)
+        if use.sequences or any(window.total for window in windows.values()):
+            self._elsewhere[process] = _Elsewhere(windows, use.sequences, until)
         else:
             self._elsewhere.pop(process, None)
 
@@ -266,7 +268,7 @@ class Limiter:
         counts: dict[str, int] = {rate: account.total(rate, now) for rate in _RATES}
         return {
             quota: used
-            for quota, used in {**counts, "rows": account.sequences_running(now)}.items()
+            for quota, used in {**counts, "sequences": account.sequences_running(now)}.items()
             if getattr(quotas, quota) is not None
         }
 
@@ -278,7 +280,8 @@ class Limiter:
         return [
             account.report_use(kind, name, now)
             for (kind, name), account in self._accounts.items()
-            if account.changed or (account.sequences and now - account.reported_at >= _ROWS_AGAIN_SECONDS)
+            if account.changed
+            or (account.sequences and now - account.reported_at >= _SEQUENCES_AGAIN_SECONDS)
         ]
 
     def report_again(self, uses: Iterable[QuotaUse]) -> None:
@@ -297,7 +300,7 @@ class Limiter:
         of_key, of_tenant = self._quotas_of(caller)
         owners = []
         for kind, name, quotas in (("key", caller.key, of_key), ("tenant", caller.tenant, of_tenant)):
-            if not (quotas.requests is quotas.tokens is quotas.rows is None):
+            if not (quotas.requests is quotas.tokens is quotas.sequences is None):
                 account = self._account(kind, name)
                 owners.append(_Owner(kind, name, quotas, account, caller.background))
         return owners
@@ -347,7 +350,7 @@ class QuotaReservation:
     @property
     def max_sequences(self) -> int | None:
         """Return the largest number of sequences that may run at once; None is any number."""
-        limits = [limit for owner in self._owners if (limit := owner.limit("rows")) is not None]
+        limits = [limit for owner in self._owners if (limit := owner.limit("sequences")) is not None]
         return min(limits, default=None)
 
     def enter(self) -> None:
@@ -435,22 +438,22 @@ class QuotaReservation:
             raise self._refusal(owner, rate, limit, used, "", wait)
 
     def _check_sequences(self, owner: _Owner, wanted: int, now: float) -> None:
-        limit = owner.limit("rows")
+        limit = owner.limit("sequences")
         if limit is None:
             return
         if wanted > limit:
             raise self._refusal(
-                owner, "rows", limit, f"this request alone asks for {wanted}", "Lower n" if limit else ""
+                owner, "sequences", limit, f"this request alone asks for {wanted}", "Lower n" if limit else ""
             )
         running = owner.account.sequences_running(now)
         if not owner.has_room(limit, running, wanted):
             used = f"{running} are running, and this request asks for {wanted}"
-            raise self._refusal(owner, "rows", limit, used, "", ROWS_RETRY_SECONDS)
+            raise self._refusal(owner, "sequences", limit, used, "", SEQUENCES_RETRY_SECONDS)
 
     def _refusal(
         self, owner: _Owner, quota: str, limit: int, why: str, hint: str, wait: float | None = None
     ) -> ApiError:
-        period = "completions at once" if quota == "rows" else f"{quota} in any 60 seconds"
+        period = "sequences (completions) at once" if quota == "sequences" else f"{quota} in any 60 seconds"
         message = f"{quota}: {owner.words} may have {limit} {period}: {why}."
         more = f"this server's operator for more (onebase {owner.kind}s set)"
         of = {"quota": quota, "limit": limit, "of": owner.kind}

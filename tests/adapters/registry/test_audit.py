@@ -143,7 +143,7 @@ def test_files_keys_and_jobs_are_there_and_what_a_server_does_for_a_job_is_done_
     training.move(job, "running", ("queued",))
     training.move(job, "succeeded", ("running",), version="f" * 64, activated=True)
     training.delete_file("default", file)
-    registry.keys.change(key.id, {"rows": 2}, 3)
+    registry.keys.change(key.id, {"sequences": 2}, 3)
     registry.tenants.set_quotas("acme", {"bytes": 1000})
     registry.keys.revoke(key.id)
     registry.keys.revoke(key.id)
@@ -160,7 +160,7 @@ def test_files_keys_and_jobs_are_there_and_what_a_server_does_for_a_job_is_done_
     assert (found["job.failed"].key, found["job.failed"].details["code"]) == (ADA.key, "disk_full")
     assert (found["job.paused"].key, found["job.paused"].actor) == ("ob-fedcba9876543210", "")
     assert (found["key.revoked"].tenant, found["key.revoked"].target) == ("acme", key.id)
-    assert found["key.changed"].details == {"quotas": {"rows": 2}, "priority": 3}
+    assert found["key.changed"].details == {"quotas": {"sequences": 2}, "priority": 3}
     assert (found["tenant.changed"].target, found["tenant.changed"].details) == (
         "acme",
         {"quotas": {"bytes": 1000}},

@@ -91,7 +91,7 @@ def test_a_key_ends_when_it_is_revoked_or_expires_and_its_row_stays(registry: Re
         ({"name": "a\tb"}, "name"),
         ({"name": "n" * 201}, "name"),
         ({"expires_at": 1.0}, "expires"),
-        ({"quotas": {"rows": -1}}, "quotas.rows"),
+        ({"quotas": {"sequences": -1}}, "quotas.sequences"),
         ({"quotas": {"bytes": 1}}, "quotas.bytes"),
         ({"quotas": {"wishes": 1}}, "quotas.wishes"),
         ({"priority": 5}, "priority"),
@@ -125,11 +125,11 @@ def test_servers_read_the_keys_again_only_after_a_change_of_one(
     assert callers is not None
     assert callers.keys[0].revoked_at is not None
 
-    registry.tenants.set_quotas("acme", {"rows": 4})
+    registry.tenants.set_quotas("acme", {"sequences": 4})
     last, callers = other.since(later)
     assert last > later
     assert callers is not None
-    assert callers.tenants == {"acme": Quotas(rows=4)}
+    assert callers.tenants == {"acme": Quotas(sequences=4)}
 
 
 def test_the_use_of_a_key_is_written_down_once_an_hour_and_is_no_change(registry: Registry) -> None:

@@ -56,16 +56,16 @@ def refused(quota: str, limit: int, call: Callable[..., Any], *args: Any, **kwar
 
 def test_a_change_of_quotas_changes_what_it_names_and_leaves_the_rest(registry: Registry) -> None:
     registry.tenants.set_quotas("acme", {"requests": 60, "bytes": 1000})
-    record = registry.tenants.set_quotas("acme", {"requests": None, "rows": 8})
-    assert record.quotas == Quotas(bytes=1000, rows=8)
+    record = registry.tenants.set_quotas("acme", {"requests": None, "sequences": 8})
+    assert record.quotas == Quotas(bytes=1000, sequences=8)
     assert registry.tenants.one("acme") == record
     assert registry.tenants.one("nobody").quotas == Quotas()
 
     made, _ = registry.keys.create("acme", ["generate"], quotas={"tokens": 5}, priority=3)
     assert (made.quotas, made.priority) == (Quotas(tokens=5), 3)
-    registry.keys.change(made.id, {"rows": 2})
+    registry.keys.change(made.id, {"sequences": 2})
     changed = registry.keys.change(made.id, {"tokens": None}, priority=-4)
-    assert (changed.quotas, changed.priority) == (Quotas(rows=2), -4)
+    assert (changed.quotas, changed.priority) == (Quotas(sequences=2), -4)
     assert registry.keys.all() == [changed]
     with pytest.raises(UnknownKeyError):
         registry.keys.change("ob-nobody", {})
@@ -74,9 +74,9 @@ def test_a_change_of_quotas_changes_what_it_names_and_leaves_the_rest(registry: 
 @pytest.mark.parametrize(
     ("tenant", "changes", "field"),
     [
-        ("a b", {"rows": 1}, "tenant"),
-        ("acme", {"rows": -1}, "quotas.rows"),
-        ("acme", {"rows": 10**16}, "quotas.rows"),
+        ("a b", {"sequences": 1}, "tenant"),
+        ("acme", {"sequences": -1}, "quotas.sequences"),
+        ("acme", {"sequences": 10**16}, "quotas.sequences"),
         ("acme", {"wishes": 1}, "quotas.wishes"),
     ],
 )
@@ -227,7 +227,7 @@ def test_tenants_are_all_that_have_anything(registry: Registry) -> None:
     add(registry, "one", "1", tenant="with-adapter")
     add_file(registry, "file-1", 10, tenant="with-file")
     registry.usage.write("w", 1, {UsageKey("with-use", NOW, "base", ""): UsageFigures(requests=1)})
-    registry.tenants.set_quotas("with-quota", {"rows": 1})
+    registry.tenants.set_quotas("with-quota", {"sequences": 1})
 
     found = {record.tenant: record for record in registry.tenants.all()}
 

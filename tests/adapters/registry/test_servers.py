@@ -49,19 +49,21 @@ def test_a_lease_from_before_the_clock_went_back_has_run_out(registry: Registry,
 
 def test_a_use_is_told_to_the_others_and_grows_old(registry: Registry, open_registry: Open) -> None:
     here, there = registry.servers, open_registry().servers
-    first = QuotaUse("key", "ob-1", requests=((3.5, 2),), tokens=((3.5, 20), (0.5, 7)), rows=1)
+    first = QuotaUse("key", "ob-1", requests=((3.5, 2),), tokens=((3.5, 20), (0.5, 7)), sequences=1)
     told, heard = here.share_use("p1", [first, QuotaUse("tenant", "acme", (), (), 0)], 0.0)
     assert heard == []
     now, heard = there.share_use("p2", [], 0.0)
     assert now >= told
     by_name = {use.name: (process, use) for process, use in heard}
     process, use = by_name["ob-1"]
-    assert (process, use.rows, [amount for _, amount in use.tokens]) == ("p1", 1, [20, 7])
+    assert (process, use.sequences, [amount for _, amount in use.tokens]) == ("p1", 1, [20, 7])
     assert [age >= least for (age, _), least in zip(use.tokens, (3.5, 0.5), strict=True)] == [True, True]
     assert 0.0 <= use.age < 60.0
     here.share_use("p1", [QuotaUse("key", "ob-1", (), (), 0)], 0.0)
     _, heard = there.share_use("p2", [first], now)
-    assert [(use.name, use.rows, use.tokens) for _, use in heard if use.name == "ob-1"] == [("ob-1", 0, ())]
+    assert [(use.name, use.sequences, use.tokens) for _, use in heard if use.name == "ob-1"] == [
+        ("ob-1", 0, ())
+    ]
     assert [use.name for _, use in here.share_use("p1", [], now)[1]] == ["ob-1"]
     here.forget_use()
     assert len(there.share_use("p3", [], 0.0)[1]) == 3

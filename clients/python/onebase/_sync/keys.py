@@ -38,7 +38,7 @@ class Keys:
             tenant: Whose adapters, files and jobs it sees.
             name: For people, in lists.
             expires_in: Seconds until it ends; None is never.
-            quotas: Its limits: `requests` and `tokens` in any 60 seconds, `rows` at once.
+            quotas: Its limits: `requests` and `tokens` in any 60 seconds, `sequences` at once.
             priority: -4 to 4. Each step doubles the share that its requests get of a busy engine.
 
         Raises:
@@ -91,8 +91,8 @@ class Tenants:
 
         Args:
             quotas: Those to change; None as a value: no limit. What it does not name stays. There are
-                `requests` and `tokens` in any 60 seconds, `rows` at once, `adapters`, `bytes`, `jobs` that
-                have not ended, and `training_seconds` in a calendar month (UTC).
+                `requests` and `tokens` in any 60 seconds, `sequences` at once, `adapters`, `bytes`, `jobs`
+                that have not ended, and `training_seconds` in a calendar month (UTC).
 
         Raises:
             BadRequestError: no tenant can have such a name or quota.

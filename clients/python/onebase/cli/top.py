@@ -71,10 +71,10 @@ class JobLoad:
 
 @dataclass(frozen=True)
 class TenantLoad:
-    """A tenant's rows now, and its tokens a second in requests that ended."""
+    """A tenant's sequences now, and its tokens a second in requests that ended."""
 
     tenant: str
-    rows: int
+    sequences: int
     tokens: float
 
 
@@ -88,14 +88,14 @@ class Frame:
     state: str
     running: int
     waiting: int
-    batch_rows: int
+    batch_requests: int
     max_slots: int
     generated: float
     prompted: float
     cached: float
     """The part of the prompts' tokens that the prefix cache had, 0 to 1."""
     kv: float
-    """The part of the KV cache that rows hold, 0 to 1."""
+    """The part of the KV cache that sequences hold, 0 to 1."""
     first_token: Latency
     between_tokens: Latency
     whole: Latency
@@ -267,7 +267,7 @@ def _frame(before: Metrics, now: Metrics, passed: float) -> Frame:
         state=next((state for state, value in states.items() if value), ""),
         running=int(now.total("vllm:num_requests_running")),
         waiting=int(now.total("vllm:num_requests_waiting")),
-        batch_rows=int(now.total("onebase_batch_rows_running")),
+        batch_requests=int(now.total("onebase_batch_requests_running")),
         max_slots=int(now.total("vllm:max_gpu_lora_adapters")),
         generated=rate("vllm:generation_tokens_total"),
         prompted=prompted,
@@ -340,18 +340,18 @@ def _jobs(now: Metrics) -> list[JobLoad]:
 
 
 def _tenants(before: Metrics, now: Metrics, passed: float) -> list[TenantLoad]:
-    rows = now.by("onebase_tenant_rows", "tenant")
+    sequences = now.by("onebase_tenant_sequences", "tenant")
     earlier = before.by("onebase_adapter_generation_tokens_total", "tenant")
     tokens = now.by("onebase_adapter_generation_tokens_total", "tenant")
     found = [
         TenantLoad(
             tenant,
-            int(rows.get(tenant, 0)),
+            int(sequences.get(tenant, 0)),
             _grown(earlier.get(tenant, 0.0), tokens.get(tenant, 0.0)) / passed,
         )
-        for tenant in rows.keys() | tokens.keys()
+        for tenant in sequences.keys() | tokens.keys()
     ]
-    return sorted(found, key=lambda one: (-one.rows, -one.tokens, one.tenant))
+    return sorted(found, key=lambda one: (-one.sequences, -one.tokens, one.tenant))
 
 
 # ---- the picture ---------------------------------------------------------------------------------------
@@ -399,9 +399,9 @@ def _head(frame: Frame, url: str, trouble: str, width: int) -> list[RenderableTy
 def _figures(
     frame: Frame, speeds: deque[float] | tuple[float, ...], width: int, ascii_only: bool
 ) -> list[RenderableType]:
-    rows = f"{frame.running} running   {frame.waiting} waiting   {frame.batch_rows} of batches"
+    requests = f"{frame.running} running   {frame.waiting} waiting   {frame.batch_requests} of batches"
     if frame.refused or frame.errors:
-        rows += f"   {frame.refused:.1f} refused/s   {frame.errors:.1f} failed/s"
+        requests += f"   {frame.refused:.1f} refused/s   {frame.errors:.1f} failed/s"
     tokens = f"{frame.generated:,.0f}/s generated   {frame.prompted:,.0f}/s of prompts"
     tokens += f" ({frame.cached:.0%} from the cache)" if frame.prompted else ""
     room = max(min(_HISTORY, width - 10 - len(tokens) - 3), 0)
@@ -419,7 +419,7 @@ def _figures(
     kept = f"{size(frame.host_used)} of {size(frame.host_limit)}"
     held = bar(frame.kv, 1, min(40, width - 17), ascii_only=ascii_only)
     lines = {
-        "sequences": rows,
+        "sequences": requests,
         "tokens": f"{tokens}   {curve}".rstrip(),
         "KV cache": f"{frame.kv:.0%}  {held}".rstrip(),
         "p50 / p95": _latencies(frame),
@@ -472,7 +472,7 @@ _ADAPTERS: Final[tuple[Column[AdapterLoad], ...]] = (
 )
 _TENANTS: Final[tuple[Column[TenantLoad], ...]] = (
     Column("tenant", lambda one: one.tenant, shrink=True),
-    Column("sequences", lambda one: str(one.rows), right=True),
+    Column("sequences", lambda one: str(one.sequences), right=True),
     Column("tokens/s", lambda one: f"{one.tokens:,.0f}", right=True),
 )
 _JOBS: Final[tuple[Column[JobLoad], ...]] = (

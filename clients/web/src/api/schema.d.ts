@@ -3112,7 +3112,7 @@ export interface components {
             expires_in_s?: number | null;
             /**
              * Quotas
-             * @description requests, tokens (in any 60 seconds), rows (at once)
+             * @description requests, tokens (in any 60 seconds), sequences (at once)
              * @default {}
              */
             quotas: {
@@ -7502,7 +7502,7 @@ export interface components {
             kv_longest: number;
             block_size: number;
             max_length: number;
-            max_rows: number;
+            max_sequences: number;
             max_slots: number;
             max_rank: number;
             vocab_size: number;
@@ -7511,8 +7511,8 @@ export interface components {
         };
         /** Stats */
         Stats: {
-            rows_running: number;
-            rows_waiting: number;
+            sequences_running: number;
+            sequences_waiting: number;
             kv_blocks_free: number;
             kv_blocks_cached: number;
             kv_blocks_total: number;

@@ -92,7 +92,7 @@ class Machine {
         this.times = [...this.times, at].slice(-MOST_POINTS)
         this.generated = [...this.generated, speed('generated')].slice(-MOST_POINTS)
         this.prompts = [...this.prompts, speed('prompts')].slice(-MOST_POINTS)
-        this.rows = [...this.rows, stats.rows_running].slice(-MOST_POINTS)
+        this.rows = [...this.rows, stats.sequences_running].slice(-MOST_POINTS)
       }
       this.status = status
       this.problem = null

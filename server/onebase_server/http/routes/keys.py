@@ -31,7 +31,9 @@ class CreateKeyRequest(Wire):
     expires_in_s: Annotated[float, Field(gt=0, le=3e9)] | None = Field(
         default=None, description="seconds from now; null: it does not expire"
     )
-    quotas: Limits = Field(default={}, description="requests, tokens (in any 60 seconds), rows (at once)")
+    quotas: Limits = Field(
+        default={}, description="requests, tokens (in any 60 seconds), sequences (at once)"
+    )
     priority: StrictInt = Field(
         default=0, description="-4 to 4; each step doubles its share of a busy engine"
     )

@@ -274,7 +274,7 @@ async def _read(
     """
     services.refuse_if_draining()
     base = services.supervisor.base
-    places = (base.max_rows if base else 0) + services.settings.queue_limit
+    places = (base.max_sequences if base else 0) + services.settings.queue_limit
     if reservation.max_sequences is not None:
         places = min(places, reservation.max_sequences)
     engine_requests = [

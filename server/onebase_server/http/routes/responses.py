@@ -48,7 +48,7 @@ async def respond(
     conversation_id = body.conversation_id
     if conversation_id is not None and caller.background:
         raise InvalidRequestError(
-            "conversation: rows of a batch keep nothing. Send the items as input.", param="conversation"
+            "conversation: requests of a batch keep nothing. Send the items as input.", param="conversation"
         )
     items, messages, added = await _conversation_of(body, request, services, caller)
     transcript = await transcript_of(request, services, body.stream)
