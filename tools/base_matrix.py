@@ -775,6 +775,8 @@ def page() -> str:
     refused = [one for one in types if one.state == "refused"]
     lines = [
         "# Bases",
+        "*For whoever chooses a base. At the end you know whether it is served, and how well that was tried. "
+        "Two minutes.*",
         "<!-- Written by tools/base_matrix.py. -->",
         "Whether a base can be served, and what it takes, is said before its weights are downloaded:",
         "```\nonebase base check mistralai/Mistral-Small-3.2-24B-Instruct-2506\n```",

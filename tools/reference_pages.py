@@ -77,6 +77,7 @@ ELSEWHERE = {
 """Pages of the site that are kept outside docs/, and where."""
 
 _log = logging.getLogger("mkdocs.hooks")
+_OPENING = re.compile(r"# .+\n\n\*For [^*]+\. At the end [^*]+\b(minutes?|hours?)\b[^*]+\*\n")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _CODE_WORD = re.compile(r"<code>([^\s<>&]+)</code>")
@@ -110,7 +111,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Return the page as GitHub shows it. Lists and tables need no empty line before them; links may leave
-    docs/."""
+    docs/. Warn of a page that does not begin with what a reader gets from it."""
+    if page.file.src_uri != "changelog.md" and not has_opening(markdown):
+        _log.warning(
+            "%s does not begin with a line such as *For operators. At the end you know ... Five minutes.*",
+            page.file.src_uri,
+        )
     if page.file.src_uri.startswith(("quick-start", "concepts/", "how-to/")):
         page.meta.setdefault("search", {"boost": 2})
     elif page.file.src_uri == "reference/settings.md":
@@ -137,6 +143,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"`{whole}`" if label == posixpath.basename(whole) else label
 
     return "\n".join(line if code else _LINK.sub(link, line) for line, code in _with_empty_lines(markdown))
+
+
+def has_opening(markdown: str) -> bool:
+    """Return True if the first paragraph says for whom the page is, what one has at the end, and how long it
+    takes."""
+    return bool(_OPENING.match(markdown))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -173,6 +185,9 @@ def settings_page() -> str:
     fields = {item.name: item for item, _ in setting_fields()}
     lines = [
         "# Settings",
+        "",
+        "*For operators. At the end you know the option, its limits and its default. One minute to look one "
+        "up.*",
         "",
         "Every setting of a server, made from its code. A value comes from the command line, else from the "
         "environment, else it is the default. Sizes are bytes, or have a suffix: `2GB` (powers of 1000), "
@@ -232,6 +247,9 @@ class RoutesPage:
         """Return the page, as Markdown."""
         lines = [
             f"# {title}",
+            "",
+            "*For whoever writes requests. At the end you know a route's fields and what it answers, type by "
+            "type. One minute to look one up.*",
             "",
             "Made from the [OpenAPI file](openapi.json) of this release. What the fields do, with examples: "
             "[HTTP](../http.md). Errors have [one shape](../http.md#errors) on every route; any may "
