@@ -126,7 +126,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         "a reader's own files or machine",
     ),
     (r"python3(\.11)? -m venv ", "another environment"),
-    (r"pip install ", "downloads"),
+    (r"pip (install|wheel) ", "downloads"),
     (r"python -m tinker_cookbook\.", "a package of others, which asks the Hub"),
     (r"export TINKER_", "a reader's own key"),
     (r"(openssl|model_signing) ", "a reader's own keys; tests/adapters/test_signatures.py makes some"),
