@@ -118,7 +118,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"sudo apt-get install (-y prometheus|gcc)$", "Debian's package"),
     (r"prometheus --config", "Debian's package; serves for ever"),
     (r"sudo (mkdir|cp) ", "changes the machine"),
-    (r"docker (build|push|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
+    (r"docker (build|login|push|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"(docker compose|kubectl) ", "Docker; test_deploy.py reads the files"),
     (r"helm ", "a cluster; test_helm.py renders the chart"),
     (

@@ -27,6 +27,14 @@ EVERYTHING = {
     "autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 5},
     "podMonitor": {"enabled": True},
     "alerts": {"enabled": True},
+    "externalSecret": {
+        "enabled": True,
+        "store": {"name": "vault"},
+        "data": {
+            "PGPASSWORD": {"key": "onebase", "property": "pgpassword"},
+            "ONEBASE_REPLICA_KEY": {"key": "onebase/admin"},
+        },
+    },
     "s3": {"endpoint": "http://minio.minio:9000", "port": 9000},
     "postgres": {"port": 6432},
     "settings": {"max_sequences": 128, "kv_dtype": "int8"},
@@ -58,7 +66,7 @@ def test_helm_finds_nothing_to_say_and_kubernetes_knows_every_object(values: dic
     found = [one for one in report.get("messages") or [] if one["severity"] > 1]
     assert (found, report.get("errors") or []) == ([], [])
     objects = rendered(values)
-    own = {"PodMonitor", "PrometheusRule"}  # of the Prometheus operator
+    own = {"PodMonitor", "PrometheusRule", "ExternalSecret"}  # of other operators
     for kind, named in objects.items():
         for one in named.values():
             if kind not in own:
@@ -101,6 +109,30 @@ def test_the_route_gets_the_admins_key_and_believes_the_proxies_that_are_named()
         assert [one["name"] for one in container["env"]] == [REPLICA_KEY]
         trusted = route_parser().parse_args(container["args"]).trusted_proxy
         assert (None if trusted is None else len(trusted)) == proxies
+
+
+VAULT: dict[str, Any] = EVERYTHING["externalSecret"]
+
+
+def test_a_vault_fills_the_secret_that_servers_and_the_route_read() -> None:
+    objects = rendered(EVERYTHING)
+    (asked,) = objects["ExternalSecret"].values()
+    assert asked["apiVersion"] == "external-secrets.io/v1"
+    spec = asked["spec"]
+    assert spec["secretStoreRef"] == {"kind": "ClusterSecretStore", "name": "vault"}
+    assert {one["secretKey"]: one["remoteRef"] for one in spec["data"]} == VAULT["data"]
+    server = pod(objects, "StatefulSet", "onebase")["containers"][0]
+    (route,) = pod(objects, "Deployment", "onebase-route")["containers"][0]["env"]
+    assert {"secretRef": {"name": spec["target"]["name"]}} in server["envFrom"]
+    key = route["valueFrom"]["secretKeyRef"]
+    assert key["name"] == spec["target"]["name"]
+    assert key["key"] in VAULT["data"]
+
+
+@pytest.mark.parametrize(("missing", "value"), [("store", {"name": ""}), ("data", {})])
+def test_a_vault_without_a_store_or_keys_is_refused(missing: str, value: dict[str, str]) -> None:
+    with pytest.raises(Exception, match=f"externalSecret.{missing}"):
+        rendered({"externalSecret": VAULT | {missing: value}})
 
 
 def test_servers_get_settings_that_they_know_and_the_time_to_drain() -> None:
