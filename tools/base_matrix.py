@@ -781,9 +781,9 @@ def page() -> str:
         "Whether a base can be served, and what it takes, is said before its weights are downloaded:",
         "```\nonebase base check mistralai/Mistral-Small-3.2-24B-Instruct-2506\n```",
         f"Each of the {len(types)} types that transformers {versions['transformers']} writes text with was "
-        "tried: a tiny random model of it in NF4, four sequences in one batch with and without a LoRA on "
-        f"every linear layer, compared with PEFT {versions['peft']}'s own pass over the whole model. Random "
-        "weights show that the logic is right, not that a model is good. `tools/base_matrix.py` repeats it.",
+        "tried by a tiny random model of it in NF4. Four sequences in one batch, with and without a LoRA on "
+        f"every linear layer, were compared with PEFT {versions['peft']}'s own pass over the whole model. "
+        "Random weights show that the logic is right, not that a model is good. `tools/base_matrix.py` repeats it.",
         f"## Served and equal to PEFT: {len(served)} types",
         _names(served),
         "Types with * differ from PEFT by rounding: tokens whose logits tie may be others, and in fp32 there "

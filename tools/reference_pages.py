@@ -172,7 +172,7 @@ def _with_empty_lines(markdown: str) -> Iterator[tuple[str, bool]]:
         if _FENCE.match(line):
             code = not code
         elif not code and _BLOCK.match(line) and before.strip():
-            goes_on = re.match(r"\s*\|" if line.lstrip()[0] == "|" else r"\s*([-*]|\d+\.) |\s+\S", before)
+            goes_on = re.match(r"\s*\|" if line.lstrip()[0] == "|" else r"\s*([-*]|\d+\.) |\s+[^\s|]", before)
             if not goes_on:
                 yield "", False
         yield line, code or bool(_FENCE.match(line))

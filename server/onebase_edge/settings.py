@@ -466,9 +466,8 @@ class Settings:
     train_memory: int = setting(
         0,
         "engine",
-        "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: on a GPU what a job "
-        "of the default recipe takes with rows of up to 1,024 tokens, else a job may take half of what is "
-        "free when it begins",
+        "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: on a CPU half of "
+        "what is free when a job begins, on a GPU what the default recipe takes with rows of 1,024 tokens",
         parse=parse_size,
         metavar="SIZE",
         low=0,
