@@ -783,7 +783,8 @@ def page() -> str:
         f"Each of the {len(types)} types that transformers {versions['transformers']} writes text with was "
         "tried by a tiny random model of it in NF4. Four sequences in one batch, with and without a LoRA on "
         f"every linear layer, were compared with PEFT {versions['peft']}'s own pass over the whole model. "
-        "Random weights show that the logic is right, not that a model is good. `tools/base_matrix.py` repeats it.",
+        "Random weights show that the logic is right, not that a model is good. `tools/base_matrix.py` "
+        "repeats it.",
         f"## Served and equal to PEFT: {len(served)} types",
         _names(served),
         "Types with * differ from PEFT by rounding: tokens whose logits tie may be others, and in fp32 there "
