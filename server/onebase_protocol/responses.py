@@ -41,6 +41,21 @@ class CallItemAnswer(msgspec.Struct, tag_field="type", tag="function_call"):
     name: str
 
 
+class CustomCallItemAnswer(msgspec.Struct, tag_field="type", tag="custom_tool_call"):
+    id: str
+    status: str
+    input: str
+    call_id: str
+    name: str
+
+
+class CustomCallOutputItemAnswer(msgspec.Struct, tag_field="type", tag="custom_tool_call_output"):
+    id: str
+    status: str
+    call_id: str
+    output: str
+
+
 class CallOutputItemAnswer(msgspec.Struct, tag_field="type", tag="function_call_output"):
     id: str
     status: str
@@ -61,7 +76,7 @@ class ReasoningItemAnswer(msgspec.Struct, tag_field="type", tag="reasoning"):
     content: list[ReasoningText] | UnsetType = UNSET
 
 
-OutputItemAnswer = MessageItemAnswer | CallItemAnswer | ReasoningItemAnswer
+OutputItemAnswer = MessageItemAnswer | CallItemAnswer | CustomCallItemAnswer | ReasoningItemAnswer
 
 
 class InputTokensDetails(CachedTokens, frozen=True, kw_only=True):
@@ -150,7 +165,7 @@ class InputItemsAnswer(PageAnswer[OutputItemAnswer | CallOutputItemAnswer], froz
     """Items that a response answers."""
 
 
-AnyItemAnswer = OutputItemAnswer | CallOutputItemAnswer
+AnyItemAnswer = OutputItemAnswer | CallOutputItemAnswer | CustomCallOutputItemAnswer
 
 
 class ConversationItemsAnswer(PageAnswer[AnyItemAnswer], frozen=True, kw_only=True):

@@ -112,12 +112,51 @@ def test_functions_of_namespaces_are_called_with_it_and_what_openai_runs_is_left
     assert conversation(None, items_again(kept_items(body.items))) == conversation(None, body.items)
 
 
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Changes files."}
+PATCHED = {"type": "custom_tool_call", "call_id": "call_2", "name": "apply_patch", "input": 'say "hi"\n'}
+
+
+def test_a_custom_tool_is_for_the_model_a_function_with_a_text() -> None:
+    inner = {"type": "namespace", "name": "files", "tools": [PATCH | {"format": {"type": "text"}}]}
+    body = request(
+        tools=[WEATHER, PATCH, inner],
+        tool_choice={"type": "custom", "name": "apply_patch"},
+        input=[
+            {"role": "user", "content": "Greet."},
+            PATCHED,
+            {"type": "custom_tool_call_output", "call_id": "call_2", "output": "done"},
+        ],
+    )
+    assert body.customs == {"apply_patch", "files.apply_patch"}
+    assert [list(tool) for tool in body.tools or ()] == [["type", "function"]] * 3
+    assert body.functions[1]["parameters"]["required"] == ["input"]
+    assert body.tool_choice is not None
+    turns = [message.rendered() for message in conversation(None, body.items)]
+    assert turns[1]["tool_calls"][0]["function"] == {
+        "name": "apply_patch", "arguments": {"input": 'say "hi"\n'}
+    }  # fmt: skip
+    assert turns[2]["content"] == "done"
+    kept = kept_items(body.items)
+    assert [one["type"] for one in kept[1:]] == ["custom_tool_call", "custom_tool_call_output"]
+    assert conversation(None, items_again(kept)) == conversation(None, body.items)
+
+
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: /a/"}
+
+
 @pytest.mark.parametrize(
     ("tools", "says"),
     [
         ([{"type": "web_search"}], "tools[0].type"),
+        ([PATCH | {"format": GRAMMAR}], "tools[0].format: only free text is served"),
+        ([PATCH | {"parameters": {"type": "object"}}], "tools[0].parameters"),
+        (
+            [{"type": "local_shell"}],
+            "'local_shell' is not served: only tools of type 'function'",
+        ),
+        ([PATCH | {"name": None}], "tools[0].name"),
         ([NAMESPACE, WEATHER | {"name": "crm.weather"}], "tools: 'crm.weather' is there twice"),
-        ([NAMESPACE | {"tools": [{"type": "custom", "name": "patch"}]}], "tools[0].type"),
+        ([NAMESPACE | {"tools": [{"type": "mcp", "name": "patch"}]}], "tools[0].type"),
         ([NAMESPACE | {"name": None}, WEATHER], "tools: 'weather' is there twice"),
         ([NAMESPACE | {"name": 3}], "tools[0].namespace: must be a text"),
         ([NAMESPACE | {"name": "a b"}], "tools[0].name: must be"),
@@ -252,10 +291,11 @@ def told(tokenizer: BaseTokenizer, pieces: list[str], reason: Any) -> tuple[list
     """The events of an answer that may call tools, and its items."""
     opening, closing = '<call>{"name": "', "}</call>"
     format = ToolFormat(opening, '", "arguments": ', closing + opening, closing, "<call>", None, {})
-    tools = {name: ToolDefinition(name, {"type": "object"}) for name in ("weather", "crm.weather")}
+    names = ("weather", "crm.weather", "apply_patch")
+    tools = {name: ToolDefinition(name, {"type": "object"}) for name in names}
     calls = CallFormat(format, tools, Grammar("regex", "x"))
     job = GenerationRequest("resp_1", "default", (Prompt([1]),), Sampling(), calls=calls)
-    view = ResponseView(tokenizer, request(tools=[WEATHER, NAMESPACE]), lambda _: None)
+    view = ResponseView(tokenizer, request(tools=[WEATHER, NAMESPACE, PATCH]), lambda _: None)
     view._begin(job)
     events = []
     for place, text in enumerate(pieces):
@@ -287,6 +327,19 @@ def test_text_and_calls_are_items_one_after_the_other(tokenizer: BaseTokenizer) 
 def test_a_call_names_the_namespace_of_its_function(tokenizer: BaseTokenizer) -> None:
     _, items = told(tokenizer, ['<call>{"name": "crm.weather", "arguments": {}}</call>'], "stop")
     assert (items[0]["namespace"], items[0]["name"]) == ("crm", "weather")
+
+
+def test_a_call_of_a_custom_tool_has_its_text(tokenizer: BaseTokenizer) -> None:
+    called = '<call>{"name": "apply_patch", "arguments": {"input": "say \\"hi\\"\\n"}}</call>'
+    events, items = told(tokenizer, [called], "stop")
+    begun, *_, ended = events
+    assert (begun, ended) == ("output_item.added", "output_item.done")
+    assert events[1:-1] == ["custom_tool_call_input.delta", "custom_tool_call_input.done"]
+    assert {key: items[0][key] for key in ("type", "name", "input", "status")} == {
+        "type": "custom_tool_call", "name": "apply_patch", "input": 'say "hi"\n', "status": "completed",
+    }  # fmt: skip
+    events, items = told(tokenizer, [called[:-14]], "length")
+    assert (items[0]["input"], items[0]["status"]) == ('say "hi', "incomplete")
 
 
 def test_what_is_cut_says_so_and_an_answer_of_nothing_is_an_empty_message(tokenizer: BaseTokenizer) -> None:

@@ -2492,7 +2492,7 @@ export interface components {
         };
         /**
          * CallOutputItem
-         * @description Result of a function call.
+         * @description Result of a call.
          */
         CallOutputItem: {
             /** Id */
@@ -2501,9 +2501,9 @@ export interface components {
             status?: ("in_progress" | "completed" | "incomplete") | null;
             /**
              * Type
-             * @constant
+             * @enum {string}
              */
-            type: "function_call_output";
+            type: "function_call_output" | "custom_tool_call_output";
             /** Call Id */
             call_id: string;
             /** Output */
@@ -3187,6 +3187,29 @@ export interface components {
             project_id?: string | null;
         };
         /**
+         * CustomCallItem
+         * @description A call of a custom tool: a function with free text as its input.
+         */
+        CustomCallItem: {
+            /** Id */
+            id?: string | null;
+            /** Status */
+            status?: ("in_progress" | "completed" | "incomplete") | null;
+            /**
+             * Type
+             * @constant
+             */
+            type: "custom_tool_call";
+            /** Call Id */
+            call_id: string;
+            /** Name */
+            name: string;
+            /** Input */
+            input: string;
+            /** Namespace */
+            namespace?: string | null;
+        };
+        /**
          * DecideRequest
          * @description Body of POST /v1/decide: which of the choices comes next, and how likely each is.
          */
@@ -3351,9 +3374,9 @@ export interface components {
         FlatNamedTool: {
             /**
              * Type
-             * @constant
+             * @enum {string}
              */
-            type: "function";
+            type: "function" | "custom";
             /** Name */
             name: string;
         };
@@ -3366,7 +3389,7 @@ export interface components {
              * Type
              * @enum {string}
              */
-            type: "function" | "allowed_tools";
+            type: "function" | "custom" | "allowed_tools";
             /** Name */
             name?: string | null;
             /** Mode */
@@ -3589,7 +3612,7 @@ export interface components {
          */
         ItemsRequest: {
             /** Items */
-            items: (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[];
+            items: (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CustomCallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[];
         };
         /**
          * JoinSamplingSessionRequest
@@ -3972,7 +3995,7 @@ export interface components {
          */
         NewConversation: {
             /** Items */
-            items?: (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[] | null;
+            items?: (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CustomCallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[] | null;
             /** Metadata */
             metadata?: {
                 [key: string]: string;
@@ -4518,7 +4541,7 @@ export interface components {
              */
             prompt_cache_key?: unknown;
             /** Input */
-            input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[];
+            input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CustomCallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[];
             /** Instructions */
             instructions?: string | null;
             /**
@@ -5607,7 +5630,7 @@ export interface components {
             object: "response";
             created_at: number;
             completed_at?: number;
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
             incomplete_details: components["schemas"]["IncompleteDetails"] | null;
             model: string;
             instructions: string | null;
@@ -5671,6 +5694,16 @@ export interface components {
             id: string;
             status: string;
             arguments: string;
+            call_id: string;
+            name: string;
+        };
+        /** CustomCallItemAnswer */
+        CustomCallItemAnswer: {
+            /** @constant */
+            type: "custom_tool_call";
+            id: string;
+            status: string;
+            input: string;
             call_id: string;
             name: string;
         };
@@ -5739,7 +5772,7 @@ export interface components {
             output_index?: number;
             content_index?: number;
             item_id?: string;
-            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"];
+            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"];
             part?: components["schemas"]["OutputText"] | components["schemas"]["ReasoningText"];
             delta?: string;
             text?: string;
@@ -5757,7 +5790,7 @@ export interface components {
             object: "response";
             created_at: number;
             completed_at?: number;
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
             incomplete_details: components["schemas"]["IncompleteDetails"] | null;
             model: string;
             instructions: string | null;
@@ -5815,7 +5848,7 @@ export interface components {
         InputItemsAnswer: {
             /** @constant */
             object: "list";
-            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
+            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
             first_id: string | null;
             last_id: string | null;
             has_more: boolean;
@@ -5849,10 +5882,19 @@ export interface components {
         ConversationItemsAnswer: {
             /** @constant */
             object: "list";
-            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
+            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"] | components["schemas"]["CustomCallOutputItemAnswer"])[];
             first_id: string | null;
             last_id: string | null;
             has_more: boolean;
+        };
+        /** CustomCallOutputItemAnswer */
+        CustomCallOutputItemAnswer: {
+            /** @constant */
+            type: "custom_tool_call_output";
+            id: string;
+            status: string;
+            call_id: string;
+            output: string;
         };
         /**
          * MessageAnswer
@@ -9730,7 +9772,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"];
+                    "application/json": components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"] | components["schemas"]["CustomCallOutputItemAnswer"];
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */

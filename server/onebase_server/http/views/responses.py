@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from hashlib import blake2b
 from typing import Any
 
@@ -15,6 +15,8 @@ from onebase_server.inference.generation import GenerationRequest, GenerationRun
 from onebase_server.inference.stream import OutputPiece, TokenInfo
 from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.inference.tool_call_parser import ToolCallDelta, answer_reader
+from onebase_server.requests.schemas.items import CUSTOM_INPUT
+from onebase_server.requests.schemas.messages import object_or_its_beginning
 from onebase_server.requests.schemas.responses import FlatToolChoice, ResponsesRequest
 from onebase_server.telemetry.measurements import TokenUsage
 
@@ -23,12 +25,16 @@ _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
 
 
 class _Output:
-    """Items of one answer, and the events that build them up. namespaces: as the request's."""
+    """Items of one answer, and the events that build them up. namespaces, customs: as the request's."""
 
     def __init__(
-        self, job: GenerationRequest, tokenizer: BaseTokenizer, namespaces: Mapping[str, str]
+        self,
+        job: GenerationRequest,
+        tokenizer: BaseTokenizer,
+        namespaces: Mapping[str, str],
+        customs: Set[str] = frozenset(),
     ) -> None:
-        self._namespaces = namespaces
+        self._namespaces, self._customs = namespaces, customs
         self.items: list[Json] = []
         self.reason: str | None = None
         """Reason why the answer is not whole."""
@@ -130,18 +136,31 @@ class _Output:
         if delta.id is not None:
             self._called = True
             events += self._close("completed")
-            item = {"type": "function_call", "arguments": "", "call_id": delta.id}
-            named = _called(delta.name or "", self._namespaces)
-            events.append(self._begin({"id": self._item_id("fc_"), **item, **named}))
+            named = _called(delta.name or "", self._namespaces) | {"call_id": delta.id}
+            if delta.name in self._customs:
+                item = {"id": self._item_id("ctc_"), "type": "custom_tool_call", "input": ""}
+            else:
+                item = {"id": self._item_id("fc_"), "type": "function_call", "arguments": ""}
+            events.append(self._begin(item | named))
         if delta.arguments:
             self._parts.append(delta.arguments)
-            events.append(self._event("response.function_call_arguments.delta", delta=delta.arguments))
+            if self._open is not None and self._open["type"] == "function_call":
+                events.append(self._event("response.function_call_arguments.delta", delta=delta.arguments))
         return events
 
     def _end_call(self, item: Json) -> list[Json]:
         item["arguments"] = "".join(self._parts)
         done = {"arguments": item["arguments"], "name": item["name"]}
         return [self._event("response.function_call_arguments.done", **done)]
+
+    def _end_custom_call(self, item: Json) -> list[Json]:
+        """Send the text at once: it is known when its JSON has been read."""
+        found = object_or_its_beginning("".join(self._parts)) or {}
+        text = found.get(CUSTOM_INPUT)
+        item["input"] = text if isinstance(text, str) else ""
+        delta = self._event("response.custom_tool_call_input.delta", delta=item["input"])
+        done = self._event("response.custom_tool_call_input.done", input=item["input"])
+        return [delta, done] if item["input"] else [done]
 
     # ---- both --------------------------------------------------------------------------------
 
@@ -157,7 +176,11 @@ class _Output:
         item = self._open
         if item is None:
             return []
-        ends = {"message": self._end_message, "reasoning": self._end_thought}
+        ends = {
+            "message": self._end_message,
+            "reasoning": self._end_thought,
+            "custom_tool_call": self._end_custom_call,
+        }
         events = ends.get(item["type"], self._end_call)(item)
         item["status"] = status
         events.append(self._event("response.output_item.done", item=item))
@@ -197,7 +220,7 @@ class ResponseView(GenerationView):
         self._head: Json
 
     def _begin(self, job: GenerationRequest) -> None:
-        self._output = _Output(job, self._tokenizer, self._body.namespaces)
+        self._output = _Output(job, self._tokenizer, self._body.namespaces, self._body.customs)
         head = {"id": job.id, "object": "response", "created_at": job.created}
         self._head = head | _asked(self._body, job)
 
@@ -259,6 +282,15 @@ def _called(name: str, namespaces: Mapping[str, str]) -> Json:
     return {"namespace": namespace, "name": name.removeprefix(f"{namespace}.")}
 
 
+def _tool(function: Json, body: ResponsesRequest) -> Json:
+    """Return a tool as the request had it."""
+    named = _called(function["name"], body.namespaces)
+    if function["name"] not in body.customs:
+        return {"type": "function", **function, **named}
+    description = {key: function[key] for key in ("description",) if key in function}
+    return {"type": "custom", **named, **description, "format": {"type": "text"}}
+
+
 def _asked(body: ResponsesRequest, job: GenerationRequest) -> Json:
     """Return the request's fields as the answer repeats them, with those that came from the adapter's
     defaults."""
@@ -274,10 +306,7 @@ def _asked(body: ResponsesRequest, job: GenerationRequest) -> Json:
         "temperature": job.sampling.temperature,
         "top_p": job.sampling.top_p,
         "top_logprobs": body.top_logprobs or 0,
-        "tools": [
-            {"type": "function", **function, **_called(function["name"], body.namespaces)}
-            for function in body.functions
-        ],
+        "tools": [_tool(function, body) for function in body.functions],
         "tool_choice": _plain(choice) if isinstance(choice, FlatToolChoice) else choice or "auto",
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "text": {"format": {"type": "text"} if wanted is None else _plain(wanted), "verbosity": "medium"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -98,6 +99,15 @@ class MessageItem(_Item):
         }
 
 
+CUSTOM_INPUT = "input"
+"""Argument of the function that a custom tool is for the model: its free text."""
+
+
+def _full_name(name: str, namespace: str | None) -> str:
+    """Return the name by which the chat template knows a function."""
+    return name if namespace is None else f"{namespace}.{name}"
+
+
 class CallItem(FunctionCall, _Item):
     """A function call of the model."""
 
@@ -107,9 +117,8 @@ class CallItem(FunctionCall, _Item):
     namespace: FunctionName | None = None
 
     @property
-    def full_name(self) -> str:
-        """Name by which the chat template knows the function."""
-        return self.name if self.namespace is None else f"{self.namespace}.{self.name}"
+    def function(self) -> Json:
+        return {"name": _full_name(self.name, self.namespace), "arguments": self.arguments}
 
     def kept(self) -> Json:
         kept = {
@@ -123,17 +132,43 @@ class CallItem(FunctionCall, _Item):
         return kept if self.namespace is None else kept | {"namespace": self.namespace}
 
 
-class CallOutputItem(_Item):
-    """Result of a function call."""
+class CustomCallItem(_Item):
+    """A call of a custom tool: a function with free text as its input."""
 
-    type: Literal["function_call_output"]
+    type: Literal["custom_tool_call"]
+    call_id: ItemId
+    name: FunctionName
+    input: str
+    namespace: FunctionName | None = None
+
+    @property
+    def function(self) -> Json:
+        arguments = json.dumps({CUSTOM_INPUT: self.input}, ensure_ascii=False)
+        return {"name": _full_name(self.name, self.namespace), "arguments": arguments}
+
+    def kept(self) -> Json:
+        kept = {
+            "id": self.id or new_id("ctc_"),
+            "type": "custom_tool_call",
+            "status": self.status or "completed",
+            "input": self.input,
+            "call_id": self.call_id,
+            "name": self.name,
+        }
+        return kept if self.namespace is None else kept | {"namespace": self.namespace}
+
+
+class CallOutputItem(_Item):
+    """Result of a call."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: ItemId
     output: Content
 
     def kept(self) -> Json:
         return {
             "id": self.id or new_id("fco_"),
-            "type": "function_call_output",
+            "type": self.type,
             "status": self.status or "completed",
             "call_id": self.call_id,
             "output": _text(self.output),
@@ -172,23 +207,32 @@ class ReasoningItem(_Item):
         return shown
 
 
-_KINDS = ("message", "function_call", "function_call_output", "reasoning")
+_KINDS = (
+    "message",
+    "function_call",
+    "function_call_output",
+    "custom_tool_call",
+    "custom_tool_call_output",
+    "reasoning",
+)
 
 
 def _kind(value: Any) -> Any:
-    """Return the type of an item; a message need not say that it is one."""
-    return value.get("type") or "message" if isinstance(value, dict) else "message"
+    """Return the type of an item; a message need not say that it is one, and results have one shape."""
+    kind = value.get("type") or "message" if isinstance(value, dict) else "message"
+    return "function_call_output" if kind == "custom_tool_call_output" else kind
 
 
 Item = Annotated[
     Annotated[MessageItem, Tag("a-message")]
     | Annotated[CallItem, Tag("a-function_call")]
+    | Annotated[CustomCallItem, Tag("a-custom_tool_call")]
     | Annotated[CallOutputItem, Tag("a-function_call_output")]
     | Annotated[ReasoningItem, Tag("a-reasoning")],
     Discriminator(lambda value: f"a-{_kind(value)}"),
     of_type(*_KINDS, otherwise=f"only {', '.join(_KINDS)} are"),
 ]
-AnyItem = MessageItem | CallItem | CallOutputItem | ReasoningItem
+AnyItem = MessageItem | CallItem | CustomCallItem | CallOutputItem | ReasoningItem
 AnyItems = Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 Items = Annotated[AnyItems, Field(min_length=1)]
 _ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
@@ -242,18 +286,19 @@ def conversation(instructions: str | None, items: Sequence[AnyItem]) -> list[Cha
         elif isinstance(item, CallOutputItem):
             if item.call_id not in called:
                 raise _refused(
-                    f"call_id {item.call_id[:80]!r} of a function_call_output belongs to no function_call "
-                    "before it. Send that too, or the response that has it as previous_response_id"
+                    f"call_id {item.call_id[:80]!r} of a {item.type} belongs to no "
+                    f"{item.type.removesuffix('_output')} before it. Send that too, or the response that has "
+                    "it as previous_response_id"
                 )
             turns.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
         else:
             called.add(item.call_id)
             if not turns or turns[-1]["role"] != "assistant" or thought:
                 turns.append({"role": "assistant", "content": ""})
-            call = {"id": item.call_id, "function": {"name": item.full_name, "arguments": item.arguments}}
+            call = {"id": item.call_id, "function": item.function}
             turns[-1].setdefault("tool_calls", []).append(call)
             if len(turns[-1]["tool_calls"]) > MAX_TOOLS:
-                raise _refused(f"over {MAX_TOOLS} function_calls follow each other. Send fewer")
+                raise _refused(f"over {MAX_TOOLS} calls follow each other. Send fewer")
         if thought and not isinstance(item, ReasoningItem):
             if turns[-1]["role"] == "assistant":  # others have none: a thought that was cut answers nothing
                 turns[-1]["reasoning_content"] = thought

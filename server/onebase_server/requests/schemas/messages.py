@@ -63,7 +63,7 @@ def _a_number(text: str) -> float:
     return number
 
 
-def _object_or_its_beginning(text: str) -> dict[str, Any] | None:
+def object_or_its_beginning(text: str) -> dict[str, Any] | None:
     """Return the object that a JSON text is, or of one that was cut, as far as it goes; None for any other
     text."""
     try:
@@ -96,7 +96,7 @@ class FunctionCall(Wire):
     def values(self) -> dict[str, Any]:
         """The arguments by name. Raises FieldError."""
         given = self.arguments
-        found = _object_or_its_beginning(given) if isinstance(given, str) else given
+        found = object_or_its_beginning(given) if isinstance(given, str) else given
         if found is None:
             raise FieldError("arguments", "is no JSON object")
         try:

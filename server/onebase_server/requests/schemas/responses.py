@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -24,11 +24,9 @@ from onebase_server.requests.schemas.generation import (
     ConversationFields,
     of_schema,
 )
-from onebase_server.requests.schemas.items import Items, MessageItem
+from onebase_server.requests.schemas.items import CUSTOM_INPUT, Items, MessageItem
 from onebase_server.requests.schemas.messages import (
-    CHOICE_OF_TOOLS,
     MAX_TOOLS,
-    ONLY_FUNCTIONS,
     FunctionName,
     tool_of,
 )
@@ -47,6 +45,7 @@ from onebase_server.requests.schemas.wire import (
     Wire,
     check_type,
     not_too_deep,
+    of_type,
 )
 
 MAX_METADATA = 16
@@ -80,9 +79,36 @@ def _tools_of_the_caller(tools: Any) -> Any:
     return own or flat
 
 
+_CUSTOM_SCHEMA: dict[str, JsonValue] = {
+    "type": "object",
+    "properties": {CUSTOM_INPUT: {"type": "string"}},
+    "required": [CUSTOM_INPUT],
+    "additionalProperties": False,
+}
+"""Parameters of the function that the model sees in the place of a custom tool."""
+
+
+def _function_of_custom(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return the function that a custom tool is for the model: one with a text. Raises FieldError."""
+    form = tool.get("format")
+    kind = form.get("type") if isinstance(form, dict) else form
+    if kind not in (None, "text") or (isinstance(form, dict) and form.keys() - {"type"}):
+        raise FieldError(
+            "format", "only free text is served ({'type': 'text'}): describe the form in the description"
+        )
+    rest = {key: value for key, value in tool.items() if key != "format"}
+    return {**rest, "type": "function", "parameters": _CUSTOM_SCHEMA, "strict": True}
+
+
 def _a_flat_function(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool in the form for chat templates, and its namespace if it has one. Raises FieldError."""
-    check_type(tool, "function", otherwise=ONLY_FUNCTIONS)
+    """Return a tool in the form for chat templates, with its namespace if it has one, and whether it is a
+    custom one. Raises FieldError."""
+    check_type(tool, "function", "custom", otherwise="only tools of type 'function' and 'custom' are")
+    if tool.get("type") == "custom":
+        for field in ("parameters", "strict"):
+            if tool.get(field) is not None:
+                raise FieldError(field, "goes with a tool of type 'function'")
+        return _a_flat_function(_function_of_custom(tool)) | {"custom": True}
     known = {"name", "description", "parameters", "strict"}
     function = {}
     for key, value in tool.items():
@@ -106,21 +132,27 @@ FlatTools = Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True
 
 
 class FlatNamedTool(Wire):
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: FunctionName
 
 
 class FlatToolChoice(Typed):
     """Choice of tools: one that must be called, or several of which any may be."""
 
-    type: Literal["function", "allowed_tools"]
+    type: Literal["function", "custom", "allowed_tools"]
     name: FunctionName | None = None
     mode: Literal["auto", "required"] | None = None
     tools: (
         Annotated[list[FlatNamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None
     ) = None
 
-    goes_with: ClassVar = {"name": "function", "mode": "allowed_tools", "tools": "allowed_tools"}
+    goes_with: ClassVar = {"mode": "allowed_tools", "tools": "allowed_tools"}
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        if (self.name is None) != (self.type == "allowed_tools"):
+            raise FieldError("name", "name goes with type function or custom, and only with them")
+        return self
 
     @property
     def must_call(self) -> bool:
@@ -130,6 +162,11 @@ class FlatToolChoice(Typed):
     def names(self) -> list[str]:
         """Names of the tools that may be called."""
         return [tool.name for tool in self.tools or ()] if self.name is None else [self.name]
+
+
+_CHOICE_OF_TOOLS = of_type(
+    "function", "custom", "allowed_tools", otherwise="only function, custom and allowed_tools are"
+)
 
 
 class TextFormat(Typed):
@@ -232,7 +269,7 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], ONE]
-            | Annotated[FlatToolChoice, CHOICE_OF_TOOLS, OBJECT],
+            | Annotated[FlatToolChoice, _CHOICE_OF_TOOLS, OBJECT],
             Discriminator(lambda value: (ONE if isinstance(value, str) else OBJECT).tag),
         ]
         | None
@@ -245,6 +282,7 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     metadata: Metadata | None = None
 
     _namespaces: dict[str, str] = PrivateAttr(default_factory=dict)
+    _customs: set[str] = PrivateAttr(default_factory=set)
 
     ignored: ClassVar = IGNORED | {"max_tool_calls", "prompt_cache_options", "client_metadata"}
     neutral: ClassVar = DEFAULTS | {
@@ -268,6 +306,8 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     def _check_response(self) -> Self:
         for tool, function in zip(self.tools or (), self.functions, strict=True):
             namespace = tool.pop("namespace", None)
+            if tool.pop("custom", False):
+                self._customs.add(function["name"])
             if isinstance(namespace, str):
                 self._namespaces[function["name"]] = namespace
         for name, hint in _OTHER_WORDS.items():
@@ -290,6 +330,11 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     def namespaces(self) -> Mapping[str, str]:
         """Namespaces of functions, by the function's name with its namespace before it."""
         return self._namespaces
+
+    @property
+    def customs(self) -> Set[str]:
+        """Names of functions that are custom tools, with their namespaces before them."""
+        return self._customs
 
     @property
     def conversation_id(self) -> str | None:
