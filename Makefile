@@ -15,10 +15,10 @@ WEB_MODULES := $(WEB)/node_modules/.package-lock.json
 WEB_SOURCES := $(shell find $(WEB) -path $(WEB)/node_modules -prune -o -type f ! -name '*.md' ! -name '*.test.ts' -print)
 NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(WEB)
 
-.PHONY: help setup base demo test lint lint-python lint-console lint-files docs format check audit bench gpu-check console clean
+.PHONY: help setup base demo test lint lint-python lint-console lint-files docs format check check-long audit bench gpu-check console clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: base console ## Serve the base and two adapters, watch them answer at once, try your own requests
 	@exec $(BIN)/python examples/demo.py
@@ -89,6 +89,9 @@ docs: setup ## Build the documentation site into build/site, with every link che
 check: ## Everything that continuous integration checks: lint, then every test in all combinations
 	@$(MAKE) lint
 	@$(MAKE) test SELECT=
+
+check-long: ## The same with ten times as many random examples
+	@ONEBASE_EXAMPLES=long $(MAKE) check
 
 # Without +cpu and the like, since PyPI knows those versions by their plain names. What it does not know fails the audit.
 audit: setup ## Ask PyPI for known vulnerabilities of what is installed

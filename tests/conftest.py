@@ -23,11 +23,16 @@ from tests.forks import Nursery
 from onebase_engine.machine import with_room
 from onebase_protocol.command_line import end_process
 
-# On a busy machine an example may take any time; fixtures that a function shares are meant so.
-settings.register_profile(
-    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
-settings.load_profile("busy")
+# On a busy machine an example may take any time; fixtures that a function shares are meant so. Each run draws
+# other examples; `make check-long` draws ten times as many where a test does not say how many.
+for name, examples in (("short", 40), ("long", 400)):
+    settings.register_profile(
+        name,
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+settings.load_profile(os.environ.get("ONEBASE_EXAMPLES", "short"))
 
 # Each client reads the certificates of all authorities, which takes 6 ms: those of a process share them.
 transports.create_ssl_context = functools.cache(transports.create_ssl_context)

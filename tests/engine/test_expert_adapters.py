@@ -88,16 +88,13 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return found
 
 
-@pytest.mark.parametrize("std", [0.01, 0.1])
 @pytest.mark.parametrize(("kind", "quantization"), QUANTIZED)
 def test_what_is_served_is_proved_against_peft(
-    kind: str,
-    quantization: Any,
-    std: float,
-    folders: Callable[[str], Path],
-    kernels: Kernels,
-    tmp_path: Path,
+    kind: str, quantization: Any, folders: Callable[[str], Path], kernels: Kernels, tmp_path: Path
 ) -> None:
+    # Of three axes, any two values meet.
+    number = QUANTIZED.index((kind, quantization)) + (kernels.name == "torch")
+    std = (0.01, 0.1)[number % 2]
     base = load_base(BaseSettings(folders(kind), quantization=quantization))
     loaded = load_folder(base, save_on_experts(base, tmp_path, std=std))
     prover = ModuleProver(base, kernels)
@@ -124,11 +121,11 @@ def test_a_mixed_batch_is_pefts_whatever_each_adapter_targets(
     assert len({tuple(one.weights) for one in loaded}) == len(wanted)
     lab = Lab(base, saved, [one.reference for one in loaded], [one.weights for one in loaded])
     prompts = [tuple(range(5 + at, 40 + 19 * at)) for at in range(2)]
-    asked = [Request(prompt, adapter, 10) for prompt in prompts for adapter in (None, 0, 1, 2, 3)]
+    asked = [Request(prompt, adapter, 6) for prompt in prompts for adapter in (None, 0, 1, 2, 3)]
     together = run(lab.engine(step_tokens=60), asked)
     assert not lab.disagreements(asked, together)
     assert len({tuple(text) for text in together[:5]}) > 3, "adapters act"
-    for number in (0, 1, 2, 8, 9):
+    for number in (0, 1, 8):
         assert run(lab.engine(step_tokens=23), [asked[number]]) == [together[number]]
     assert fingerprint(base) == before
 
@@ -492,7 +489,7 @@ def wide_mixture(
 def test_a_row_of_a_realistic_mixture_has_its_bits_beside_any_neighbours(
     rows: int, wide_mixture: Callable[[Kernels], Callable[..., torch.Tensor]], kernels: Kernels
 ) -> None:
-    if kernels.name == "reference" and rows > 16:
+    if kernels.name == "torch" and rows > 16:
         pytest.skip("dequantizes every expert")
     compute = wide_mixture(kernels)
     draw = torch.Generator().manual_seed(rows)

@@ -335,7 +335,7 @@ def test_a_mixed_batch_over_a_mixture_is_pefts(
     loaded = [load_folder(base, folder) for folder in saved]
     lab = Lab(base, saved, [one.reference for one in loaded], [one.weights for one in loaded])
     prompts = [tuple(range(5 + at, 40 + 19 * at)) for at in range(3)]
-    asked = [Request(prompt, adapter, 10) for prompt in prompts for adapter in (None, 0, 1)]
+    asked = [Request(prompt, adapter, 6) for prompt in prompts for adapter in (None, 0, 1)]
     together = run(lab.engine(step_tokens=60), asked)
     assert not lab.disagreements(asked, together)
     assert len({tuple(text) for text in together[:3]}) == 3, "adapters act"

@@ -129,11 +129,16 @@ def test_logprobs_are_those_of_peft_on_the_resized_base(
         assert torch.allclose(got, expected[place], atol=2e-4)
 
 
+@pytest.fixture(scope="module")
+def lab(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Adapters of other kinds on the base."""
+    return Lab.create(bench.served, tmp_path_factory.mktemp("others"))
+
+
 @pytest.mark.parametrize("how", ["saved", "tokens of both"])
 def test_neighbours_keep_their_bits_and_never_see_the_new_tokens(
-    bench: Bench, how: str, tmp_path: Path
+    bench: Bench, lab: Lab, how: str, tmp_path: Path
 ) -> None:
-    lab = Lab.create(bench.served, tmp_path / "others")
     mine, count = bench.train(tmp_path / "mine", how), len(lab.weights)
     asked = requests(count + 2, seed=7)
     alone = run(lab.engine(), asked)
@@ -143,7 +148,7 @@ def test_neighbours_keep_their_bits_and_never_see_the_new_tokens(
     assert texts[: len(asked)] == alone
     assert texts[len(asked) :] == [greedy(mine.peft, list(one.prompt), 8) for one in own]
     sampled = [protocol.AdapterRef(f"digest{one}") for one in range(count)]
-    hot = protocol.Sampling(temperature=50.0, max_tokens=40, ignore_eos=True, seed=1)
+    hot = protocol.Sampling(temperature=50.0, max_tokens=20, ignore_eos=True, seed=1)
     for name, adapters in [("base", []), *((ref.digest, [ref]) for ref in sampled), ("mine", [count])]:
         refs = [protocol.AdapterRef(f"digest{count}")] if name == "mine" else adapters
         engine.submit(protocol.Submit(id=name, prompt=[5, 6], sampling=hot, adapters=refs, n=4))
