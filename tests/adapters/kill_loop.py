@@ -4,8 +4,8 @@
 
 A step is a call of the file system (also in the middle of a write), a statement by which the registry's
 database is written, or its commit. A kill leaves the files as they are at that moment, and no lock: one life
-goes through all steps, and a copy of its folder is checked at every EVERY-th of them. At each REALLY-th step a
-life of its own is killed as well.
+goes through all steps, and a copy of its folder is checked at every EVERY-th of them. At each REALLY-th step
+a life of its own is killed as well.
 """
 
 from __future__ import annotations
