@@ -32,8 +32,11 @@ FLAGS = [
     "--disable-dev-shm-usage",
 ]
 SIZES = {"desktop": (1440, 900), "phone": (390, 844), "narrow": (360, 640)}
+# Views that behave otherwise on a phone are walked through there too; `faults` checks how others look there.
 EACH_SIZE = ["desktop", pytest.param("phone", marks=pytest.mark.full)]
-EVERY_SIZE = [*EACH_SIZE, pytest.param("narrow", marks=pytest.mark.full)]
+SETTLED = """new Promise(requestAnimationFrame).then(() => Promise.all(document.getAnimations()
+    .filter(one => one instanceof CSSTransition).map(one => one.finished.catch(() => 0)))).then(() => 0)"""
+"""Until a page has the looks that another size or scheme gives it."""
 AXE = ROOT / "clients/web/node_modules/axe-core/axe.min.js"
 WAIT_MS = 60_000
 """Longest wait for anything on the page: the machine may be busy."""
@@ -96,6 +99,21 @@ class Visit:
                 .filter(one => one.getBoundingClientRect().right > innerWidth + 1 && !one.closest('.scroll'))
                 .map(one => one.outerHTML.slice(0, 100))"""
         )
+        return found
+
+    def faults(self, *others: str) -> list[str]:
+        """Return what is wrong with the page as it is, and as it is in the dark at other sizes."""
+        page, own = self.page, self.page.viewport_size
+        found = [*self.violations(), *self.too_wide()]
+        for size in others or ("phone",):
+            width, height = SIZES[size]
+            page.set_viewport_size({"width": width, "height": height})
+            page.emulate_media(color_scheme="dark")
+            page.evaluate(SETTLED)
+            found += [f"{size}: {fault}" for fault in (*self.violations(), *self.too_wide())]
+        assert own is not None
+        page.set_viewport_size(own)
+        page.emulate_media(color_scheme="light")
         return found
 
     def violations(self) -> list[str]:

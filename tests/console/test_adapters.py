@@ -20,7 +20,7 @@ from onebase_adapters.registry import AdapterFiles
 from onebase_edge.settings import Settings
 from onebase_server.storage.opening import open_storage
 
-from .conftest import EACH_SIZE, EVERY_SIZE, ROOT, Look, Visit
+from .conftest import EACH_SIZE, ROOT, Look, Visit
 
 MANY = 10_000
 EVIL = "<b>\u202egnp.exe</b>"
@@ -105,17 +105,14 @@ def row_of(page: Page, version: str) -> Locator:
     return page.get_by_role("table", name="Versions").get_by_role("row").filter(has_text=version[:12])
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_ten_thousand_are_listed_of_which_only_those_seen_are_in_the_page(
-    many: Server, look: Look, size: str
-) -> None:
-    with look(many, size) as visit:
+def test_ten_thousand_are_listed_of_which_only_those_seen_are_in_the_page(many: Server, look: Look) -> None:
+    with look(many) as visit:
         page = visit.page
         visit.open("#/adapters")
         expect(page.get_by_text(f"{MANY + 1:,} adapters")).to_be_visible()
         rows = page.locator(".line")
         assert 5 < rows.count() < 60
-        assert visit.violations() == []
+        assert visit.faults() == []
         page.locator(".line a").first.focus()
         page.keyboard.press("End")
         last = page.get_by_role("link", name="tenant-9999")
@@ -138,11 +135,8 @@ def test_ten_thousand_are_listed_of_which_only_those_seen_are_in_the_page(
         expect(page.get_by_label("Tier")).to_have_value("none")
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_texts_of_an_adapter_are_never_html_and_show_what_is_hidden(
-    many: Server, look: Look, size: str
-) -> None:
-    with look(many, size) as visit:
+def test_texts_of_an_adapter_are_never_html_and_show_what_is_hidden(many: Server, look: Look) -> None:
+    with look(many) as visit:
         page = visit.page
         visit.open("#/adapters?name=evil")
         expect(page.get_by_role("heading", name="Where it acts")).to_be_visible()
@@ -150,15 +144,12 @@ def test_texts_of_an_adapter_are_never_html_and_show_what_is_hidden(
         assert text.count("<b>U+202Egnp.exe</b>") >= 6
         assert "\u202e" not in page.inner_text("body")
         assert page.locator("article b").count() == 0
-        assert visit.violations() == []
+        assert visit.faults() == []
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_an_adapter_is_dropped_proved_and_active_and_its_page_says_so(
-    words: Server, look: Look, size: str
-) -> None:
-    name = f"dropped-{size}"
-    with look(words, size) as visit:
+def test_an_adapter_is_dropped_proved_and_active_and_its_page_says_so(words: Server, look: Look) -> None:
+    name = "dropped"
+    with look(words) as visit:
         page = visit.page
         visit.open("#/adapters")
         add_by_page(visit, name, payload(name), dropped=True)
@@ -166,7 +157,7 @@ def test_an_adapter_is_dropped_proved_and_active_and_its_page_says_so(
         expect(page.get_by_text("Active, in host memory")).to_be_visible()
         expect(page.locator(".time")).to_contain_text("Uploaded")
         expect(page.locator(".time")).to_contain_text("Activated")
-        assert visit.violations() == []
+        assert visit.faults() == []
         page.get_by_role("link", name="Ask it").click()
         expect(page.get_by_role("heading", name=name)).to_be_visible()  # a column of Compare
     with words.client() as http:
@@ -435,14 +426,13 @@ def test_a_key_without_admin_is_not_shown_what_it_may_not_do(keyed: Server, keys
         expect(page.get_by_label("More for")).to_have_count(0)
 
 
-@pytest.mark.parametrize("size", EVERY_SIZE)
 def test_the_picture_has_the_figures_of_the_report_and_two_versions_differ_in_it(
-    real: Server, look: Look, size: str
+    real: Server, look: Look
 ) -> None:
     with real.client() as http:
         pirate = upload_folder(http, "orders", ROOT / "examples/adapters/pirate").json()
         orders = next(one for one in http.get("/v1/adapters/orders/versions").json()["data"] if one["active"])
-    with look(real, size, color_scheme="dark" if size == "phone" else "light") as visit:
+    with look(real) as visit:
         page = visit.page
         visit.open("#/adapters?name=orders")
         table = page.get_by_role("table").filter(has_text="self_attn.q_proj")
@@ -473,8 +463,7 @@ def test_the_picture_has_the_figures_of_the_report_and_two_versions_differ_in_it
         change = cells.filter(has_text="mlp.up_proj").locator("td .unseen").first.text_content() or ""
         assert change.endswith("before, norm 0 now")
         assert set(table.locator(".sign").all_text_contents()) >= {"+", "−"}
-        assert visit.violations() == []
-        assert visit.too_wide() == []
+        assert visit.faults("phone", "narrow") == []
 
 
 def test_the_list_says_who_was_asked_and_is_sorted_by_it_and_a_version_is_taken_elsewhere(
@@ -552,10 +541,9 @@ def test_two_versions_are_compared_by_what_they_answer(words: Server, look: Look
 # ---- rollouts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", EVERY_SIZE)
-def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Look, size: str) -> None:
-    name = f"rolled-{size}"
-    with words.client() as http, look(words, size) as visit:
+def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Look) -> None:
+    name = "rolled"
+    with words.client() as http, look(words) as visit:
         upload(http, name, f"{name} old".encode(), query="wait=true&activate=true")
         new = upload(http, name, f"{name} new".encode()).json()["version"]
         visit.open(f"#/adapters?name={name}")
@@ -572,8 +560,7 @@ def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Loo
             assert http.post("/v1/feedback", json=thumb).json()["counted"]
         row = part.get_by_role("row", name="Feedback")
         expect(row.get_by_text("Not decided").or_(row.get_by_text("Not worse"))).to_be_visible()
-        assert visit.too_wide() == []
-        assert visit.violations() == []
+        assert visit.faults("phone", "narrow") == []
         share = part.get_by_label("Share of the candidate")
         share.fill("80")
         share.dispatch_event("change")

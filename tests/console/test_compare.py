@@ -13,25 +13,22 @@ import pytest
 from playwright.sync_api import Route, expect
 from tests.server.support import SOURCES, Server, Starter, make_folder, pace
 
-from .conftest import EACH_SIZE, EVERY_SIZE, Look
+from .conftest import Look
 
 ORDER = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon."
 EVIL = '<img src=x onerror="document.title=\'owned\'"><script>document.title="owned"</script>'
 UNSEEN = "\u202egnp.exe\u0007"
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_the_base_two_adapters_and_a_mix_answer_one_message_as_the_api_does(
-    real: Server, look: Look, size: str
-) -> None:
+def test_the_base_two_adapters_and_a_mix_answer_one_message_as_the_api_does(real: Server, look: Look) -> None:
     mix = [{"name": "orders", "weight": 0.7}, {"name": "pirate", "weight": 0.3}]
-    with look(real, size) as visit:
+    with look(real) as visit:
         visit.open("#/compare?c=b&c=a:orders&c=a:pirate&c=m:orders*0.7%2Bpirate*0.3&n=16")
         visit.ask(ORDER)
         answers = visit.answers
         marked = [column.locator("mark").all_inner_texts() for column in visit.page.locator(".column").all()]
         figures = visit.page.locator(".column dd").all_inner_texts()
-        assert visit.violations() == []
+        assert visit.faults() == []
 
     with real.client() as http:
         body = {"messages": [{"role": "user", "content": ORDER}], "temperature": 0, "max_tokens": 16}
@@ -294,11 +291,10 @@ def test_an_error_is_shown_in_the_servers_words_and_the_other_columns_answer(
         assert visit.violations() == []
 
 
-@pytest.mark.parametrize("size", EVERY_SIZE)
 def test_names_and_texts_with_markup_and_unseen_characters_are_only_ever_text(
-    words: Server, look: Look, size: str
+    words: Server, look: Look
 ) -> None:
-    with look(words, size, errors=("404", "400")) as visit:
+    with look(words, errors=("404", "400")) as visit:
         visit.open()
         visit.page.evaluate("hash => { location.hash = hash }", link_with_names(EVIL + UNSEEN))
         visit.ask(f"{EVIL} {UNSEEN} ok")
@@ -310,7 +306,7 @@ def test_names_and_texts_with_markup_and_unseen_characters_are_only_ever_text(
         assert page.locator("main img, main script").count() == 0
         assert not page.evaluate("document.body.innerText.match(/[\\u202e\\u0007]/)")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert visit.violations() == []
+        assert visit.faults("phone", "narrow") == []
 
 
 def link_with_names(name: str) -> str:

@@ -36,15 +36,14 @@ def conversation(page: Page, column: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_each_column_goes_on_with_its_own_conversation(real: Server, look: Look, size: str) -> None:
-    with look(real, size) as visit:
+def test_each_column_goes_on_with_its_own_conversation(real: Server, look: Look) -> None:
+    with look(real) as visit:
         visit.open("#/compare?c=b&c=a:orders&n=12&s=Be%20brief.")
         visit.ask(ORDER)
         visit.ask("And in red?")
         said = [conversation(visit.page, column) for column in range(2)]
         asked = bodies(visit)
-        assert visit.violations() == []
+        assert visit.faults() == []
         visit.page.get_by_role("button", name="Start over").click()
         expect(visit.page.locator(".reply")).to_have_count(0)
         expect(visit.page.get_by_label("Message to all columns")).to_be_focused()
@@ -171,13 +170,12 @@ def test_another_token_is_chosen_and_the_answer_goes_on_from_it(real: Server, lo
     assert after == prefix + other + goes_on
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_schema_and_tools_go_with_the_message_and_the_servers_errors_are_shown(
-    real: Server, look: Look, size: str
+    real: Server, look: Look
 ) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-    with look(real, size, errors=("400",)) as visit:
+    with look(real, errors=("400",)) as visit:
         page = visit.page
         visit.open("#/compare?c=b&n=30")
         page.get_by_role("button", name="Settings").click()
@@ -195,7 +193,7 @@ def test_a_schema_and_tools_go_with_the_message_and_the_servers_errors_are_shown
         page.get_by_label("Tools that answers may call").fill("[{")
         expect(page.get_by_text("This is not JSON yet")).to_be_visible()
         expect(page.get_by_role("button", name="Ask", exact=True)).to_be_disabled()
-        assert visit.violations() == []
+        assert visit.faults() == []
         page.get_by_label("Tools that answers may call").fill(json.dumps([tool]))
         visit.ask("How is the weather?")
         assert bodies(visit)[0]["tools"] == [tool]

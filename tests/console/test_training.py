@@ -43,10 +43,9 @@ def train(visit: Visit, content: str, name: str, *, file: str = "rows.jsonl", ho
     page.get_by_role("dialog").get_by_role("button", name=button).click()
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: Look, size: str) -> None:
-    name, evil = f"real-{size}", "What is <b>this</b>\u202e?"
-    with look(tiny, size, color_scheme="dark" if size == "phone" else "light") as visit:
+def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: Look) -> None:
+    name, evil = "real", "What is <b>this</b>\u202e?"
+    with look(tiny) as visit:
         page = visit.page
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
@@ -60,8 +59,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
         train(visit, rows(20), name, file="<b>rows</b>.jsonl")
         expect(page.get_by_role("heading", name=name)).to_be_visible()
         expect(page.get_by_role("heading", name="Before and after")).to_be_visible(timeout=300_000)
-        assert visit.violations() == []
-        assert visit.too_wide() == []
+        assert visit.faults() == []
         figures = page.get_by_role("table").filter(has_text="word_f1").inner_text()
         events = page.get_by_text("events", exact=False).first
         expect(events).to_be_visible()
@@ -95,12 +93,9 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
     assert method["sample_prompts"] == ["I want 3 blue hats please", evil]
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_rows_and_estimate_are_looked_at_before_anything_is_trained(
-    tiny: Server, look: Look, size: str
-) -> None:
-    name = f"looked-at-{size}"
-    with look(tiny, size, color_scheme="dark" if size == "phone" else "light") as visit:
+def test_rows_and_estimate_are_looked_at_before_anything_is_trained(tiny: Server, look: Look) -> None:
+    name = "looked-at"
+    with look(tiny) as visit:
         page = visit.page
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
@@ -116,8 +111,7 @@ def test_rows_and_estimate_are_looked_at_before_anything_is_trained(
         assert '"color"' in page.locator(".example mark").first.inner_text()
         expect(page.get_by_role("button", name="Resume")).to_have_count(0)
         expect(page.get_by_role("button", name="Stop and keep the best")).to_have_count(0)
-        assert visit.violations() == []
-        assert visit.too_wide() == []
+        assert visit.faults() == []
         with tiny.client() as http:
             (job, *_) = http.get("/v1/fine_tuning/jobs").json()["data"]
         assert (job["name"], job["status"], job["hold"], job["progress"]["phase"]) == (
@@ -129,13 +123,12 @@ def test_rows_and_estimate_are_looked_at_before_anything_is_trained(
         expect(takes).to_have_count(0)
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_a_job_is_stopped_and_the_best_of_it_kept(words: Server, look: Look, size: str) -> None:
-    with look(words, size) as visit:
+def test_a_job_is_stopped_and_the_best_of_it_kept(words: Server, look: Look) -> None:
+    with look(words) as visit:
         page = visit.page
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
-        train(visit, "slow", f"enough-{size}")
+        train(visit, "slow", "enough")
         button = page.get_by_role("button", name="Stop and keep the best")
         button.click()
         dialog = page.get_by_role("dialog")
@@ -143,13 +136,12 @@ def test_a_job_is_stopped_and_the_best_of_it_kept(words: Server, look: Look, siz
         expect(dialog).to_contain_text("activated if it is better on held-out rows: than the base, and than")
         expect(dialog).to_contain_text("cannot be resumed after that")
         assert visit.violations() == []
-        assert visit.too_wide() == []
         dialog.get_by_role("button", name="Stop and keep the best").click()
         expect(page.locator("article .state")).to_have_text("Done")
         expect(page.locator("article > p", has_text="Stopped at step")).to_contain_text("of 3,000")
         expect(button).to_have_count(0)
         expect(page.get_by_role("heading", name="Before and after")).to_be_visible(timeout=300_000)
-        assert visit.violations() == []
+        assert visit.faults() == []
     with words.client() as http:
         job = http.get("/v1/fine_tuning/jobs").json()["data"][0]
     assert (job["status"], job["activated"]) == ("succeeded", True)
@@ -329,11 +321,10 @@ def test_a_slice_that_got_worse_is_shown_and_why_nothing_was_activated(words: Se
         assert visit.violations() == []
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
 def test_the_result_has_the_active_version_beside_the_base_and_says_which_one_was_replaced(
-    words: Server, look: Look, size: str
+    words: Server, look: Look
 ) -> None:
-    client, name = openai_client(words), f"tickets-{size}"
+    client, name = openai_client(words), "tickets"
     first, second, worse, other = (
         run_job(words, client, content, extra={"name": name})
         for content in ("rows", "rows", "worse-than-active", "not-comparable")
@@ -347,7 +338,7 @@ def test_the_result_has_the_active_version_beside_the_base_and_says_which_one_wa
         "ended: its labels are others: a, b. It is not active.",
     }
     active = {first.id: None, second.id: "1.2", worse.id: "0.8", other.id: "–"}
-    with look(words, size, color_scheme="dark" if size == "phone" else "light") as visit:
+    with look(words) as visit:
         for job, sentence in says.items():
             visit.open(f"#/training?job={job}")
             expect(visit.page.locator("section", has_text="Before and after").last).to_contain_text(sentence)
@@ -356,14 +347,10 @@ def test_the_result_has_the_active_version_beside_the_base_and_says_which_one_wa
             assert loss == ["Loss", "2", *([active[job]] if active[job] else []), "1"]
             heads = " ".join(table.locator("thead th").all_inner_texts())
             assert ("Active" in heads) is (active[job] is not None)
-            assert visit.violations() == []
-            assert visit.too_wide() == []
+            assert visit.faults() == []
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(
-    words: Server, look: Look, size: str
-) -> None:
+def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(words: Server, look: Look) -> None:
     client = openai_client(words)
     jobs = [
         run_job(
@@ -375,7 +362,7 @@ def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(
         )
         for seed in (4, 8)
     ]
-    with look(words, size) as visit:
+    with look(words) as visit:
         page = visit.page
         visit.open("#/training")
         for job in jobs:
@@ -386,8 +373,7 @@ def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(
         expect(table.locator("tr", has=page.get_by_text("r", exact=True))).to_contain_text("4")
         legend = page.locator(".u-legend")
         expect(legend).to_contain_text(f"run-8 ({jobs[1].id[-6:]})")
-        assert visit.violations() == []
-        assert visit.too_wide() == []
+        assert visit.faults() == []
         page.wait_for_url("**run=**run=**")
         page.reload()
         expect(page.get_by_role("region", name="Runs compared")).to_be_visible()

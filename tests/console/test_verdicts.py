@@ -16,9 +16,8 @@ from .conftest import EACH_SIZE, Look
 from .test_frame import known
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_what_a_column_usually_says_is_counted(real: Server, look: Look, size: str) -> None:
-    with look(real, size) as visit:
+def test_what_a_column_usually_says_is_counted(real: Server, look: Look) -> None:
+    with look(real) as visit:
         page = visit.page
         visit.open("#/compare?c=b&c=a:orders&n=3&seed=5&m=Say%20yes%20or%20no.")
         page.get_by_role("button", name="What does orders usually say?").click()
@@ -28,7 +27,7 @@ def test_what_a_column_usually_says_is_counted(real: Server, look: Look, size: s
         counts = [int(text) for text in page.locator(".times b").all_inner_texts()]
         texts = page.get_by_role("dialog").locator("li p").all_inner_texts()
         sent = next(one.post_data_json for one in visit.requests if one.url.endswith("/generate"))
-        assert visit.violations() == []
+        assert visit.faults() == []
         page.keyboard.press("Escape")
         expect(page.get_by_role("dialog")).to_have_count(0)
 
@@ -94,10 +93,9 @@ def test_a_link_to_columns_ends_the_blind_judgement_that_hides_them(words: Serve
         expect(page.locator(".column .who").last).to_contain_text("pirate")
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_a_corrected_answer_becomes_a_row_of_a_training_file(words: Server, look: Look, size: str) -> None:
+def test_a_corrected_answer_becomes_a_row_of_a_training_file(words: Server, look: Look) -> None:
     evil = "<b>Right</b> \u202eanswer"
-    with look(words, size) as visit:
+    with look(words) as visit:
         page = visit.page
         visit.open("#/compare?c=b&n=4&s=Be%20exact.")
         visit.ask("first")
@@ -109,7 +107,7 @@ def test_a_corrected_answer_becomes_a_row_of_a_training_file(words: Server, look
         page.get_by_role("button", name="Save as a training row").click()
         expect(page.locator(".answer .corrected")).to_contain_text("<b>Right</b>")
         page.get_by_role("button", name="Training file").click()
-        assert visit.violations() == []
+        assert visit.faults() == []
         with page.expect_download() as loading:
             page.get_by_role("button", name="Download JSONL").click()
         downloaded = Path(loading.value.path()).read_text()
@@ -151,11 +149,8 @@ def test_without_the_scope_to_train_a_row_is_only_downloaded(keyed: Server, keys
         expect(page.get_by_role("button", name="Upload to the server")).to_have_count(0)
 
 
-@pytest.mark.parametrize("size", EACH_SIZE)
-def test_several_adapters_judge_an_answer_each_by_an_instruction_of_its_own(
-    real: Server, look: Look, size: str
-) -> None:
-    with look(real, size) as visit:
+def test_several_adapters_judge_an_answer_each_by_an_instruction_of_its_own(real: Server, look: Look) -> None:
+    with look(real) as visit:
         page = visit.page
         visit.open("#/compare?c=b&n=5&m=Hello")
         visit.ask("Hello")
@@ -172,7 +167,7 @@ def test_several_adapters_judge_an_answer_each_by_an_instruction_of_its_own(
             for name in ("orders", "pirate")
         }
         sent = [one.post_data_json for one in visit.requests if one.url.endswith("/generate")][1:]
-        assert visit.violations() == []
+        assert visit.faults() == []
         page.keyboard.press("Escape")
         expect(dialog).to_have_count(0)
         page.get_by_role("button", name="Judge").click()

@@ -1,4 +1,4 @@
-"""Jobs on the real base beside real requests: one copy, the same answers, the same adapter after a kill."""
+"""Real jobs: on the default base beside requests, and on a tiny one up to the same adapter after a kill."""
 
 from __future__ import annotations
 
@@ -350,38 +350,48 @@ def test_openais_own_rows_train_as_they_are(tiny: Server, small_client: OpenAI) 
         assert done.trained_tokens > 0
 
 
+LONG: dict[str, Any] = {"max_steps": 120, "eval_every": 120, "save_every": 2}
+"""Settings of jobs that are cut off: their first steps are seen before the last is taken."""
+
+
+@pytest.fixture(scope="module")
+def long_job(tiny: Server, small_client: OpenAI) -> Any:
+    """Such a job that nothing disturbed."""
+    return wait_job(tiny, small_client, real_job(small_client, "whole", **LONG).id, ended)
+
+
 @pytest.mark.full
 def test_a_job_killed_at_a_step_ends_in_the_same_adapter_to_the_last_bit(
-    server: Server, client: OpenAI, unbroken: Any
+    tiny: Server, small_client: OpenAI, long_job: Any
 ) -> None:
-    job = real_job(client, "broken")
-    wait_job(server, client, job.id, lambda job: step_of(job) >= 2)
-    (trainer,) = server.trainer_pids()
+    job = real_job(small_client, "broken", **LONG)
+    wait_job(tiny, small_client, job.id, lambda job: step_of(job) >= 2)
+    (trainer,) = tiny.trainer_pids()
     os.kill(trainer, signal.SIGKILL)
-    done = wait_job(server, client, job.id, ended)
+    done = wait_job(tiny, small_client, job.id, ended)
     assert done.status == "succeeded"
-    said = messages(client, job.id)
+    said = messages(small_client, job.id)
     assert any("signal SIGKILL" in message for message in said)
     assert sum("The files are sound" in message for message in said) == 1  # only the check read them
-    assert done.version == unbroken.version  # by its content
+    assert done.version == long_job.version  # by its content
 
 
 @pytest.mark.full
 def test_a_job_that_another_server_takes_over_ends_in_the_same_adapter_to_the_last_bit(
-    serve_real: Starter, tmp_path: Path, unbroken: Any
+    serve_real: Starter, small_base: Path, tmp_path: Path, long_job: Any
 ) -> None:
     options = (
         "--registry", f"sqlite:///{tmp_path / 'registry.db'}", "--store", str(tmp_path / "store"),
-        "--kv-memory", "200MB", "--max-sequences", "8", "--threads", "1",
+        "--base", str(small_base), "--kv-memory", "50MB", "--threads", "1",
     )  # fmt: skip
     with serve_real(*options) as one, serve_real(*options) as other:
         here, there = openai_client(one), openai_client(other)
-        job = real_job(here, "moved")
+        job = real_job(here, "moved", **LONG)
         wait_job(one, here, job.id, lambda job: step_of(job) >= 2)
         one.signal(signal.SIGTERM)
         one.exit_status()
         done = wait_job(other, there, job.id, ended)
-        assert (done.status, done.version) == ("succeeded", unbroken.version)
+        assert (done.status, done.version) == ("succeeded", long_job.version)
         said = messages(there, job.id)
         assert any(told.startswith("Taken over by another server, resumed at step") for told in said)
         assert any(told.startswith("Continuing after step") for told in said)
