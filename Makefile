@@ -15,7 +15,7 @@ WEB_MODULES := $(WEB)/node_modules/.package-lock.json
 WEB_SOURCES := $(shell find $(WEB) -path $(WEB)/node_modules -prune -o -type f ! -name '*.md' ! -name '*.test.ts' -print)
 NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(WEB)
 
-.PHONY: help setup base demo test lint lint-python lint-console lint-files docs format check check-long audit bench gpu-check console clean
+.PHONY: help setup base demo test lint lint-python lint-console lint-files docs format check every-test check-long audit bench gpu-check console clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,8 +38,12 @@ test: base console ## Run the tests, on the real default base (PYTEST_ARGS="-k n
 	@echo "==> Running the tests"
 	@$(PYTEST) $(SELECT) $(PYTEST_ARGS)
 
+# Two at a time, each printed in one piece when it is done; what a make of its own prints comes as it is printed.
+TWO := --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+LINTS := lint-python lint-console docs lint-files
+
 lint: setup $(WEB_MODULES) ## Check style, types, import rules, the console, shell scripts and the Dockerfile
-	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint-python lint-console docs lint-files
+	@$(MAKE) $(TWO) $(LINTS)
 
 lint-python: setup
 	@echo "==> ruff"
@@ -86,8 +90,11 @@ docs: setup ## Build the documentation site into build/site, with every link che
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site: look at it with $(BIN)/mkdocs serve"
 
-check: ## Everything that continuous integration checks: lint, then every test in all combinations
-	@$(MAKE) lint
+# Lint beside the tests, which leave a fifth of the cores' time over where they wait.
+check: base console $(WEB_MODULES) ## Everything that continuous integration checks: lint, and every test in all combinations
+	@$(MAKE) $(TWO) every-test $(LINTS)
+
+every-test:
 	@$(MAKE) test SELECT=
 
 check-long: ## The same with ten times as many random examples
