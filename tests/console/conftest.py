@@ -101,16 +101,23 @@ class Visit:
         )
         return found
 
-    def faults(self, *others: str) -> list[str]:
-        """Return what is wrong with the page as it is, and as it is in the dark at other sizes."""
+    def faults(self, *others: str, scrolls: bool = False) -> list[str]:
+        """Return what is wrong with the page as it is, and as it is in the dark at other sizes.
+
+        scrolls: whether the page has columns that lie beyond its right side.
+        """
+
+        def look() -> list[str]:
+            return [*self.violations(), *(() if scrolls else self.too_wide())]
+
         page, own = self.page, self.page.viewport_size
-        found = [*self.violations(), *self.too_wide()]
+        found = look()
         for size in others or ("phone",):
             width, height = SIZES[size]
             page.set_viewport_size({"width": width, "height": height})
             page.emulate_media(color_scheme="dark")
             page.evaluate(SETTLED)
-            found += [f"{size}: {fault}" for fault in (*self.violations(), *self.too_wide())]
+            found += [f"{size}: {fault}" for fault in look()]
         assert own is not None
         page.set_viewport_size(own)
         page.emulate_media(color_scheme="light")

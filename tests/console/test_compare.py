@@ -28,7 +28,7 @@ def test_the_base_two_adapters_and_a_mix_answer_one_message_as_the_api_does(real
         answers = visit.answers
         marked = [column.locator("mark").all_inner_texts() for column in visit.page.locator(".column").all()]
         figures = visit.page.locator(".column dd").all_inner_texts()
-        assert visit.faults() == []
+        assert visit.faults(scrolls=True) == []
 
     with real.client() as http:
         body = {"messages": [{"role": "user", "content": ORDER}], "temperature": 0, "max_tokens": 16}
@@ -306,7 +306,7 @@ def test_names_and_texts_with_markup_and_unseen_characters_are_only_ever_text(
         assert page.locator("main img, main script").count() == 0
         assert not page.evaluate("document.body.innerText.match(/[\\u202e\\u0007]/)")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert visit.faults("phone", "narrow") == []
+        assert visit.faults("phone", "narrow", scrolls=True) == []
 
 
 def link_with_names(name: str) -> str:

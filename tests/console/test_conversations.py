@@ -43,7 +43,7 @@ def test_each_column_goes_on_with_its_own_conversation(real: Server, look: Look)
         visit.ask("And in red?")
         said = [conversation(visit.page, column) for column in range(2)]
         asked = bodies(visit)
-        assert visit.faults() == []
+        assert visit.faults(scrolls=True) == []
         visit.page.get_by_role("button", name="Start over").click()
         expect(visit.page.locator(".reply")).to_have_count(0)
         expect(visit.page.get_by_label("Message to all columns")).to_be_focused()
@@ -193,7 +193,7 @@ def test_a_schema_and_tools_go_with_the_message_and_the_servers_errors_are_shown
         page.get_by_label("Tools that answers may call").fill("[{")
         expect(page.get_by_text("This is not JSON yet")).to_be_visible()
         expect(page.get_by_role("button", name="Ask", exact=True)).to_be_disabled()
-        assert visit.faults() == []
+        assert visit.faults(scrolls=True) == []
         page.get_by_label("Tools that answers may call").fill(json.dumps([tool]))
         visit.ask("How is the weather?")
         assert bodies(visit)[0]["tools"] == [tool]

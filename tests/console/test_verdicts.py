@@ -27,7 +27,7 @@ def test_what_a_column_usually_says_is_counted(real: Server, look: Look) -> None
         counts = [int(text) for text in page.locator(".times b").all_inner_texts()]
         texts = page.get_by_role("dialog").locator("li p").all_inner_texts()
         sent = next(one.post_data_json for one in visit.requests if one.url.endswith("/generate"))
-        assert visit.faults() == []
+        assert visit.faults(scrolls=True) == []
         page.keyboard.press("Escape")
         expect(page.get_by_role("dialog")).to_have_count(0)
 
@@ -107,7 +107,7 @@ def test_a_corrected_answer_becomes_a_row_of_a_training_file(words: Server, look
         page.get_by_role("button", name="Save as a training row").click()
         expect(page.locator(".answer .corrected")).to_contain_text("<b>Right</b>")
         page.get_by_role("button", name="Training file").click()
-        assert visit.faults() == []
+        assert visit.faults(scrolls=True) == []
         with page.expect_download() as loading:
             page.get_by_role("button", name="Download JSONL").click()
         downloaded = Path(loading.value.path()).read_text()
@@ -167,7 +167,7 @@ def test_several_adapters_judge_an_answer_each_by_an_instruction_of_its_own(real
             for name in ("orders", "pirate")
         }
         sent = [one.post_data_json for one in visit.requests if one.url.endswith("/generate")][1:]
-        assert visit.faults() == []
+        assert visit.faults(scrolls=True) == []
         page.keyboard.press("Escape")
         expect(dialog).to_have_count(0)
         page.get_by_role("button", name="Judge").click()
