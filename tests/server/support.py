@@ -34,7 +34,8 @@ from onebase_server.http.deps import Services
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
-START_SECONDS = 180.0
+PATIENCE = 600.0
+"""Seconds after which what a test waits for does not come any more, however busy the machine is."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.03, 0.2
 """Between two looks, in seconds: each takes processor time from what is waited for."""
 KINDS = ("engine", "verifier", "trainer")
@@ -82,7 +83,7 @@ class Server:
         except httpx2.TransportError:
             return None
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
         end, pause = time.monotonic() + seconds, SHORTEST_PAUSE
         while not condition():
             if self.process.poll() is not None:
@@ -103,7 +104,7 @@ class Server:
 
             self.wait_for(run)
 
-    def exit_status(self, seconds: float = 60.0) -> int:
+    def exit_status(self, seconds: float = PATIENCE) -> int:
         """Wait for the process to end."""
         status = self.process.wait(seconds)
         self._reader.join(5)

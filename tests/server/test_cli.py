@@ -356,7 +356,7 @@ def test_base_check_downloads_no_weights(check: Check, base_folder: Path, tmp_pa
 def test_the_summary_tells_memory_adapters_and_address(serve_scripted: Starter, tmp_path: Path) -> None:
     make_folder(tmp_path, "acme")
     with serve_scripted("words", "--adapters-dir", str(tmp_path)) as server:
-        server.wait_for(lambda: server.url in server.log, 30)
+        server.wait_for(lambda: server.url in server.log)
 
         assert "smollm2-135m-instruct" in server.log
         assert "for the base" in server.log
@@ -366,7 +366,7 @@ def test_the_summary_tells_memory_adapters_and_address(serve_scripted: Starter, 
 
 def test_listening_on_every_address_is_said_aloud(serve_scripted: Starter) -> None:
     with serve_scripted("words", "--host", "0.0.0.0", "--insecure") as server:
-        server.wait_for(lambda: "anyone who reaches 0.0.0.0 may do everything" in server.log, 30)
+        server.wait_for(lambda: "anyone who reaches 0.0.0.0 may do everything" in server.log)
 
 
 def test_the_environment_configures_the_server(

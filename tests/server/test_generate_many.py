@@ -283,9 +283,9 @@ def test_a_reader_that_does_not_read_is_cut_off(serve_scripted: Starter) -> None
         lazy.connect(("127.0.0.1", server.port))
         head = "POST /generate/many HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         lazy.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        server.wait_for(lambda: "not read fast enough" in server.log, 60)
+        server.wait_for(lambda: "not read fast enough" in server.log)
         with server.client() as http:
-            server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
+            server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
         lazy.settimeout(30)
         assert is_cut_off(lazy)
         assert "Traceback" not in server.log

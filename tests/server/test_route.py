@@ -24,7 +24,7 @@ from onebase_route.placement import order_of
 from onebase_route.proxy import RequestNeeds, read_needs, read_report
 
 from .access import Keys, client_with
-from .support import Server, Starter, as_route, upload
+from .support import PATIENCE, Server, Starter, as_route, upload
 
 BASE = "smollm2-135m-instruct"
 NAMES = [f"shop{number}" for number in range(4)]
@@ -307,7 +307,7 @@ def test_servers_come_and_go_by_a_file_and_a_request_waits_for_the_first(
         assert wait(lambda: len(counted(http, "onebase_route_ready")) == 2)
 
 
-def wait(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+def wait(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

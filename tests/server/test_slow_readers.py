@@ -30,10 +30,10 @@ def open_and_do_not_read(server: Server) -> socket.socket:
 def test_a_reader_that_does_not_read_is_cut_off_and_others_are_served(serve_scripted: Starter) -> None:
     with serve_scripted("flood", "--stream-buffer", "50") as server, server.client() as http:
         with open_and_do_not_read(server) as lazy:
-            server.wait_for(lambda: "not read fast enough" in server.log, 60)
+            server.wait_for(lambda: "not read fast enough" in server.log)
 
             other = http.post("/generate", json={"prompt": "word", "max_tokens": 3})
-            server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 30)
+            server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
 
             assert other.json()["choices"][0]["text"] == "wordwordword"
             assert other.json()["timing"]["decode_s"] == 2.0  # when steps were made, not when they were read
@@ -80,7 +80,7 @@ def test_a_stream_that_nobody_reads_gives_its_rows_back(serve_scripted: Starter)
         server.client() as http,
         open_and_do_not_read(server),
     ):
-        server.wait_for(lambda: http.get("/status").json()["requests"] == 1, 60)
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
 
         server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 120)
 

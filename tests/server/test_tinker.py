@@ -20,7 +20,7 @@ import zstandard
 from tinker import types
 
 from .access import Keys
-from .support import ROOT, Server, Starter
+from .support import PATIENCE, ROOT, Server, Starter
 
 OPTIONS = ("--kv-memory", "100MB", "--threads", "1", "--max-sequences", "16")
 PROMPT = [504, 2920, 282, 4649, 314]
@@ -454,7 +454,7 @@ def proved(http: httpx2.Client, run: str) -> dict[str, Any] | None:
     return shown if version["state"] == "ready" else None
 
 
-def wait_for(find: Callable[[], dict[str, Any] | None], seconds: float = 120.0) -> dict[str, Any]:
+def wait_for(find: Callable[[], dict[str, Any] | None], seconds: float = PATIENCE) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while (found := find()) is None:
         assert time.monotonic() < end

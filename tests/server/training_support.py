@@ -11,7 +11,7 @@ from typing import Any
 
 from openai import OpenAI
 
-from .support import Server
+from .support import PATIENCE, Server
 
 BASE = "smollm2-135m-instruct"
 
@@ -49,7 +49,7 @@ def make_job(client: OpenAI, content: str, **body: Any) -> Any:
 
 
 def wait_job(
-    server: Server, client: OpenAI, job_id: str, until: Callable[[Any], bool], seconds: float = 120.0
+    server: Server, client: OpenAI, job_id: str, until: Callable[[Any], bool], seconds: float = PATIENCE
 ) -> Any:
     """The job once `until` holds for it."""
     found: list[Any] = []
@@ -82,7 +82,7 @@ def messages(client: OpenAI, job_id: str) -> list[str]:
     return [event.message for event in reversed(events)]
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
