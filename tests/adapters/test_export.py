@@ -83,7 +83,9 @@ def refused(export: Callable[..., Any], adapter: Path, target: Path, base: Path)
 # ---- merged ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("architecture", "kind"), matrix(["llama", "qwen2", "qwen3"], range(len(MERGEABLE))))
+@pytest.mark.parametrize(
+    ("architecture", "kind"), matrix(["llama", "qwen2", "qwen3"], range(len(MERGEABLE)), usual=["llama"])
+)
 def test_a_merged_model_is_what_peft_computes_on_the_base_in_16_bit(
     bases: Callable[[str], Path], architecture: str, kind: int, tmp_path: Path
 ) -> None:

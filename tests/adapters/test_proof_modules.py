@@ -82,7 +82,7 @@ def prove(
     return ModuleProver(base, kernels).prove(reference, alter(weights) if alter else weights)
 
 
-@pytest.mark.parametrize(("architecture", "precision"), matrix(ARCHITECTURES, PRECISIONS))
+@pytest.mark.parametrize(("architecture", "precision"), matrix(ARCHITECTURES, PRECISIONS, usual=["nf4"]))
 def test_every_kind_is_proven_bit_by_bit_and_the_base_stays_as_it_is(
     load: Callable[[str, str], nn.Module], architecture: str, precision: str
 ) -> None:
