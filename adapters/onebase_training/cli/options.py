@@ -23,6 +23,7 @@ from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_engine.base.default_base import (
     DEFAULT_BASE,
     DEFAULT_REPO,
+    BaseFetchError,
     BaseSpecError,
     Progress,
     ResolvedBase,
@@ -46,6 +47,10 @@ _GROUPS = {
 _SHORT = {"rank_pattern": "LAYER=R,...", "alpha_pattern": "LAYER=ALPHA,..."}
 _PIPE_WIDTH = 200
 _REPEATED = ("sample_prompts", "metrics")
+
+
+STOPPED, FAILED, WRONG_OPTIONS = 130, 1, 2
+"""Exit statuses of the training commands; 0 is success."""
 
 
 class UsageError(Exception):
@@ -278,6 +283,25 @@ def open_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
     return console
+
+
+def run_command(command: Callable[[Console], int], continues: str) -> int:
+    """Return the exit status of a command, which gets a console for messages; print what stopped it.
+
+    continues: where the same command continues after Ctrl-C.
+    """
+    console = open_console(stderr=True)
+    try:
+        return command(console)
+    except UsageError as error:
+        print_error(console, str(error))
+        return WRONG_OPTIONS
+    except BaseFetchError as error:
+        print_error(console, str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The same command continues {continues}.")
+        return STOPPED
 
 
 def print_error(console: Console, message: str) -> None:

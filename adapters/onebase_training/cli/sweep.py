@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_engine.base.default_base import BaseFetchError
 from onebase_protocol.command_line import OptionParser, add_validation
 from onebase_training import events
 from onebase_training.cli.options import (
+    FAILED,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -27,6 +27,7 @@ from onebase_training.cli.options import (
     quiet_libraries,
     recipe_file,
     recipe_from,
+    run_command,
     run_progress,
     shown,
 )
@@ -45,25 +46,13 @@ Try ranks, targets and learning rates on one base that is loaded once, and stop 
 Ends in a table, results.csv, results.json and a plot, sweep.svg. A stopped sweep continues where it
 was: give the same command again. With longer lists it adds runs.
 """
-_STOPPED, _FAILED, _USAGE = 130, 1, 2
 _SWEPT = ("r", "alpha", "targets", "learning_rate")
 
 
 def main(argv: Sequence[str]) -> int:
     """`onebase sweep`. Exit status: 0 done, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
     options = _parser().parse_args(list(argv))
-    console = open_console(stderr=True)
-    try:
-        return _sweep(options, console)
-    except UsageError as error:
-        print_error(console, str(error))
-        return _USAGE
-    except BaseFetchError as error:
-        print_error(console, str(error))
-        return _FAILED
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command continues where it was.")
-        return _STOPPED
+    return run_command(lambda console: _sweep(options, console), "where it was")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,13 +145,13 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         )
         result = _run(job, _grid(options, given, recipe), options.survivors, show)
     if result is None:
-        return _FAILED
+        return FAILED
     write(result)
     out = open_console()
     render(result, out)
     plot, results = shown(str(folder / PLOT)), shown(str(folder / TABLE))
     out.print(f"Plot: {plot}  Table: {results}", highlight=False, soft_wrap=True)
-    return 0 if result.best else _FAILED
+    return 0 if result.best else FAILED
 
 
 def _run(job: TrainingRequest, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
 
-from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
+from onebase_engine.base.default_base import ResolvedBase
 from onebase_protocol.command_line import OptionParser, add_validation, end_process
 from onebase_training import events
 from onebase_training.cli.options import (
+    FAILED,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -29,11 +30,11 @@ from onebase_training.cli.options import (
     check_adapter_name,
     find_base,
     given_settings,
-    open_console,
     print_error,
     quiet_libraries,
     recipe_file,
     recipe_from,
+    run_command,
     run_progress,
     shown,
     usage_errors,
@@ -54,24 +55,12 @@ Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a
 A stopped run continues where it was: give the same command again. Several GPUs:
 accelerate launch -m onebase_training.cli.train --data train.jsonl --name acme
 """
-_STOPPED, _FAILED, _USAGE = 130, 1, 2
 
 
 def main(argv: Sequence[str]) -> int:
     """`onebase train`. Exit status: 0 trained, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
     options = train_parser().parse_args(list(argv))
-    console = open_console(stderr=True)
-    try:
-        return _train(options, console)
-    except UsageError as error:
-        print_error(console, str(error))
-        return _USAGE
-    except BaseFetchError as error:
-        print_error(console, str(error))
-        return _FAILED
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command continues from the last checkpoint.")
-        return _STOPPED
+    return run_command(lambda console: _train(options, console), "from the last checkpoint")
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -143,7 +132,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         job = replace(_job(options, recipe, folder, resolved, processes), parent=parent)
         report = _run(job, options.report_to, display, processes)
     if report is None:
-        return _FAILED
+        return FAILED
     if processes.first:
         display.finished(report, job.folder)
         if options.push:
@@ -279,7 +268,7 @@ def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
             url = push(folder / "adapter", repo, private=private)
     except PushError as error:
         print_error(console, f"{error}\nThe adapter itself is complete, in {folder / 'adapter'}.")
-        return _FAILED
+        return FAILED
     console.print(f"Pushed to {url}")
     return 0
 
