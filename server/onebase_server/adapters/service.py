@@ -43,14 +43,13 @@ from onebase_edge.errors import (
     VersionFailedError,
 )
 from onebase_protocol.adapters import AdapterDefaults, TokenizerAdditions
-from onebase_server.adapters.activation import ActivationService
+from onebase_server.adapters.activation import ActivationService, RefusalLimit
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.processes.verifier_client import Proof, RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import VersionStage
 from onebase_server.storage.calls import RegistryThreads, storage_errors
-from onebase_server.tenancy.quotas import Window
 
 NO_SIGNATURES = SignaturePolicy()
 BACKOFF = Backoff(0.5, 30.0)
@@ -58,8 +57,6 @@ BACKOFF = Backoff(0.5, 30.0)
 or memory is full."""
 ACTIVATION_TRIES = 8
 """Largest number of tries of one activation, over about a minute."""
-MOST_REFUSALS = 30
-"""Largest number of refused signatures of one tenant that the audit log takes within 60 seconds."""
 OPTIONS = "options"
 """Key of a version's source that holds its VersionOptions."""
 _ACTIVATED_SECONDS = 3.0
@@ -125,8 +122,7 @@ class AdapterService:
         signatures: SignaturePolicy = NO_SIGNATURES,
     ) -> None:
         self.signatures = signatures
-        self._refusals: dict[str, Window] = {}
-        """Refused signatures of the last 60 seconds that the audit log has, by tenant."""
+        self._refusals = RefusalLimit()
         self.vocabulary = vocabulary
         self._check_tokens = check_tokens
         self._check_defaults = check_defaults
@@ -214,12 +210,8 @@ class AdapterService:
     async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> None:
         """Record in the audit log that files were refused; of one tenant at most MOST_REFUSALS a minute."""
         _log.warning("adapter %r of %r was refused (%s): %s", name, tenant, error.code, error)
-        now = time.monotonic()
-        self._refusals = {one: window for one, window in self._refusals.items() if window.by_second(now)}
-        window = self._refusals.setdefault(tenant, Window())
-        if window.total >= MOST_REFUSALS:
+        if not self._refusals.take(tenant):
             return
-        window.add(1, now)
         details = {"code": error.code, "message": str(error)}
         with storage_errors(name):
             await self._records.write(self._registry.note_refusal, tenant, name, details, actor=actor)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import convert
+
 from onebase_adapters.names import label
 from onebase_adapters.registry import (
     UNSET,
@@ -23,6 +25,7 @@ from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Backoff
 from onebase_edge.errors import ActivationConflictError, ApiError, DiskFullError, UnavailableError
+from onebase_protocol.adapters import SliceScore
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.jobs.files import TrainingFiles
@@ -151,6 +154,7 @@ class Delivery:
             raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
+        await self._evaluated(job, version)
         problem = await self._activate(version, record, decision) if decision.activate else ""
         adapter = self._library.catalog.of(job.tenant).own(job.name)
         active = adapter is not None and adapter.active == version.digest
@@ -165,6 +169,21 @@ class Delivery:
             as_asked=active or not (decision.activate or decision.undecided),
             replaced=replaced,
         )
+
+    async def _evaluated(self, job: TrainingJob, version: VersionRecord) -> None:
+        """Record how the version's scores differ from those of the base and of the active version, for gates
+        of activations."""
+        report = job.report or {}
+        chosen = (job.settings.get("best_by"), "exact_match")
+        against = {"base": None, ACTIVE: report.get("active") or None}
+        for subject, by_metric in (report.get("paired") or {}).items():
+            metric = next((name for name in (*chosen, *by_metric) if name in by_metric), None)
+            if metric is None or against.get(subject) == version.digest:
+                continue
+            slices = convert(by_metric[metric], list[SliceScore])
+            await self._library.activation.evaluate(
+                job.tenant, job.name, version.digest, against.get(subject), metric, slices, job=job.id
+            )
 
     async def active_version(self, job: TrainingJob) -> VersionRecord | None:
         """Return the version that requests for the job's adapter get now."""
