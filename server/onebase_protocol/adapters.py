@@ -339,10 +339,10 @@ KeyIds = Annotated[tuple[Pattern, ...], Meta(max_length=64)]
 
 
 class EvaluationGate(msgspec.Struct, frozen=True, kw_only=True):
-    """How sure it has to be that a version is not worse than the active one, in each slice."""
+    """Evaluation that must show that a version is not worse than the active one, in each slice."""
 
     margin: Annotated[float, Meta(ge=0, le=1)] = 0.05
-    """How much worse the mean score of a slice may be. Scores are from 0 to 1."""
+    """Largest amount by which the mean score of a slice may be lower. Scores are from 0 to 1."""
     confidence: Annotated[float, Meta(ge=0.5, le=0.9999)] = 0.95
     """Confidence of all slices together."""
     rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 30
@@ -385,7 +385,7 @@ class GateState(msgspec.Struct, frozen=True, kw_only=True):
     rule: str
     """Id of the rule."""
     reason: str
-    """What was found and, if the gate is closed, how to open it."""
+    """Finding and, if the gate is closed, the way to open it."""
 
 
 class VersionApproval(msgspec.Struct, frozen=True, kw_only=True):
