@@ -130,6 +130,9 @@ class SignatureReport(Sparse, frozen=True):
     code: str | None = None
     """Code of the error, if it was refused; `message` says why."""
     message: str | None = None
+    statement: dict[str, Any] | None = None
+    """Facts that this server has signed about a version that it trained: `base`, `data`, `recipe`, `seed`,
+    `proof`, `activation`, `job`, `parent`."""
 
 
 class VersionProgress(msgspec.Struct, frozen=True):

@@ -579,7 +579,7 @@ def _note_arrival(
 
 
 def _without_bundle(signature: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in signature.items() if key != "bundle"}
+    return {key: value for key, value in signature.items() if key not in ("bundle", "statement")}
 
 
 def _is_better(signature: Mapping[str, Any] | None, known: Mapping[str, Any] | None) -> bool:

@@ -48,7 +48,7 @@ MOST_EVALUATIONS = 16
 MOST_MAKERS = 64
 _APPROVES = ("adapters", "admin")
 """Scopes of which an approver's key has one."""
-_SERVER_KINDS = ("training", "live", "merge")
+_SERVER_KINDS = ("training", "live", "checkpoint", "merge")
 """Kinds of versions that the server makes on its own base, whatever their config calls it."""
 _SHOWN = 3
 _OTHER_FIELDS = ("object", "id", "tenant", "name", "created_at", "created_by")

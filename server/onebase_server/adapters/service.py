@@ -30,8 +30,15 @@ from onebase_adapters.registry import (
     VersionRecord,
     acting,
 )
-from onebase_adapters.signatures import Checked, SentFiles, SignatureError, SignaturePolicy
-from onebase_adapters.store.blobs import AdapterFiles
+from onebase_adapters.signatures import (
+    OWN,
+    Checked,
+    SentFiles,
+    ServerKey,
+    SignatureError,
+    SignaturePolicy,
+)
+from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_edge.background import Backoff, Threads
 from onebase_edge.errors import (
@@ -42,7 +49,7 @@ from onebase_edge.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_protocol.adapters import AdapterDefaults, TokenizerAdditions
+from onebase_protocol.adapters import AdapterDefaults, SignatureReport, TokenizerAdditions
 from onebase_server.adapters.activation import ActivationService, RefusalLimit
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
@@ -103,6 +110,8 @@ class AdapterService:
         check_tokens: raises AdapterFormatError for an adapter's tokens that do not fit that tokenizer.
         check_defaults: raises AdapterFormatError for defaults that requests cannot use.
         signatures: says who may sign which adapters.
+        key: the key to sign trained versions with, if there is one. base_facts: facts about the base for
+            that.
     """
 
     def __init__(
@@ -120,8 +129,12 @@ class AdapterService:
         check_tokens: Callable[[TokenizerAdditions], None] = lambda added: None,
         check_defaults: Callable[[AdapterDefaults], None] = lambda defaults: None,
         signatures: SignaturePolicy = NO_SIGNATURES,
+        key: ServerKey | None = None,
+        base_facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.signatures = signatures
+        self._key = key
+        self._base_facts = dict(base_facts or {})
         self._refusals = RefusalLimit()
         self.vocabulary = vocabulary
         self._check_tokens = check_tokens
@@ -185,10 +198,20 @@ class AdapterService:
             raise VersionFailedError(str(error), code=error.code) from error
 
     async def check_parents(
-        self, tenant: str, name: str, parents: Sequence[VersionRecord], *, actor: str = ""
+        self,
+        tenant: str,
+        name: str,
+        parents: Sequence[VersionRecord],
+        *,
+        actor: str = "",
+        act: str = "a merge",
+        param: str = "adapters",
     ) -> None:
-        """Refuse a merge under a name that needs a signature, unless all its parents have one of a signer
-        of this name.
+        """Refuse to make a version under a name that needs a signature, unless all its parents have one of a
+        signer of this name.
+
+        Args:
+            act: what is refused, for the message. param: the request's field that names the parents.
 
         Raises VersionFailedError, which is in the audit log then.
         """
@@ -202,10 +225,37 @@ class AdapterService:
             error = SignatureError(
                 "signer_not_allowed" if found.get("status") == "verified" else "signature_missing",
                 f"{label(version.name, version.digest)} has no verified signature of "
-                f"{' or '.join(rule.signers)}, which a merge under this name needs of each.",
+                f"{' or '.join(rule.signers)}, which {act} under this name needs of each.",
             )
             await self.note_refusal(tenant, name, error, actor=actor)
-            raise VersionFailedError(str(error), code=error.code, param="adapters")
+            raise VersionFailedError(str(error), code=error.code, param=param)
+
+    @property
+    def signs(self) -> bool:
+        """Return True if the server has a key to sign trained versions with."""
+        return self._key is not None
+
+    async def sign(self, version: VersionRecord, facts: Mapping[str, Any]) -> None:
+        """Sign a version that this server trained, if it has a key and nobody has signed the version.
+
+        Raises AdapterNotFoundError, UnavailableError.
+        """
+        if self._key is None or (version.source.get(SIGNATURE) or {}).get("status") == "verified":
+            return
+        statement = {"base": self._base_facts, **facts}
+        sums = {file: version.files.of(file).sha256 for file in ADAPTER_FILES}
+        bundle = self._key.sign(version.name, sums, statement)
+        report = SignatureReport("verified", signer=OWN, statement=statement)
+        signature = {**to_builtins(report), "bundle": bundle}
+        with storage_errors(version.name):
+            await self._records.write(
+                self._registry.add_version,
+                version.name,
+                version.digest,
+                version.files,
+                {**version.source, SIGNATURE: signature},
+                tenant=version.tenant,
+            )
 
     async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> None:
         """Record in the audit log that files were refused; of one tenant at most MOST_REFUSALS a minute."""

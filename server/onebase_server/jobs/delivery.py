@@ -45,6 +45,16 @@ PROOFS_WAITED = 6
 LOST = "adapter_lost"
 """The trained files are gone: the job has to be trained again."""
 _SHOWN = 5
+_PROVED = (
+    "modules_compared",
+    "modules_exact",
+    "exact",
+    "kernels",
+    "texts",
+    "texts_changed",
+    "base_unchanged",
+)
+"""Fields of a proof that are signed."""
 _SUBJECTS = ("base", "parent", ACTIVE)
 _IS_ACTIVE = ", which is active"
 _CODES = {"store_full": "disk_full"}
@@ -155,6 +165,8 @@ class Delivery:
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
         await self._evaluated(job, version)
+        if self._library.signs:
+            await self._library.sign(version, await self._facts(job, version, decision))
         problem = await self._activate(version, record, decision) if decision.activate else ""
         adapter = self._library.catalog.of(job.tenant).own(job.name)
         active = adapter is not None and adapter.active == version.digest
@@ -184,6 +196,33 @@ class Delivery:
             await self._library.activation.evaluate(
                 job.tenant, job.name, version.digest, against.get(subject), metric, slices, job=job.id
             )
+
+    async def _facts(
+        self, job: TrainingJob, version: VersionRecord, decision: ActivationDecision
+    ) -> dict[str, Any]:
+        """Return what is signed about the training of a version."""
+        report, proof = job.report or {}, (version.report or {}).get("proof") or {}
+        data = {}
+        for role, file_id in (("training", job.training_file), ("validation", job.validation_file)):
+            if file_id is not None:
+                file = await self._files.get(job.tenant, file_id)
+                data[role] = {"sha256": file.sha256, "bytes": file.bytes}
+        recipe = dict(report.get("recipe") or job.settings)
+        parent = None if job.parent is None else {"name": job.parent.name, "version": job.parent.digest}
+        return {
+            "job": job.id,
+            "data": data,
+            "recipe": recipe,
+            "seed": recipe.get("seed"),
+            "steps": report.get("steps"),
+            "parent": parent,
+            "proof": {name: proof[name] for name in _PROVED if name in proof},
+            "activation": {
+                "rule": job.activate,
+                "activate": decision.activate,
+                "reason": decision.reason,
+            },
+        }
 
     async def active_version(self, job: TrainingJob) -> VersionRecord | None:
         """Return the version that requests for the job's adapter get now."""
