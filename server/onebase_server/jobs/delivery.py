@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,13 @@ from onebase_adapters.registry import (
 from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Backoff
-from onebase_edge.errors import ActivationConflictError, ApiError, DiskFullError, UnavailableError
+from onebase_edge.errors import (
+    ActivationConflictError,
+    ApiError,
+    DiskFullError,
+    TrainingFileNotFoundError,
+    UnavailableError,
+)
 from onebase_protocol.adapters import SliceScore
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
@@ -202,18 +209,10 @@ class Delivery:
     ) -> dict[str, Any]:
         """Return what is signed about the training of a version."""
         report, proof = job.report or {}, (version.report or {}).get("proof") or {}
-        data = {}
-        for role, file_id in (("training", job.training_file), ("validation", job.validation_file)):
-            if file_id is not None:
-                file = await self._files.get(job.tenant, file_id)
-                data[role] = {"sha256": file.sha256, "bytes": file.bytes}
-        recipe = dict(report.get("recipe") or job.settings)
         parent = None if job.parent is None else {"name": job.parent.name, "version": job.parent.digest}
         return {
             "job": job.id,
-            "data": data,
-            "recipe": recipe,
-            "seed": recipe.get("seed"),
+            **await training_facts(job, self._files),
             "steps": report.get("steps"),
             "parent": parent,
             "proof": {name: proof[name] for name in _PROVED if name in proof},
@@ -268,6 +267,19 @@ class Delivery:
             then = label(version.name, expected) if isinstance(expected, str) else "the base alone"
             return f"it was compared with {then}, and now {now}. Activate it yourself if it is the better one"
         return failure.message if failure else ""
+
+
+async def training_facts(job: TrainingJob, files: TrainingFiles) -> dict[str, Any]:
+    """Return what a job trained on: `data` (of the files that are still there), `recipe` and `seed`. Raises
+    UnavailableError."""
+    data = {}
+    for role, file_id in (("training", job.training_file), ("validation", job.validation_file)):
+        if file_id is not None:
+            with suppress(TrainingFileNotFoundError):
+                file = await files.get(job.tenant, file_id)
+                data[role] = {"sha256": file.sha256, "bytes": file.bytes}
+    recipe = dict((job.report or {}).get("recipe") or job.settings)
+    return {"data": data, "recipe": recipe, "seed": recipe.get("seed")}
 
 
 def decide(job: TrainingJob) -> ActivationDecision:

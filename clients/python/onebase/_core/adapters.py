@@ -416,6 +416,10 @@ def feedback(answer: str, score: float | None, thumb: str | None) -> Call:
     return Call("POST", "/v1/feedback", encode({"id": answer, **given}), idempotent=True)
 
 
+def bom(name: str, digest: str) -> Call:
+    return Call("GET", _path(name, "versions", digest, "bom"))
+
+
 def gates(name: str, digest: str) -> Call:
     return Call("GET", _path(name, "versions", digest, "gates"))
 

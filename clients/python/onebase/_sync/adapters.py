@@ -140,6 +140,19 @@ class Adapters:
             found.append(rows.ComparedAnswer(row.line, row.question, *texts, slice=row.slice))
         return rows.AnswerComparison(labels[0], labels[1], tuple(found))
 
+    def bom(self, name: str, version: str) -> dict[str, Any]:
+        """Return a version's bill of materials: a CycloneDX 1.6 document about its files, its base, the data
+        and the recipe of its training, its proof, its signature and its evaluations.
+
+        Args:
+            version: Its digest, or at least the first 8 digits.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+            PermissionDeniedError: another tenant shares it.
+        """
+        return self._http.ask(adapters.bom(name, version), dict[str, Any])
+
     def gates(self, name: str, version: str) -> VersionGates:
         """Return the gates that the caller would have to pass to activate a version, and which are open.
 

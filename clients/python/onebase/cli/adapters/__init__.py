@@ -21,6 +21,7 @@ Look
   list                  all adapters
   show NAME[@VERSION]   one with its versions, or one version with its proof
   diff A B              two side by side: targets, ranks, norms layer by layer
+  bom NAME[@VERSION]    its bill of materials, as CycloneDX 1.6 JSON
   gates NAME[@VERSION]  what it must pass before it answers, and what it has
 
 Take elsewhere
@@ -49,6 +50,7 @@ ACTIONS: Final[Mapping[str, str]] = {
     "show": "show",
     "diff": "diff",
     "export": "export",
+    "bom": "gates",
     "gates": "gates",
     "approve": "gates",
     "evaluate": "gates",

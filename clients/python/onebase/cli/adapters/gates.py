@@ -1,8 +1,9 @@
-"""`onebase adapters gates | approve | evaluate`: what a version must pass before it answers."""
+"""`onebase adapters bom | gates | approve | evaluate`: what a version is made of, and what it must pass."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Final
 
 from ..._sync.client import Client
@@ -12,6 +13,8 @@ from ..command import FAILED, OK, action_parser, count, perform, print_json
 from .versions import Reference, label, reference, resolve, short
 
 _DESCRIPTIONS: Final = {
+    "bom": "Print a version's bill of materials as CycloneDX 1.6 JSON: files, base, data, recipe, proof,\n"
+    "signature and evaluations. NAME alone is its active version.",
     "gates": "Show what a version must pass before it answers under its name, and which gates are open for\n"
     "your key. NAME alone is the newest version that is ready and not active. `onebase gates` has the rules.",
     "approve": "Approve a version for its next activation. Whoever made it cannot, and whoever activates it\n"
@@ -20,17 +23,21 @@ _DESCRIPTIONS: Final = {
     "often each gave the reply that is wanted, by the rows' field `slice`. Whoever made the version cannot.",
 }
 _EXAMPLES: Final = {
+    "bom": "  onebase adapters bom acme-support > bom.json\n",
     "gates": "  onebase adapters gates acme-support@3f2a9c41\n",
     "approve": "  onebase adapters approve acme-support@3f2a9c41\n"
     "  onebase adapters approve acme-support@3f2a9c41 --withdraw\n",
     "evaluate": "  onebase adapters evaluate acme-support@3f2a9c41 --data heldout.jsonl\n",
 }
 
+_ANY: Final = ("bom", "gates")
+"""Actions for which no version has to be named."""
+
 
 def run(action: str, argv: list[str]) -> int:
     """Run the action. Gives its exit status."""
     made = action_parser(f"adapters {action}", _DESCRIPTIONS[action], _EXAMPLES[action])
-    made.add_argument("adapter", metavar="NAME@VERSION" if action != "gates" else "NAME[@VERSION]")
+    made.add_argument("adapter", metavar="NAME[@VERSION]" if action in _ANY else "NAME@VERSION")
     if action == "approve":
         made.add_argument("--withdraw", action="store_true", help="take your approval back")
     if action == "evaluate":
@@ -44,7 +51,7 @@ def run(action: str, argv: list[str]) -> int:
     args = made.parse_args(argv)
     try:
         wanted = reference(args.adapter)
-        if wanted.version is None and action != "gates":
+        if wanted.version is None and action not in _ANY:
             raise ValueError(f"give a version too; `onebase adapters show {wanted.name}` lists them")
     except ValueError as error:
         made.error(str(error))
@@ -53,6 +60,9 @@ def run(action: str, argv: list[str]) -> int:
 
 def _perform(action: str, client: Client, wanted: Reference, args: argparse.Namespace) -> int:
     adapters, name = client.adapters, wanted.name
+    if action == "bom":
+        print(json.dumps(adapters.bom(name, resolve(client, wanted).version), indent=2, ensure_ascii=False))
+        return OK
     digest = wanted.version or _newest(client, wanted)
     if action == "approve":
         found = adapters.approve(name, digest, not args.withdraw)
