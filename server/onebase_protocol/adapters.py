@@ -290,6 +290,9 @@ class VersionReport(Stored, frozen=True, kw_only=True):
     """Fields of requests that came with its files; None if there are none."""
     warnings: tuple[str, ...] = ()
     """Warnings to look at before the version is activated. The server blocks nothing because of them."""
+    weight_score: float | None = None
+    """Score of how unusual its weights are, 0 or more: how much of each module's energy lies in one
+    direction. A gate may limit it; see its error rates first."""
     base_layers: int = 0
     """Number of the base's layers."""
     base_linears: tuple[str, ...] = ()
