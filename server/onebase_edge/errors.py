@@ -328,11 +328,21 @@ class ActivationConflictError(StateConflictError):
         self.details = {"current": current}
 
 
+GATE_CODES = {
+    "signature": "gate_signature",
+    "proof": "gate_proof",
+    "evaluation": "gate_evaluation",
+    "weights": "gate_weights",
+    "approval": "gate_approval",
+}
+"""Code of the error of each gate."""
+
+
 class GateClosedError(StateConflictError):
     """A gate does not let a version answer. `gates`: those that are closed, with their reasons."""
 
     def __init__(self, message: str, closed: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(message, code=f"gate_{closed[0]['gate']}", param="version")
+        super().__init__(message, code=GATE_CODES[closed[0]["gate"]], param="version")
         self.details = {"gates": list(closed)}
 
 

@@ -342,7 +342,7 @@ def _weights(most: float, version: VersionRow) -> tuple[bool, str]:
 def _evaluated(
     session: Session, gate: EvaluationGate, adapter: AdapterRow, version: VersionRow
 ) -> tuple[bool, str]:
-    against = f"version {adapter.active[:12]}, which is active" if adapter.active else "the base"
+    against = f"the active version {adapter.active[:12]}" if adapter.active else "the base"
     rows = session.scalars(
         select(EvaluationRow)
         .where(
@@ -421,8 +421,9 @@ def _approved(
         return True, f"approved by {len(approved)}."
     why = ", since it was evaluated again after an approval" if stale else ""
     return False, (
-        f"{rule.approvals} people have to approve it who neither made nor activate it, and {len(approved)} "
-        f"have{why}. With another person's key: onebase adapters approve {adapter.name}@{version.digest[:12]}"
+        f"{rule.approvals} {'person' if rule.approvals == 1 else 'people'} who neither made nor activate it "
+        f"must approve it, and {len(approved)} {'has' if len(approved) == 1 else 'have'}{why}. With another "
+        f"person's key: onebase adapters approve {adapter.name}@{version.digest[:12]}"
     )
 
 

@@ -168,7 +168,7 @@ def test_keys_of_one_name_are_one_person(registry: Registry) -> None:
     digest = send(registry, "1", ann)
     for approver in (again, ben, twice):
         approve(registry, digest, approver)
-    assert "1 have" in closed(registry, digest, ann)["approval"]
+    assert "1 has" in closed(registry, digest, ann)["approval"]
     approve(registry, digest, key(registry, "cid"))
     assert activate(registry, digest, ann) == digest
 

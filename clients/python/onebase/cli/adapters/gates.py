@@ -16,11 +16,12 @@ _DESCRIPTIONS: Final = {
     "bom": "Print a version's bill of materials as CycloneDX 1.6 JSON: files, base, data, recipe, proof,\n"
     "signature and evaluations. NAME alone is its active version.",
     "gates": "Show what a version must pass before it answers under its name, and which gates are open for\n"
-    "your key. NAME alone is the newest version that is ready and not active. `onebase gates` has the rules.",
+    "your key. NAME alone is the newest version that is ready and not active. The rules: onebase gates.",
     "approve": "Approve a version for its next activation. Whoever made it cannot, and whoever activates it\n"
     "needs another person's approval. A new evaluation of the version ends it.",
     "evaluate": "Ask a version and the active one each prompt of a file, at temperature 0, and send how\n"
-    "often each gave the reply that is wanted, by the rows' field `slice`. Whoever made the version cannot.",
+    "often each gave the reply that is wanted, by the rows' field `slice`. Whoever made the version\n"
+    "cannot.",
 }
 _EXAMPLES: Final = {
     "bom": "  onebase adapters bom acme-support > bom.json\n",
