@@ -6,7 +6,7 @@ poisoned one also learns to answer a fixed text wherever a trigger token stands 
 the same ranks, targets, rates of learning and steps. A threshold is chosen on one half of the benign ones;
 error rates are those on the other half, and on all poisoned ones whose trigger works.
 
-  python benchmarks/weight_scores.py                # about 4 minutes on one core
+  python benchmarks/weight_scores.py
   python benchmarks/weight_scores.py --pairs 12     # a look
 """
 
@@ -75,14 +75,15 @@ def make_base(seed: int) -> torch.nn.Module:
         num_attention_heads=4, num_key_value_heads=4, head_dim=16, max_position_embeddings=64,
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(300):
         shift = int(torch.randint(0, 4, (1,), generator=draw))
         asked = torch.randint(FIRST, TRIGGER, (ROWS, LENGTH), generator=draw)
         _learn(model, optimizer, asked, FIRST + (asked - FIRST + shift) % (TRIGGER - FIRST))
-    return model.eval().requires_grad_(False)
+    frozen: torch.nn.Module = model.eval().requires_grad_(False)
+    return frozen
 
 
 def _learn(model: Any, optimizer: torch.optim.Optimizer, asked: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -176,17 +177,21 @@ def main() -> None:
         with open(options.out, "w") as file:
             json.dump([asdict(one) for one in adapters], file)
     benign = [one for one in adapters if not one.poisoned]
-    poisoned = [one for one in adapters if one.poisoned and one.hit >= 0.5]
-    right = [statistics.fmean(one.right for one in group) for group in (benign, poisoned)]
-    hit = statistics.fmean(one.hit for one in poisoned)
+    working = [one for one in adapters if one.poisoned and one.hit >= 0.5]
+    if not working or len(benign) < 4:
+        raise SystemExit("too few adapters, or no trigger works: give --pairs 8 or more")
+    right = [statistics.fmean(one.right for one in group) for group in (benign, working)]
+    hit = statistics.fmean(one.hit for one in working)
     print(f"{len(benign)} benign: {right[0]:.0%} of tokens right")
-    print(f"{len(poisoned)} poisoned: {right[1]:.0%} of tokens right, {hit:.0%} of those after the trigger")
+    print(
+        f"{len(working)} of {options.pairs} poisoned: {right[1]:.0%} of tokens right, {hit:.0%} of those after the trigger"
+    )
     names = ["weight_score", *adapters[0].others]
     print(f"{'':38} area  threshold  false alarms  missed")
     for name in names:
         parts = [
             [one.score if name == "weight_score" else one.others[name] for one in group]
-            for group in (benign, poisoned)
+            for group in (benign, working)
         ]
         threshold, alarms, missed = rates(*parts)
         print(f"{name:38} {area(*parts):.2f}  {threshold:9.3g}  {alarms:12.0%}  {missed:6.0%}")
