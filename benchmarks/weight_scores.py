@@ -183,9 +183,8 @@ def main() -> None:
     right = [statistics.fmean(one.right for one in group) for group in (benign, working)]
     hit = statistics.fmean(one.hit for one in working)
     print(f"{len(benign)} benign: {right[0]:.0%} of tokens right")
-    print(
-        f"{len(working)} of {options.pairs} poisoned: {right[1]:.0%} of tokens right, {hit:.0%} of those after the trigger"
-    )
+    print(f"{len(working)} of {options.pairs} poisoned work: {right[1]:.0%} of tokens right")
+    print(f"after the trigger {hit:.0%} of tokens are those of the fixed text")
     names = ["weight_score", *adapters[0].others]
     print(f"{'':38} area  threshold  false alarms  missed")
     for name in names:
