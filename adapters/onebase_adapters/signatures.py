@@ -8,8 +8,10 @@ https://github.com/sigstore/model-transparency
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +45,12 @@ SIGNABLE_FILES = frozenset(
 SignatureCode = Literal["signature_missing", "signature_invalid", "signature_expired", "signer_not_allowed"]
 SIGNATURE_CODES: frozenset[str] = frozenset(get_args(SignatureCode))
 INSTALL = "pip install 'onebase[signing]'"
+OWN = "server"
+"""Name of the signer of what this server trained, for the rules of a policy."""
+_STATEMENT = "https://in-toto.io/Statement/v1"
+_PREDICATE = "https://model_signing/signature/v1.0"
+_PAYLOAD = "application/vnd.in-toto+json"
+_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 
 
 class PolicyError(ValueError):
@@ -131,6 +139,85 @@ class Checked:
     bundle: str | None = field(default=None, repr=False)
 
 
+class ServerKey:
+    """Key with which a server signs the versions that it trained.
+
+    public: file of the public key (PEM), which verifies them by `model_signing verify key`.
+    """
+
+    def __init__(self, private: Any, public: Path) -> None:
+        self._private = private
+        self.public = public
+
+    @classmethod
+    def load(cls, path: Path) -> ServerKey:
+        """Read a private key (PEM, P-256); if there is no file, make a key. Its public key is next to it, as
+        `path.pub`. Raises PolicyError."""
+        if find_spec("cryptography") is None:
+            raise PolicyError(f"A key to sign with needs the package model-signing: {INSTALL}")
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        public = path.with_name(path.name + ".pub")
+        try:
+            if not path.exists():
+                pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+                    serialization.Encoding.PEM,
+                    serialization.PrivateFormat.PKCS8,
+                    serialization.NoEncryption(),
+                )
+                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(pem)
+            key = serialization.load_pem_private_key(path.read_bytes(), None)
+            if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
+                raise PolicyError(f"{path} is no private key of the curve P-256.")
+            shown = key.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+            if not public.is_file() or public.read_bytes() != shown:
+                public.write_bytes(shown)
+        except (OSError, ValueError, TypeError) as error:
+            raise PolicyError(f"{path} cannot be used as a key: {_first_line(error)}") from error
+        return cls(key, public)
+
+    def sign(self, name: str, sums: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+        """Return a Sigstore bundle with an in-toto statement: the files' SHA-256 sums (hex), as
+        `model_signing` verifies them, and facts about how they were made, as `training` in its predicate."""
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        files = sorted(sums.items())
+        root = hashlib.sha256(b"".join(bytes.fromhex(digest) for _, digest in files)).hexdigest()
+        serialization = {
+            "method": "files",
+            "hash_type": "sha256",
+            "allow_symlinks": False,
+            "ignore_paths": [SIGNATURE_FILE],
+        }
+        resources = [{"name": file, "algorithm": "sha256", "digest": digest} for file, digest in files]
+        predicate = {"serialization": serialization, "resources": resources, "training": dict(facts)}
+        statement = {
+            "_type": _STATEMENT,
+            "subject": [{"name": name, "digest": {"sha256": root}}],
+            "predicateType": _PREDICATE,
+            "predicate": predicate,
+        }
+        payload = json.dumps(statement, ensure_ascii=False, separators=(",", ":")).encode()
+        encoded = b"DSSEv1 %d %s %d %s" % (len(_PAYLOAD), _PAYLOAD.encode(), len(payload), payload)
+        signature = self._private.sign(encoded, ec.ECDSA(hashes.SHA256()))
+        hint = hashlib.sha256(self.public.read_bytes()).hexdigest()
+        bundle = {
+            "mediaType": _BUNDLE,
+            "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
+            "dsseEnvelope": {
+                "payload": base64.b64encode(payload).decode(),
+                "payloadType": _PAYLOAD,
+                "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+            },
+        }
+        return json.dumps(bundle)
+
+
 @dataclass(frozen=True)
 class SignaturePolicy:
     """Says who may sign which adapters. folder: what the signers' paths are relative to."""
@@ -140,15 +227,23 @@ class SignaturePolicy:
     folder: Path = Path()
 
     @classmethod
-    def load(cls, path: Path) -> SignaturePolicy:
-        """Read a policy, and check that all its keys and certificates can be used. Raises PolicyError."""
+    def load(cls, path: Path | None, own: ServerKey | None = None) -> SignaturePolicy:
+        """Read a policy, and check that all its keys and certificates can be used. Raises PolicyError.
+
+        own: the server's key, which makes it the signer OWN.
+        """
+        added = {} if own is None else {OWN: SignerEntry(key=str(own.public.absolute()))}
+        if path is None:
+            return cls((), added)
         try:
             found = msgspec.json.decode(path.read_bytes(), type=PolicyFile)
         except OSError as error:
             raise PolicyError(f"{path} cannot be read: {error}") from error
         except msgspec.MsgspecError as error:
             raise PolicyError(f"{path}: {error}") from error
-        made = cls(found.rules, found.signers, path.absolute().parent)
+        if OWN in found.signers:
+            raise PolicyError(f"{path}: signers.{OWN}: this name is for --signing-key. Give it another one")
+        made = cls(found.rules, {**found.signers, **added}, path.absolute().parent)
         made._check(path)
         return made
 

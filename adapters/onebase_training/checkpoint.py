@@ -195,6 +195,7 @@ class RunReport:
     active: digest of the version that requests for the adapter used when training ended; "" if there was
     none.
     loss_active, metrics_active: of it, on the same rows. not_compared: reason why it was not measured, or "".
+    paired: differences of scores, as `slices.paired_differences` returns them.
     warnings: sentences on why better may not mean better, as `doubts` returns them.
     replies: the first held-out rows (line, slice, prompt, reference) with the reply of each subject ("base",
     "parent", "active", "adapter") that was asked.
@@ -228,6 +229,7 @@ class RunReport:
     loss_active: float | None = None
     metrics_active: dict[str, float] = field(default_factory=dict)
     not_compared: str = ""
+    paired: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     replies: list[dict[str, Any]] = field(default_factory=list)
     slices: dict[str, Any] | None = None

@@ -81,7 +81,15 @@ from onebase_training.recipe import (
     token_count,
 )
 from onebase_training.replies import Measuring, Replies
-from onebase_training.slices import ACTIVE, LONGEST, SubjectMetrics, by_slice, mean_by_slice, slice_report
+from onebase_training.slices import (
+    ACTIVE,
+    LONGEST,
+    SubjectMetrics,
+    by_slice,
+    mean_by_slice,
+    paired_differences,
+    slice_report,
+)
 from onebase_training.trainable import Trainable, resolve_parameters, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -371,6 +379,7 @@ class PlannedRun:
             loss_parent=state.parent_loss,
             metrics_parent=self._parent.metrics,
             slices=slices,
+            paired=self._paired(after, active),
             classes=self._classes(after),
         )
         if self._processes.first:
@@ -433,6 +442,15 @@ class PlannedRun:
             subjects,
             SubjectMetrics(self._slice_losses(after), after.texts),
         )
+
+    def _paired(self, after: Replies, active: _Active | None) -> dict[str, Any]:
+        """Return how the result's scores differ from those of the base and of the active version."""
+        if not self._processes.first:
+            return {}
+        replies = {"base": self._before.texts}
+        if active is not None and not active.problem:
+            replies[ACTIVE] = active.replies.texts
+        return paired_differences(self._plan.recipe, self._measuring.prompts, replies, after.texts)
 
     def _slice_losses(self, replies: Replies, *, at_start: bool = False) -> dict[str, float]:
         """Return the held-out loss of each slice.

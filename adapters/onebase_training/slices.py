@@ -100,6 +100,40 @@ def slice_report(
     }
 
 
+def paired_differences(
+    recipe: Recipe, prompts: Sequence[Question], replies: Mapping[str, Sequence[str]], after: Sequence[str]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return how the result's scores differ from each subject's on the same rows, by subject and metric.
+
+    Each slice has its number of rows, the sum of the differences (above 0 where the result is better) and
+    that of their squares. Rows that name no slice are one of an empty name.
+
+    Args:
+        replies: to the prompts, of each subject. after: the result's.
+    """
+    new = _Scores.of(recipe, prompts, after).of_row
+    return {
+        name: _differences(prompts, _Scores.of(recipe, prompts, one).of_row, new)
+        for name, one in replies.items()
+        if one and after
+    }
+
+
+def _differences(
+    prompts: Sequence[Question], before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
+) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for metric, old in before.items():
+        parts: dict[str, list[float]] = {}
+        for prompt, one, other in zip(prompts, old, after[metric], strict=True):
+            parts.setdefault(prompt.slice, []).append(other - one)
+        found[metric] = [
+            {"slice": name, "rows": len(some), "sum": sum(some), "squares": sum(one**2 for one in some)}
+            for name, some in sorted(parts.items(), key=lambda part: -len(part[1]))[:MOST_SLICES]
+        ]
+    return found
+
+
 def _score(name: str, reply: str, reference: str) -> float:
     return float(reply == reference) if name == ACCURACY else score(name, reply, reference)
 

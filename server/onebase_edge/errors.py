@@ -22,13 +22,15 @@ ApiError
 ├── UnknownGenerationError       no text of this id is being generated here
 ├── UnknownAnswerError           no answer of this id that feedback can be about
 ├── KeyNotFoundError             no such API key
+├── GateNotFoundError            no such gate
 ├── TrainingFileNotFoundError    no such file
 ├── JobNotFoundError             no such training job
 ├── BatchNotFoundError           no such batch
 ├── LiveNotFoundError            no such session, run, sampler, checkpoint or result of live training
 ├── ResultGoneError              a result of live training is not kept any more
 ├── StateConflictError           it collides with the state of what it names
-│   └── ActivationConflictError  another version is active than was expected
+│   ├── ActivationConflictError  another version is active than was expected
+│   └── GateClosedError          a gate does not let the version answer
 ├── AdapterDeletedError          its adapter was deleted while it ran
 ├── VersionFailedError           a version that is not served, and why
 ├── DiskFullError                no space for an upload
@@ -46,7 +48,7 @@ ApiError
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 
@@ -326,6 +328,29 @@ class ActivationConflictError(StateConflictError):
         self.details = {"current": current}
 
 
+GATE_CODES = {
+    "signature": "gate_signature",
+    "proof": "gate_proof",
+    "evaluation": "gate_evaluation",
+    "weights": "gate_weights",
+    "approval": "gate_approval",
+}
+"""Code of the error of each gate."""
+
+
+class GateClosedError(StateConflictError):
+    """A gate does not let a version answer. `gates`: those that are closed, with their reasons."""
+
+    def __init__(self, message: str, closed: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(message, code=GATE_CODES[closed[0]["gate"]], param="version")
+        self.details = {"gates": list(closed)}
+
+
+class GateNotFoundError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="gate_not_found", param="gate_id")
+
+
 class AdapterDeletedError(ApiError):
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -459,6 +484,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     UnknownGenerationError: (404, "invalid_request_error"),
     UnknownAnswerError: (404, "invalid_request_error"),
     KeyNotFoundError: (404, "invalid_request_error"),
+    GateNotFoundError: (404, "invalid_request_error"),
     AdapterNotFoundError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),
     TrainingFileNotFoundError: (404, "invalid_request_error"),
@@ -468,6 +494,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     ResultGoneError: (410, "invalid_request_error"),
     StateConflictError: (409, "invalid_request_error"),
     ActivationConflictError: (409, "invalid_request_error"),
+    GateClosedError: (409, "invalid_request_error"),
     AdapterDeletedError: (409, "invalid_request_error"),
     VersionFailedError: (422, "invalid_request_error"),
     DiskFullError: (507, "server_error"),

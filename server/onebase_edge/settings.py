@@ -399,6 +399,13 @@ class Settings:
         "JSON file that says who may sign which adapters, and where a signature is required",
         metavar="FILE",
     )
+    signing_key: str = setting(
+        "",
+        "adapters",
+        "private key (PEM, P-256) to sign trained versions with, made if it is not there; its public key is "
+        "FILE.pub",
+        metavar="FILE",
+    )
     proof_timeout: float = setting(
         600.0, "adapters", "seconds that proving one adapter may take", low=1, high=86400, metavar="SECONDS"
     )

@@ -130,6 +130,9 @@ class SignatureReport(Sparse, frozen=True):
     code: str | None = None
     """Code of the error, if it was refused; `message` says why."""
     message: str | None = None
+    statement: dict[str, Any] | None = None
+    """Facts that this server has signed about a version that it trained: `base`, `data`, `recipe`, `seed`,
+    `proof`, `activation`, `job`, `parent`."""
 
 
 class VersionProgress(msgspec.Struct, frozen=True):
@@ -287,6 +290,9 @@ class VersionReport(Stored, frozen=True, kw_only=True):
     """Fields of requests that came with its files; None if there are none."""
     warnings: tuple[str, ...] = ()
     """Warnings to look at before the version is activated. The server blocks nothing because of them."""
+    weight_score: float | None = None
+    """Score of how unusual its weights are, 0 or more: how much of each module's energy lies in one
+    direction. A gate may limit it; see its error rates first."""
     base_layers: int = 0
     """Number of the base's layers."""
     base_linears: tuple[str, ...] = ()
@@ -330,6 +336,113 @@ class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
     def finished(self) -> bool:
         """Return True if its state is final."""
         return self.state in (READY, FAILED)
+
+
+GateName = Literal["signature", "proof", "evaluation", "weights", "approval"]
+ProofGate = Literal["none", "proved", "exact"]
+Pattern = Annotated[str, Meta(min_length=1, max_length=200)]
+KeyIds = Annotated[tuple[Pattern, ...], Meta(max_length=64)]
+
+
+class EvaluationGate(msgspec.Struct, frozen=True, kw_only=True):
+    """Evaluation that must show that a version is not worse than the active one, in each slice."""
+
+    margin: Annotated[float, Meta(ge=0, le=1)] = 0.05
+    """Largest amount by which the mean score of a slice may be lower. Scores are from 0 to 1."""
+    confidence: Annotated[float, Meta(ge=0.5, le=0.9999)] = 0.95
+    """Confidence of all slices together."""
+    rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 30
+    """Smallest number of rows of a slice that is judged alone. All rows together are judged always."""
+    evaluators: KeyIds = ()
+    """Ids of the keys whose evaluations count, besides those of the server's own jobs; () for every key that
+    did not make the version."""
+
+
+class GateRule(msgspec.Struct, frozen=True, kw_only=True):
+    """Conditions of an activation. All rules apply whose patterns match the tenant and the adapter's name."""
+
+    object: Literal["gate"] = "gate"
+    id: str = ""
+    tenant: Pattern = "*"
+    name: Pattern = "*"
+    signature: KeyIds = ()
+    """Patterns of the signers of which one has signed the version, `*` for any of the server's policy; () for
+    no condition."""
+    proof: ProofGate = "none"
+    """`proved`: nothing of the proof was waived. `exact`: all modules had PEFT's own bits as well."""
+    evaluation: EvaluationGate | None = None
+    weights: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    """Largest `weight_score` of the version's report."""
+    approvals: Annotated[int, Meta(ge=0, le=8)] = 0
+    """Number of people who must have approved the version, other than those who made it and the one who
+    activates it."""
+    approvers: KeyIds = ()
+    """Ids of the keys that may approve; () for every key of the tenant with the scope `adapters`."""
+    created_at: float = 0.0
+    """Unix time in seconds."""
+    created_by: str = ""
+
+
+class GateState(msgspec.Struct, frozen=True, kw_only=True):
+    """One gate of a version."""
+
+    gate: GateName
+    passed: bool
+    rule: str
+    """Id of the rule."""
+    reason: str
+    """Finding and, if the gate is closed, the way to open it."""
+
+
+class VersionApproval(msgspec.Struct, frozen=True, kw_only=True):
+    """Approval of a version. It holds for one activation, of this content, with this evaluation."""
+
+    key: str
+    """Id of the key that approved."""
+    counts: bool
+    """Whether it still counts: its key is valid, and the version was not evaluated again since."""
+    at: float
+    """Unix time in seconds."""
+
+
+class SliceScore(msgspec.Struct, frozen=True, kw_only=True):
+    """Differences of the scores (0 to 1) of two versions on the rows of one slice: the version's, less those
+    of what it was compared with."""
+
+    slice: Annotated[str, Meta(max_length=200)]
+    rows: Annotated[int, Meta(ge=1, le=10_000_000)]
+    sum: float
+    """Sum of the differences."""
+    squares: float
+    """Sum of their squares."""
+
+
+class VersionEvaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """Evaluation of a version beside the version that it would replace, on the same rows."""
+
+    against: str | None
+    """Digest of the version that it was compared with; None for the base."""
+    metric: str
+    slices: tuple[SliceScore, ...]
+    key: str
+    """Id of the key that sent it; "" for a job of this server."""
+    job: str | None = None
+    at: float
+    """Unix time in seconds."""
+
+
+class VersionGates(msgspec.Struct, frozen=True, kw_only=True):
+    """Gates that an activation of a version has to pass, and what they look at."""
+
+    object: Literal["adapter.gates"] = "adapter.gates"
+    version: str
+    """Digest of the version."""
+    passed: bool
+    """Whether the caller could activate it now."""
+    gates: tuple[GateState, ...]
+    approvals: tuple[VersionApproval, ...]
+    evaluations: tuple[VersionEvaluation, ...]
+    """The newest first."""
 
 
 RolloutState = Literal["running", "promoted", "rolled_back", "stopped"]

@@ -156,6 +156,12 @@ ERROR_CODES = (
     ),
     _meaning(
         403,
+        "approval_refused",
+        "this key cannot approve the version, or evaluate it: it made it, or the "
+        "[gates](how-to/gates.md) name other keys",
+    ),
+    _meaning(
+        403,
         "adapter_read_only first_key",
         "the adapter is shared by another tenant; the first key is made on the server's machine",
     ),
@@ -172,10 +178,10 @@ ERROR_CODES = (
     _meaning(
         404,
         "adapter_not_found version_not_found model_not_found hub_not_found file_not_found job_not_found "
-        "checkpoint_gone batch_not_found key_not_found rollout_not_found answer_not_found response_not_found "
-        "conversation_not_found item_not_found generation_not_found",
-        "no such name, version, repository, file, job, checkpoint, batch, key, rollout, answer, response, "
-        "conversation, item or running text; also if another tenant has it",
+        "checkpoint_gone batch_not_found key_not_found gate_not_found rollout_not_found answer_not_found "
+        "response_not_found conversation_not_found item_not_found generation_not_found",
+        "no such name, version, repository, file, job, checkpoint, batch, key, gate, rollout, answer, "
+        "response, conversation, item or running text; also if another tenant has it",
     ),
     _meaning(
         404,
@@ -203,6 +209,12 @@ ERROR_CODES = (
         "base_mismatch version_not_ready stale_activation nothing_to_roll_back rollout_state adapter_in_use "
         "adapter_not_composable ranks_differ",
         "the state of the adapter does not allow it; the message says what would",
+    ),
+    _meaning(
+        409,
+        "gate_signature gate_proof gate_evaluation gate_weights gate_approval",
+        "[a gate](how-to/gates.md) does not let the version answer under this name; the code names the first "
+        "one, `error.gates` has all that are closed, each with how to open it",
     ),
     _meaning(
         409,

@@ -14,6 +14,7 @@ from onebase_adapters.signatures import (
     MAX_SIGNATURE_BYTES,
     PolicyError,
     SentFiles,
+    ServerKey,
     SignatureError,
     SignaturePolicy,
 )
@@ -291,3 +292,45 @@ def test_a_policy_that_cannot_be_used_says_where(
     file.write_text(content)
     with pytest.raises(PolicyError, match=why):
         SignaturePolicy.load(file)
+
+
+# ---- the server's own ----------------------------------------------------------------------------
+
+
+def signed_by_server(key: ServerKey, folder: Path, **facts: Any) -> None:
+    for file in ("onebase.json", "README.md"):
+        (folder / file).unlink()
+    (folder / "model.sig").write_text(key.sign("tickets", SentFiles.of_folder(folder).sums, facts))
+
+
+def test_what_the_server_signed_is_verified_by_model_signing_and_by_its_own_policy(
+    tmp_path: Path, adapter: Path
+) -> None:
+    import model_signing
+
+    key = ServerKey.load(tmp_path / "server.key")
+    assert (tmp_path / "server.key").stat().st_mode & 0o777 == 0o600
+    again = ServerKey.load(tmp_path / "server.key")
+    signed_by_server(again, adapter, seed=7)
+    model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key.public).verify(
+        adapter, adapter / "model.sig"
+    )
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({"rules": [{"policy": "require", "signers": ["server"]}]}))
+    checked = SignaturePolicy.load(file, key).check("default", "a", SentFiles.of_folder(adapter))
+    assert checked is not None
+    assert (checked.report.status, checked.report.signer) == ("verified", "server")
+    (adapter / "adapter_model.safetensors").write_bytes(b"others")
+    assert refusal(SignaturePolicy.load(file, key), adapter).code == "signature_invalid"
+    other = SignaturePolicy.load(file, ServerKey.load(tmp_path / "other.key"))
+    assert refusal(other, adapter).code == "signature_invalid"
+
+
+def test_a_key_that_cannot_sign_and_a_signer_of_the_servers_name_stop_the_start(
+    tmp_path: Path, keys: dict[str, Path]
+) -> None:
+    (tmp_path / "bad.key").write_text("no key")
+    with pytest.raises(PolicyError, match=r"bad\.key"):
+        ServerKey.load(tmp_path / "bad.key")
+    with pytest.raises(PolicyError, match="--signing-key"):
+        policy(tmp_path, REQUIRE, acme={"key": "acme.pub"}, server={"key": "acme.pub"})

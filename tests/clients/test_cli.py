@@ -32,6 +32,7 @@ from onebase.cli import (
     batches,
     files,
     find_plugin,
+    gates,
     jobs,
     main,
     run_plugin,
@@ -374,6 +375,7 @@ HELPS = [
     ["migrate", "openai"],
     *(["batches", action] for action in batches.ACTIONS),
     *(["files", action] for action in files.ACTIONS),
+    *(["gates", action] for action in gates.ACTIONS),
     ["base", "fetch"],
     ["base", "check"],
     *(["cluster", action] for action in ("up", "status", "scale", "restart", "drain", "down")),
@@ -419,6 +421,7 @@ NO_DEFAULT = {
     "batches create": ["--metadata KEY=VALUE"],
     "train": ["--data FILE", "--name NAME", "--push ORG/REPO"],
     "adapters export": ["--format {peft,merged,gguf-lora,gguf}"],
+    "adapters evaluate": ["--data FILE"],
     "adapters merge": ["--name NAME", "--density D"],
     "sweep": ["--data FILE"],
     "estimate": ["--data FILE", "--rows N"],
@@ -429,7 +432,7 @@ NO_DEFAULT = {
 
 
 @pytest.mark.parametrize(
-    "command", sorted(COMMANDS.keys() - {"adapters", "jobs", "batches", "files", "migrate"})
+    "command", sorted(COMMANDS.keys() - {"adapters", "jobs", "batches", "files", "gates", "migrate"})
 )
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -246,6 +246,7 @@ def test_each_action_explains_itself_and_finds_no_server(
     assert caught.value.code == 0
     assert f"usage: onebase adapters {action}" in capsys.readouterr().out
     needed = {"push": [str(folder)], "pull": ["a/b"], "list": [], "diff": ["a", "b"], "activate": ["a", ONE]}
+    needed |= {"approve": [f"a@{ONE}"], "evaluate": [f"a@{ONE}", "--data", "rows.jsonl"]}
     needed |= {"merge": ["a:1", "b:1", "--name", "c"], "export": ["a", "--format", "peft"]}
     monkeypatch.setenv("ONEBASE_URL", "http://127.0.0.1:1")
     assert main(["adapters", action, *needed.get(action, ["a"])]) == 3

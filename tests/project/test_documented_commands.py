@@ -70,7 +70,12 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase --url \S+ --json models$", PARSE),  # tests/clients/test_cli.py runs it
     (r"onebase top( --once)?$", RUN),
     (r"onebase top --json ", PARSE),  # never ends
-    (rf"onebase (adapters|jobs) (?!rollout )\w+( (?!.*{OF_A_JOB})[^-]|$)", RUN),
+    (
+        rf"onebase (adapters|jobs) (?!(rollout|gates|approve|evaluate|bom) )\w+( (?!.*{OF_A_JOB})[^-]|$)",
+        RUN,
+    ),
+    (r"onebase gates (?!.*--help$)", PARSE),  # tests/server/test_gates.py runs it, with keys
+    (r"onebase adapters (gates|approve|evaluate|bom) [^-]", PARSE),  # and these; bom: test_bom.py
     (r"onebase adapters rollout [^-]", PARSE),  # tests/server/test_rollouts.py runs it
     (rf"onebase (adapters|jobs|generate) .*{OF_A_JOB}", PARSE),
     (r"onebase (batches|files) (create|list|upload)", RUN),

@@ -244,6 +244,11 @@ class ScriptedTrainer:
             report |= {"active": self.active.digest, "better": better}
             found = {"loss_active": 1.2 if better else 0.8, "metrics_active": {}}
             report |= {"not_compared": "its labels are others: a, b"} if better is None else found
+        if "scored" in words:
+            rows = [{"slice": "de", "rows": 400, "sum": 40.0, "squares": 40.0}]
+            report["paired"] = {"base": {"exact_match": rows}}
+            if self.active.digest:
+                report["paired"]["active"] = {"exact_match": rows}
         if "regresses" in words:
             one = {"slice": "de", "rows": 12, "measured": 12, "before": 1.0, "active": None, "after": 1.5,
                    "worse_by": 0.5, "regressed": True, "regressed_against": ["base"], "loss_before": 1.0,

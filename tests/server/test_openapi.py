@@ -303,6 +303,7 @@ def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
         walk("GET", f"/v1/adapters{path}")
     walk("GET", f"/v1/adapters/shop/versions/{first}/files")
     walk("GET", f"/v1/adapters/shop/versions/{first}/files/adapter_config.json")
+    _walk_through_gates(walk, second)
     _walk_through_a_rollout(walk, second)
     terms = [{"name": f"shop@{version}", "weight": 0.5} for version in (first, second)]
     merge = {"name": "mixed", "adapters": terms, "method": "dare_ties", "density": 0.5}
@@ -321,6 +322,21 @@ def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
     walk("DELETE", f"/v1/adapters/shop/versions/{second}")
     walk("DELETE", "/v1/adapters/slow")
     walk("DELETE", "/v1/models/shop")
+
+
+def _walk_through_gates(walk: Walk, version: str) -> None:
+    place = f"/v1/adapters/shop/versions/{version}"
+    gate = walk("POST", "/v1/gates", json={"name": "shop", "proof": "exact", "evaluation": {}, "weights": 9})
+    walk("GET", "/v1/gates")
+    scores = [{"slice": "de", "rows": 9, "sum": 1.5, "squares": 3.5}]
+    other = walk("POST", "/v1/keys", json={"scopes": ["adapters"]})["key"]
+    headers = {"Authorization": f"Bearer {other}"}
+    walk("POST", f"{place}/evaluation", json={"metric": "word_f1", "slices": scores}, headers=headers)
+    walk("POST", f"{place}/approval", headers=headers)
+    walk("GET", f"{place}/gates")
+    walk("DELETE", f"{place}/approval", headers=headers)
+    walk("GET", f"{place}/bom")
+    walk("DELETE", f"/v1/gates/{gate['id']}")
 
 
 def _walk_through_a_rollout(walk: Walk, candidate: str) -> None:

@@ -14,7 +14,8 @@ from tests.signing import make_key, sign, signing
 from onebase.cli import main
 
 from ..hub_standin import HubStandIn
-from .support import Server, Starter, make_folder
+from .support import Server, Starter, make_folder, upload_folder
+from .training_support import add_file, openai_client, run_job
 
 signing()
 
@@ -279,3 +280,66 @@ def test_a_policy_that_cannot_be_used_stops_the_start(serve_scripted: Starter, t
     with serve_scripted("words", "--signatures", str(file), ready=False) as server:
         assert server.exit_status() != 0
         assert "perhaps" in server.log
+
+
+# ---- what jobs train -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(
+    serve_scripted: Starter, keys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = keys["acme"].parent
+    rule = {"name": "support*", "policy": "require", "signers": ["acme", "server"]}
+    (folder / "trained.json").write_text(json.dumps({**POLICY, "rules": [rule]}))
+    options = ("--signatures", str(folder / "trained.json"), "--signing-key", str(folder / "server.key"))
+    with serve_scripted("words", *options) as server:
+        yield server
+
+
+def test_a_trained_version_is_signed_with_what_it_was_made_of_and_passes_a_gate(
+    trained: Server, keys: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import model_signing
+
+    http = trained.client()
+    rule = {"name": "support-own", "signature": ["server"], "evaluation": {"margin": 0.05}}
+    http.post("/v1/gates", json=rule).raise_for_status()
+    client = openai_client(trained)
+    job = run_job(trained, client, "rows scored", extra={"name": "support-own"}, seed=7)
+    assert job.activated is True, job
+    version = http.get(f"/v1/adapters/support-own/versions/{job.version}").json()
+    statement = version["signature"]["statement"]
+    assert (version["signature"]["status"], version["signature"]["signer"]) == ("verified", "server")
+    assert statement["job"] == job.id
+    assert statement["base"]["name"]
+    assert len(statement["data"]["training"]["sha256"]) == 64
+    assert statement["activation"]["rule"] == "if_better"
+    main(["adapters", "show", f"support-own@{job.version}", "--url", trained.url])
+    assert "signed by server" in capsys.readouterr().out
+    out = tmp_path / "export"
+    exported = ("adapters", "export", "support-own", "--format", "peft", "--out", str(out))
+    assert main([*exported, "--url", trained.url]) == 0
+    model_signing.verifying.Config().use_elliptic_key_verifier(
+        public_key=keys["acme"].parent / "server.key.pub"
+    ).verify(out, out / "model.sig")
+    weak = run_job(trained, client, "rows", extra={"name": "support-own"})
+    assert weak.activated is False, "nothing shows that it is not worse"
+    further = run_job(trained, client, "rows", model="support-own", extra={"name": "support-next"})
+    assert further.status == "succeeded"
+
+
+def test_training_goes_on_from_no_unsigned_version_under_a_name_that_needs_signatures(
+    trained: Server, tmp_path: Path
+) -> None:
+    http = trained.client()
+    free = adapter(tmp_path, "free", b"unsigned")
+    upload_folder(http, "free", free, "wait=true&activate=true").raise_for_status()
+    file = add_file(openai_client(trained), "rows")
+    asked = {"model": "free", "training_file": file, "name": "support-evil"}
+    answer = http.post("/v1/fine_tuning/jobs", json={**asked, "activate": "never"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (422, "signature_missing", "model")
+    assert "which training under this name needs" in error["message"]
+    found = http.get("/v1/audit", params={"action": "adapter.refused", "target": "support-evil"}).json()
+    assert len(found["data"]) == 1

@@ -30,6 +30,7 @@ class _Library:
         self.failure = failure
         self.wishes: list[Any] = []
         self.active: str | None = None
+        self.signs = False
         self.known = SimpleNamespace(tenant="acme", name="orders", digest=DIGEST, state="ready", error=None)
         names = {"acme": SimpleNamespace(own=lambda name: SimpleNamespace(active=self.active))}
         self.catalog = SimpleNamespace(of_digest=lambda digest: [self.known], of=names.__getitem__)

@@ -211,6 +211,16 @@ def unusual(measured: Mapping[str, WeightFigures]) -> list[str]:
     return said if more <= 0 else [*said[:MOST_SAID], f"and {more} more of the kind"]
 
 
+def weight_score(measured: Mapping[str, WeightFigures]) -> float:
+    """Return a score of how unusual an adapter's weights are, 0 or more.
+
+    It is the mean share of a module's energy that lies in one direction, as a multiple of the equal share
+    that it would have at its rank, in logarithms. `benchmarks/weight_scores.py` has its error rates.
+    """
+    shares = [math.log(max(1.0, one.peak * one.rank)) for one in measured.values() if one.rank and one.norm]
+    return statistics.fmean(shares) if shares else 0.0
+
+
 def _beside_its_kind(modules: Mapping[str, WeightFigures]) -> Iterable[str]:
     """Yield a sentence for each module that stands out among those of its name in other layers."""
     changing = {name: found for name, found in modules.items() if found.norm}

@@ -18,7 +18,7 @@ from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver
 from onebase_adapters.proof.report import Stage, what_was_shown
 from onebase_adapters.proof.texts import TextProof, TextProver
-from onebase_adapters.proof.unusual_weights import WeightFigures, measure, unusual
+from onebase_adapters.proof.unusual_weights import WeightFigures, measure, unusual, weight_score
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.kernels.weights import (
     HEAD,
@@ -198,6 +198,7 @@ def version_report(
         base_name=spec.base_name,
         dropped=tuple(spec.dropped),
         warnings=(*spec.warnings, *unusual(measured)),
+        weight_score=weight_score(measured),
         modules=tuple(
             ModuleReport(
                 name=module.name,

@@ -5,9 +5,11 @@ from onebase_adapters.registry.audit import AuditLog, Origin, acting
 from onebase_adapters.registry.audit import current as current_origin
 from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.errors import (
+    ApprovalError,
     BatchElsewhereError,
     BatchStateError,
     FileInUseError,
+    GateError,
     InvalidKeyError,
     JobElsewhereError,
     JobStateError,
@@ -22,12 +24,14 @@ from onebase_adapters.registry.errors import (
     UnknownAdapterError,
     UnknownBatchError,
     UnknownFileError,
+    UnknownGateError,
     UnknownJobError,
     UnknownKeyError,
     UnknownLiveError,
     UnknownRolloutError,
     UnknownVersionError,
 )
+from onebase_adapters.registry.gates import Gates
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
 from onebase_adapters.registry.live import LiveRecords, LiveSample, LiveSampler, LiveSession
@@ -110,6 +114,7 @@ __all__ = [
     "AdapterRecord",
     "ApiKeyRecord",
     "ApiKeys",
+    "ApprovalError",
     "AuditAction",
     "AuditLog",
     "AuditRecord",
@@ -124,6 +129,8 @@ __all__ = [
     "FileInUseError",
     "FileRecord",
     "ForcedDeletion",
+    "GateError",
+    "Gates",
     "InvalidKeyError",
     "JobElsewhereError",
     "JobEvent",
@@ -171,6 +178,7 @@ __all__ = [
     "UnknownAdapterError",
     "UnknownBatchError",
     "UnknownFileError",
+    "UnknownGateError",
     "UnknownJobError",
     "UnknownKeyError",
     "UnknownLiveError",

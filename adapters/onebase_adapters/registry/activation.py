@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from onebase_adapters.registry import audit, rollouts
+from onebase_adapters.registry import audit, gates, rollouts
 from onebase_adapters.registry.database import plain
 from onebase_adapters.registry.errors import (
     NothingToRollBackError,
@@ -35,8 +37,18 @@ def check_expected(adapter: AdapterRow, expected: str | Unset | None) -> None:
     )
 
 
-def activate(session: Session, adapter: AdapterRow, version: VersionRow, actor: str, at: float) -> None:
-    """Make `version` active unless it already is, and push the version active before onto the stack."""
+def activate(
+    session: Session,
+    adapter: AdapterRow,
+    version: VersionRow,
+    actor: str,
+    at: float,
+    askers: Collection[str] = (),
+) -> None:
+    """Make `version` active unless it already is, and push the version active before onto the stack.
+
+    askers: keys that ask for it besides the caller's. Raises NotReadyError, GateError.
+    """
     if version.state != "ready":
         raise NotReadyError(
             f"Version {version.digest} of {adapter.name!r} is {version.state}: "
@@ -45,6 +57,8 @@ def activate(session: Session, adapter: AdapterRow, version: VersionRow, actor: 
         )
     if adapter.active == version.digest:
         return
+    gates.check(session, adapter, version, askers)
+    gates.use_up(session, version)
     _push_active(session, adapter)
     _switch(session, adapter, version.digest, "activate", actor, at)
 
@@ -52,6 +66,7 @@ def activate(session: Session, adapter: AdapterRow, version: VersionRow, actor: 
 def roll_back(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
     """Activate the version that was active before the current one, and pop it from the stack.
 
+    It passes no gate: going back must be possible at once, and the version was let in when it came.
     Entries that cannot be active now (no longer ready, or the active version itself) are skipped.
     """
     stack = session.execute(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
-from onebase_adapters.registry import activation, audit, rollouts
+from onebase_adapters.registry import activation, audit, gates, rollouts
 from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
@@ -43,7 +43,7 @@ from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, Hist
 from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import AdapterFiles, Blob
-from onebase_protocol.adapters import Activation, VersionFailure
+from onebase_protocol.adapters import Activation, SliceScore, VersionFailure, VersionGates
 
 DEFAULT_TENANT = "default"
 LEAST_PREFIX = 8
@@ -107,6 +107,8 @@ class Registry:
         """Leases of servers and the use of quotas that they admitted, of every base."""
         self.rollouts = rollouts.Rollouts(self._database, base_id)
         """Figures of rollouts, and the answers that feedback may be about."""
+        self.gates = gates.Gates(self._database)
+        """Rules of what a version has to pass before it answers, for every base."""
         self.audit = audit.AuditLog(self._database)
         """Audit log of every base."""
 
@@ -252,6 +254,7 @@ class Registry:
                 adapter.versions.insert(0, version)
             elif created:
                 version.source, version.created_by = dict(source), plain(actor)
+                gates.forget(session, version)
             elif _is_better(source.get(SIGNATURE), version.source.get(SIGNATURE)):
                 # What is there already may be signed afterwards.
                 version.source = {**version.source, SIGNATURE: source[SIGNATURE]}
@@ -263,8 +266,71 @@ class Registry:
                 _set_state(version, state, now)
                 adapter.changed, adapter.updated_at = counter, now
                 session.flush()
+            gates.note_maker(session, version)
+            if created:
                 _note_arrival(session, adapter, version, source, actor)
             return _version_record(version, adapter), created
+
+    def version_gates(self, tenant: str, name: str, digest: str) -> VersionGates:
+        """Return the gates of a version, for the caller. Raises UnknownAdapterError, UnknownVersionError."""
+        with self._database.read() as session:
+            adapter = _require_adapter(session, self.base_id, tenant, name)
+            return gates.view(session, adapter, _require_version(session, adapter, digest))
+
+    def approve(self, tenant: str, name: str, digest: str, *, approved: bool = True) -> VersionGates:
+        """Record that the caller's key approves a version, or not any more.
+
+        Raises ApprovalError, UnknownAdapterError, UnknownVersionError.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            version = _require_version(session, adapter, digest)
+            if approved:
+                gates.approve(session, adapter, version, now)
+            else:
+                gates.disapprove(session, adapter, version)
+            return gates.view(session, adapter, version)
+
+    def evaluate(
+        self,
+        tenant: str,
+        name: str,
+        digest: str,
+        against: str | None,
+        metric: str,
+        slices: Sequence[SliceScore],
+        *,
+        job: str | None = None,
+    ) -> VersionGates:
+        """Record an evaluation of a version beside another one of the same name (None: beside the base).
+
+        job: the job of this server that measured it. Raises ApprovalError (the caller made the version),
+        UnknownAdapterError, UnknownVersionError.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            version = _require_version(session, adapter, digest)
+            other = against
+            if against is not None and job is None:
+                other = _require_version(session, adapter, against).digest
+            gates.evaluate(session, adapter, version, other, metric, slices, now, job=job)
+            return gates.view(session, adapter, version)
+
+    def note_closed_gate(
+        self, tenant: str, name: str, digest: str | None, details: Mapping[str, Any], *, actor: str = ""
+    ) -> None:
+        """Record that gates refused to let a version answer."""
+        with self._database.write() as (session, _):
+            audit.note(
+                session,
+                "gate.refused",
+                tenant,
+                name,
+                version=digest,
+                base_id=self.base_id,
+                actor=actor,
+                details=details,
+            )
 
     def note_refusal(self, tenant: str, name: str, details: Mapping[str, Any], *, actor: str = "") -> None:
         """Record that an adapter's files were refused because of their signature."""
@@ -336,8 +402,8 @@ class Registry:
         Args:
             expected: the digest that must be active now, None for none; if not given, any may be.
 
-        Raises NotReadyError, ActivationConflictError, UnknownAdapterError, UnknownVersionError; JobStateError
-        on behalf of a job that was stopped."""
+        Raises NotReadyError, GateError, ActivationConflictError, UnknownAdapterError, UnknownVersionError;
+        JobStateError on behalf of a job that was stopped."""
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
             check_owner(session, running=True)
@@ -416,7 +482,7 @@ class Registry:
             )
             if state == "promoted":
                 candidate = _require_version(session, adapter, row.candidate)
-                activation.activate(session, adapter, candidate, actor, now)
+                activation.activate(session, adapter, candidate, actor, now, (row.created_by,))
             return ended
 
     def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
@@ -513,7 +579,7 @@ def _note_arrival(
 
 
 def _without_bundle(signature: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in signature.items() if key != "bundle"}
+    return {key: value for key, value in signature.items() if key not in ("bundle", "statement")}
 
 
 def _is_better(signature: Mapping[str, Any] | None, known: Mapping[str, Any] | None) -> bool:
@@ -647,6 +713,7 @@ def _new_version(
         source=dict(source),
         created_at=now,
         created_by=plain(actor),
+        makers=[],
     )
 
 

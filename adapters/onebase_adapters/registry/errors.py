@@ -8,6 +8,9 @@ RegistryError
 ├── NotReadyError             the version has not been proved, or failed
 ├── StaleActivationError      another version is active than the caller expects
 ├── NothingToRollBackError    no earlier version is left
+├── GateError                 a gate refuses the activation
+├── ApprovalError             this key cannot approve the version, or evaluate it
+├── UnknownGateError          no rule of that id
 ├── UnknownKeyError           no API key of that id
 ├── InvalidKeyError           no API key or tenant can have such a name, scope, quota, priority or end
 ├── QuotaError                the tenant has as much as its quota allows
@@ -22,6 +25,10 @@ RegistryError
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onebase_protocol.adapters import GateState
 
 
 class RegistryError(Exception):
@@ -62,6 +69,23 @@ class StaleActivationError(RegistryError):
 
 class NothingToRollBackError(RegistryError):
     """No version was active before this one, or all that were are deleted."""
+
+
+class GateError(RegistryError):
+    """Gates refuse to let a version answer. `closed`: those that do. `digest`: the version's."""
+
+    def __init__(self, message: str, closed: Sequence[GateState], digest: str) -> None:
+        super().__init__(message)
+        self.closed = tuple(closed)
+        self.digest = digest
+
+
+class ApprovalError(RegistryError):
+    """The key cannot approve the version, or evaluate it."""
+
+
+class UnknownGateError(RegistryError):
+    """There is no rule of this id."""
 
 
 class UnknownRolloutError(RegistryError):

@@ -282,6 +282,8 @@ AuditAction = Literal[
     "batch.failed", "batch.expired", "run.created", "run.ended", "session.finished", "checkpoint.changed",
     "checkpoint.deleted", "key.created", "key.changed",
     "key.revoked", "tenant.changed",
+    "adapter.approved", "adapter.disapproved", "adapter.evaluated",
+    "gate.set", "gate.deleted", "gate.refused",
     "rollout.started", "rollout.changed", "rollout.promoted", "rollout.rolled_back", "rollout.stopped",
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)

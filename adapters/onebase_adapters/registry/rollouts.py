@@ -13,7 +13,7 @@ from sqlalchemy import Insert, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from onebase_adapters.registry import audit
+from onebase_adapters.registry import audit, gates
 from onebase_adapters.registry.database import Database, plain, plain_json
 from onebase_adapters.registry.errors import NotReadyError, RolloutStateError, UnknownRolloutError
 from onebase_adapters.registry.records import (
@@ -50,7 +50,8 @@ _AT_ONCE = 500
 def start(
     session: Session, adapter: AdapterRow, candidate: VersionRow, rollout: RolloutRecord, at: float
 ) -> RolloutRecord:
-    """Start a rollout. Raises RolloutStateError, NotReadyError."""
+    """Start a rollout. Raises RolloutStateError, NotReadyError; GateError if somebody would get its
+    answers."""
     if adapter.rollout is not None:
         raise RolloutStateError(
             f"A rollout of {adapter.name!r} runs already, to version {adapter.rollout.candidate[:12]}: "
@@ -68,6 +69,8 @@ def start(
             f"A rollout compares a version with the active one, and of {adapter.name!r} {why}: "
             f"{'activate one first' if adapter.active is None else 'name another version'}."
         )
+    if rollout.percent:
+        gates.check(session, adapter, candidate)
     row = RolloutRow(
         id=rollout.id,
         adapter_id=adapter.id,
@@ -98,8 +101,14 @@ def running(session: Session, adapter: AdapterRow, rollout: str | None = None) -
 def change(
     session: Session, adapter: AdapterRow, percent: float | None, shadow: float | None
 ) -> RolloutRecord:
-    """Change the shares of the rollout that runs. Raises RolloutStateError."""
+    """Change the shares of the rollout that runs. Raises RolloutStateError; GateError for a larger share."""
     row = running(session, adapter)
+    if percent is not None and percent > row.percent:
+        digest = VersionRow.digest == row.candidate
+        candidate = session.scalars(
+            select(VersionRow).where(VersionRow.adapter_id == adapter.id, digest)
+        ).one()
+        gates.check(session, adapter, candidate, (row.created_by,))
     before = {"percent": row.percent, "shadow": row.shadow}
     row.percent = row.percent if percent is None else percent
     row.shadow = row.shadow if shadow is None else shadow

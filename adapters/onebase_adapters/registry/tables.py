@@ -312,6 +312,8 @@ class VersionRow(Table):
     error_message: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[float] = mapped_column(DoubleType)
     created_by: Mapped[str] = mapped_column(String)
+    makers: Mapped[list[str]] = mapped_column(JSON, default=list)
+    """Ids of the keys that sent this content under this name, or asked for it."""
     finished_at: Mapped[float | None] = mapped_column(DoubleType)
 
     adapter: Mapped[AdapterRow] = relationship(back_populates="versions")
@@ -336,6 +338,50 @@ class ProofRow(Table):
     prepared_sha256: Mapped[str | None] = mapped_column(String, index=True)
     prepared_size: Mapped[int | None] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+
+
+class GateRow(Table):
+    """One rule of what an activation has to pass, for all bases. settings: the other fields of GateRule."""
+
+    __tablename__ = "gates"
+    __table_args__ = (UniqueConstraint("tenant", "name"),)
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    tenant: Mapped[str] = mapped_column(String)
+    name: Mapped[str] = mapped_column(String)
+    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    created_by: Mapped[str] = mapped_column(String)
+
+
+class ApprovalRow(Table):
+    """One key's approval of a version, which the next activation uses up. evaluation: number of the version's
+    newest evaluation then, 0 without one."""
+
+    __tablename__ = "approvals"
+
+    version_id: Mapped[int] = mapped_column(
+        ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    key: Mapped[str] = mapped_column(String, primary_key=True)
+    evaluation: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[float] = mapped_column(DoubleType)
+
+
+class EvaluationRow(Table):
+    """One evaluation of a version beside another one. against: that one's digest, None for the base. key: ""
+    for a job of a server."""
+
+    __tablename__ = "evaluations"
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), index=True)
+    against: Mapped[str | None] = mapped_column(String)
+    metric: Mapped[str] = mapped_column(String)
+    slices: Mapped[list[Any]] = mapped_column(JSON)
+    key: Mapped[str] = mapped_column(String)
+    job: Mapped[str | None] = mapped_column(String)
+    at: Mapped[float] = mapped_column(DoubleType)
 
 
 class PreviousRow(Table):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +22,44 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
-from onebase_edge.errors import ActivationConflictError, ApiError, InvalidRequestError, StateConflictError
+from onebase_edge.errors import (
+    ActivationConflictError,
+    ApiError,
+    GateClosedError,
+    InvalidRequestError,
+    StateConflictError,
+)
 from onebase_protocol import adapters as wire
 from onebase_server.adapters.catalog import Catalog, VersionRef, VisibleAdapters, not_ready
 from onebase_server.adapters.residency import Residency
 from onebase_server.storage.calls import RegistryThreads, delete_blobs, storage_errors
+from onebase_server.tenancy.quotas import Window
 
 WARM_SECONDS = 5.0
 """Longest time, in seconds, that a rollback or a pin waits for the version to be loaded."""
+MOST_REFUSALS = 30
+"""Largest number of refusals of one kind and one tenant that the audit log takes within 60 seconds."""
 PREFETCHES = 4
 """Largest number of concurrent prefetches of versions that have become active."""
 
 _log = logging.getLogger(__name__)
+
+
+class RefusalLimit:
+    """Limit of the refusals that the audit log takes, by tenant, so that nobody can fill the disk."""
+
+    def __init__(self) -> None:
+        self._windows: dict[str, Window] = {}
+
+    def take(self, tenant: str) -> bool:
+        """Count one more refusal. Return False if the tenant has had MOST_REFUSALS in 60 seconds."""
+        now = time.monotonic()
+        self._windows = {one: window for one, window in self._windows.items() if window.by_second(now)}
+        window = self._windows.setdefault(tenant, Window())
+        if window.total >= MOST_REFUSALS:
+            return False
+        window.add(1, now)
+        return True
 
 
 class ActivationService:
@@ -57,6 +85,7 @@ class ActivationService:
         self._records = records
         self._disk = disk
         self._turn = asyncio.Lock()
+        self._refusals = RefusalLimit()
         self.changes: Counter[str] = Counter()
         """Changes made by this server, by action: `activate`, `rollback`, `deactivate`."""
         self.rollouts: Counter[str] = Counter()
@@ -73,7 +102,7 @@ class ActivationService:
     ) -> AdapterRecord:
         """Load the version, then let the name point at it; requests see either the old one or the new one.
 
-        Raises AdapterNotFoundError, StateConflictError (not ready), ActivationConflictError,
+        Raises AdapterNotFoundError, StateConflictError (not ready), ActivationConflictError, GateClosedError,
         InvalidRequestError (no room for it in memory), UnavailableError."""
         names = await self._look(tenant, name)
         found = names.version(name, version, param="version")
@@ -82,7 +111,11 @@ class ActivationService:
         record = names.adapter(name, param="name")
         if not isinstance(expected, Unset) and expected != record.active:
             raise ActivationConflictError(name, record.active)
-        async with self._residency.lease([VersionRef.of(found)]), self._turn:
+        async with (
+            self._noting_gates(tenant, name, found.digest, "activate", actor),
+            self._residency.lease([VersionRef.of(found)]),
+            self._turn,
+        ):
             with storage_errors(name):
                 await self._records.write(
                     self._registry.activate,
@@ -118,7 +151,13 @@ class ActivationService:
                     param="version",
                     code="adapter_task",
                 )
-        async with self._residency.lease([VersionRef.of(candidate)]), self._turn:
+        async with (
+            self._noting_gates(
+                rollout.tenant, rollout.name, candidate.digest, "start a rollout", rollout.created_by
+            ),
+            self._residency.lease([VersionRef.of(candidate)]),
+            self._turn,
+        ):
             with storage_errors(rollout.name):
                 return await self._records.write(
                     self._registry.start_rollout,
@@ -132,9 +171,10 @@ class ActivationService:
     async def change_rollout(
         self, tenant: str, name: str, *, percent: float | None, shadow: float | None
     ) -> RolloutRecord:
-        """Change the shares of the rollout that runs. Raises StateConflictError, AdapterNotFoundError."""
+        """Change the shares of the rollout that runs. Raises StateConflictError, AdapterNotFoundError,
+        GateClosedError."""
         self._catalog.of(tenant).check_own(name)
-        async with self._turn:
+        async with self._noting_gates(tenant, name, None, "change a rollout", ""), self._turn:
             with storage_errors(name):
                 return await self._records.write(
                     self._registry.change_rollout, tenant, name, percent=percent, shadow=shadow
@@ -165,7 +205,12 @@ class ActivationService:
         uses = []
         if state == "promoted" and rollout is not None:
             uses = [VersionRef(tenant, name, rollout.candidate)]
-        async with self._residency.lease(uses), self._turn:
+        digest = None if rollout is None else rollout.candidate
+        async with (
+            self._noting_gates(tenant, name, digest, "promote", actor),
+            self._residency.lease(uses),
+            self._turn,
+        ):
             with storage_errors(name):
                 ended = await self._records.write(
                     self._registry.end_rollout,
@@ -182,10 +227,84 @@ class ActivationService:
         self.changes["activate"] += state == "promoted"
         return ended
 
+    @asynccontextmanager
+    async def _noting_gates(
+        self, tenant: str, name: str, digest: str | None, act: str, actor: str
+    ) -> AsyncIterator[None]:
+        """Record in the audit log that gates refused what this block does; of one tenant at most
+        MOST_REFUSALS a minute."""
+        try:
+            yield
+        except GateClosedError as error:
+            _log.warning("%s of %r: %s", act, tenant, error)
+            if self._refusals.take(tenant):
+                gates = {one["gate"]: one["reason"] for one in error.details["gates"]}
+                details = {"act": act, "gates": gates}
+                with storage_errors(name):
+                    await self._records.write(
+                        self._registry.note_closed_gate, tenant, name, digest, details, actor=actor
+                    )
+            raise
+
+    async def gate_rules(self, tenant: str | None) -> list[wire.GateRule]:
+        """Return the rules that apply to a tenant; None: all. Raises UnavailableError."""
+        with storage_errors():
+            return await self._records.run_blocking(self._registry.gates.all, tenant)
+
+    async def set_gate(self, rule: wire.GateRule, *, actor: str) -> wire.GateRule:
+        """Store a rule in place of the one with the same patterns. Raises UnavailableError."""
+        with storage_errors():
+            return await self._records.write(self._registry.gates.set, rule, actor=actor)
+
+    async def delete_gate(self, rule: str, *, actor: str) -> wire.GateRule:
+        """Delete a rule. Raises GateNotFoundError, UnavailableError."""
+        with storage_errors():
+            return await self._records.write(self._registry.gates.delete, rule, actor=actor)
+
+    async def gates(self, tenant: str, name: str, version: str) -> wire.VersionGates:
+        """Return the gates of a version. Raises AdapterNotFoundError, ForbiddenError, UnavailableError."""
+        self._catalog.of(tenant).check_own(name, "look at its gates")
+        with storage_errors(name):
+            return await self._records.run_blocking(self._registry.version_gates, tenant, name, version)
+
+    async def approve(self, tenant: str, name: str, version: str, *, approved: bool) -> wire.VersionGates:
+        """Record that the caller's key approves a version, or not any more.
+
+        Raises ForbiddenError (the key made the version, or is none that may approve), AdapterNotFoundError,
+        UnavailableError.
+        """
+        self._catalog.of(tenant).check_own(name)
+        with storage_errors(name):
+            return await self._records.write(self._registry.approve, tenant, name, version, approved=approved)
+
+    async def evaluate(
+        self,
+        tenant: str,
+        name: str,
+        version: str,
+        against: str | None,
+        metric: str,
+        slices: Sequence[wire.SliceScore],
+        *,
+        job: str | None = None,
+    ) -> wire.VersionGates:
+        """Record an evaluation of a version beside another one, or beside the base.
+
+        job: the job of this server that measured it; None: the caller did, and must not have made the
+        version.
+
+        Raises ForbiddenError, AdapterNotFoundError, UnavailableError.
+        """
+        self._catalog.of(tenant).check_own(name)
+        with storage_errors(name):
+            return await self._records.write(
+                self._registry.evaluate, tenant, name, version, against, metric, slices, job=job
+            )
+
     async def roll_back(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
-        """Activate the version that was active before, even if it cannot be loaded now.
+        """Activate the version that was active before, even if it cannot be loaded now. It passes no gate.
 
         Raises AdapterNotFoundError, ActivationConflictError, UnavailableError, StateConflictError (there is
         none)."""

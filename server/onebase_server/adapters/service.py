@@ -30,8 +30,15 @@ from onebase_adapters.registry import (
     VersionRecord,
     acting,
 )
-from onebase_adapters.signatures import Checked, SentFiles, SignatureError, SignaturePolicy
-from onebase_adapters.store.blobs import AdapterFiles
+from onebase_adapters.signatures import (
+    OWN,
+    Checked,
+    SentFiles,
+    ServerKey,
+    SignatureError,
+    SignaturePolicy,
+)
+from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_edge.background import Backoff, Threads
 from onebase_edge.errors import (
@@ -42,15 +49,14 @@ from onebase_edge.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_protocol.adapters import AdapterDefaults, TokenizerAdditions
-from onebase_server.adapters.activation import ActivationService
+from onebase_protocol.adapters import AdapterDefaults, SignatureReport, TokenizerAdditions
+from onebase_server.adapters.activation import ActivationService, RefusalLimit
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.processes.verifier_client import Proof, RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import VersionStage
 from onebase_server.storage.calls import RegistryThreads, storage_errors
-from onebase_server.tenancy.quotas import Window
 
 NO_SIGNATURES = SignaturePolicy()
 BACKOFF = Backoff(0.5, 30.0)
@@ -58,8 +64,6 @@ BACKOFF = Backoff(0.5, 30.0)
 or memory is full."""
 ACTIVATION_TRIES = 8
 """Largest number of tries of one activation, over about a minute."""
-MOST_REFUSALS = 30
-"""Largest number of refused signatures of one tenant that the audit log takes within 60 seconds."""
 OPTIONS = "options"
 """Key of a version's source that holds its VersionOptions."""
 _ACTIVATED_SECONDS = 3.0
@@ -106,6 +110,8 @@ class AdapterService:
         check_tokens: raises AdapterFormatError for an adapter's tokens that do not fit that tokenizer.
         check_defaults: raises AdapterFormatError for defaults that requests cannot use.
         signatures: says who may sign which adapters.
+        key: the key to sign trained versions with, if there is one. base_facts: facts about the base for
+            that.
     """
 
     def __init__(
@@ -123,10 +129,13 @@ class AdapterService:
         check_tokens: Callable[[TokenizerAdditions], None] = lambda added: None,
         check_defaults: Callable[[AdapterDefaults], None] = lambda defaults: None,
         signatures: SignaturePolicy = NO_SIGNATURES,
+        key: ServerKey | None = None,
+        base_facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.signatures = signatures
-        self._refusals: dict[str, Window] = {}
-        """Refused signatures of the last 60 seconds that the audit log has, by tenant."""
+        self._key = key
+        self._base_facts = dict(base_facts or {})
+        self._refusals = RefusalLimit()
         self.vocabulary = vocabulary
         self._check_tokens = check_tokens
         self._check_defaults = check_defaults
@@ -189,10 +198,20 @@ class AdapterService:
             raise VersionFailedError(str(error), code=error.code) from error
 
     async def check_parents(
-        self, tenant: str, name: str, parents: Sequence[VersionRecord], *, actor: str = ""
+        self,
+        tenant: str,
+        name: str,
+        parents: Sequence[VersionRecord],
+        *,
+        actor: str = "",
+        act: str = "a merge",
+        param: str = "adapters",
     ) -> None:
-        """Refuse a merge under a name that needs a signature, unless all its parents have one of a signer
-        of this name.
+        """Refuse to make a version under a name that needs a signature, unless all its parents have one of a
+        signer of this name.
+
+        Args:
+            act: what is refused, for the message. param: the request's field that names the parents.
 
         Raises VersionFailedError, which is in the audit log then.
         """
@@ -206,20 +225,43 @@ class AdapterService:
             error = SignatureError(
                 "signer_not_allowed" if found.get("status") == "verified" else "signature_missing",
                 f"{label(version.name, version.digest)} has no verified signature of "
-                f"{' or '.join(rule.signers)}, which a merge under this name needs of each.",
+                f"{' or '.join(rule.signers)}, which {act} under this name needs of each.",
             )
             await self.note_refusal(tenant, name, error, actor=actor)
-            raise VersionFailedError(str(error), code=error.code, param="adapters")
+            raise VersionFailedError(str(error), code=error.code, param=param)
+
+    @property
+    def signs(self) -> bool:
+        """Return True if the server has a key to sign trained versions with."""
+        return self._key is not None
+
+    async def sign(self, version: VersionRecord, facts: Mapping[str, Any]) -> None:
+        """Sign a version that this server trained, if it has a key and nobody has signed the version.
+
+        Raises AdapterNotFoundError, UnavailableError.
+        """
+        if self._key is None or (version.source.get(SIGNATURE) or {}).get("status") == "verified":
+            return
+        statement = {"base": self._base_facts, **facts}
+        sums = {file: version.files.of(file).sha256 for file in ADAPTER_FILES}
+        bundle = self._key.sign(version.name, sums, statement)
+        report = SignatureReport("verified", signer=OWN, statement=statement)
+        signature = {**to_builtins(report), "bundle": bundle}
+        with storage_errors(version.name):
+            await self._records.write(
+                self._registry.add_version,
+                version.name,
+                version.digest,
+                version.files,
+                {**version.source, SIGNATURE: signature},
+                tenant=version.tenant,
+            )
 
     async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> None:
         """Record in the audit log that files were refused; of one tenant at most MOST_REFUSALS a minute."""
         _log.warning("adapter %r of %r was refused (%s): %s", name, tenant, error.code, error)
-        now = time.monotonic()
-        self._refusals = {one: window for one, window in self._refusals.items() if window.by_second(now)}
-        window = self._refusals.setdefault(tenant, Window())
-        if window.total >= MOST_REFUSALS:
+        if not self._refusals.take(tenant):
             return
-        window.add(1, now)
         details = {"code": error.code, "message": str(error)}
         with storage_errors(name):
             await self._records.write(self._registry.note_refusal, tenant, name, details, actor=actor)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
-from onebase_adapters.signatures import SignaturePolicy
+from onebase_adapters.signatures import ServerKey, SignaturePolicy
 from onebase_adapters.store.store import local_folder
 from onebase_edge.background import Threads
 from onebase_edge.settings import Settings, is_loopback
@@ -297,7 +297,8 @@ def _adapter_parts(
     """Make the adapters' parts. `busy`: whether sequences run. `command` starts the verifier. `kernels`: the
     engine's."""
     registry, store, (records, disk) = storage.registry, storage.store, threads
-    signatures = SignaturePolicy.load(Path(settings.signatures).expanduser()) if settings.signatures else None
+    key = ServerKey.load(Path(settings.signing_key).expanduser()) if settings.signing_key else None
+    policy = Path(settings.signatures).expanduser() if settings.signatures else None
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk, kernels)
     verifier = VerifierClient(
@@ -334,7 +335,9 @@ def _adapter_parts(
         vocabulary=lambda: tokenizers.base.vocabulary,
         check_tokens=tokenizers.check,
         check_defaults=check_form,
-        signatures=signatures or SignaturePolicy(),
+        signatures=SignaturePolicy.load(policy, key),
+        key=key,
+        base_facts={"id": storage.base_id, **asdict(_reference(base, settings))},
     )
     residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service, files)

@@ -37,6 +37,7 @@ from onebase_server.http.routes import (
     conversations,
     files,
     fine_tuning,
+    gates,
     generation,
     health,
     keys,
@@ -82,8 +83,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.authenticator = Authenticator(app, services)
     routes = (
-        generation, responses, conversations, anthropic, pooling, models, adapters, rollouts, vllm, files,
-        batches, fine_tuning, tinker, keys, usage, audit, health, reference, console,
+        generation, responses, conversations, anthropic, pooling, models, adapters, gates, rollouts, vllm,
+        files, batches, fine_tuning, tinker, keys, usage, audit, health, reference, console,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the authentication sees each of them

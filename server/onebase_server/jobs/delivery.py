@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from msgspec import convert
 
 from onebase_adapters.names import label
 from onebase_adapters.registry import (
@@ -22,7 +25,14 @@ from onebase_adapters.registry import (
 from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Backoff
-from onebase_edge.errors import ActivationConflictError, ApiError, DiskFullError, UnavailableError
+from onebase_edge.errors import (
+    ActivationConflictError,
+    ApiError,
+    DiskFullError,
+    TrainingFileNotFoundError,
+    UnavailableError,
+)
+from onebase_protocol.adapters import SliceScore
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.jobs.files import TrainingFiles
@@ -42,6 +52,16 @@ PROOFS_WAITED = 6
 LOST = "adapter_lost"
 """The trained files are gone: the job has to be trained again."""
 _SHOWN = 5
+_PROVED = (
+    "modules_compared",
+    "modules_exact",
+    "exact",
+    "kernels",
+    "texts",
+    "texts_changed",
+    "base_unchanged",
+)
+"""Fields of a proof that are signed."""
 _SUBJECTS = ("base", "parent", ACTIVE)
 _IS_ACTIVE = ", which is active"
 _CODES = {"store_full": "disk_full"}
@@ -151,6 +171,9 @@ class Delivery:
             raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
+        await self._evaluated(job, version)
+        if self._library.signs:
+            await self._library.sign(version, await self._facts(job, version, decision))
         problem = await self._activate(version, record, decision) if decision.activate else ""
         adapter = self._library.catalog.of(job.tenant).own(job.name)
         active = adapter is not None and adapter.active == version.digest
@@ -165,6 +188,40 @@ class Delivery:
             as_asked=active or not (decision.activate or decision.undecided),
             replaced=replaced,
         )
+
+    async def _evaluated(self, job: TrainingJob, version: VersionRecord) -> None:
+        """Record how the version's scores differ from those of the base and of the active version, for gates
+        of activations."""
+        report = job.report or {}
+        chosen = (job.settings.get("best_by"), "exact_match")
+        against = {"base": None, ACTIVE: report.get("active") or None}
+        for subject, by_metric in (report.get("paired") or {}).items():
+            metric = next((name for name in (*chosen, *by_metric) if name in by_metric), None)
+            if metric is None or against.get(subject) == version.digest:
+                continue
+            slices = convert(by_metric[metric], list[SliceScore])
+            await self._library.activation.evaluate(
+                job.tenant, job.name, version.digest, against.get(subject), metric, slices, job=job.id
+            )
+
+    async def _facts(
+        self, job: TrainingJob, version: VersionRecord, decision: ActivationDecision
+    ) -> dict[str, Any]:
+        """Return what is signed about the training of a version."""
+        report, proof = job.report or {}, (version.report or {}).get("proof") or {}
+        parent = None if job.parent is None else {"name": job.parent.name, "version": job.parent.digest}
+        return {
+            "job": job.id,
+            **await training_facts(job, self._files),
+            "steps": report.get("steps"),
+            "parent": parent,
+            "proof": {name: proof[name] for name in _PROVED if name in proof},
+            "activation": {
+                "rule": job.activate,
+                "activate": decision.activate,
+                "reason": decision.reason,
+            },
+        }
 
     async def active_version(self, job: TrainingJob) -> VersionRecord | None:
         """Return the version that requests for the job's adapter get now."""
@@ -210,6 +267,19 @@ class Delivery:
             then = label(version.name, expected) if isinstance(expected, str) else "the base alone"
             return f"it was compared with {then}, and now {now}. Activate it yourself if it is the better one"
         return failure.message if failure else ""
+
+
+async def training_facts(job: TrainingJob, files: TrainingFiles) -> dict[str, Any]:
+    """Return what a job trained on: `data` (of the files that are still there), `recipe` and `seed`. Raises
+    UnavailableError."""
+    data = {}
+    for role, file_id in (("training", job.training_file), ("validation", job.validation_file)):
+        if file_id is not None:
+            with suppress(TrainingFileNotFoundError):
+                file = await files.get(job.tenant, file_id)
+                data[role] = {"sha256": file.sha256, "bytes": file.bytes}
+    recipe = dict((job.report or {}).get("recipe") or job.settings)
+    return {"data": data, "recipe": recipe, "seed": recipe.get("seed")}
 
 
 def decide(job: TrainingJob) -> ActivationDecision:

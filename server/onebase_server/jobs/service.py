@@ -45,6 +45,8 @@ LIFE_SECONDS = 15.0
 """Seconds within which a follower of a job always gets something."""
 LET_GO_SECONDS = 30.0
 """The answer to a pause waits this long for the end of the job's process."""
+NEW_NAME = "ft-"
+"""Beginning of the adapter's name of a job that names none."""
 MOST_EVENTS = 500
 """Events that are read at once for a follower."""
 
@@ -107,7 +109,7 @@ class JobService:
             id=f"ftjob-{number}",
             tenant=tenant,
             server=self._folders.server,
-            name=name or f"ft-{number[:8]}",
+            name=name or f"{NEW_NAME}{number[:8]}",
             training_file=training_file,
             validation_file=validation_file,
             activate=activate,

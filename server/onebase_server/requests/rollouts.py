@@ -40,6 +40,7 @@ from onebase_edge.errors import (
     ApiError,
     ClientGoneError,
     EngineRestartedError,
+    GateClosedError,
     InvalidRequestError,
     QueueFullError,
     QuotaSpentError,
@@ -455,9 +456,11 @@ class RolloutService:
         try:
             async with asyncio.timeout(DECISION_SECONDS):
                 await self._decide_one(rollout)
-        except (StateConflictError, UnknownRolloutError):  # another server was faster, or it is deleted
-            self._undecided.pop(rollout, None)
         except (RegistryError, ApiError, TimeoutError) as error:
+            gone = isinstance(error, StateConflictError | UnknownRolloutError)
+            if gone and not isinstance(error, GateClosedError):  # another server was faster, or it is deleted
+                self._undecided.pop(rollout, None)
+                return
             failures = self._undecided.get(rollout, (0, 0.0))[0] + 1
             seconds = min(_MOST_PAUSE, FLUSH_SECONDS * 2**failures)
             self._undecided[rollout] = failures, time.monotonic() + seconds

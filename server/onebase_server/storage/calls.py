@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from msgspec import to_builtins
+
 from onebase_adapters import registry
 from onebase_adapters.registry import RegistryBusyError, RegistryError
 from onebase_adapters.store import store
@@ -17,6 +19,9 @@ from onebase_edge.errors import (
     AdapterNotFoundError,
     BatchNotFoundError,
     DiskFullError,
+    ForbiddenError,
+    GateClosedError,
+    GateNotFoundError,
     InvalidRequestError,
     JobNotFoundError,
     KeyNotFoundError,
@@ -82,6 +87,12 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise StateConflictError(str(error), code="version_not_ready", param="version") from error
     except registry.StaleActivationError as error:
         raise ActivationConflictError(name, error.current) from error
+    except registry.GateError as error:
+        raise GateClosedError(str(error), [to_builtins(one) for one in error.closed]) from error
+    except registry.ApprovalError as error:
+        raise ForbiddenError(str(error), code="approval_refused", param="version") from error
+    except registry.UnknownGateError as error:
+        raise GateNotFoundError(str(error)) from error
     except registry.NothingToRollBackError as error:
         raise StateConflictError(str(error), code="nothing_to_roll_back") from error
     except registry.RolloutStateError as error:

@@ -27,8 +27,10 @@ from ..adapter_types import (
     Rollout,
     RolloutJudge,
     RolloutRules,
+    SliceScore,
     VersionFile,
     VersionFiles,
+    VersionGates,
 )
 from ..errors import UnprocessableError
 from ..types import AdapterWeight
@@ -134,8 +136,96 @@ class AsyncAdapters:
                     labels[side] = answer.adapter
             if progress is not None:
                 progress((number + 1) / len(wanted))
-            found.append(rows.ComparedAnswer(row.line, row.question, row.reference, *answers))
+            texts = (row.reference, answers[0], answers[1])
+            found.append(rows.ComparedAnswer(row.line, row.question, *texts, slice=row.slice))
         return rows.AnswerComparison(labels[0], labels[1], tuple(found))
+
+    async def bom(self, name: str, version: str) -> dict[str, Any]:
+        """Return a version's bill of materials: a CycloneDX 1.6 document about its files, its base, the data
+        and the recipe of its training, its proof, its signature and its evaluations.
+
+        Args:
+            version: Its digest, or at least the first 8 digits.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+            PermissionDeniedError: another tenant shares it.
+        """
+        return await self._http.ask(adapters.bom(name, version), dict[str, Any])
+
+    async def gates(self, name: str, version: str) -> VersionGates:
+        """Return the gates that the caller would have to pass to activate a version, and which are open.
+
+        Args:
+            version: Its digest, or at least the first 8 digits.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+            PermissionDeniedError: another tenant shares it.
+        """
+        return await self._http.ask(adapters.gates(name, version), VersionGates)
+
+    async def approve(self, name: str, version: str, approved: bool = True) -> VersionGates:
+        """Approve a version for its next activation, or withdraw that.
+
+        Args:
+            version: Its digest, or at least the first 8 digits.
+
+        Raises:
+            PermissionDeniedError: this key made the version, or the gates name other keys.
+            NotFoundError: there is no such adapter or version.
+        """
+        return await self._http.ask(adapters.approve(name, version, approved), VersionGates)
+
+    async def send_evaluation(
+        self, name: str, version: str, against: str | None, metric: str, slices: Sequence[SliceScore]
+    ) -> VersionGates:
+        """Send how the scores of a version differ from those of another one on the same rows.
+
+        Args:
+            version: Its digest, or at least the first 8 digits.
+            against: That of the version that it was compared with, mostly the active one; None: the base.
+            metric: The name of what was measured, for people.
+            slices: For each slice, the sum of the differences and that of their squares.
+
+        Raises:
+            PermissionDeniedError: this key made the version.
+            NotFoundError: there is no such adapter or version.
+        """
+        call = adapters.evaluation(name, version, against, metric, slices)
+        return await self._http.ask(call, VersionGates)
+
+    async def evaluate(
+        self,
+        name: str,
+        version: str,
+        data: str | Path,
+        *,
+        limit: int | None = None,
+        max_tokens: int = 256,
+        progress: Callable[[float], object] | None = None,
+    ) -> VersionGates:
+        """Ask a version and the one that is active (or the base, if none is) for the likeliest answers to
+        held-out prompts, and send how often each was the row's own reply, by the rows' field `slice`.
+
+        Args:
+            data, limit, max_tokens, progress: As for `compare_answers`; each row needs a reply.
+
+        Raises:
+            ValueError: a row has no prompt, or no reply.
+            PermissionDeniedError: this key made the version.
+            OneBaseError: a request failed; see `onebase.errors`.
+        """
+        active = (await self.retrieve(name)).version
+        found = await self.compare_answers(
+            f"{name}@{version}",
+            None if active is None else f"{name}@{active}",
+            data,
+            limit=limit,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+        return await self.send_evaluation(name, version, active, "exact_match", found.exact_by_slice())
 
     async def download(
         self,

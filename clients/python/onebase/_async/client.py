@@ -40,7 +40,7 @@ from ..types import (
 from .adapters import AsyncAdapters
 from .batches import AsyncBatches
 from .http import AsyncHttp
-from .keys import AsyncKeys, AsyncTenants
+from .keys import AsyncGates, AsyncKeys, AsyncTenants
 from .streams import AsyncStream
 from .training import AsyncFiles, AsyncTraining
 
@@ -131,6 +131,11 @@ class AsyncClient:
     def tenants(self) -> AsyncTenants:
         """Tenants: their quotas, and what they have."""
         return AsyncTenants(self._http)
+
+    @property
+    def gates(self) -> AsyncGates:
+        """Rules of what a version must pass before it answers."""
+        return AsyncGates(self._http)
 
     @property
     def models(self) -> AsyncModels:

@@ -12,6 +12,7 @@ from .training import query_of
 
 KEYS: Final = Call("GET", "/v1/keys")
 TENANTS: Final = Call("GET", "/v1/tenants")
+GATES: Final = Call("GET", "/v1/gates")
 
 
 def create_key(
@@ -53,6 +54,17 @@ def set_quotas(tenant: str, quotas: Mapping[str, int | None]) -> Call:
         raise ValueError("the name of a tenant is empty")
     place = f"/v1/tenants/{quote(tenant, safe='')}"
     return Call("POST", place, encode({"quotas": dict(quotas)}), idempotent=True)
+
+
+def set_gate(rule: Body) -> Call:
+    """Idempotent: it takes the place of the rule with the same patterns."""
+    return Call("POST", "/v1/gates", encode(rule), idempotent=True)
+
+
+def delete_gate(gate_id: str) -> Call:
+    if not gate_id:
+        raise ValueError("the id of a gate is empty")
+    return Call("DELETE", f"/v1/gates/{quote(gate_id, safe='')}")
 
 
 def usage(

@@ -25,6 +25,7 @@ from ..adapter_types import (
     ProgressCallback,
     RolloutJudge,
     RolloutRules,
+    SliceScore,
     VersionFile,
     VersionFiles,
 )
@@ -413,6 +414,27 @@ def feedback(answer: str, score: float | None, thumb: str | None) -> Call:
         raise ValueError("give either score (0 to 1) or thumb (up or down)")
     given = {"score": score} if thumb is None else {"thumb": thumb}
     return Call("POST", "/v1/feedback", encode({"id": answer, **given}), idempotent=True)
+
+
+def bom(name: str, digest: str) -> Call:
+    return Call("GET", _path(name, "versions", digest, "bom"))
+
+
+def gates(name: str, digest: str) -> Call:
+    return Call("GET", _path(name, "versions", digest, "gates"))
+
+
+def approve(name: str, digest: str, approved: bool) -> Call:
+    """Idempotent, as `pin`."""
+    path = _path(name, "versions", digest, "approval")
+    return Call("POST" if approved else "DELETE", path, encode({}) if approved else None, idempotent=True)
+
+
+def evaluation(
+    name: str, digest: str, against: str | None, metric: str, slices: Sequence[SliceScore]
+) -> Call:
+    body: Body = {"against": against, "metric": metric, "slices": [to_builtins(one) for one in slices]}
+    return _post(body, name, "versions", digest, "evaluation")
 
 
 def delete(name: str, digest: str | None, *, force: bool) -> Call:

@@ -12,6 +12,8 @@ from typing import Any, Final
 from onebase_protocol.common import Json
 from onebase_protocol.training import MEANT
 
+from ..adapter_types import SliceScore
+
 MOST_PROBLEMS: Final = 20
 _MOST_ROW_BYTES: Final = 4 << 20
 _SHAPES: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
@@ -41,6 +43,8 @@ class HeldOutRow:
     asked: Mapping[str, Any]
     """`messages` (with `tools`), or `prompt`, as arguments of a request."""
     reference: str | None
+    slice: str = ""
+    """The row's field `slice`."""
 
     @property
     def question(self) -> str:
@@ -132,6 +136,7 @@ def _is_reply(message: object) -> bool:
 
 def _held_out(path: str | Path, line: int, row: Mapping[str, Any]) -> HeldOutRow:
     messages, prompt, completion = (row.get(name) for name in ("messages", "prompt", "completion"))
+    slice = row["slice"] if isinstance(row.get("slice"), str) else ""
     if isinstance(prompt, list):
         messages = [*prompt, *(completion if isinstance(completion, list) else ())]
     if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages):
@@ -145,9 +150,10 @@ def _held_out(path: str | Path, line: int, row: Mapping[str, Any]) -> HeldOutRow
         if asked["messages"]:
             if isinstance(row.get("tools"), list) and row["tools"]:
                 asked["tools"] = row["tools"]
-            return HeldOutRow(line, asked, wanted)
+            return HeldOutRow(line, asked, wanted, slice)
     elif isinstance(prompt, str) and prompt.strip():
-        return HeldOutRow(line, {"prompt": prompt}, completion if isinstance(completion, str) else None)
+        reply = completion if isinstance(completion, str) else None
+        return HeldOutRow(line, {"prompt": prompt}, reply, slice)
     raise ValueError(f"{path}, line {line}: there is no prompt: give messages, or prompt and completion")
 
 
@@ -206,6 +212,7 @@ class ComparedAnswer:
     reference: str | None
     a: str
     b: str
+    slice: str = ""
 
     @property
     def same(self) -> bool:
@@ -241,6 +248,24 @@ class AnswerComparison:
             facts[f"json_valid_{side}"] = _mean([_is_json(text) for text in answers]) if is_json else None
         for name, value in facts.items():
             object.__setattr__(self, name, value)
+
+    def exact_by_slice(self) -> tuple[SliceScore, ...]:
+        """Return, for each slice, how the exact matches of `a` differ from those of `b`.
+
+        Raises:
+            ValueError: a row has no reply that an answer could match.
+        """
+        parts: dict[str, list[int]] = {}
+        for row in self.rows:
+            if row.reference is None:
+                raise ValueError(f"line {row.line} has no reply: an answer can match none")
+            wanted = row.reference.strip()
+            difference = int(row.a.strip() == wanted) - int(row.b.strip() == wanted)
+            parts.setdefault(row.slice, []).append(difference)
+        return tuple(
+            SliceScore(slice=name, rows=len(some), sum=sum(some), squares=sum(map(abs, some)))
+            for name, some in parts.items()
+        )
 
     @property
     def differing(self) -> tuple[ComparedAnswer, ...]:

@@ -41,7 +41,7 @@ from ..types import (
 from .adapters import Adapters
 from .batches import Batches
 from .http import Http
-from .keys import Keys, Tenants
+from .keys import Gates, Keys, Tenants
 from .streams import Stream
 from .training import Files, Training
 
@@ -132,6 +132,11 @@ class Client:
     def tenants(self) -> Tenants:
         """Tenants: their quotas, and what they have."""
         return Tenants(self._http)
+
+    @property
+    def gates(self) -> Gates:
+        """Rules of what a version must pass before it answers."""
+        return Gates(self._http)
 
     @property
     def models(self) -> Models:

@@ -1,13 +1,16 @@
 # Generated from _async/keys.py by tools/generate_sync.py; do not edit.
-"""`client.keys` and `client.tenants`."""
+"""`client.keys`, `client.tenants` and `client.gates`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from onebase_protocol.common import ListAnswer
+from msgspec import to_builtins
+
+from onebase_protocol.common import DeletedAnswer, ListAnswer
 
 from .._core import access
+from ..adapter_types import EvaluationGate, GateRule, ProofGate
 from ..types import ApiKey, NewApiKey, Tenant
 from .http import Http
 
@@ -98,3 +101,62 @@ class Tenants:
             BadRequestError: no tenant can have such a name or quota.
         """
         return self._http.ask(access.set_quotas(tenant, quotas), Tenant)
+
+
+class Gates:
+    """`client.gates`: what a version must pass before it answers under a name."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    def list(self) -> tuple[GateRule, ...]:
+        """Return the rules that apply to the key's tenant; all of them for a key with the scope `admin`."""
+        return (self._http.ask(access.GATES, ListAnswer[GateRule])).data
+
+    def set(
+        self,
+        *,
+        tenant: str = "*",
+        name: str = "*",
+        signature: Sequence[str] = (),
+        proof: ProofGate = "none",
+        evaluation: EvaluationGate | None = None,
+        weights: float | None = None,
+        approvals: int = 0,
+        approvers: Sequence[str] = (),
+    ) -> GateRule:
+        """Set a rule in place of the one with the same patterns. All rules that match a version apply.
+
+        Args:
+            tenant, name: Patterns of the tenant and of the adapter's name, such as `support-*`.
+            signature: Patterns of signers, of which one must have signed the version.
+            proof: `proved` or `exact`.
+            evaluation: How sure it must be that the version is not worse than the active one.
+            weights: Largest score of its weights.
+            approvals: Number of people who must approve it, other than those who made and who activate it.
+            approvers: Ids of the keys that may approve; all of the tenant by default.
+
+        Raises:
+            BadRequestError: the rule has no gate, or a field is wrong.
+            PermissionDeniedError: the key lacks the scope `admin`.
+        """
+        body = {
+            "tenant": tenant,
+            "name": name,
+            "signature": list(signature),
+            "proof": proof,
+            "evaluation": None if evaluation is None else to_builtins(evaluation),
+            "weights": weights,
+            "approvals": approvals,
+            "approvers": list(approvers),
+        }
+        return self._http.ask(access.set_gate(body), GateRule)
+
+    def delete(self, gate_id: str) -> None:
+        """Delete a rule.
+
+        Raises:
+            NotFoundError: there is no rule of this id.
+            PermissionDeniedError: the key lacks the scope `admin`.
+        """
+        self._http.ask(access.delete_gate(gate_id), DeletedAnswer)

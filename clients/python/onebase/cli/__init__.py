@@ -48,6 +48,7 @@ Talking to a server
   top        watch the server: sequences, tokens, adapters, jobs, tenants
   usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
+  gates      say what a version must pass before it answers under a name
   audit      list who changed what: adapters, files, jobs, batches, keys
   conform    find out whether a server, of any make, applies the right adapter
   version    show the version of this command and of the server
@@ -76,6 +77,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "top": "top",
     "usage": "usage",
     "audit": "audit",
+    "gates": "gates",
     "conform": "conform",
     "models": "server",
     "version": "server",

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse
 from msgspec.structs import replace
 from pydantic import ValidationError
 
+import onebase_server
 from onebase_adapters.hub.pull import HubError, HubReference
-from onebase_adapters.registry import UNSET, Unset, VersionRecord
+from onebase_adapters.registry import SIGNATURE, UNSET, Unset, VersionRecord
 from onebase_adapters.signatures import Checked, SentFiles
 from onebase_edge.errors import (
     ApiError,
     EngineRestartedError,
     InvalidRequestError,
+    JobNotFoundError,
     QueueFullError,
     UnavailableError,
     VersionFailedError,
 )
 from onebase_protocol.adapters import READY, Activation, Adapter, AdapterVersion, VersionFiles
-from onebase_protocol.common import DeletedAnswer, ListAnswer
+from onebase_protocol.common import DeletedAnswer, Json, ListAnswer
+from onebase_server.adapters.bom import bill_of_materials
 from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.merging import RANDOM, SIGNED, MergeSettings
 from onebase_server.adapters.service import VersionOptions
@@ -53,6 +56,7 @@ from onebase_server.http.uploads import (
     check_length,
     read_form,
 )
+from onebase_server.jobs.delivery import training_facts
 from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 
@@ -304,6 +308,39 @@ async def get_version_file(
             services.adapters.store.local, found.files.of(file).sha256
         )
     return FileResponse(path, media_type="application/octet-stream", filename=file)
+
+
+@router.get("/{name}/versions/{version}/bom", responses=answer(Json, 404))
+@needs("adapters")
+async def get_bill_of_materials(
+    name: AdapterName, version: str, services: Provided, caller: Calling
+) -> Response:
+    """Return a version's bill of materials (CycloneDX 1.6): files, base, data, recipe, proof, signature,
+    evaluations."""
+    found = await _own_version(services, caller, name, version)
+    gates = await services.activation.gates(caller.tenant, name, found.digest)
+    bom = bill_of_materials(
+        found,
+        services.views.base,
+        await _training_facts(services, found),
+        gates.evaluations,
+        onebase_server.__version__,
+    )
+    return JSONResponse(bom)
+
+
+async def _training_facts(services: Services, version: VersionRecord) -> Mapping[str, Any]:
+    """Return what a job of this server trained a version on: as it was signed, or else as it is known."""
+    statement = (version.source.get(SIGNATURE) or {}).get("statement")
+    if statement:
+        return dict(statement)
+    if version.source.get("kind") != "training":
+        return {}
+    try:
+        job = await services.training.jobs.get(version.tenant, str(version.source.get("job")))
+    except JobNotFoundError:
+        return {}
+    return await training_facts(job, services.training.files)
 
 
 async def _own_version(services: Services, caller: Caller, name: str, version: str) -> VersionRecord:

@@ -32,6 +32,7 @@ from onebase_server.http.views.jobs import (
     number_of,
 )
 from onebase_server.jobs.checkpoints import adapter_of
+from onebase_server.jobs.service import NEW_NAME
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
@@ -52,12 +53,17 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
     services.refuse_if_draining()
     base = services.catalog.base_name
     parent = None if body.model == base else await _parent(body.model, services, caller)
+    name = _adapter_name(body, base, parent)
+    if parent is not None:
+        await services.adapters.check_parents(
+            caller.tenant, name or NEW_NAME, [parent], actor=caller.key, act="training", param="model"
+        )
     job = await services.training.jobs.create(
         caller.tenant,
         body.recipe(services.settings.max_rank, await _settings_of(parent, services)),
         training_file=body.training_file,
         validation_file=body.validation_file,
-        name=_adapter_name(body, base, parent),
+        name=name,
         activate=body.activate or "if_better",
         labels=body.metadata or {},
         parent=None if parent is None else ParentVersion.of(parent),

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
+from msgspec import convert
 from pydantic import Field, model_validator
 
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS
-from onebase_protocol.adapters import MergeMethod, MergeSign, RolloutRules
+from onebase_protocol.adapters import (
+    EvaluationGate,
+    GateRule,
+    MergeMethod,
+    MergeSign,
+    ProofGate,
+    RolloutRules,
+    SliceScore,
+)
 from onebase_server.adapters.merging import PRUNING, RANDOM, SIGNED
 from onebase_server.requests.schemas.generation import MAX_WEIGHT
 from onebase_server.requests.schemas.wire import FieldError, Name, Wire
@@ -173,6 +182,95 @@ class FeedbackRequest(Wire):
     @property
     def value(self) -> float:
         return float(self.thumb == "up") if self.score is None else self.score
+
+
+KeyPattern = Annotated[str, Field(min_length=1, max_length=200)]
+KeyPatterns = Annotated[list[KeyPattern], Field(max_length=64, fail_fast=True)]
+_EVALUATION = EvaluationGate()
+
+
+class EvaluationGateBody(Wire):
+    """Evaluation that a gate asks for."""
+
+    margin: Margin = _EVALUATION.margin
+    confidence: Annotated[float, Field(ge=0.5, le=0.9999)] = _EVALUATION.confidence
+    rows: Annotated[int, Field(ge=1, le=1_000_000)] = _EVALUATION.rows
+    evaluators: KeyPatterns = Field(default=[], description="ids of the keys whose evaluations count")
+
+
+class GateRequest(Wire):
+    """Body of POST /v1/gates. It takes the place of the rule with the same patterns."""
+
+    tenant: KeyPattern = "*"
+    name: KeyPattern = "*"
+    signature: KeyPatterns = Field(default=[], description="patterns of the signers, of which one must sign")
+    proof: ProofGate = "none"
+    evaluation: EvaluationGateBody | None = None
+    weights: Annotated[float, Field(ge=0, le=1000)] | None = None
+    approvals: Annotated[int, Field(ge=0, le=8)] = 0
+    approvers: KeyPatterns = Field(default=[], description="ids of the keys that may approve")
+
+    @model_validator(mode="after")
+    def _check_some(self) -> Self:
+        asked = (
+            self.signature,
+            self.proof != "none",
+            self.evaluation,
+            self.weights is not None,
+            self.approvals,
+        )
+        if not any(asked):
+            raise FieldError(
+                "signature",
+                "is missing, and so are all other gates: name one (signature, proof, evaluation, weights, "
+                "approvals), or delete the rule",
+            )
+        if self.approvers and self.approvals > len(set(self.approvers)):
+            raise FieldError("approvals", f"are more than the {len(set(self.approvers))} approvers")
+        return self
+
+    def rule(self) -> GateRule:
+        return convert(self.model_dump(), GateRule)
+
+
+class SliceScoreBody(Wire):
+    """Differences of two versions' scores (0 to 1) on the rows of one slice."""
+
+    slice: Annotated[str, Field(max_length=200)] = ""
+    rows: Annotated[int, Field(ge=1, le=10_000_000)]
+    sum: float = Field(description="of the differences: the version's score less the other's")
+    squares: float = Field(description="sum of the squares of the differences")
+
+    @model_validator(mode="after")
+    def _check_possible(self) -> Self:
+        if abs(self.sum) > self.rows:
+            raise FieldError(
+                "sum", f"of {self.rows} differences of scores from 0 to 1 is at most {self.rows}"
+            )
+        if not self.sum**2 / self.rows * (1 - 1e-9) <= self.squares <= self.rows:
+            raise FieldError(
+                "squares", "do not belong to this sum: give the sum of the squares of the same differences"
+            )
+        return self
+
+
+class EvaluationRequest(Wire):
+    """Body of POST .../evaluation: how a version compares with another on the same rows."""
+
+    against: Annotated[str, Field(min_length=1, max_length=80)] | None = Field(
+        default=None, description="digest of the other version of the same name; null: the base"
+    )
+    metric: Annotated[str, Field(min_length=1, max_length=100)]
+    slices: Annotated[list[SliceScoreBody], Field(min_length=1, max_length=200, fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        if len({one.slice for one in self.slices}) < len(self.slices):
+            raise FieldError("slices", "name a slice twice: add its rows up")
+        return self
+
+    def scores(self) -> list[SliceScore]:
+        return [SliceScore(**one.model_dump()) for one in self.slices]
 
 
 class EmptyRequest(Wire):

@@ -33,7 +33,7 @@ class AdapterViews:
         self, adapters: AdapterService, hub: HubAdapters, residency: Residency, base: BaseReference
     ) -> None:
         self._adapters = adapters
-        self._base = base
+        self.base = base
         self._catalog = adapters.catalog
         self._hub = hub
         self._residency = residency
@@ -137,7 +137,7 @@ class AdapterViews:
         blobs = [(name, version.files.of(name)) for name in ADAPTER_FILES]
         return VersionFiles(
             version=version.digest,
-            base=self._base,
+            base=self.base,
             files=tuple(VersionFile(name, blob.size, blob.sha256) for name, blob in blobs),
             signature=(version.source.get(SIGNATURE) or {}).get("bundle"),
         )

@@ -48,6 +48,7 @@ def upgrade() -> None:
     _create_batches()
     _create_live()
     _create_rollouts()
+    _create_gates()
 
 
 def _parent(column: str) -> sa.ForeignKey:
@@ -133,6 +134,7 @@ def _create_versions() -> None:
         sa.Column("error_message", sa.Text()),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("created_by", sa.String(), nullable=False),
+        sa.Column("makers", sa.JSON(), nullable=False),
         sa.Column("finished_at", sa.Double()),
         sa.UniqueConstraint("adapter_id", "digest"),
     )
@@ -428,3 +430,34 @@ def _create_rollouts() -> None:
 def _of_rollout() -> sa.ForeignKey:
     """Return a reference to the rollout that a row is deleted with."""
     return sa.ForeignKey("rollouts.number", ondelete="CASCADE")
+
+
+def _create_gates() -> None:
+    op.create_table(
+        "gates",
+        sa.Column("id", sa.String(), primary_key=True),
+        sa.Column("tenant", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("settings", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("created_by", sa.String(), nullable=False),
+        sa.UniqueConstraint("tenant", "name"),
+    )
+    op.create_table(
+        "approvals",
+        sa.Column("version_id", _ID, _parent("versions.id"), primary_key=True, autoincrement=False),
+        sa.Column("key", sa.String(), primary_key=True),
+        sa.Column("evaluation", sa.BigInteger(), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False),
+    )
+    op.create_table(
+        "evaluations",
+        sa.Column("number", _ID, primary_key=True),
+        sa.Column("version_id", _ID, _parent("versions.id"), nullable=False, index=True),
+        sa.Column("against", sa.String()),
+        sa.Column("metric", sa.String(), nullable=False),
+        sa.Column("slices", sa.JSON(), nullable=False),
+        sa.Column("key", sa.String(), nullable=False),
+        sa.Column("job", sa.String()),
+        sa.Column("at", sa.Double(), nullable=False),
+    )

@@ -21,11 +21,15 @@ Look
   list                  all adapters
   show NAME[@VERSION]   one with its versions, or one version with its proof
   diff A B              two side by side: targets, ranks, norms layer by layer
+  bom NAME[@VERSION]    its bill of materials, as CycloneDX 1.6 JSON
+  gates NAME[@VERSION]  what it must pass before it answers, and what it has
 
 Take elsewhere
   export NAME[@VERSION] as a PEFT folder, a merged model, or GGUF
 
 Change
+  evaluate NAME@VERSION compare its answers with the active one's, for gates
+  approve NAME@VERSION  let another person activate it
   activate NAME VERSION make a version the active one
   rollback NAME         go back to the version that was active before
   rollout NAME@VERSION  let a version answer a share of requests, and compare
@@ -46,6 +50,10 @@ ACTIONS: Final[Mapping[str, str]] = {
     "show": "show",
     "diff": "diff",
     "export": "export",
+    "bom": "gates",
+    "gates": "gates",
+    "approve": "gates",
+    "evaluate": "gates",
     "activate": "change",
     "rollback": "change",
     "rollout": "rollout",

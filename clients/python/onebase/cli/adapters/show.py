@@ -202,7 +202,7 @@ def print_version(out: Console, version: AdapterVersion) -> None:
     out.print(line(f"  sha256 {version.version}", "dim"), soft_wrap=True)
     if version.signature is not None:
         style = "green" if version.signature.status == "verified" else "yellow"
-        out.print(line(f"  {_signed(version.signature)}", style))
+        out.print(line(f"  {_signed(version.signature)}", style), soft_wrap=True)
     if version.error is not None:
         out.print()
         out.print(line(f"{version.error.message} ({version.error.code})", "red"))
@@ -229,7 +229,14 @@ def _signed(found: SignatureReport) -> str:
     """Return a sentence on a signature."""
     if found.status != "verified":
         return f"signature {found.status} ({found.code}): {found.message}"
-    return f"signed by {found.signer}" + (f" ({found.identity})" if found.identity else "")
+    said = f"signed by {found.signer}" + (f" ({found.identity})" if found.identity else "")
+    made = found.statement or {}
+    if made.get("job"):
+        said += f": trained by {made['job']} on {made.get('base', {}).get('name')}"
+        data = made.get("data", {}).get("training", {}).get("sha256")
+        said += f", data {short(data)}" if data else ""
+        said += f", seed {made['seed']}" if made.get("seed") is not None else ""
+    return said
 
 
 def _defaults(defaults: AdapterDefaults | None) -> list[str]:

@@ -1,0 +1,162 @@
+"""`onebase gates`: rules of what a version must pass before it answers under a name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from .._sync.client import Client
+from .._terminal.ui import Column, note, print_table
+from ..adapter_types import EvaluationGate, GateRule
+from .command import OK, USAGE, action_parser, perform, print_json
+
+HELP: Final = """\
+usage: onebase gates ACTION [options]
+
+Say what a version must pass before it answers under its name, on all servers of a
+registry. All rules apply whose patterns match the tenant and the name.
+
+  list      the rules that apply to your tenant; for an admin all of them
+  set       set a rule, in place of the one with the same patterns; for admins
+  rm ID     delete a rule; for admins
+
+`onebase gates ACTION --help` explains an action. All of them take --json.
+"""
+ACTIONS: Final = ("list", "set", "rm")
+_SET: Final = """\
+Set a rule, in place of the one with the same patterns. Rollbacks pass no gate.
+"""
+_EXAMPLES: Final = """\
+  onebase gates set --name 'support-*' --signature acme --proof proved
+  onebase gates set --tenant acme --approvals 1 --approver ob-0123456789abcdef
+  onebase gates set --evaluation margin=0.05 --evaluation rows=50
+"""
+_FIELDS: Final = {"margin": float, "confidence": float, "rows": int}
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run the command. Gives its exit status."""
+    action = argv[0] if argv else ""
+    if action in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return OK
+    if action not in ACTIONS:
+        sys.stderr.write(HELP if not action else f"onebase gates: there is no action {action!r}.\n")
+        return USAGE
+    texts = (_SET, _EXAMPLES) if action == "set" else ("", "")
+    made = action_parser(f"gates {action}", *texts)
+    if action == "set":
+        _add_options(made)
+    elif action == "rm":
+        made.add_argument("id", metavar="ID")
+    args = made.parse_args(argv[1:])
+    return perform(made, args, lambda client: _perform(action, client, args))
+
+
+def _add_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--tenant", default="*", metavar="PATTERN", help="tenants that it is for (default: *)")
+    made.add_argument("--name", default="*", metavar="PATTERN", help="adapters that it is for (default: *)")
+    made.add_argument(
+        "--signature",
+        action="append",
+        default=[],
+        metavar="SIGNER",
+        help="pattern of a signer of the server's --signatures; may be repeated (default: no signature)",
+    )
+    made.add_argument(
+        "--proof",
+        choices=("none", "proved", "exact"),
+        default="none",
+        help="proved: nothing of the proof was waived; exact: with PEFT's own bits (default: none)",
+    )
+    made.add_argument(
+        "--evaluation",
+        action="append",
+        default=[],
+        type=_field,
+        metavar="FIELD=VALUE",
+        help="not worse than the active version: margin, confidence, rows (default: no evaluation)",
+    )
+    made.add_argument(
+        "--evaluator",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="key whose evaluations count (default: any)",
+    )
+    made.add_argument(
+        "--weights", type=float, metavar="SCORE", help="largest score of its weights (default: any)"
+    )
+    made.add_argument(
+        "--approvals", type=int, default=0, metavar="N", help="people who must approve it (default: 0)"
+    )
+    made.add_argument(
+        "--approver", action="append", default=[], metavar="KEY", help="key that may approve (default: any)"
+    )
+
+
+def _field(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    if name not in _FIELDS:
+        raise argparse.ArgumentTypeError(f"{name!r} is no field: use {', '.join(_FIELDS)}")
+    try:
+        return name, _FIELDS[name](value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write {name}=NUMBER") from None
+
+
+def _perform(action: str, client: Client, args: argparse.Namespace) -> int:
+    if action == "rm":
+        client.gates.delete(args.id)
+        print_json({"id": args.id, "deleted": True}) if args.json else print(f"Deleted {args.id}.")
+        return OK
+    rules: Sequence[GateRule] = [_set(client, args)] if action == "set" else client.gates.list()
+    if args.json:
+        print_json(rules[0] if action == "set" else rules)
+    elif rules:
+        print_table(_COLUMNS, rules)
+    else:
+        note("No rule: every version that is ready can be activated.")
+    return OK
+
+
+def _set(client: Client, args: argparse.Namespace) -> GateRule:
+    evaluation = None
+    if args.evaluation or args.evaluator:
+        fields = {name: value for name, value in args.evaluation if name != "rows"}
+        rows = {name: int(value) for name, value in args.evaluation if name == "rows"}
+        evaluation = EvaluationGate(**fields, **rows, evaluators=tuple(args.evaluator))
+    return client.gates.set(
+        tenant=args.tenant,
+        name=args.name,
+        signature=args.signature,
+        proof=args.proof,
+        evaluation=evaluation,
+        weights=args.weights,
+        approvals=args.approvals,
+        approvers=args.approver,
+    )
+
+
+def conditions(rule: GateRule) -> str:
+    """Return a rule's gates in one line."""
+    parts = [f"signed by {' or '.join(rule.signature)}"] if rule.signature else []
+    parts += [rule.proof] if rule.proof != "none" else []
+    if rule.evaluation is not None:
+        one = rule.evaluation
+        parts.append(f"evaluated: margin {one.margin:g}, {one.confidence:.4g} sure, {one.rows} rows")
+    parts += [f"weights at most {rule.weights:g}"] if rule.weights is not None else []
+    if rule.approvals:
+        whose = f" of {', '.join(rule.approvers)}" if rule.approvers else ""
+        parts.append(f"approved by {rule.approvals}{whose}")
+    return "; ".join(parts)
+
+
+_COLUMNS: tuple[Column[GateRule], ...] = (
+    Column("id", lambda rule: rule.id),
+    Column("tenant", lambda rule: rule.tenant),
+    Column("name", lambda rule: rule.name),
+    Column("a version must be", conditions),
+)
