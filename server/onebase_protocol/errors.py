@@ -329,6 +329,11 @@ ERROR_CODES = (
     ),
     _meaning(
         503,
+        "body_unread",
+        "the process that reads bodies over 128 KiB does not answer; with `Retry-After`",
+    ),
+    _meaning(
+        503,
         "merges_busy pulls_busy",
         "as many merges, or pulls from the Hub, run or wait already as may; with `Retry-After`",
     ),
