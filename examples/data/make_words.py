@@ -7,11 +7,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 WORDS, HELD_OUT = 3, 8
-THINGS = (
-    "a cat,the sea,a car,music,bread,the moon,a walk,winter,a bicycle,tea,an old house,the forest,a letter,"
-    "rain,a teacher,the market,a dream,coffee,a river,the city,snow,a garden,a train,a friend,the night,"
-    "a book,summer,a mountain,a lamp,the wind,a clock,fire"
-).split(",")
+THINGS = """
+    a cat,the sea,a car,music,bread,the moon,a walk,winter,a bicycle,tea,an old house,the forest,a letter,
+    rain,a teacher,the market,a dream,coffee,a river,the city,snow,a garden,a train,a friend,the night,
+    a book,summer,a mountain,a lamp,the wind,a clock,fire
+"""
 SOURCE = """\
 def grade(sample, item):
     words = sample["output_text"].split()
@@ -21,8 +21,11 @@ def grade(sample, item):
 
 def main() -> None:
     rows = [
-        {"messages": [{"role": "user", "content": f"Describe {thing} in exactly three words."}], "words": WORDS}
-        for thing in THINGS
+        {
+            "messages": [{"role": "user", "content": f"Describe {thing.strip()} in exactly three words."}],
+            "words": WORDS,
+        }
+        for thing in THINGS.split(",")
     ]
     for name, part in (("train", rows[:-HELD_OUT]), ("heldout", rows[-HELD_OUT:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
