@@ -30,6 +30,7 @@ def main() -> None:
     for name, part in (("train", rows[:-HELD_OUT]), ("heldout", rows[-HELD_OUT:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (FOLDER / f"words.{name}.jsonl").write_text(text)
+        print(f"{FOLDER.name}/words.{name}.jsonl: {len(part)} prompts")
     grader = {"type": "python", "name": "three words", "source": SOURCE}
     (FOLDER / "words.grader.json").write_text(json.dumps(grader, indent=1) + "\n")
 
