@@ -101,11 +101,8 @@ def test_a_job_samples_grades_learns_and_is_served(server: Server, client: OpenA
     assert (report["metrics_before"].keys(), report["metrics_after"].keys()) == ({"reward"}, {"reward"})
     assert report["slices"]["by"] == "reward"
     assert report["replies"][0]["rewards"].keys() == {"base", "adapter"}
-    steps = [
-        event.data
-        for event in client.fine_tuning.jobs.list_events(job.id, limit=100).data
-        if event.type == "metrics" and "rewards_spread" in event.data
-    ]
+    told: list[Any] = [event.data for event in client.fine_tuning.jobs.list_events(job.id, limit=100).data]
+    steps = [data for data in told if data and "rewards_spread" in data]
     assert {event["step"] for event in steps} == {1, 2, 3, 4}
     assert all(0 <= event["rewards_mean"] <= 1 and event["rewards_failed"] == 0 for event in steps)
     answer = client.completions.create(model="letters", prompt="one", max_tokens=2)
