@@ -207,9 +207,10 @@ def test_reinforcement_needs_a_key_that_may_generate_and_an_operator_who_allows_
     serve_scripted: Starter, keys: Keys
 ) -> None:
     options = ("--data-dir", str(keys.file.parent), "--python-graders", "off")
+    one, two = keys.make("train"), keys.make("train", "generate")
     with serve_scripted("words", *options) as server:
-        trains = OpenAI(base_url=f"{server.url}/v1", api_key=keys.make("train"), max_retries=0)
-        both = OpenAI(base_url=f"{server.url}/v1", api_key=keys.make("train", "generate"), max_retries=0)
+        trains = OpenAI(base_url=f"{server.url}/v1", api_key=one, max_retries=0)
+        both = OpenAI(base_url=f"{server.url}/v1", api_key=two, max_retries=0)
         method = {"type": "reinforcement", "reinforcement": {"grader": CHECK}}
         with pytest.raises(openai.PermissionDeniedError, match="generate"):
             trains.fine_tuning.jobs.create(model=BASE, training_file="file-1", method=method)  # type: ignore[arg-type]
