@@ -45,7 +45,7 @@ class Objective(Protocol):
 
 def make_objective(trainable: Trainable, recipe: Recipe) -> Objective:
     """Return the objective of the recipe's method."""
-    if recipe.method == "supervised":
+    if recipe.method in ("supervised", "reinforcement"):  # whose trainer has losses of its own
         return Supervised(trainable)
     if recipe.method == "classification":
         return Classes(trainable)

@@ -16,17 +16,19 @@ from datetime import date
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from onebase_adapters.format.config import MOST_INVOCATION_TOKENS
+from onebase_training.graders import GraderError, parse_grader
 from onebase_training.metrics import MetricError, check_metric
 
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
 Auto = Literal["auto"]
 Value = TypeVar("Value", int, float)
-Method = Literal["supervised", "dpo", "classification"]
+Method = Literal["supervised", "dpo", "classification", "reinforcement"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 TooLong = Literal["refuse", "truncate", "drop"]
 TrainOn = Literal["assistant", "all"]
 Init = Literal["true", "gaussian", "false", "eva"]
+PolicyLoss = Literal["importance_sampling", "ppo", "cispo", "gspo"]
 
 HIGHEST_RANK = 1024
 MODEL = "model"
@@ -34,6 +36,8 @@ MODEL = "model"
 MOST_TEXTS = 32
 """Largest number of metrics, and of prompts that are answered during a run."""
 NO_PARENT = "a classifier is trained from the base, with a head of its own: name no adapter to go on from"
+REWARD = "reward"
+"""Measure of reinforcement: the mean of what the grader gives replies to held-out prompts."""
 CLASS_METRICS = ("accuracy", "f1")
 """Metrics of a classifier, on every held-out row: F1 is the mean of all labels' (macro)."""
 
@@ -168,10 +172,43 @@ class Recipe:
     method: Method = _setting(
         "supervised",
         "method",
-        "supervised: learn the replies; dpo: prefer `chosen` to `rejected`; classification: learn `label`",
+        "supervised: learn the replies; dpo: prefer `chosen` to `rejected`; classification: learn `label`; "
+        "reinforcement: learn from what a grader gives the model's own replies",
     )
     beta: float | Auto = _setting(
         "auto", "method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100
+    )
+
+    grader: str = _setting("", "reinforcement", "reinforcement: the grader of replies, as JSON")
+    group_size: int | Auto = _setting(
+        "auto", "reinforcement", "reinforcement: replies to each prompt (auto: 8)", low=2, high=128
+    )
+    compute_multiplier: float | Auto = _setting(
+        "auto", "reinforcement", "reinforcement: factor on group_size (auto: 1)", above=0, high=64
+    )
+    sample_tokens: int = _setting(
+        256, "reinforcement", "reinforcement: longest reply, in tokens", low=1, high=32768
+    )
+    temperature: float = _setting(
+        1.0, "reinforcement", "reinforcement: temperature of the replies", above=0, high=2
+    )
+    policy_loss: PolicyLoss = _setting(
+        "importance_sampling",
+        "reinforcement",
+        "reinforcement: the loss; ppo, cispo and gspo clip what further updates of a step change",
+    )
+    updates: int = _setting(
+        1, "reinforcement", "reinforcement: updates of the weights with the replies of a step", low=1, high=16
+    )
+    kl: float = _setting(
+        0.0, "reinforcement", "reinforcement: weight of the KL divergence from the start", low=0, high=100
+    )
+    eval_samples: int | Auto = _setting(
+        "auto",
+        "reinforcement",
+        "reinforcement: replies to each held-out prompt (auto: 1, the most probable one)",
+        low=1,
+        high=64,
     )
 
     r: int = _setting(16, "lora", "rank of the update matrices", low=1, high=HIGHEST_RANK)
@@ -207,7 +244,7 @@ class Recipe:
         "auto", "training", "rows in one step (auto: 16 or fewer)", low=1, high=4096
     )
     learning_rate: float | Auto = _setting(
-        "auto", "training", "peak learning rate (auto: 5e-4, for DPO 5e-5)", above=0, high=1
+        "auto", "training", "peak learning rate (auto: 5e-4, for DPO 5e-5, for rewards 2e-4)", above=0, high=1
     )
     learning_rate_multiplier: float | Auto = _setting(
         "auto", "training", "factor on the learning rate (auto: 1)", above=0, high=1000
@@ -310,6 +347,8 @@ class Recipe:
     @property
     def measured(self) -> tuple[str, ...]:
         """Metrics that held-out rows are measured by, before and after."""
+        if self.method == "reinforcement":
+            return (REWARD,)
         return CLASS_METRICS if self.method == "classification" else self.metrics
 
 
@@ -345,7 +384,8 @@ def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Rec
         held_out: rows of a file of evaluation data; 0 if there is none.
         base_limit: the base's longest sequence, in tokens.
     """
-    dpo = recipe.method == "dpo"
+    rate = {"dpo": 5e-5, "reinforcement": 2e-4}.get(recipe.method, 5e-4)
+    group = _chosen(recipe.group_size, 8) * _chosen(recipe.compute_multiplier, 1.0)
     batch = _chosen(recipe.batch_size, max(1, min(16, rows // 4)))
     epochs = _chosen(recipe.epochs, 3.0)
     multiplier = _chosen(recipe.learning_rate_multiplier, 1.0)
@@ -355,8 +395,12 @@ def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Rec
         alpha=_chosen(recipe.alpha, 2.0 * recipe.r),
         epochs=float(epochs),
         batch_size=batch,
-        learning_rate=_chosen(recipe.learning_rate, 5e-5 if dpo else 5e-4) * multiplier,
+        learning_rate=_chosen(recipe.learning_rate, rate) * multiplier,
         learning_rate_multiplier=1.0,
+        group_size=min(128, max(2, round(group))),
+        compute_multiplier=1.0,
+        eval_samples=_chosen(recipe.eval_samples, 1),
+        best_by=REWARD if recipe.method == "reinforcement" else recipe.best_by,
         max_length=min(_chosen(recipe.max_length, 2048), base_limit),
         eval_split=_chosen(recipe.eval_split, 0.0 if held_out else AUTO_EVAL_SPLIT),
     )
@@ -453,6 +497,10 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError("train_on", "DPO compares the replies: leave train_on at assistant")
     if recipe.method == "classification":
         _check_classification(recipe)
+    if recipe.method == "reinforcement":
+        _check_reinforcement(recipe)
+    elif recipe.grader:
+        raise RecipeError("grader", f"grader: {recipe.method} has none. Set method to reinforcement")
     if recipe.template_date != "auto" and not is_date(recipe.template_date):
         reason = "write a day as in 2026-01-31, or auto"
         raise RecipeError("template_date", f"template_date is {shown(recipe.template_date)}: {reason}")
@@ -462,7 +510,8 @@ def _check_together(recipe: Recipe) -> None:
         except MetricError as error:
             raise RecipeError("metrics", str(error)) from error
     if recipe.best_by != "loss" and recipe.best_by not in recipe.measured:
-        known = "accuracy or f1" if recipe.method == "classification" else "one of the recipe's metrics"
+        own = {"classification": "accuracy or f1", "reinforcement": REWARD}
+        known = own.get(recipe.method, "one of the recipe's metrics")
         raise RecipeError("best_by", f"best_by is {shown(recipe.best_by)}: write loss, or {known}")
     if recipe.metrics and not recipe.metric_rows:
         raise RecipeError(
@@ -505,6 +554,29 @@ def _check_classification(recipe: Recipe) -> None:
             )
     if recipe.train_on == "all":
         raise RecipeError("train_on", "classification learns the label: leave train_on at assistant")
+
+
+def _check_reinforcement(recipe: Recipe) -> None:
+    """Raise RecipeError for a grader that cannot be used, and for settings that rewards leave no place."""
+    if not recipe.grader:
+        raise RecipeError("grader", "reinforcement needs a grader, which gives replies their rewards")
+    try:
+        parse_grader(recipe.grader)
+    except GraderError as error:
+        raise RecipeError(f"grader.{error.field}".rstrip("."), error.reason) from error
+    for name, used in (("metrics", recipe.metrics), ("sample_prompts", recipe.sample_prompts)):
+        if used:
+            reason = "replies are measured by the grader, and the report shows some"
+            raise RecipeError(name, f"{name}: {reason}. Leave {name} out")
+    for name in ("alora_invocation", "alora_invocation_tokens"):
+        if getattr(recipe, name):
+            raise RecipeError(name, f"{name}: rewards train no activated LoRA. Leave it out")
+    if recipe.init == "eva":
+        raise RecipeError("init", "EVA looks at replies, and the rows of reinforcement have none: use true")
+    if recipe.too_long == "truncate":
+        raise RecipeError("too_long", "a prompt without its end asks for nothing: refuse or drop longer ones")
+    if recipe.train_on == "all":
+        raise RecipeError("train_on", "rewards are for replies: leave train_on at assistant")
 
 
 # ---- training that goes on from an adapter -----------------------------------------------------------

@@ -75,12 +75,15 @@ from onebase_training.recipe import (
     NO_PARENT,
     Recipe,
     RecipeError,
+    decided,
     parse_recipe,
     resolve,
     step_count,
     token_count,
 )
+from onebase_training.reinforcement import Policy, Rewarding, RewardTrainer, reward_scores
 from onebase_training.replies import Measuring, Replies
+from onebase_training.rollouts import Rollouts
 from onebase_training.slices import (
     ACTIVE,
     LONGEST,
@@ -107,7 +110,8 @@ class TrainingRequest:
     of the two, if their paths do not have them. folder: the run's own; a run that is in it continues.
     base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may take.
     base_resident: the base is another process's. save_dtype: of the tensors in the adapter's file.
-    parent: the adapter that training continues; the recipe has its settings (`parent.continued`).
+    parent: the adapter that training continues; the recipe has its settings (`parent.continued`). base_id:
+    identity of the base in the server that samples; a run that is not rewarded has no need of it.
     """
 
     name: str
@@ -124,6 +128,7 @@ class TrainingRequest:
     base_resident: bool = False
     save_dtype: torch.dtype = torch.float32
     parent: Parent | None = None
+    base_id: str = ""
 
 
 class DoesNotFitError(Exception):
@@ -176,15 +181,18 @@ def train(
     *,
     last_step: LastStep | None = None,
     find_active: FindActive = lambda: None,
+    rollouts: Rollouts | None = None,
 ) -> RunReport:
     """Train an adapter; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
 
     Args:
         load: returns the base; it is called once the data is checked.
         find_active: returns the version that the adapter is compared with; for a run of one process.
+        rollouts: samples and grades replies, for reinforcement; for a run of one process.
 
     Raises:
         UnsupportedBaseError: the base cannot be trained, besides what `load` raises.
+        RolloutError: replies cannot be sampled or graded.
         DataError: a file has bad lines. RecipeError: a setting cannot be used on this base.
         DoesNotFitError: too little memory; nothing was started.
         TrainingDivergedError: a loss was not finite.
@@ -194,6 +202,8 @@ def train(
     """
     processes = processes or ProcessGroup()
     with _recorded(job.folder, listen, processes) as record, torch.random.fork_rng(devices=[]):
+        if job.recipe.method == "reinforcement" and (rollouts is None or processes.count > 1):
+            raise RecipeError("method", _NO_ROLLOUTS)
         record(events.Phase(at=time.time(), name="validating_files"))
         rate = measured_rate(job.base.device, job.base.dtype) if processes.first else None
         plan = prepare(load_config(job.base.folder), job, record, gate, processes, rate=rate)
@@ -203,7 +213,15 @@ def train(
         before = fingerprint(base)
         try:
             run = PlannedRun(
-                base, job, plan, record, gate, processes, last_step=last_step, find_active=find_active
+                base,
+                job,
+                plan,
+                record,
+                gate,
+                processes,
+                last_step=last_step,
+                find_active=find_active,
+                rollouts=rollouts,
             )
             run.train()
             report = run.finish()
@@ -214,6 +232,10 @@ def train(
     return report
 
 
+_NO_ROLLOUTS = (
+    "reinforcement samples from a server, which grades the replies: begin a job there (onebase jobs create "
+    "FILE --method reinforcement --grader GRADER)"
+)
 _NOTHING_HELD_OUT = (
     "Nothing is held out: metrics and patience have no effect. Give validation data, or set eval_split."
 )
@@ -287,6 +309,7 @@ class PlannedRun:
         *,
         last_step: LastStep | None = None,
         find_active: FindActive = lambda: None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         recipe, data = plan.recipe, plan.data
         self._job, self._plan, self._listen, self._gate = job, plan, listen, gate
@@ -300,8 +323,10 @@ class PlannedRun:
             parent=job.parent,
             labels=data.train.labels,
         )
+        self._policy = None if rollouts is None else Policy(rollouts, recipe, job.folder, job.base_id)
         self._measuring = self._measuring_of(self._trainable)
-        self._trainer = Trainer(
+        make = Trainer if self._policy is None else partial(RewardTrainer, policy=self._policy)
+        self._trainer = make(
             self._trainable,
             make_objective(self._trainable, recipe),
             recipe,
@@ -313,7 +338,7 @@ class PlannedRun:
             processes=self._processes,
             on_evaluation=self._measuring.sample if self._processes.first else lambda step: None,
             export=self._export,
-            base_scores=self._base_scores if self._trainable.labels else None,
+            base_scores=self._base_scores if self._trainable.labels or self._policy else None,
             last_step=last_step,
         )
         self._before, self._parent = Replies(), Replies()
@@ -323,6 +348,8 @@ class PlannedRun:
         tokenizer, rest = data.tokenizer, (data.held_out, job.folder, self._listen, self._gate)
         if trainable.labels:
             return Classifying(trainable, tokenizer, recipe, data.train, *rest)
+        if self._policy is not None:
+            return Rewarding(trainable, tokenizer, recipe, *rest, policy=self._policy)
         return Measuring(trainable, tokenizer, recipe, *rest, asked=bool(job.recipe.metrics))
 
     def train(self, until: int | None = None) -> bool:
@@ -405,14 +432,28 @@ class PlannedRun:
         subjects = {"base": self._before.texts, "parent": self._parent.texts}
         subjects[ACTIVE] = active.replies.texts if active is not None else []
         subjects["adapter"] = after.texts
+        rewards = self._rewards_of(after, active)
         return [
-            row | {name: texts[number][:LONGEST] for name, texts in subjects.items() if texts}
+            row
+            | {name: texts[number][:LONGEST] for name, texts in subjects.items() if texts}
+            | ({"rewards": {name: given[number] for name, given in rewards.items()}} if rewards else {})
             for number, row in enumerate(self._measuring.shown())
         ]
 
+    def _rewards_of(self, after: Replies, active: _Active | None) -> dict[str, list[float]]:
+        """Return each subject's rewards, by held-out prompt; none without a grader."""
+        if self._policy is None:
+            return {}
+        subjects = {"base": self._before, "parent": self._parent, "adapter": after}
+        if active is not None:
+            subjects[ACTIVE] = active.replies
+        return {name: [-loss for loss in one.losses] for name, one in subjects.items() if one.losses}
+
     def _base_scores(self) -> Scores:
-        """Return the scores of the base, which has no head, on the held-out rows."""
+        """Return the scores of the base, which has no head, or of its replies, on the held-out rows."""
         losses, metrics = self._before.losses, self._before.metrics
+        if self._policy is not None:
+            return reward_scores([-loss for loss in losses])
         return Scores.from_means(sum(losses) / len(losses), {"accuracy": metrics["accuracy"]})
 
     def _classes(self, after: Replies) -> dict[str, Any] | None:
@@ -431,16 +472,17 @@ class PlannedRun:
         self._listen(events.Phase(at=time.time(), name="measuring", message="slices"))
         before, against = (self._before, "base") if self._job.parent is None else (self._parent, "parent")
         begun = self._slice_losses(before, at_start=True)
-        subjects = {against: SubjectMetrics(begun, before.texts)}
+        rewards = self._rewards_of(after, active)
+        subjects = {against: SubjectMetrics(begun, before.texts, rewards.get(against, ()))}
         if active is not None and not active.problem:
             losses = begun if active.is_parent else active.slices
-            subjects[ACTIVE] = SubjectMetrics(losses, active.replies.texts)
+            subjects[ACTIVE] = SubjectMetrics(losses, active.replies.texts, rewards.get(ACTIVE, ()))
         return slice_report(
             self._plan.recipe,
             rows,
             self._measuring.prompts if self._processes.first else [],
             subjects,
-            SubjectMetrics(self._slice_losses(after), after.texts),
+            SubjectMetrics(self._slice_losses(after), after.texts, rewards.get("adapter", ())),
         )
 
     def _paired(self, after: Replies, active: _Active | None) -> dict[str, Any]:
@@ -450,7 +492,8 @@ class PlannedRun:
         replies = {"base": self._before.texts}
         if active is not None and not active.problem:
             replies[ACTIVE] = active.replies.texts
-        return paired_differences(self._plan.recipe, self._measuring.prompts, replies, after.texts)
+        rewards = self._rewards_of(after, active)
+        return paired_differences(self._plan.recipe, self._measuring.prompts, replies, after.texts, rewards)
 
     def _slice_losses(self, replies: Replies, *, at_start: bool = False) -> dict[str, float]:
         """Return the held-out loss of each slice.
@@ -459,7 +502,7 @@ class PlannedRun:
             replies: of the subject; for labels they have the losses.
             at_start: of the start of training, instead of the adapter as it is now.
         """
-        if self._trainable.labels:
+        if self._trainable.labels or self._policy is not None:
             return mean_by_slice(self._measuring.prompts, replies.losses)
         with self._trainable.at_start() if at_start else nullcontext():
             return self._trainer.slice_losses()
@@ -511,7 +554,7 @@ class PlannedRun:
         replies = measuring.active()
         with trainer.measuring(trainable):
             scores = trainer.held_out_scores(held_out)
-            if trainable.labels:
+            if trainable.labels or self._policy is not None:
                 slices = mean_by_slice(measuring.prompts, replies.losses)
             else:
                 slices = trainer.slice_losses()
@@ -814,16 +857,23 @@ def _of_parent(recipe: Recipe, job: TrainingRequest, config: Any) -> Recipe:
 
 def _estimate(job: TrainingRequest, recipe: Recipe, data: Data, config: Any, rate: float | None) -> Estimate:
     rows, held_out = data.train.rows, data.held_out.rows if data.held_out is not None else ()
-    tokens = sum(map(len, rows))
+    tokens, longest = sum(map(len, rows)), max(map(len, [*rows, *held_out]))
+    supervised = sum(row.targets for row in rows)
+    if recipe.method == "reinforcement":  # replies of half the length that they may have
+        supervised = len(rows) * recipe.sample_tokens // 2
+        tokens, longest = tokens + supervised, longest + recipe.sample_tokens
+    total = token_count(recipe, len(rows), tokens)
+    if recipe.method == "reinforcement":
+        total *= decided(recipe.group_size) * recipe.updates
     return estimate(
         config,
         recipe,
         quantization=job.base.quantization,
         dtype=job.base.dtype,
         device=job.base.device,
-        longest_row=max(map(len, [*rows, *held_out])),
-        total_tokens=token_count(recipe, len(rows), tokens),
-        supervised_part=sum(row.targets for row in rows) / max(1, tokens),
+        longest_row=longest,
+        total_tokens=total,
+        supervised_part=supervised / max(1, tokens),
         labels=len(data.train.labels),
         memory_limit=_memory_for_run(job),
         base_resident=job.base_resident,
@@ -843,7 +893,8 @@ def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
     held-out rows they are measured on where none are named. `config`: the base's."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     found = resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
-    if found.metrics or found.method == "classification" or not found.metric_rows or data.held_out is None:
+    own_measure = found.method in ("classification", "reinforcement")
+    if found.metrics or own_measure or not found.metric_rows or data.held_out is None:
         return found
     measured = data.held_out.prompts[: found.metric_rows]
     references = ((prompt.reference, len(prompt.reply)) for prompt in measured)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from onebase_training.data.dataset import Dataset
 from onebase_training.metrics import is_decided, macro_f1, score
-from onebase_training.recipe import Recipe
+from onebase_training.recipe import REWARD, Recipe
 
 MOST_SLICES = 100
 """Largest number of slices in a report: the worst regressions, then the largest slices. All of them count for
@@ -40,10 +40,11 @@ class Question(Protocol):
 @dataclass(frozen=True)
 class SubjectMetrics:
     """One subject. losses: by slice, nats a supervised token (classification: a row). replies: to the
-    prompts, in their order."""
+    prompts, in their order. rewards: of the replies, where a grader gave them some."""
 
     losses: Mapping[str, float]
     replies: Sequence[str]
+    rewards: Sequence[float] = ()
 
 
 def by_slice(data: Dataset) -> dict[str, Dataset]:
@@ -78,8 +79,8 @@ def slice_report(
         subjects: those that the result is compared with: "base" or "parent" first, then "active" if that was
             measured.
     """
-    scores = {name: _Scores.of(recipe, prompts, one.replies) for name, one in subjects.items()}
-    new = _Scores.of(recipe, prompts, after.replies)
+    scores = {name: _Scores.of(recipe, prompts, one) for name, one in subjects.items()}
+    new = _Scores.of(recipe, prompts, after)
     asked = Counter(prompt.slice for prompt in prompts)
     figures = {name: _Figures(one.losses, scores[name].of_slice) for name, one in subjects.items()}
     own = _Figures(after.losses, new.of_slice)
@@ -101,7 +102,11 @@ def slice_report(
 
 
 def paired_differences(
-    recipe: Recipe, prompts: Sequence[Question], replies: Mapping[str, Sequence[str]], after: Sequence[str]
+    recipe: Recipe,
+    prompts: Sequence[Question],
+    replies: Mapping[str, Sequence[str]],
+    after: Sequence[str],
+    rewards: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return how the result's scores differ from each subject's on the same rows, by subject and metric.
 
@@ -109,11 +114,15 @@ def paired_differences(
     that of their squares. Rows that name no slice are one of an empty name.
 
     Args:
-        replies: to the prompts, of each subject. after: the result's.
+        replies: to the prompts, of each subject. after: the result's. rewards: of each subject's replies, and
+            of the result's as "adapter", where a grader gave them some.
     """
-    new = _Scores.of(recipe, prompts, after).of_row
+    given = rewards or {}
+    new = _Scores.of(recipe, prompts, SubjectMetrics({}, after, given.get("adapter", ()))).of_row
     return {
-        name: _differences(prompts, _Scores.of(recipe, prompts, one).of_row, new)
+        name: _differences(
+            prompts, _Scores.of(recipe, prompts, SubjectMetrics({}, one, given.get(name, ()))).of_row, new
+        )
         for name, one in replies.items()
         if one and after
     }
@@ -146,13 +155,16 @@ class _Scores:
     of_slice: dict[str, dict[str, float]]
 
     @classmethod
-    def of(cls, recipe: Recipe, prompts: Sequence[Question], replies: Sequence[str]) -> _Scores:
+    def of(cls, recipe: Recipe, prompts: Sequence[Question], subject: SubjectMetrics) -> _Scores:
+        replies = subject.replies
         references = [prompt.reference for prompt in prompts] if replies else []
         rows = {
             name: [_score(name, *pair) for pair in zip(replies, references, strict=True)]
             for name in (recipe.measured if replies else ())
-            if name != F1
+            if name not in (F1, REWARD)
         }
+        if subject.rewards:
+            rows[REWARD] = list(subject.rewards)
         means: dict[str, dict[str, float]] = {}
         for name, values in rows.items():
             parts: dict[str, list[float]] = {}
@@ -230,7 +242,11 @@ def _changed(
     against: the subject that was right.
     """
     found = {}
-    decided = [name for name in recipe.measured if name == ACCURACY or (name != F1 and is_decided(name))]
+    decided = [
+        name
+        for name in recipe.measured
+        if name == ACCURACY or (name not in (F1, REWARD) and is_decided(name))
+    ]
     for metric in decided:
         rows = [one.of_row.get(metric, []) for one in scores]
         if not all(rows):  # a subject has no replies if memory ran out for metrics that nobody asked for

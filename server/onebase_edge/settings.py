@@ -29,6 +29,7 @@ Device = Literal["auto", "cuda", "cpu"]
 CpuWeights = Literal["quantized", "bf16"]
 KvDtype = Literal["auto", "int8"]
 RawControlTokens = Literal["allow", "letters"]
+PythonGraders = Literal["confined", "unconfined", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -493,6 +494,12 @@ class Settings:
         low=0,
         high=1,
         metavar="PART",
+    )
+    python_graders: PythonGraders = setting(
+        "confined",
+        "training",
+        "graders in Python, which tenants send: confined: run where the kernel can confine them; unconfined: "
+        "also where it cannot; off: refused",
     )
     max_train_file: int = setting(
         512_000_000,

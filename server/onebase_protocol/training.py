@@ -129,6 +129,8 @@ class HeldOutReplies(Stored, frozen=True, kw_only=True):
     active: str | None = None
     """Reply of the active version; None if there was none, or it was not measured."""
     adapter: str
+    rewards: dict[str, float] | None = None
+    """Reward of each subject's replies, where a grader gave them some."""
 
 
 class SliceReport(Stored, frozen=True, kw_only=True):
@@ -261,6 +263,36 @@ class TrainingStop(msgspec.Struct, frozen=True):
     """Unix time in seconds."""
 
 
+class ValidatedGrader(msgspec.Struct, frozen=True):
+    """A grader that can be run, as it was read."""
+
+    grader: Json
+
+
+class GraderRunMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """Account of one reward. errors: OpenAI's flags, and details of some."""
+
+    name: str
+    type: str
+    errors: Json
+    execution_time: float
+    """Seconds."""
+    scores: dict[str, float]
+    token_usage: int | None = None
+    """Tokens of judges."""
+    sampled_model_name: str | None = None
+
+
+class GraderRun(msgspec.Struct, frozen=True, kw_only=True):
+    """The reward that a grader gives one text."""
+
+    reward: float
+    sub_rewards: dict[str, float] = {}
+    """Rewards of a multi grader's graders."""
+    metadata: GraderRunMetadata
+    model_grader_token_usage_per_model: dict[str, int] = {}
+
+
 class TrainingJobInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A job as the server reported it last."""
 
@@ -316,7 +348,7 @@ class TrainingJobInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def method(self) -> str:
-        """`supervised`, `dpo` or `classification`."""
+        """`supervised`, `dpo`, `classification` or `reinforcement`."""
         return str(self.method_settings["type"])
 
     @property

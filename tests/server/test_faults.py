@@ -402,6 +402,7 @@ async def run_parts(
         live=SimpleNamespace(stop=stop("trainer")),
         samples=SimpleNamespace(stop=stop("samples")),
         live_training=SimpleNamespace(stop=stop("live training")),
+        grading=SimpleNamespace(post=None),
     )
     app: Any = SimpleNamespace(state=SimpleNamespace(authenticator=None))
     with socket.create_server(("127.0.0.1", 0)) as listener:

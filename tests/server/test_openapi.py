@@ -222,6 +222,9 @@ def test_what_routes_answer_is_what_the_reference_says_and_no_more(
 
 
 def _ask(walk: Walk) -> None:
+    grader = {"type": "string_check", "name": "c", "input": "x", "reference": "x", "operation": "eq"}
+    walk("POST", "/v1/fine_tuning/alpha/graders/validate", json={"grader": grader})
+    walk("POST", "/v1/fine_tuning/alpha/graders/run", json={"grader": grader, "model_sample": "x"})
     short = {"max_tokens": 2}
     messages = [{"role": "user", "content": "word"}]
     walk("POST", "/generate", json={"prompt": "word", "n": 2, "logprobs": 2, "echo": True, **short})

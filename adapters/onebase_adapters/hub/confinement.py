@@ -1,4 +1,5 @@
-"""Confine the process that talks to the Hub, so that nothing it receives can harm this machine.
+"""Confine a process: the one that talks to the Hub, so that nothing it receives can harm this machine, and
+those that run code of strangers.
 
 Landlock (Linux 5.13 and later) needs no privileges: the process gives up rights of its own, for good. It then
 reads what Python and certificates need, writes into its own folders, starts no program and, as far as the
@@ -157,3 +158,109 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
+
+
+# ---- system calls ----------------------------------------------------------------------------------
+
+_SET_SECCOMP, _FILTER = 22, 2
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_LOAD, _EQUALS, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_NUMBER_AT, _MACHINE_AT = 0, 4
+_ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+_OTHER_ABI = 0x40000000
+"""First number of the calls of x86's third ABI, which would pass by the numbers of the first."""
+
+# Numbers on x86_64 and on aarch64; None where there is no such call.
+_CALLS: dict[str, tuple[int | None, int | None]] = {
+    # network, and messages to other processes
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
+    "listen": (50, 201), "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206),
+    "sendmsg": (46, 211), "sendmmsg": (307, 269), "shmget": (29, 194), "msgget": (68, 186),
+    "semget": (64, 190), "mq_open": (240, 180),
+    # other processes and programs
+    "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435),
+    "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130),
+    "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "kcmp": (312, 272),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
+    "process_mrelease": (448, 448), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    "prlimit64": (302, 261), "setpriority": (141, 140), "ioprio_set": (251, 30),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274), "setpgid": (109, 154), "setsid": (112, 157),
+    # what files are, besides their content
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45), "memfd_create": (319, 279),
+    "flock": (73, 32),
+    # the system
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+    "unshare": (272, 97), "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429),
+    "fsopen": (430, 430), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "reboot": (169, 142),
+    "settimeofday": (164, 170), "sethostname": (170, 161), "syslog": (103, 116),
+}  # fmt: skip
+
+
+def can_confine_code() -> bool:
+    """Return True if this kernel and machine can confine code of a stranger."""
+    has_filters = Path("/proc/sys/kernel/seccomp/actions_avail").exists()
+    return bool(landlock_version()) and has_filters and os.uname().machine in _MACHINES
+
+
+def confine_code(memory: int) -> None:
+    """Confine this process to computing, for code of a stranger: call it before a second thread starts.
+
+    It then reads what Python needs and no other file, writes none, reaches no network and no other process,
+    starts none and no thread.
+
+    Args:
+        memory: bytes that it may take beyond what it has.
+
+    Raises ConfinementError, OSError: it is not confined.
+    """
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if not landlock_version():
+        raise ConfinementError("this kernel has no Landlock")
+    confine([], [], file_bytes=0)
+    limit_memory(used + memory)
+    _refuse_calls()
+
+
+def limit_memory(most: int) -> None:
+    """Limit the addresses of this process, in bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _refuse_calls() -> None:
+    """Have the kernel refuse the calls of _CALLS from now on. Raises ConfinementError, OSError."""
+    machine = os.uname().machine
+    if machine not in _MACHINES:
+        raise ConfinementError(f"the system calls of {machine} are not known here")
+    column = list(_MACHINES).index(machine)
+    numbers = sorted(found for pair in _CALLS.values() if (found := pair[column]) is not None)
+    program = [
+        _operation(_LOAD, _MACHINE_AT),
+        _operation(_EQUALS, _MACHINES[machine], 1, 0),
+        _operation(_RETURN, _KILL),
+        _operation(_LOAD, _NUMBER_AT),
+        _operation(_AT_LEAST, _OTHER_ABI, 0, 1),
+        _operation(_RETURN, _REFUSE),
+    ]
+    for number in numbers:
+        program += [_operation(_EQUALS, number, 0, 1), _operation(_RETURN, _REFUSE)]
+    code = b"".join([*program, _operation(_RETURN, _ALLOW)])
+    lines = ctypes.create_string_buffer(code)
+    filters = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(lines))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(_SET_SECCOMP, _FILTER, filters, 0, 0):
+        raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
+
+
+def _operation(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
+    """Return one instruction of a classic BPF program, as linux/filter.h has it."""
+    return struct.pack("=HBBI", code, then, otherwise, value)

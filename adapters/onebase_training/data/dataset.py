@@ -150,7 +150,15 @@ class Labelled:
     label: str
 
 
-Parsed = Chat | Text | PreferencePair | Labelled
+@dataclass(frozen=True)
+class Task:
+    """A prompt whose replies a grader sees, and the row as JSON, which the grader reads."""
+
+    row: Chat | Text
+    item: str
+
+
+Parsed = Chat | Text | PreferencePair | Labelled | Task
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -161,6 +169,7 @@ class Sample:
     In a row with a label, only the last is, where the classifier's head reads.
     line: 1-based number of the row in its file (of the record, if a file has no lines).
     slice: name of the row's slice of the data; "" if it has none. label: "" if none is learned.
+    item: the row as JSON, for a grader; "" if none reads it.
     prompt: number of tokens before the last reply, which may invoke an activated LoRA; None: all may.
     """
 
@@ -170,6 +179,7 @@ class Sample:
     slice: str = ""
     label: str = ""
     prompt: int | None = None
+    item: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -319,8 +329,9 @@ class Dataset:
                 total.update(f"{len(row.samples)} {len(sample)} ".encode())
                 total.update(sample.ids.astype("<i4").tobytes())
                 total.update(sample.supervised.tobytes())
-                if sample.label:
-                    total.update(f"{sample.label}\0".encode())
+                for text in (sample.label, sample.item):
+                    if text:
+                        total.update(f"{text}\0".encode())
         return total.hexdigest()
 
     @cached_property
@@ -389,6 +400,8 @@ def _plain(row: Parsed) -> Any:
         return [_plain(row.chosen), _plain(row.rejected)]
     if isinstance(row, Labelled):
         return [_plain(row.row), row.label]
+    if isinstance(row, Task):
+        return row.item
     if isinstance(row, Text):
         return [row.prompt or "", row.reply]
     return [row.tools, row.messages]
@@ -398,7 +411,7 @@ def _prompt(row: Parsed) -> Any:
     """Return the part of a row before its last reply."""
     if isinstance(row, PreferencePair):
         return _prompt(row.chosen)
-    if isinstance(row, Labelled):
+    if isinstance(row, Labelled | Task):
         return _plain(row.row)
     if isinstance(row, Text):
         return row.prompt

@@ -21,6 +21,7 @@ from onebase_training.data.dataset import (
     Row,
     RowError,
     RowPlace,
+    Task,
     Text,
     row_key,
     valid_unicode,
@@ -75,6 +76,11 @@ def load_dataset(
     shown = name or (source.name if isinstance(source, Path) else source)
     builder = _Builder(valid_unicode(shown), tokenizer, recipe)
     files = find_files(source, part) if files is None else files
+    if recipe.method == "reinforcement" and any(path.suffix.lower() == ".parquet" for path in files):
+        reason = (
+            "a grader may read any field of a row, and of a Parquet file only known ones are read: save it"
+        )
+        raise DataError.of_file(valid_unicode(shown), f"{reason} as .jsonl")
     more = (recipe.slice_by, *(LABEL_FIELDS if recipe.method == "classification" else ()))
     for chunk in _chunks(_records(source, files, name, on_progress, more), _AT_ONCE):
         builder.add(chunk)
@@ -148,6 +154,7 @@ class _Builder:
             limit=_limit(recipe, tokenizer),
             too_long=recipe.too_long,
             classified=recipe.method == "classification",
+            asked=recipe.method == "reinforcement",
             invocation=with_invocation(recipe, tokenizer).alora_invocation_tokens,
         )
         self._place = RowPlace(0, 0)
@@ -175,8 +182,12 @@ class _Builder:
         flat = [(place.line, side) for place, row in parsed for side in _sides(row)]
         tokenized = iter(self._tokens.tokenize(flat))
         for place, row in parsed:
-            label = row.label if isinstance(row, Labelled) else ""
-            self._take(place, row, [_named(next(tokenized), slices[place], label) for _ in _sides(row)])
+            facts = {
+                "slice": slices[place],
+                "label": row.label if isinstance(row, Labelled) else "",
+                "item": row.item if isinstance(row, Task) else "",
+            }
+            self._take(place, row, [_named(next(tokenized), facts) for _ in _sides(row)])
         if len(self._problems) > _MOST_PROBLEMS:
             raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
 
@@ -236,7 +247,8 @@ class _Builder:
 
 def _limit(recipe: Recipe, tokenizer: Any) -> int:
     wanted = DEFAULT_LENGTH if recipe.max_length == "auto" else recipe.max_length
-    return min(wanted, longest_sequence(tokenizer) or wanted)
+    longest = longest_sequence(tokenizer) or wanted + 1
+    return min(wanted, longest - 1 if recipe.method == "reinforcement" else longest)
 
 
 def _slice(row: Mapping[str, Any], field: str) -> str:
@@ -256,14 +268,14 @@ def _slice(row: Mapping[str, Any], field: str) -> str:
     return valid_unicode(text)
 
 
-def _named(found: Tokenized | RowError, part: str, label: str) -> Tokenized | RowError:
-    """Return the samples with the row's slice and its label."""
-    if isinstance(found, RowError) or not (part or label):
+def _named(found: Tokenized | RowError, facts: Mapping[str, Any]) -> Tokenized | RowError:
+    """Return the samples with the row's slice, its label and its JSON."""
+    if isinstance(found, RowError) or not any(facts.values()):
         return found
-    return replace(found, samples=[replace(sample, slice=part, label=label) for sample in found.samples])
+    return replace(found, samples=[replace(sample, **facts) for sample in found.samples])
 
 
 def _sides(row: Parsed) -> tuple[Chat | Text, ...]:
     if isinstance(row, PreferencePair):
         return row.chosen, row.rejected
-    return (row.row if isinstance(row, Labelled) else row,)
+    return (row.row if isinstance(row, Labelled | Task) else row,)

@@ -19,7 +19,7 @@ import numpy as np
 from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_training.data.dataset import Dataset, Preference, PromptRow, Row, RowPlace, Sample
 
-_FORMAT = 4
+_FORMAT = 5
 _CHECKSUM = "sha256"
 _FACTS = 5
 """Facts of each sample: its length, its line, its prompt's length (-1: none), the places of its slice and of
@@ -72,6 +72,9 @@ def write_rows(folder: Path, key: str, parts: Mapping[str, Dataset]) -> None:
                 places = {one: place for place, one in enumerate(dict.fromkeys(named))}
                 np.save(work / f"{name}.{what}s.npy", np.array([*places, ""], "<U"))
                 facts.append([places[one] for one in named])
+            if any(sample.item for sample in samples):
+                items = "\n".join(sample.item for sample in samples)  # JSON has no line breaks
+                np.save(work / f"{name}.items.npy", np.frombuffer(items.encode(), "u1"))
             flat = np.array([number for some in facts for number in some], "<i8")
             sides = len(data.rows[0].samples) if data.rows else 1
             np.save(work / f"{name}.samples.npy", flat.reshape(_FACTS, -1).T.reshape(-1, sides, _FACTS))
@@ -104,10 +107,13 @@ def _mapped(folder: Path, name: str, decode: Callable[[list[int]], str]) -> Data
     samples: list[Sample] = []
     start = 0
     slices, labels = (np.load(folder / f"{name}.{what}.npy").tolist() for what in ("slices", "labels"))
+    stored = folder / f"{name}.items.npy"
+    items = iter(np.load(stored).tobytes().decode().split("\n") if stored.exists() else ())
     for length, line, prompt, in_slice, label in facts.reshape(-1, _FACTS).tolist():
         part = slice(start, start + length)
         own = None if prompt < 0 else prompt
-        samples.append(Sample(ids[part], supervised[part], line, slices[in_slice], labels[label], own))
+        names = slices[in_slice], labels[label]
+        samples.append(Sample(ids[part], supervised[part], line, *names, own, next(items, "")))
         start += length
     pairs = facts.shape[1] == 2
     rows: Sequence[Row] = list(map(Preference, samples[::2], samples[1::2])) if pairs else samples

@@ -7,6 +7,7 @@ the field, as in `messages[2].content`.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +23,14 @@ from onebase_training.data.dataset import (
     Parsed,
     PreferencePair,
     RowError,
+    Task,
     Text,
     misspelled,
 )
 from onebase_training.data.files import parse_strict
 from onebase_training.recipe import Method
 
+_LONGEST_ITEM = 256 << 10
 _REMEDIES = {
     "system": "put it into the prompt, or give the row as messages",
     "tools": "give the row as messages",
@@ -133,7 +136,7 @@ def _says_the_same(message: Message, system: str) -> bool:
 def _texts(parsed: Parsed) -> list[str]:
     if isinstance(parsed, PreferencePair):
         return [*_texts(parsed.chosen), *_texts(parsed.rejected)]
-    if isinstance(parsed, Labelled):
+    if isinstance(parsed, Labelled | Task):
         return _texts(parsed.row)
     if isinstance(parsed, Chat):
         return [message["content"] for message in parsed.messages]
@@ -160,8 +163,13 @@ def parse_row(row: Mapping[str, Any], method: Method) -> Parsed:
     keys are ignored; misspelled ones are refused, and so is a system message that would be lost, or tools.
     """
     fields = RowFields(row)
-    parse = {"dpo": parse_preference, "classification": _labelled, "supervised": _supervised}[method]
-    parsed = parse(fields)
+    parsers = {
+        "dpo": parse_preference,
+        "classification": _labelled,
+        "supervised": _supervised,
+        "reinforcement": _task,
+    }
+    parsed = parsers[method](fields)
     if parsed is None:
         raise RowError("", _unknown_shape(fields.given, method))
     fields.check_nothing_lost(parsed)
@@ -228,6 +236,38 @@ def _labelled(row: RowFields) -> Labelled | None:
     return None
 
 
+_TASK_SHAPES = "messages that end with the user's, or prompt, with fields for the grader"
+
+
+def _task(row: RowFields) -> Task | None:
+    if "messages" in row:
+        row.check_spelling(("messages", "tools", "system"))
+        messages = row.after_system(row.messages("messages"))
+        if not messages or messages[-1]["role"] == "assistant":
+            reason = "the model is to write the last reply: leave it out, and give what is right as a field"
+            raise RowError(f"messages[{max(0, len(messages) - 1)}]", reason)
+        plain = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
+        return Task(Chat(plain, row.tools(), ()), _item(row))
+    if "prompt" not in row:
+        return None
+    row.check_spelling(("prompt", "tools", "system"))
+    if isinstance(row.given["prompt"], list):
+        return Task(Chat(row.after_system(row.messages("prompt")), row.tools(), ()), _item(row))
+    return Task(Text(row.text("prompt"), ""), _item(row))
+
+
+def _item(row: RowFields) -> str:
+    """Return the row as JSON on one line, as a grader reads it. Raises RowError."""
+    try:
+        text = json.dumps(row.given, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError("", f"the grader cannot read the row: {error}") from error
+    if len(text) > _LONGEST_ITEM:
+        raise RowError("", f"the row has {len(text)} characters: a grader reads {_LONGEST_ITEM} at most")
+    return text
+
+
 def _label(row: RowFields) -> str:
     """Return the row's label as a text. Raises RowError."""
     value = row.read("label")
@@ -253,7 +293,12 @@ def _unknown_shape(row: Mapping[str, Any], method: Method) -> str:
         return f"the method is dpo, which takes {_DPO_SHAPES}; for this row set method to supervised"
     if "conversations" in row:
         return "conversations is not read: write it as messages, each with role and content"
-    shapes = {"dpo": _DPO_SHAPES, "classification": _LABELLED_SHAPES, "supervised": _SUPERVISED_SHAPES}
+    shapes = {
+        "dpo": _DPO_SHAPES,
+        "classification": _LABELLED_SHAPES,
+        "supervised": _SUPERVISED_SHAPES,
+        "reinforcement": _TASK_SHAPES,
+    }
     wanted = shapes[method]
     return f"the row has {keys}; give {wanted}"
 

@@ -365,6 +365,7 @@ class RowTokens:
     """Converts chats and texts into samples of at most `limit` tokens.
 
     classified: only the last token of each is supervised, of the ids that `/classify` makes of it.
+    asked: rows are prompts; no token is supervised, and a reply may follow.
     invocation: tokens of an activated LoRA, without which a row is an error; what follows them is learned.
     """
 
@@ -376,9 +377,11 @@ class RowTokens:
         limit: int,
         too_long: TooLong,
         classified: bool = False,
+        asked: bool = False,
         invocation: Sequence[int] = (),
     ) -> None:
         self._classified = classified
+        self._asked = asked
         self._invocation = tuple(invocation)
         self._base = base
         self._chats = ChatTokens(base, everything=everything)
@@ -396,6 +399,9 @@ class RowTokens:
         made: list[Tokenized | RowError] = []
         for line, row in rows:
             try:
+                if self._asked:
+                    made.append(self._prompt(line, next(prompts) if isinstance(row, Text) else next(chats)))
+                    continue
                 if self._classified:
                     made.append(self._read(line, next(texts) if isinstance(row, Text) else next(chats)))
                     continue
@@ -413,7 +419,7 @@ class RowTokens:
         texts: list[str | RowError] = []
         for chat in chats:
             try:
-                texts.append(self._chats.render(chat, generation=self._classified))
+                texts.append(self._chats.render(chat, generation=self._classified or self._asked))
             except RowError as error:
                 texts.append(error)
         good = [text for text in texts if isinstance(text, str)]
@@ -438,6 +444,18 @@ class RowTokens:
         kept = np.array(self._base.unpadded(ids[: self._limit]), dtype=np.int32)
         last = np.arange(len(kept)) == len(kept) - 1
         return Tokenized([Sample(kept, last, line)], None, len(ids) > self._limit)
+
+    def _prompt(self, line: int, found: list[int] | tuple[str, list[int]] | RowError) -> Tokenized:
+        """Return the row as a prompt that is sampled from. Raises RowError."""
+        if isinstance(found, RowError):
+            raise found
+        ids = self._base.begin(found) if isinstance(found, list) else found[1]
+        if not ids:
+            raise RowError("prompt", "the base's tokenizer makes no token of it")
+        if not self._is_kept(len(ids)):
+            return Tokenized([], None, False)
+        sample = Sample(np.array(ids, dtype=np.int32), np.zeros(len(ids), np.bool_), line, prompt=len(ids))
+        return Tokenized([sample], slice(len(ids), len(ids)), False)
 
     def _chat(self, chat: Chat, rendered: tuple[str, list[int]] | RowError) -> list[TokenizedRow]:
         if isinstance(rendered, RowError):

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 Purpose: TypeAlias = Literal["fine-tune", "batch"]
-TrainingMethod: TypeAlias = Literal["supervised", "dpo", "classification"]
+TrainingMethod: TypeAlias = Literal["supervised", "dpo", "classification", "reinforcement"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class TrainingSettings(TypedDict, total=False):
     batch_size: int | str
     """Rows in one step (auto: 16 or fewer)."""
     learning_rate: float | str
-    """Peak learning rate (auto: 5e-4, for DPO 5e-5)."""
+    """Peak learning rate (auto: 5e-4, for DPO 5e-5, for rewards 2e-4)."""
     learning_rate_multiplier: float | str
     """Factor on the learning rate (auto: 1)."""
     lora_plus_ratio: float
@@ -170,3 +170,20 @@ class TrainingSettings(TypedDict, total=False):
     """Largest regression of a slice, by best_by, with which the adapter may be activated (auto: no limit)."""
     sample_prompts: Sequence[str]
     """Prompts that are answered at each evaluation."""
+    group_size: int | str
+    """Reinforcement: replies to each prompt (auto: 8)."""
+    compute_multiplier: float | str
+    """Reinforcement: factor on group_size (auto: 1)."""
+    sample_tokens: int
+    """Reinforcement: longest reply, in tokens (default: 256)."""
+    temperature: float
+    """Reinforcement: temperature of the replies (default: 1)."""
+    policy_loss: str
+    """Reinforcement: the loss; ppo, cispo and gspo clip what further updates of a step change
+    (`importance_sampling`, `ppo`, `cispo` or `gspo`; default: importance_sampling)."""
+    updates: int
+    """Reinforcement: updates of the weights with the replies of a step (default: 1)."""
+    kl: float
+    """Reinforcement: weight of the KL divergence from the start (default: 0)."""
+    eval_samples: int | str
+    """Reinforcement: replies to each held-out prompt (auto: 1, the most probable one)."""

@@ -30,14 +30,17 @@ from onebase_server.http.deps import READ_THREADS, Services, Training
 from onebase_server.http.metrics import MetricsCollector
 from onebase_server.http.routes.generation import RequestUsageRecorder
 from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.inference.generation import GenerationRequest
 from onebase_server.inference.tokenization import BaseTokenizer, Tokenizers
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.grading import Grading
 from onebase_server.jobs.handover_files import KeptFiles
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
+from onebase_server.jobs.sampling import JobSampler
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.live.sampling import Samples
@@ -61,7 +64,7 @@ from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing
 from onebase_server.tenancy.pacing import RequestPacer
 from onebase_server.tenancy.peers import Peers, QuotaSharing
-from onebase_server.tenancy.quotas import Limiter
+from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
 from onebase_training.live_store import LiveStore
 
@@ -221,6 +224,23 @@ def assemble(
         usage=usage,
         check_room=keys.check_room,
     )
+
+    def recorder(reservation: QuotaReservation, request: GenerationRequest) -> RequestUsageRecorder:
+        return RequestUsageRecorder(reservation, usage, measured, request)
+
+    grading = Grading(limiter, settings.python_graders)
+    training.pool.sampler = JobSampler(
+        planner=planner,
+        supervisor=supervisor,
+        tokenizer=tokenizer,
+        reading=reading,
+        files=parts.files,
+        residency=residency,
+        keys=keys,
+        limiter=limiter,
+        grading=grading,
+        recorder=recorder,
+    )
     samples = Samples(
         storage.registry.live,
         threads.records,
@@ -233,7 +253,7 @@ def assemble(
         keys=keys,
         limiter=limiter,
         choose=live_training.choose,
-        recorder=lambda reservation, request: RequestUsageRecorder(reservation, usage, measured, request),
+        recorder=recorder,
     )
     metrics = MetricsCollector(
         supervisor=supervisor,
@@ -271,6 +291,7 @@ def assemble(
         live=live,
         live_training=live_training,
         samples=samples,
+        grading=grading,
         batches=batches,
         measured=measured,
         tracing=tracing,
@@ -425,6 +446,7 @@ def _training(
         checkpoints=checkpoints,
         kept=kept,
         tracing=tracing,
+        base_id=storage.base_id,
     )
     scheduler = JobScheduler(pool, peers, most=settings.train_jobs, look_seconds=settings.sync_seconds)
     jobs = JobService(
@@ -438,7 +460,7 @@ def _training(
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )
-    return Training(files, jobs, scheduler, checkpoints, storage, records, folder, peers)
+    return Training(files, jobs, scheduler, checkpoints, storage, records, folder, peers, pool)
 
 
 def _batches(

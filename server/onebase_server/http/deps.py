@@ -38,6 +38,8 @@ from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.grading import Grading
+from onebase_server.jobs.job_run import TrainerPool
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.live.sampling import Samples
@@ -111,6 +113,7 @@ class Training:
     threads: Threads
     folders: JobFolders
     peers: Peers
+    pool: TrainerPool
 
     async def counts(self) -> tuple[dict[str, int] | None, dict[str, int] | None]:
         """Return how many jobs and batches there are in each state; None while the registry is away."""
@@ -153,6 +156,7 @@ class Services:
     live: LiveTrainer
     live_training: LiveTraining
     samples: Samples
+    grading: Grading
     batches: BatchService
     measured: RequestMeasurements
     tracing: Tracing

@@ -46,6 +46,7 @@ async def run_server(
     loop = asyncio.get_running_loop()
     engine = loop.create_task(services.supervisor.run_engine())
     jobs = loop.create_task(services.training.scheduler.follow())
+    services.grading.post = InnerRequests(app).post
     batches = loop.create_task(services.batches.runner.follow(InnerRequests(app).post))
     http = loop.create_task(server.serve(sockets=[listener]))
     first_ready = loop.create_task(_when_ready(services, on_ready))

@@ -23,7 +23,7 @@ _SUBJECTS = {"active": "active version"}
 def job_event(event: events.Event) -> JobEvent | None:
     """Return the event of the job that it makes; None when it only changes the progress."""
     if isinstance(event, events.StepDone):
-        return _metrics(event, f"Step {event.step}/{event.steps}: training loss {event.loss:.4f}", {
+        return _metrics(event, f"Step {event.step}/{event.steps}: {_measure(event, 'training loss')}", {
             "step": event.step, "total_steps": event.steps, "epoch": event.epoch, "train_loss": event.loss,
             "learning_rate": event.learning_rate, "grad_norm": event.grad_norm,
             "tokens_per_second": event.tokens_per_second, "seconds_left": event.seconds_left,
@@ -31,16 +31,16 @@ def job_event(event: events.Event) -> JobEvent | None:
         })  # fmt: skip
     if isinstance(event, events.Evaluated):
         if event.parent:
-            return _metrics(event, f"Step 0: held-out loss {event.loss:.4f} (what it goes on from)", {
-                "step": 0, "parent_loss": event.loss,
+            return _metrics(event, f"Step 0: {_measure(event)} (what it goes on from)", {
+                "step": 0, "parent_loss": event.loss, **_rewards(event.rewards),
             })  # fmt: skip
         if event.active:
-            return _metrics(event, f"{event.active}, which is active: held-out loss {event.loss:.4f}", {
+            return _metrics(event, f"{event.active}, which is active: {_measure(event)}", {
                 "step": event.step, "active": event.active, "active_loss": event.loss,
-                "active_accuracy": event.accuracy,
+                "active_accuracy": event.accuracy, **_rewards(event.rewards),
             })  # fmt: skip
         whose = "" if event.step else " (the base)"
-        return _metrics(event, f"Step {event.step}: held-out loss {event.loss:.4f}{whose}", {
+        return _metrics(event, f"Step {event.step}: {_measure(event)}{whose}", {
             "step": event.step, "valid_loss": event.loss, "full_valid_loss": event.loss, "best": event.best,
             "valid_accuracy": event.accuracy, **_rewards(event.rewards),
         })  # fmt: skip
@@ -73,6 +73,13 @@ def problem_events(failed: Failed) -> list[JobEvent]:
 
 def _metrics(event: events.Event, message: str, data: dict[str, Any]) -> JobEvent:
     return JobEvent(event.at, message, kind="metrics", data={k: v for k, v in data.items() if v is not None})
+
+
+def _measure(event: events.StepDone | events.Evaluated, name: str = "held-out loss") -> str:
+    """Return a step's loss in words; the reward, if replies were graded."""
+    if (reward := event.rewards.get("mean")) is not None:
+        return f"{'mean' if isinstance(event, events.StepDone) else 'held-out'} reward {reward:.3f}"
+    return f"{name} {event.loss:.4f}"
 
 
 def _rewards(rewards: dict[str, float]) -> dict[str, float]:

@@ -42,6 +42,7 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.handover_files import ACTIVE_FILES, KeptFiles
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
+from onebase_server.jobs.sampling import JobSampler
 from onebase_server.jobs.state import (
     CHECKED,
     DELIVERED,
@@ -59,8 +60,10 @@ from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
+    Drawn,
     Failed,
     FilesChecked,
+    NotDrawn,
     ParentFiles,
     Stopped,
     Train,
@@ -70,6 +73,7 @@ from onebase_server.processes.trainer_protocol import (
 from onebase_server.telemetry.traces import Tracing, failed
 from onebase_server.tenancy.usage import TenantUsageRecorder
 from onebase_training.events import Event, Reason, StepDone
+from onebase_training.rollouts import Rollout
 
 RunKind = Literal["check", "train"]
 
@@ -130,6 +134,9 @@ class TrainerPool:
     checkpoints: CheckpointModels
     kept: KeptFiles
     tracing: Tracing
+    base_id: str
+    sampler: JobSampler | None = None
+    """Samples for jobs that learn from rewards."""
     deaths: int = 0
     """Trainers that died without being stopped."""
 
@@ -158,6 +165,7 @@ class TrainerPool:
             memory_limit=self.memory,
             parent=await self._parent(job),
             last_step=None if job.stop is None else job.stop.step,
+            base_id=self.base_id,
         )
 
     async def _parent(self, job: TrainingJob) -> ParentFiles | None:
@@ -429,6 +437,7 @@ class JobRun:
                 fds,
                 self._take,
                 lambda: self._pool.active_version(self.job),
+                self._draw,
             )
             if self._stop is not None:
                 self.stop(*self._stop)
@@ -445,8 +454,16 @@ class JobRun:
             return Failed(code="trainer_failed", message=f"The trainer cannot be started: {error}")
         finally:
             self._trainer, self._in_process = None, False
+            if self._pool.sampler is not None:
+                self._pool.sampler.forget(self.job)
             self._released.set()  # what is left to write must not keep an engine waiting
             await self._record.close()
+
+    async def _draw(self, rollout: Rollout) -> Drawn | NotDrawn:
+        """Return a rollout's replies with their rewards, on behalf of the job's key."""
+        if self._pool.sampler is None:
+            return NotDrawn("no_samples", "This server samples nothing for jobs.")
+        return await self._pool.sampler.draw(self.job, rollout)
 
     async def _train_job(self) -> TrainJob:
         """Return the trainer's input. Tries again while the store cannot be reached, unless the job stops.

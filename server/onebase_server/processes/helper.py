@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -44,8 +44,11 @@ class HelperProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.seconds = 0.0
 
-    def start(self, command: Sequence[str]) -> None:
-        """Start the process unless it runs, and wait until it is ready. Raises OSError, ValueError."""
+    def start(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Start the process unless it runs, and wait until it is ready. Raises OSError, ValueError.
+
+        environment: all of its variables; None: those of this process.
+        """
         if self.process is not None and self.process.poll() is None:
             return
         self.kill()
@@ -54,7 +57,7 @@ class HelperProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=computing_environment(),
+            env=computing_environment() if environment is None else environment,
             bufsize=0,
         )
         step_aside(self.process.pid, BESIDE_SERVING)

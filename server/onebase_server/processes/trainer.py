@@ -32,11 +32,13 @@ from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
     Active,
     Check,
+    Drawn,
     EndAfter,
     Failed,
     FileProblem,
     FilesChecked,
     FindActive,
+    NotDrawn,
     ParentFiles,
     RunEvent,
     Stop,
@@ -55,6 +57,7 @@ from onebase_training.events import Interrupted, Reason
 from onebase_training.loop import TrainingDivergedError
 from onebase_training.parent import ActiveVersion, Parent
 from onebase_training.recipe import RecipeError, parse_recipe
+from onebase_training.rollouts import Reply, Rollout, RolloutError
 from onebase_training.run import DoesNotFitError, TrainingRequest, prepare, train
 
 logger = logging.getLogger(__name__)
@@ -108,6 +111,7 @@ class Work:
         self._reason: Reason | None = None
         self._last_step: int | None = None
         self._active: Active | None = None
+        self._drawn: Drawn | NotDrawn | None = None
 
     def do(self) -> int:
         message = self._channel.receive()
@@ -176,6 +180,7 @@ class Work:
                 gate,
                 last_step=self._newest_last_step,
                 find_active=self._find_active,
+                rollouts=self,
             )
             return Trained(report.to_json())
 
@@ -197,6 +202,8 @@ class Work:
             self._last_step = message.step
         elif isinstance(message, Active):
             self._active = message
+        elif isinstance(message, Drawn | NotDrawn):
+            self._drawn = message
 
     def _newest_last_step(self) -> int | None:
         self._stopping()
@@ -212,6 +219,18 @@ class Work:
         if not active.digest:
             return None
         return ActiveVersion(active.label, active.digest, _parent(active.files), active.problem)
+
+    def draw(self, rollout: Rollout) -> list[list[Reply]]:
+        """Have the server sample replies and grade them. Raises RolloutError, Interrupted."""
+        self._drawn = None
+        self._channel.send(rollout)
+        while (drawn := self._drawn) is None:
+            self._take(self._channel.receive())
+            if self._reason is not None:
+                raise Interrupted(self._reason)
+        if isinstance(drawn, NotDrawn):
+            raise RolloutError(drawn.code, drawn.message, drawn.param)
+        return drawn.groups
 
     def _listen(self, event: events.Event) -> None:
         self._channel.send(RunEvent(cast(events.AnyEvent, event)))
@@ -232,6 +251,7 @@ def _run_job(job: TrainJob, config: EngineConfig, device: torch.device, limit: i
         memory_limit=limit,
         base_resident=True,
         parent=_parent(job.parent),
+        base_id=job.base_id,
     )
 
 
@@ -269,6 +289,8 @@ def failure_of(error: BaseException, job: TrainJob, *, limit: int) -> Failed:
     take."""
     if isinstance(error, RecipeError):
         return Failed(code="invalid_value", message=str(error), param=error.field or None)
+    if isinstance(error, RolloutError):
+        return Failed(code=error.code, message=str(error), param=error.param)
     if isinstance(error, DataError) and isinstance(error.__cause__, OSError):
         # It was there when the job began: the disk that it lies on is away.
         return Failed(code="store_unavailable", message=f"{error} Resume the job later.")

@@ -15,11 +15,13 @@ from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
+    Drawn,
     EndAfter,
     Failed,
     FilesChecked,
     FindActive,
     FromTrainer,
+    NotDrawn,
     RunEvent,
     Stop,
     Stopped,
@@ -28,6 +30,7 @@ from onebase_server.processes.trainer_protocol import (
     from_trainer_decoder,
 )
 from onebase_training.events import Event, Reason
+from onebase_training.rollouts import Rollout
 
 TRAINER_COMMAND = (sys.executable, "-m", "onebase_server.processes", "trainer")
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
@@ -55,12 +58,18 @@ async def _none_active() -> Active:
     return Active()
 
 
+async def _no_samples(rollout: Rollout) -> Drawn | NotDrawn:
+    """Return that nothing samples: there is no engine."""
+    return NotDrawn("no_samples", "This server samples nothing for jobs.")
+
+
 class TrainerClient:
     """One running trainer process. Made by `start`; `outcome` must be awaited, and ends it in any case."""
 
     def __init__(self, process: AskedProcess[FromTrainer]) -> None:
         self._process = process
         self._answering: asyncio.Task[None] | None = None
+        """Task that answers the trainer's newest question. It asks one at a time."""
 
     @classmethod
     async def start(
@@ -70,10 +79,12 @@ class TrainerClient:
         fds: Mapping[str, int],
         on_event: Callable[[Event], None],
         find_active: Callable[[], Awaitable[Active]] = _none_active,
+        draw: Callable[[Rollout], Awaitable[Drawn | NotDrawn]] = _no_samples,
     ) -> TrainerClient:
         """Start a trainer; `command` gets `--fd N` and an option for each of `fds` appended.
 
-        find_active: gives the version that is active when training has ended.
+        find_active: gives the version that is active when training has ended. draw: samples replies for a
+            run that learns from rewards, and grades them.
 
         Raises OSError; ValueError, OverflowError: the message cannot be sent.
         """
@@ -84,7 +95,9 @@ class TrainerClient:
                 on_event(message.event)
             elif isinstance(message, FindActive):
                 client._answering = asyncio.get_running_loop().create_task(client._answer(find_active))
-            return isinstance(message, RunEvent | FindActive)
+            elif isinstance(message, Rollout):
+                client._answering = asyncio.get_running_loop().create_task(client._draw(draw, message))
+            return isinstance(message, RunEvent | FindActive | Rollout)
 
         environment = ENVIRONMENT | behind_serving()
         process = await AskedProcess.spawn(
@@ -116,6 +129,15 @@ class TrainerClient:
             active = Active(label="The active version", digest=UNKNOWN, problem=problem)
         self._process.notify(active)
 
+    async def _draw(self, draw: Callable[[Rollout], Awaitable[Drawn | NotDrawn]], rollout: Rollout) -> None:
+        """Send the trainer its replies. It waits for them, whatever fails here."""
+        try:
+            drawn = await draw(rollout)
+        except Exception:
+            logger.exception("a rollout failed")
+            drawn = NotDrawn("internal_error", "The server failed to sample; its log says why.")
+        self._process.notify(drawn)
+
     def kill(self) -> None:
         self._process.kill()
 
@@ -131,6 +153,6 @@ class TrainerClient:
         finally:
             if self._answering is not None:
                 self._answering.cancel()
-        if answer is None or isinstance(answer, RunEvent | FindActive):
+        if answer is None or isinstance(answer, RunEvent | FindActive | Rollout):
             return Died(how)
         return answer

@@ -2,8 +2,8 @@
 
 `Check` → `RunEvent`… → `FilesChecked`, `Stopped` or `Failed`;
 `Train` → `RunEvent`…, `FindActive`, `RunEvent`… → `Trained`, `Stopped` or `Failed`.
-One process does one of them and ends; `Stop` may come at any time, `EndAfter` while it trains, and `Active`
-answers `FindActive`.
+One process does one of them and ends; `Stop` may come at any time, `EndAfter` while it trains. `Active`
+answers `FindActive`, and `Drawn` or `NotDrawn` a `Rollout` of a run that learns from rewards.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import msgspec
 
 from onebase_engine.engine.messages import EngineConfig
 from onebase_training.events import AnyEvent, Reason
+from onebase_training.rollouts import Reply, Rollout
 
 MAX_PROBLEMS = 10_000
 """Largest number of bad lines that are listed; all of them are counted."""
@@ -51,6 +52,8 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     parent: ParentFiles | None = None
     last_step: int | None = None
     """Step after which to finish, as in `EndAfter`."""
+    base_id: str = ""
+    """Identity of the base."""
 
 
 # ---- api -> trainer --------------------------------------------------------------------------
@@ -98,7 +101,21 @@ class Active(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     problem: str = ""
 
 
-ToTrainer = Check | Train | Stop | EndAfter | Active
+class Drawn(msgspec.Struct, frozen=True, tag=True):
+    """The replies to each prompt of a rollout, with their rewards."""
+
+    groups: list[list[Reply]]
+
+
+class NotDrawn(msgspec.Struct, frozen=True, tag=True):
+    """The replies cannot be had: the job fails. `code`, `message`, `param`: as in `Failed`."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+ToTrainer = Check | Train | Stop | EndAfter | Active | Drawn | NotDrawn
 
 
 # ---- trainer -> api --------------------------------------------------------------------------
@@ -148,7 +165,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     problem_count: int = 0
 
 
-FromTrainer = RunEvent | FindActive | FilesChecked | Trained | Stopped | Failed
+FromTrainer = RunEvent | FindActive | Rollout | FilesChecked | Trained | Stopped | Failed
 
 
 def to_trainer_decoder() -> msgspec.msgpack.Decoder[ToTrainer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from onebase_protocol.common import ListAnswer, PageAnswer
 
@@ -121,6 +121,7 @@ class AsyncTraining:
         metadata: Mapping[str, str] | None = None,
         model: str | None = None,
         hold: bool = False,
+        grader: Mapping[str, Any] | None = None,
         progress: ProgressCallback | None = None,
         **settings: Unpack[TrainingSettings],
     ) -> AsyncTrainingJob:
@@ -140,8 +141,8 @@ class AsyncTraining:
             activate: Activate the version once it is proven: `always`; `if_better` than the base, than what
                 it goes on from, and than the version that is active by then, on held-out rows;
                 `if_better_than_base`, whatever is active; or `never`.
-            method: `supervised`, from replies; `dpo`, from chosen and rejected ones; or `classification`,
-                from texts and their labels.
+            method: `supervised`, from replies; `dpo`, from chosen and rejected ones; `classification`, from
+                texts and their labels; or `reinforcement`, from what a grader gives the model's own replies.
             seed: Of everything random.
             metadata: Labels that `list` can search for: up to 16, of 512 characters each at most.
             model: What to begin with: the base (by default; a server has only one), or a version of an
@@ -149,6 +150,7 @@ class AsyncTraining:
                 weights, with its rank and layers, and the result is a version of it unless `name` is given.
             hold: Check the files and make the estimate, then wait for `job.resume()` before training; see
                 `job.wait`, `job.data_report` and `job.info.estimate`.
+            grader: Grader of `reinforcement`, with OpenAI's fields: `{"type": "string_check", ...}`.
             progress: Called with the bytes that are sent, of one file after the other: `file` is its name.
             **settings: See TrainingSettings.
 
@@ -170,6 +172,7 @@ class AsyncTraining:
             metadata=metadata,
             hold=hold,
             settings=plain,
+            grader=grader,
         )
         if isinstance(train, Path) or isinstance(validation, Path):
             await self._refuse_early(body)

@@ -20,6 +20,7 @@ _SHAPES: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "supervised": (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",)),
     "dpo": (("chosen", "rejected"), ("preferred_output", "non_preferred_output")),
     "classification": (("text", "label"), ("prompt", "label"), ("messages", "label")),
+    "reinforcement": (("messages",), ("prompt",)),
 }
 """Fields of the shapes that each method reads; a row needs all of one."""
 

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from msgspec.structs import replace
@@ -153,13 +153,15 @@ def job_body(
     metadata: Mapping[str, str] | None,
     hold: bool,
     settings: Body,
+    grader: Mapping[str, Any] | None = None,
 ) -> Body:
     """Return the request for a job, without its files."""
+    chosen = {"hyperparameters": settings} | ({} if grader is None else {"grader": dict(grader)})
     return {
         "model": model,
         "name": name,
         "activate": activate,
-        "method": {"type": method, method: {"hyperparameters": settings}},
+        "method": {"type": method, method: chosen},
         "seed": seed,
         "metadata": None if metadata is None else dict(metadata),
         "hold": True if hold else None,

@@ -119,7 +119,8 @@ def figures(job: TrainingJobInfo) -> str:
         return ""
     parts = []
     if progress.loss is not None:
-        parts.append(f"loss {progress.loss:.4f}")
+        rewarded = job.method == "reinforcement"
+        parts.append(f"reward {-progress.loss:.4f}" if rewarded else f"loss {progress.loss:.4f}")
     if progress.tokens_per_second:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.seconds_left is not None:
@@ -145,7 +146,10 @@ def lines_of(event: TrainingEvent) -> Iterator[tuple[str, str]]:
 
 def _measured(data: Any) -> Iterator[tuple[str, str]]:
     """Held-out losses and metrics. Steps move the bar instead."""
-    if data.get("valid_loss") is not None:
+    if (reward := data.get("rewards_mean")) is not None and data.get("valid_loss") is not None:
+        best = "  best" if data.get("best") else ""
+        yield f"{_who(data)}: held-out reward {reward:.4f}{best}", "green" if best else ""
+    elif data.get("valid_loss") is not None:
         best = "  best" if data.get("best") else ""
         yield f"{_who(data)}: held-out loss {data['valid_loss']:.4f}{best}", "green" if best else ""
     elif data.get("parent_loss") is not None:

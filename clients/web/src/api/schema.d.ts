@@ -1609,6 +1609,46 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/fine_tuning/alpha/graders/validate": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Validate Grader
+         * @description Check a grader without running it.
+         */
+        post: operations["validate_grader_v1_fine_tuning_alpha_graders_validate_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/fine_tuning/alpha/graders/run": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Run Grader
+         * @description Grade one text, as a job with this grader would.
+         */
+        post: operations["run_grader_v1_fine_tuning_alpha_graders_run_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/client/config": {
         parameters: {
             query?: never;
@@ -4148,17 +4188,19 @@ export interface components {
         };
         /**
          * Method
-         * @description Training method: `supervised` on replies, `dpo` on pairs of replies, or `classification` on labels.
+         * @description Training method: `supervised` on replies, `dpo` on pairs of replies, `classification` on labels, or
+         *     `reinforcement` on rewards that a grader gives the model's own replies.
          */
         Method: {
             /**
              * Type
              * @enum {string}
              */
-            type: "supervised" | "dpo" | "classification";
+            type: "supervised" | "dpo" | "classification" | "reinforcement";
             supervised?: components["schemas"]["MethodSettings"] | null;
             dpo?: components["schemas"]["MethodSettings"] | null;
             classification?: components["schemas"]["MethodSettings"] | null;
+            reinforcement?: components["schemas"]["ReinforcementSettings"] | null;
         };
         /**
          * MethodSettings
@@ -4548,6 +4590,23 @@ export interface components {
             data: string;
         };
         /**
+         * ReinforcementSettings
+         * @description Settings of learning from rewards.
+         */
+        ReinforcementSettings: {
+            /** Hyperparameters */
+            hyperparameters?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Grader
+             * @description string_check, text_similarity, score_model, python or multi
+             */
+            grader: {
+                [key: string]: unknown;
+            };
+        };
+        /**
          * RerankRequest
          * @description Body of POST /v1/rerank.
          */
@@ -4915,6 +4974,25 @@ export interface components {
             percent?: number | null;
             /** Shadow */
             shadow?: number | null;
+        };
+        /**
+         * RunGraderRequest
+         * @description Body of POST /v1/fine_tuning/alpha/graders/run.
+         */
+        RunGraderRequest: {
+            /** Grader */
+            grader: {
+                [key: string]: unknown;
+            };
+            /** Model Sample */
+            model_sample: string;
+            /**
+             * Item
+             * @description the row, which templates read as `item`
+             */
+            item?: {
+                [key: string]: unknown;
+            } | null;
         };
         /**
          * SampleRequest
@@ -5415,6 +5493,16 @@ export interface components {
             lora_name: string;
             /** Lora Int Id */
             lora_int_id?: number | null;
+        };
+        /**
+         * ValidateGraderRequest
+         * @description Body of POST /v1/fine_tuning/alpha/graders/validate.
+         */
+        ValidateGraderRequest: {
+            /** Grader */
+            grader: {
+                [key: string]: unknown;
+            };
         };
         /**
          * WeightsInfoRequest
@@ -7274,6 +7362,10 @@ export interface components {
             /** @default null */
             active: string | null;
             adapter: string;
+            /** @default null */
+            rewards: {
+                [key: string]: number;
+            } | null;
         };
         /**
          * SliceReport
@@ -7450,6 +7542,46 @@ export interface components {
                 [key: string]: number;
             };
             step_number: number;
+        };
+        /**
+         * ValidatedGrader
+         * @description A grader that can be run, as it was read.
+         */
+        ValidatedGrader: {
+            grader: {
+                [key: string]: unknown;
+            };
+        };
+        /**
+         * GraderRun
+         * @description The reward that a grader gives one text.
+         */
+        GraderRun: {
+            reward: number;
+            sub_rewards: {
+                [key: string]: number;
+            };
+            metadata: components["schemas"]["GraderRunMetadata"];
+            model_grader_token_usage_per_model: {
+                [key: string]: number;
+            };
+        };
+        /**
+         * GraderRunMetadata
+         * @description Account of one reward. errors: OpenAI's flags, and details of some.
+         */
+        GraderRunMetadata: {
+            name: string;
+            type: string;
+            errors: {
+                [key: string]: unknown;
+            };
+            execution_time: number;
+            scores: {
+                [key: string]: number;
+            };
+            token_usage: number | null;
+            sampled_model_name: string | null;
         };
         /**
          * ClientConfigAnswer
@@ -19142,6 +19274,222 @@ export interface operations {
             /** @description The body, or what it asks for, is over a limit */
             413: {
                 headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    validate_grader_v1_fine_tuning_alpha_graders_validate_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ValidateGraderRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ValidatedGrader"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    run_grader_v1_fine_tuning_alpha_graders_run_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["RunGraderRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["GraderRun"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
                     [name: string]: unknown;
                 };
                 content: {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated
 
@@ -12,21 +13,41 @@ from fastapi.responses import StreamingResponse
 
 from onebase_adapters.names import MAX_NAME, is_adapter_name, label
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
-from onebase_edge.errors import AdapterNotFoundError, ApiError, InvalidRequestError
+from onebase_edge.errors import (
+    AdapterNotFoundError,
+    ApiError,
+    InsufficientScopeError,
+    InvalidRequestError,
+)
 from onebase_edge.sse import identified_event
 from onebase_protocol.common import PageAnswer, page_of
-from onebase_protocol.training import JobStreamEvent, TrainingCheckpoint, TrainingEvent, TrainingJobInfo
+from onebase_protocol.training import (
+    GraderRun,
+    JobStreamEvent,
+    TrainingCheckpoint,
+    TrainingEvent,
+    TrainingJobInfo,
+    ValidatedGrader,
+)
 from onebase_server.adapters.catalog import check_name, is_checkpoint
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, ParentSettings, label_problem
+from onebase_server.http.schemas.jobs import (
+    MAX_LABELS,
+    CreateJobRequest,
+    ParentSettings,
+    RunGraderRequest,
+    ValidateGraderRequest,
+    label_problem,
+)
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
     EVENT,
     checkpoint_view,
     event_id,
     event_view,
+    grader_run_view,
     is_active,
     job_view,
     number_of,
@@ -34,8 +55,9 @@ from onebase_server.http.views.jobs import (
 from onebase_server.jobs.checkpoints import adapter_of
 from onebase_server.jobs.service import NEW_NAME
 from onebase_server.tenancy.access import Caller
+from onebase_training.graders import Graded, to_json
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
+router = APIRouter(prefix="/v1/fine_tuning", route_class=StrictRoute, tags=["training"])
 
 MOST = 100
 _log = logging.getLogger(__name__)
@@ -45,12 +67,16 @@ After = Annotated[str | None, Query(max_length=100, description="the last id of 
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 
-@router.post("", responses=answer(TrainingJobInfo, 404, 409, 422, 429, 507))
+@router.post("/jobs", responses=answer(TrainingJobInfo, 404, 409, 422, 429, 507))
 @needs("train")
 async def create_job(body: CreateJobRequest, services: Provided, caller: Calling) -> Response:
     """Train an adapter on the base that is served, or continue from a version of one (`model`). The result is
     proved, and activated as `activate` says."""
     services.refuse_if_draining()
+    if body.method is not None and body.method.grader is not None:
+        if not caller.may("generate"):
+            raise InsufficientScopeError("generate", caller.key)
+        services.grading.check(body.method.grader, "method.reinforcement.grader")
     base = services.catalog.base_name
     parent = None if body.model == base else await _parent(body.model, services, caller)
     name = _adapter_name(body, base, parent)
@@ -72,7 +98,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
     return await _shown(job, services)
 
 
-@router.get("", responses=answer(PageAnswer[TrainingJobInfo], 404))
+@router.get("/jobs", responses=answer(PageAnswer[TrainingJobInfo], 404))
 @needs("train")
 async def list_jobs(
     request: Request, services: Provided, caller: Calling, after: After = None, limit: Limit = 20
@@ -84,14 +110,14 @@ async def list_jobs(
     return json_response(page_of(shown, more=len(found) > limit))
 
 
-@router.get("/{job_id}", responses=answer(TrainingJobInfo, 404))
+@router.get("/jobs/{job_id}", responses=answer(TrainingJobInfo, 404))
 @needs("train")
 async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Return one job."""
     return await _shown(await services.training.jobs.get(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/cancel", responses=answer(TrainingJobInfo, 404, 409, 507))
+@router.post("/jobs/{job_id}/cancel", responses=answer(TrainingJobInfo, 404, 409, 507))
 @needs("train")
 async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Cancel a job for good."""
@@ -99,7 +125,7 @@ async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/pause", responses=answer(TrainingJobInfo, 404, 409, 507))
+@router.post("/jobs/{job_id}/pause", responses=answer(TrainingJobInfo, 404, 409, 507))
 @needs("train")
 async def pause_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Pause a job within a step, which frees the machine; `resume` continues from there."""
@@ -107,7 +133,7 @@ async def pause_job(job_id: str, services: Provided, caller: Calling) -> Respons
     return await _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/stop", responses=answer(TrainingJobInfo, 404, 409, 429, 507))
+@router.post("/jobs/{job_id}/stop", responses=answer(TrainingJobInfo, 404, 409, 429, 507))
 @needs("train")
 async def stop_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """End training at its next step and keep the best adapter: it is proved and activated as usual."""
@@ -115,7 +141,7 @@ async def stop_job(job_id: str, services: Provided, caller: Calling) -> Response
     return await _shown(await services.training.jobs.stop(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/resume", responses=answer(TrainingJobInfo, 404, 409, 429, 507))
+@router.post("/jobs/{job_id}/resume", responses=answer(TrainingJobInfo, 404, 409, 429, 507))
 @needs("train")
 async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Resume a job from its last checkpoint, or start one that was made with `hold`."""
@@ -123,7 +149,7 @@ async def resume_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
 
-@router.get("/{job_id}/events", responses=answer(PageAnswer[TrainingEvent], 404, event=JobStreamEvent))
+@router.get("/jobs/{job_id}/events", responses=answer(PageAnswer[TrainingEvent], 404, event=JobStreamEvent))
 @needs("train")
 async def list_events(
     job_id: str,
@@ -150,7 +176,7 @@ async def list_events(
     return json_response(page_of([event_view(event) for event in found[:limit]], more=len(found) > limit))
 
 
-@router.get("/{job_id}/checkpoints", responses=answer(PageAnswer[TrainingCheckpoint], 404))
+@router.get("/jobs/{job_id}/checkpoints", responses=answer(PageAnswer[TrainingCheckpoint], 404))
 @needs("train")
 async def list_checkpoints(
     job_id: str, services: Provided, caller: Calling, after: After = None, limit: Limit = 10
@@ -164,6 +190,29 @@ async def list_checkpoints(
         found = [one for one in found if steps and one.step < steps[0]]
     views = [checkpoint_view(one, job) for one in found[:limit]]
     return json_response(page_of(views, more=len(found) > limit))
+
+
+@router.post("/alpha/graders/validate", responses=answer(ValidatedGrader))
+@needs("train")
+async def validate_grader(body: ValidateGraderRequest, services: Provided, caller: Calling) -> Response:
+    """Check a grader without running it."""
+    return json_response(ValidatedGrader(to_json(services.grading.check(body.grader, "grader"))))
+
+
+@router.post("/alpha/graders/run", responses=answer(GraderRun, 403, 404))
+@needs("generate")
+async def run_grader(body: RunGraderRequest, services: Provided, caller: Calling) -> Response:
+    """Grade one text, as a job with this grader would."""
+    services.refuse_if_draining()
+    grader = services.grading.check(body.grader, "grader")
+    began, processes = time.monotonic(), services.grading.processes()
+    try:
+        found = await services.grading.grade(
+            grader, Graded(body.model_sample, body.item or {}), caller, processes, "grader"
+        )
+    finally:
+        await services.reading.run_for(caller.tenant, processes.close)
+    return json_response(grader_run_view(grader, found, time.monotonic() - began))
 
 
 async def _followed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
@@ -14,6 +15,7 @@ from onebase_protocol.adapters import ModuleReport
 from onebase_protocol.training import Activate
 from onebase_server.http.views.jobs import wire_name
 from onebase_server.requests.schemas.wire import FieldError, Name, Wire
+from onebase_training.graders import GraderError, parse_grader, to_json
 from onebase_training.recipe import (
     MODEL,
     NO_PARENT,
@@ -29,13 +31,10 @@ MAX_LABELS = 16
 MAX_SUFFIX = 64
 _NO_KEY = frozenset('"\\')
 """Characters in a key of metadata with which databases do not find it."""
-_OWN_FIELDS = ("method", "seed")
+_OWN_FIELDS = ("method", "seed", "grader")
 """Fields of a recipe that a request sets elsewhere."""
-
-_REINFORCEMENT = (
-    "reinforcement fine-tuning with graders is not run here: train on the replies that the grader likes best "
-    "(supervised) or on pairs of them (dpo), or let TRL's AsyncGRPO sample from this server"
-)
+_OPENAI = {"n_epochs": "epochs", "eval_interval": "eval_every"}
+"""Fields of a recipe by the names that OpenAI's clients have for them."""
 _INTEGRATIONS = (
     "this server sends nothing to others: leave it out. The job's events and its result file have all "
     "figures, by which a client can draw them"
@@ -56,32 +55,39 @@ class MethodSettings(Wire):
     hyperparameters: Settings | None = None
 
 
-class Method(Wire):
-    """Training method: `supervised` on replies, `dpo` on pairs of replies, or `classification` on labels."""
+class ReinforcementSettings(MethodSettings):
+    """Settings of learning from rewards."""
 
-    type: Literal["supervised", "dpo", "classification"]
+    grader: Settings = Field(description="string_check, text_similarity, score_model, python or multi")
+
+
+class Method(Wire):
+    """Training method: `supervised` on replies, `dpo` on pairs of replies, `classification` on labels, or
+    `reinforcement` on rewards that a grader gives the model's own replies."""
+
+    type: Literal["supervised", "dpo", "classification", "reinforcement"]
     supervised: MethodSettings | None = None
     dpo: MethodSettings | None = None
     classification: MethodSettings | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_graders(cls, value: Any) -> Any:
-        if isinstance(value, dict) and (value.get("type") == "reinforcement" or value.get("reinforcement")):
-            raise FieldError("type", _REINFORCEMENT)
-        return value
+    reinforcement: ReinforcementSettings | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         for other in get_args(RecipeMethod):
             if other != self.type and getattr(self, other) is not None:
                 raise FieldError(other, f"method.type is {self.type}: leave {other} out")
+        if self.type == "reinforcement" and self.reinforcement is None:
+            raise FieldError("reinforcement", "it needs a grader, which gives replies their rewards")
         return self
 
     @property
     def settings(self) -> Settings:
         chosen: MethodSettings | None = getattr(self, self.type)
         return (chosen.hyperparameters if chosen else None) or {}
+
+    @property
+    def grader(self) -> Settings | None:
+        return self.reinforcement.grader if self.reinforcement else None
 
 
 class CreateJobRequest(Wire):
@@ -129,13 +135,19 @@ class CreateJobRequest(Wire):
         kind = self.method.type if self.method else "supervised"
         place = f"method.{kind}.hyperparameters" if self.method else "hyperparameters"
         settings = dict(self.method.settings if self.method else self.hyperparameters or {})
-        if "n_epochs" in settings:
-            if "epochs" in settings:
-                raise InvalidRequestError(
-                    f"{place}.n_epochs: epochs is another name for it; give one of the two.",
-                    param=f"{place}.n_epochs",
-                )
-            settings["epochs"] = settings.pop("n_epochs")
+        for name, own in _OPENAI.items():
+            if name in settings:
+                if own in settings:
+                    raise InvalidRequestError(
+                        f"{place}.{name}: {own} is another name for it; give one of the two.",
+                        param=f"{place}.{name}",
+                    )
+                settings[own] = settings.pop(name)
+        if kind == "reinforcement" and settings.pop("reasoning_effort", None) not in (None, "default"):
+            raise InvalidRequestError(
+                f"{place}.reasoning_effort: replies are sampled as the base thinks by itself. Leave it out.",
+                param=f"{place}.reasoning_effort",
+            )
         for name in _OWN_FIELDS:
             if name in settings:
                 raise InvalidRequestError(
@@ -150,10 +162,14 @@ class CreateJobRequest(Wire):
                 if kind == "classification":
                     raise RecipeError(MODEL, NO_PARENT)
                 given = continued(given, parent.settings(), parent.label)
+            if self.method is not None and self.method.grader is not None:
+                given["grader"] = grader_text(self.method.grader)
             recipe = parse_recipe({**given, "method": kind})
             _check_rank(recipe, max_rank)
         except RecipeError as error:
             param = f"{place}.{wire_name(error.field)}" if error.field else place
+            if error.field.partition(".")[0] == "grader":
+                param = f"method.{kind}.{error.field}"
             param = MODEL if error.field == MODEL else param
             raise InvalidRequestError(f"{param}: {error}.", param=param) from error
         return recipe
@@ -178,6 +194,28 @@ class ParentSettings:
             label=self.label,
             invocation=self.report.get("invocation_tokens", ()),
         )
+
+
+def grader_text(grader: Settings) -> str:
+    """Return a grader as it is stored. Raises RecipeError: it cannot be used."""
+    try:
+        return json.dumps(to_json(parse_grader(grader)), sort_keys=True)
+    except GraderError as error:
+        raise RecipeError(f"grader.{error.field}".rstrip("."), error.reason) from error
+
+
+class RunGraderRequest(Wire):
+    """Body of POST /v1/fine_tuning/alpha/graders/run."""
+
+    grader: Settings
+    model_sample: Annotated[str, Field(max_length=1 << 20)]
+    item: Settings | None = Field(default=None, description="the row, which templates read as `item`")
+
+
+class ValidateGraderRequest(Wire):
+    """Body of POST /v1/fine_tuning/alpha/graders/validate."""
+
+    grader: Settings
 
 
 def label_problem(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any, cast
@@ -16,9 +17,29 @@ from onebase_protocol.common import Json
 from onebase_server.adapters.catalog import VisibleAdapters
 from onebase_server.jobs.checkpoints import checkpoint_model
 from onebase_server.jobs.state import is_resumable
+from onebase_training.graders import Grade, Grader, judges, to_json
 
 EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
 _DIGITS = 16
+_FLAGS = (
+    "formula_parse_error",
+    "sample_parse_error",
+    "truncated_observation_error",
+    "unresponsive_reward_error",
+    "invalid_variable_error",
+    "other_error",
+    "python_grader_server_error",
+    "python_grader_runtime_error",
+    "model_grader_server_error",
+    "model_grader_refusal_error",
+    "model_grader_parse_error",
+)
+"""Errors of a grader's run, as OpenAI names them."""
+_DETAILS = {
+    "python_grader_server_error_type": "python_grader_server_error",
+    "python_grader_runtime_error_details": "python_grader_runtime_error",
+    "model_grader_server_error_details": "model_grader_server_error",
+}
 _MULTIPLIER = "learning_rate_multiplier"
 _OPENAI = ("batch_size", _MULTIPLIER)
 
@@ -43,12 +64,13 @@ def job_view(
     names: those of its tenant.
     """
     recipe = (job.plan or {}).get("recipe") or job.settings
-    settings = {key: value for key, value in recipe.items() if key not in ("method", "seed")}
+    settings = {key: value for key, value in recipe.items() if key not in ("method", "seed", "grader")}
     shown = {"n_epochs": _whole(recipe["epochs"]), **{k: recipe[k] for k in _OPENAI}}
     if job.settings[_MULTIPLIER] != "auto":  # of a plan it is 1: the rate there has it in it
         shown[_MULTIPLIER] = job.settings[_MULTIPLIER]
     kind = recipe["method"]
     report, parent = job.report, job.parent
+    grader = {"grader": json.loads(recipe["grader"])} if recipe.get("grader") else {}
     return wire.TrainingJobInfo(
         id=job.id,
         model=base_name if parent is None else label(parent.name, parent.digest),
@@ -62,7 +84,7 @@ def job_view(
         training_file=job.training_file,
         validation_file=job.validation_file,
         hyperparameters=shown,
-        method_settings={"type": kind, kind: {"hyperparameters": {**settings, **shown}}},
+        method_settings={"type": kind, kind: {**grader, "hyperparameters": {**settings, **shown}}},
         trained_tokens=report.get("tokens") if report and job.ended else None,
         seed=recipe["seed"],
         metadata=dict(job.labels),
@@ -112,6 +134,28 @@ def event_view(event: JobEvent) -> wire.TrainingEvent:
         message=event.message,
         type=event.kind,
         facts=None if event.data is None else dict(event.data),
+    )
+
+
+def grader_run_view(grader: Grader, found: Grade, seconds: float) -> wire.GraderRun:
+    """Return what a grader gave one text."""
+    flags = {name: name in found.errors for name in _FLAGS}
+    details = {name: found.errors.get(flag) for name, flag in _DETAILS.items()}
+    kind = str(to_json(grader)["type"])
+    models = [one.model for one in judges(grader)]
+    return wire.GraderRun(
+        reward=found.reward,
+        sub_rewards=found.parts,
+        model_grader_token_usage_per_model=dict(found.tokens),
+        metadata=wire.GraderRunMetadata(
+            name=grader.name,
+            type=kind,
+            errors={**flags, **details},
+            execution_time=seconds,
+            scores=found.parts or {grader.name: found.reward},
+            token_usage=found.tokens.total() or None,
+            sampled_model_name=models[0] if models else None,
+        ),
     )
 
 

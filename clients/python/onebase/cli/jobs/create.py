@@ -44,6 +44,7 @@ _EXAMPLES = """\
   onebase jobs create train.jsonl --name acme --validation eval.jsonl --hold
   onebase jobs create pairs.jsonl --name acme --method dpo --set beta=0.2 --activate never
   onebase jobs create texts.jsonl --name topics --method classification --set best_by=f1
+  onebase jobs create tasks.jsonl --name sums --method reinforcement --grader grader.json
   onebase jobs create more.jsonl --model acme@3f2a9c41 --max-regression 0.02
 """
 
@@ -54,6 +55,7 @@ def run(action: str, argv: list[str]) -> int:
     args = made.parse_args(argv)
     try:
         args.settings, args.labels = parse_settings(args.set), parse_labels(args.metadata)
+        args.grader = None if args.grader is None else parse_grader(args.grader)
         for name in ("max_regression", "slice_by"):
             if getattr(args, name) is not None:
                 args.settings[name] = getattr(args, name)
@@ -83,10 +85,16 @@ def _parser(action: str) -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--method",
-        choices=("supervised", "dpo", "classification"),
+        choices=("supervised", "dpo", "classification", "reinforcement"),
         default="supervised",
         help="supervised: learn the replies; dpo: prefer `chosen` to `rejected`; classification: learn "
-        "`label` (default: supervised)",
+        "`label`; reinforcement: learn from what --grader gives the model's own replies (default: "
+        "supervised)",
+    )
+    made.add_argument(
+        "--grader",
+        metavar="GRADER",
+        help="for reinforcement: a file with the grader as JSON, or the JSON itself",
     )
     made.add_argument(
         "--max-regression",
@@ -165,6 +173,7 @@ def _create(client: Client, args: argparse.Namespace) -> int:
             seed=args.seed,
             metadata=args.labels,
             hold=args.hold,
+            grader=args.grader,
             progress=display,
             **args.settings,
         )
@@ -220,6 +229,29 @@ def parse_settings(given: Sequence[str]) -> TrainingSettings:
         else:
             settings[name] = _scalar(value)
     return cast(TrainingSettings, settings)
+
+
+def parse_grader(given: str) -> Mapping[str, Any]:
+    """Return the grader of a file, or of JSON.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = given if given.lstrip().startswith("{") else _file_text(given)
+    try:
+        grader = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--grader: it is not JSON: {error}") from error
+    if not isinstance(grader, dict):
+        raise ValueError('--grader: write a JSON object, as in {"type": "string_check", ...}')
+    return grader
+
+
+def _file_text(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--grader: {path} cannot be read: {error}") from error
 
 
 def parse_labels(given: Sequence[str]) -> Mapping[str, str] | None:

@@ -140,6 +140,10 @@ def status_style(status: str) -> str:
     return {"succeeded": "green", "failed": "red", "cancelled": "dim"}.get(status, "yellow")
 
 
+_REWARD = "reward"
+"""Measure of `reinforcement`, in place of a loss."""
+
+
 def loss(value: float | None) -> str:
     """Return a loss in four decimals, nothing for None."""
     return "" if value is None else f"{value:.4f}"
@@ -363,7 +367,7 @@ def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -
         out.print(
             line(f"  {job.error.code}: {job.error.message}".replace("\n", "\n  "), "red"), soft_wrap=True
         )
-    _print_curve(out, curve)
+    _print_curve(out, curve, rewarded=job.method == "reinforcement")
     if job.report is not None:
         _print_report(out, job.report)
         out.print(line(_compared(job.name, job.report)), soft_wrap=True)
@@ -411,13 +415,14 @@ def settings_line(job: TrainingJobInfo) -> str:
     return ", ".join(parts)
 
 
-def _print_curve(out: Console, curve: Sequence[CurvePoint]) -> None:
-    ascii_only = out.options.ascii_only
+def _print_curve(out: Console, curve: Sequence[CurvePoint], *, rewarded: bool) -> None:
+    """Print the losses, or the rewards, which are negated losses."""
+    ascii_only, what, sign = out.options.ascii_only, "reward" if rewarded else "loss", -1 if rewarded else 1
     for title, points in (
-        ("training loss", [point.train_loss for point in curve]),
-        ("held-out loss", [point.valid_loss for point in curve]),
+        (f"training {what}", [point.train_loss for point in curve]),
+        (f"held-out {what}", [point.valid_loss for point in curve]),
     ):
-        values = [value for value in points if value is not None]
+        values = [sign * value for value in points if value is not None]
         if len(values) > 1:
             chart = sparkline(values, _CHART, ascii_only=ascii_only)
             ends = f"{values[0]:.4f} -> {values[-1]:.4f}"
@@ -521,7 +526,7 @@ def _print_slices(out: Console, found: SliceReport) -> None:
     name = "held-out loss" if by_loss else found.by
 
     def shown(value: float | None) -> str:
-        return loss(value) if by_loss else _share(value)
+        return loss(value) if found.by in ("loss", _REWARD) else _share(value)
 
     def style(one: SliceResult) -> str:
         return "red" if one.regressed else "yellow" if one.worse_by > 0 else ""
@@ -560,7 +565,7 @@ def _verdict(one: SliceResult) -> str:
 def _measures(report: TrainingReport) -> list[_Measure]:
     rows = []
     others, after = (report.loss_before, report.loss_parent, report.loss_active), report.loss_after
-    if report.loss_before is not None or after is not None:
+    if _REWARD not in report.metrics_after and (report.loss_before is not None or after is not None):
         best = min((one for one in others if one is not None), default=None)
         better = None if best is None or after is None or best == after else after < best
         rows.append(_measure("held-out loss", loss, others, after, better))
@@ -569,7 +574,7 @@ def _measures(report: TrainingReport) -> list[_Measure]:
         shares, share = [one.get(name) for one in subjects], report.metrics_after.get(name)
         best = max((one for one in shares if one is not None), default=None)
         better = None if best is None or share is None or best == share else share > best
-        rows.append(_measure(name, _share, shares, share, better))
+        rows.append(_measure(name, loss if name == _REWARD else _share, shares, share, better))
     return rows
 
 

@@ -1,0 +1,222 @@
+"""Samples for jobs that learn from rewards: drawn from the engine with the job's newest weights, and graded.
+
+They are background sequences of the tenant that made the job, by its key: they count for its quotas, and only
+use what other requests leave free. The choices of one prompt share its prefix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from onebase_adapters.registry import TrainingJob
+from onebase_edge.background import Threads
+from onebase_edge.errors import ApiError, InsufficientScopeError
+from onebase_engine.engine.messages import AdapterRef, Sampling
+from onebase_server.adapters.catalog import AdapterChoice, VersionRef
+from onebase_server.adapters.residency import PackedAdapterFiles, Residency
+from onebase_server.inference.generation import (
+    GenerationRequest,
+    GenerationRun,
+    Prompt,
+    UsageRecorder,
+    new_id,
+)
+from onebase_server.inference.stream import OutputPiece
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.jobs.grading import AGAIN, MOST_JUDGED, PASSING, GraderProcesses, Grading
+from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.processes.trainer_protocol import Drawn, NotDrawn
+from onebase_server.requests.planner import Planner
+from onebase_server.tenancy.access import Caller, KeyRing
+from onebase_server.tenancy.quotas import Limiter, QuotaReservation
+from onebase_training import rollouts
+from onebase_training.graders import Graded, Grader
+from onebase_training.rollouts import LiveWeights, Reply, Rollout, item_of
+
+MOST_GROUPS = 16
+"""Largest number of prompts of one job whose replies the engine has at once."""
+LIVE = "live"
+"""Name of a job's newest weights in leases, usage and metrics: each step has others."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Run:
+    """Graders' processes and newest weights of one job."""
+
+    processes: GraderProcesses
+    weights: LiveWeights | None = None
+    judged: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_JUDGED))
+
+
+class JobSampler:
+    """Samples for the jobs of one server. For one event loop.
+
+    Args:
+        recorder: makes the recorder of a request's usage.
+    """
+
+    def __init__(
+        self,
+        *,
+        planner: Planner,
+        supervisor: EngineSupervisor,
+        tokenizer: BaseTokenizer,
+        reading: Threads,
+        files: PackedAdapterFiles,
+        residency: Residency,
+        keys: KeyRing,
+        limiter: Limiter,
+        grading: Grading,
+        recorder: Callable[[QuotaReservation, GenerationRequest], UsageRecorder],
+    ) -> None:
+        self._planner = planner
+        self._supervisor = supervisor
+        self._tokenizer = tokenizer
+        self._reading = reading
+        self._files = files
+        self._residency = residency
+        self._keys = keys
+        self._limiter = limiter
+        self._grading = grading
+        self._recorder = recorder
+        self._runs: dict[str, _Run] = {}
+
+    async def draw(self, job: TrainingJob, rollout: Rollout) -> Drawn | NotDrawn:
+        """Return the replies to a rollout's prompts with their rewards, or why there are none."""
+        run = self._runs.setdefault(job.id, _Run(self._grading.processes()))
+        try:
+            caller = await self._caller(job)
+            grader = self._grading.check(str(job.settings["grader"]), "grader")
+            choice = self._choice(job, run, rollout.weights)
+            self._planner.check_limits(rollout.n, None)
+            limit = asyncio.Semaphore(MOST_GROUPS)
+            tasks = [
+                asyncio.create_task(self._group(job, run, grader, caller, choice, rollout, prompt, limit))
+                for prompt in rollout.prompts
+            ]
+            try:
+                return Drawn(list(await asyncio.gather(*tasks)))
+            finally:
+                for task in tasks:
+                    task.cancel()
+        except ApiError as error:
+            _log.warning("job %s gets no samples: %s", job.id, error.message)
+            return NotDrawn(error.code or "sampling_failed", error.message, error.param)
+
+    def forget(self, job: TrainingJob) -> None:
+        """Drop what a job has here, whose process has ended."""
+        run = self._runs.pop(job.id, None)
+        if run is not None:
+            self._drop(run.weights)
+            asyncio.get_running_loop().run_in_executor(None, run.processes.close)
+
+    def _drop(self, weights: LiveWeights | None) -> None:
+        if weights is not None:
+            self._residency.forget(self._files.drop_live(Path(weights.path).parent))
+
+    async def _caller(self, job: TrainingJob) -> Caller:
+        """Return the job's key as it is now, in the background. Raises ApiError."""
+        caller = await self._keys.caller_of(job.key)
+        if not caller.may("generate"):
+            raise InsufficientScopeError("generate", caller.key)
+        return replace(caller, background=True)
+
+    def _choice(self, job: TrainingJob, run: _Run, weights: LiveWeights | None) -> AdapterChoice:
+        """Return the weights as requests name them; those before are dropped."""
+        if weights is None:
+            return AdapterChoice()
+        if weights != run.weights:
+            self._drop(run.weights)
+            run.weights = weights
+            self._files.add_live(Path(weights.path), weights.digest, weights.bytes)
+        ref = AdapterRef(weights.digest)
+        return AdapterChoice((ref,), (VersionRef(job.tenant, LIVE, ref.digest),), f"{LIVE}@{ref.digest}")
+
+    async def _group(
+        self,
+        job: TrainingJob,
+        run: _Run,
+        grader: Grader,
+        caller: Caller,
+        choice: AdapterChoice,
+        rollout: Rollout,
+        prompt: rollouts.Prompt,
+        limit: asyncio.Semaphore,
+    ) -> list[Reply]:
+        """Return the replies to one prompt. Raises ApiError."""
+        async with limit:
+            choices = await self._sampled(caller, choice, rollout, prompt)
+        item = item_of(prompt.item)
+
+        async def graded(piece: OutputPiece) -> Reply:
+            async with run.judged:
+                found = await self._grading.grade(
+                    grader, Graded(piece.text, item), caller, run.processes, job.id
+                )
+            logprobs = [0.0 if one.logprob is None else one.logprob for one in piece.tokens]
+            return Reply(
+                tokens=piece.ids,
+                logprobs=logprobs,
+                text=piece.text,
+                reward=found.reward,
+                parts=found.parts,
+                errors=found.errors,
+            )
+
+        return list(await asyncio.gather(*map(graded, choices)))
+
+    async def _sampled(
+        self, caller: Caller, choice: AdapterChoice, rollout: Rollout, prompt: rollouts.Prompt
+    ) -> list[OutputPiece]:
+        """Return the choices of one prompt, once the engine and the quotas have room. Raises ApiError."""
+        sampling = Sampling(
+            temperature=rollout.temperature,
+            seed=prompt.seed,
+            end_token_ids=self._tokenizer.end_tokens,
+            max_tokens=prompt.max_tokens,
+            logprobs=0,
+        )
+        for pause in AGAIN.pauses():
+            request = GenerationRequest(
+                id=new_id("rollout-"),
+                tenant=caller.tenant,
+                priority=caller.priority,
+                background=True,
+                prompts=(Prompt(prompt.tokens),),
+                sampling=sampling,
+                adapter=choice,
+                n=rollout.n,
+                token_ids=True,
+                expected_tokens=sampling.max_tokens,
+            )
+            try:
+                return await self._run(request, caller)
+            except PASSING as error:
+                _log.debug("a rollout of %s waits: %s", caller.tenant, error)
+                pause = max(pause, error.retry_after or 0.0)
+            await asyncio.sleep(pause)
+        raise AssertionError("pauses have no end")
+
+    async def _run(self, request: GenerationRequest, caller: Caller) -> list[OutputPiece]:
+        reservation = self._limiter.enter(caller)
+        reservation.admit(request.reserved_tokens, request.choices)
+        run = GenerationRun(
+            self._supervisor,
+            self._tokenizer,
+            self._reading,
+            request,
+            recorder=self._recorder(reservation, request),
+        )
+        try:
+            await run.start(self._residency)
+        except BaseException:
+            reservation.sequences_ended()
+            reservation.settle(0)
+            raise
+        return await run.collect()
