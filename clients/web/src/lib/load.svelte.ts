@@ -10,18 +10,19 @@ const LOOK_MS = 10_000
 /** Of each kind of changes, the newest. */
 const MOST = 200
 
-/** Activations, rollbacks and rollouts of the last hours; none for a key that may not see them. Throws ApiError. */
-export async function loadMarks(which: { tenant?: string; target?: string }, nameOf?: (key: string) => string): Promise<Mark[]> {
+/** Changes of adapters and rollouts in the last hours; none for a key that may not see them. Throws ApiError. */
+export async function loadChanges(which: { tenant?: string; target?: string }): Promise<Schemas['AuditAnswer'][]> {
   if (!session.may('adapters')) return []
   const since = Math.floor(Date.now() / 1000 - SECONDS)
   const pages = await Promise.all(MARKED.map((action) => data(api.GET('/v1/audit', { params: { query: { ...which, action, since, limit: MOST } } }))))
-  return marksOf(pages.flatMap((page) => page.data), nameOf)
+  return pages.flatMap((page) => page.data)
 }
 
 export class Load {
   load = $state.raw<TenantLoad | null>(null)
-  marks = $state.raw<Mark[]>([])
   problem = $state.raw<ApiError | null>(null)
+
+  #changes = $state.raw<Schemas['AuditAnswer'][]>([])
 
   /** adapter: null is all of the tenant's. nameOf: a key's name by its id. */
   constructor(
@@ -30,14 +31,18 @@ export class Load {
     readonly nameOf?: (key: string) => string,
   ) {}
 
+  get marks(): Mark[] {
+    return marksOf(this.#changes, this.nameOf)
+  }
+
   /** Look at it. Returns when to look again, in milliseconds. */
   async look(): Promise<number> {
     const query = { tenant: this.tenant, ...(this.adapter === null ? {} : { adapter: this.adapter }) }
     const which = { tenant: this.tenant, ...(this.adapter === null ? {} : { target: this.adapter }) }
     try {
-      const [load, marks] = await Promise.all([data(api.GET('/v1/load', { params: { query } })), loadMarks(which, this.nameOf)])
+      const [load, changes] = await Promise.all([data(api.GET('/v1/load', { params: { query } })), loadChanges(which)])
       this.load = load
-      this.marks = marks
+      this.#changes = changes
       this.problem = null
     } catch (error) {
       this.problem = error instanceof ApiError ? error : new ApiError(0, null, String(error))

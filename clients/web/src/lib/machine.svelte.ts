@@ -1,7 +1,7 @@
 // What the server is, what it takes, how fast it is, and what was done on it.
 import { ApiError, api, data, type Schemas } from '../api/client'
-import { loadMarks } from './load.svelte'
-import type { Mark } from './marks'
+import { loadChanges } from './load.svelte'
+import { marksOf, type Mark } from './marks'
 import { server } from './server.svelte'
 import { keep, load } from './storage'
 import { ago, when } from './units'
@@ -78,14 +78,13 @@ class Machine {
   entries = $state.raw<Entry[] | null>(null)
   more = $state(false)
   history = $state.raw<History | null>(null)
-  /** What was changed in these hours. */
-  marks = $state.raw<Mark[]>([])
   /** This month's, by tenant. */
   usage = $state.raw<Record<string, Used>>({})
   price = $state.raw<Price>(load(PRICES, isPrice)[0] ?? { prompt: null, generated: null })
   auditProblem = $state.raw<ApiError | null>(null)
   #last: { at: number; generated: number; prompts: number } | null = null
   #asked = 0
+  #changes = $state.raw<Entry[]>([])
 
   /** Look at it. Returns when to look again, in milliseconds. */
   async load(): Promise<number> {
@@ -127,11 +126,19 @@ class Machine {
     return 10_000
   }
 
-  /** Learn what was activated in these hours, of all tenants. Returns when to look again, in milliseconds. */
-  async loadMarks(): Promise<number> {
-    this.marks = await loadMarks({}, (id) => this.keys.find((key) => key.id === id)?.name || id)
+  /** Learn what was changed in these hours, of all tenants. Returns when to look again, in milliseconds. */
+  async loadChanges(): Promise<number> {
+    this.#changes = await loadChanges({})
     return 10_000
   }
+
+  /** Activations, rollbacks and rollouts among them. */
+  get marks(): Mark[] {
+    return marksOf(this.#changes, this.nameOf)
+  }
+
+  /** A key by its name, where it has one. */
+  nameOf = (id: string): string => this.keys.find((key) => key.id === id)?.name || id
 
   /** The waits of a tenant in the queue in the last hour; undefined if it had no requests. */
   waitOf(tenant: string): Schemas['QueueWait'] | undefined {

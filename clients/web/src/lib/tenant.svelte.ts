@@ -8,7 +8,7 @@ import type { Job } from '../api/follow'
 const LOOK_MS = 10_000
 const DAYS = 30
 const MOST_JOBS = 10
-const MOST_ENTRIES = 20
+const MOST_ENTRIES = 10
 
 export const NONE: Used = { requests: 0, prompt_tokens: 0, cached_tokens: 0, completion_tokens: 0, training_seconds: 0, training_tokens: 0 }
 
