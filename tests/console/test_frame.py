@@ -258,7 +258,7 @@ def test_rows_that_are_dropped_anywhere_lead_to_training_and_an_adapter_to_its_u
         expect(page).to_have_title("Adapters · OneBase")
         dialog = page.get_by_role("dialog", name="Add an adapter")
         expect(dialog.get_by_role("listitem")).to_have_count(2)
-        expect(dialog.get_by_label("Name")).to_have_value("zipped")
+        expect(dialog.get_by_label("Name", exact=True)).to_have_value("zipped")
         assert visit.violations() == []
         page.keyboard.press("Escape")
         drop(page, "cat.png", b"meow")
