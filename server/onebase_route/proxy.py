@@ -145,6 +145,7 @@ _OF_ONE_SERVER = (
     "/is_paused",
     "/status",
     "/status/history",
+    "/v1/load",
     "/server_info",
     "/get_world_size",
 )

@@ -19,7 +19,7 @@ from tests.clients.golden import Transcript
 from tests.clients.registry_double import NOW
 from tests.clients.test_cli_terminal import Person
 
-from onebase import InvalidResponseError, Metrics
+from onebase import Client, InvalidResponseError, Metrics
 from onebase.cli import main, top
 from onebase.metrics import parse_metrics
 
@@ -60,6 +60,10 @@ onebase_host_memory_bytes{{part="used"}} 5e+07
 onebase_host_memory_bytes{{part="limit"}} 4e+09
 onebase_versions_unfinished 1
 onebase_http_answers_total{{route="/generate",status="429"}} {2 * look}
+onebase_tenant_queue_seconds_bucket{{tenant="acme",le="0.1"}} {2 * look}
+onebase_tenant_queue_seconds_bucket{{tenant="acme",le="0.5"}} {4 * look}
+onebase_tenant_queue_seconds_bucket{{tenant="acme",le="+Inf"}} {4 * look}
+onebase_tenant_queue_seconds_count{{tenant="acme"}} {4 * look}
 onebase_tenant_sequences{{tenant="acme"}} 3
 onebase_tenant_sequences{{tenant="beta"}} 1
 onebase_adapter_requests_total{{tenant="acme",adapter="support"}} {4 * look}
@@ -141,9 +145,20 @@ def test_programs_get_json(server: Any, even_clock: None, capsys: pytest.Capture
 
 def test_a_server_that_began_again_has_no_negative_rates(server: Any, even_clock: None) -> None:
     before = parse_metrics(figures(50))
-    frame = top._frame(before, parse_metrics(figures(2)), 2.0)
+    frame = top._frame(before, parse_metrics(figures(2)), 2.0, before)
     assert (frame.generated, frame.refused, frame.adapters[0].tokens) == (100, 2, 90)
-    assert frame.first_token.p50 == 0.1
+    assert frame.first_token.p50 == frame.tenants[0].wait.p50 == 0.1
+
+
+def test_waits_are_those_of_the_last_minute(server: Any, even_clock: None) -> None:
+    with Client(os.environ["ONEBASE_URL"]) as client:
+        watched = top.Watch(client, 2.0)
+        frames = [watched.look() for _ in range(40)]
+    assert frames[1] is not None
+    assert frames[-1] is not None
+    assert frames[1].tenants[0].wait == top.Latency(0.1, pytest.approx(0.46))
+    assert frames[1].tenants[1].wait == top.Latency(None, None)
+    assert len(watched._waits) == 31
 
 
 def test_at_a_terminal_it_moves_survives_a_server_that_is_away_and_q_ends_it(server: Any) -> None:

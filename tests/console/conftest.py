@@ -123,6 +123,13 @@ class Visit:
         page.emulate_media(color_scheme="light")
         return found
 
+    def tree(self) -> list[dict[str, Any]]:
+        """What assistive technology is told of the page: its nodes, but for those it ignores."""
+        session = self.page.context.new_cdp_session(self.page)
+        nodes: list[dict[str, Any]] = session.send("Accessibility.getFullAXTree")["nodes"]
+        session.detach()
+        return [node for node in nodes if not node["ignored"]]
+
     def violations(self) -> list[str]:
         """What axe-core finds wrong with the page as it is, by the rules of WCAG 2.2 A and AA."""
         session = self.page.context.new_cdp_session(self.page)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import signal
+import zipfile
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 from tests.server.access import Keys, bearer
 from tests.server.support import Server, Starter
 
@@ -214,3 +216,139 @@ def test_a_server_that_goes_away_and_comes_back_is_shown_and_gone_on_with(
             expect(page.locator(".answer .text").last).to_contain_text("helpful")
             expect(page.locator(".answer")).not_to_contain_text("The connection was lost.")
             expect(page.get_by_label("Message to all columns")).to_have_value("")
+
+
+# ---- files, dropped anywhere --------------------------------------------------------------------
+
+
+def drop(page: Page, name: str, content: bytes) -> None:
+    """Drop a file in the middle of the page."""
+    page.evaluate(
+        """([name, content]) => {
+            const transfer = new DataTransfer()
+            transfer.items.add(new File([new Uint8Array(content)], name))
+            for (const kind of ['dragover', 'drop']) {
+                const event = new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true})
+                document.querySelector('main').dispatchEvent(event)
+            }
+        }""",
+        [name, list(content)],
+    )
+
+
+def test_rows_that_are_dropped_anywhere_lead_to_training_and_an_adapter_to_its_upload(
+    words: Server, look: Look
+) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("out/zipped/adapter_config.json", "{}")
+        packed.writestr("out/zipped/adapter_model.safetensors", b"weights" * 100)
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/server")
+        expect(page.get_by_role("heading", name="Machine")).to_be_visible()
+        drop(page, "rows.jsonl", b'{"prompt": "a", "completion": "b"}\n')
+        expect(page).to_have_title("Training · OneBase")
+        dialog = page.get_by_role("dialog", name="Train an adapter")
+        expect(dialog).to_contain_text("rows.jsonl")
+        drop(page, "others.jsonl", b"{}\n")  # behind a dialog nothing is taken
+        expect(dialog).not_to_contain_text("others.jsonl")
+        page.keyboard.press("Escape")
+        drop(page, "orders.zip", archive.getvalue())
+        expect(page).to_have_title("Adapters · OneBase")
+        dialog = page.get_by_role("dialog", name="Add an adapter")
+        expect(dialog.get_by_role("listitem")).to_have_count(2)
+        expect(dialog.get_by_label("Name", exact=True)).to_have_value("zipped")
+        assert visit.violations() == []
+        page.keyboard.press("Escape")
+        drop(page, "cat.png", b"meow")
+        expect(page.get_by_role("group", name="What was just done")).to_contain_text("takes cat.png")
+
+
+def test_what_a_dropped_file_needs_is_said_to_a_key_that_lacks_it(
+    keyed: Server, keys: Keys, look: Look
+) -> None:
+    key = known(keyed, keys.make("generate"))
+    with look(keyed, errors=("401",)) as visit:
+        visit.open("#/compare?c=b")
+        visit.page.get_by_label("API key", exact=True).fill(key)
+        visit.page.keyboard.press("Enter")
+        expect(visit.page.locator(".column")).to_have_count(1)
+        said = visit.page.get_by_role("group", name="What was just done")
+        for name, scope in (("rows.csv", "train"), ("adapter_config.json", "adapters")):
+            drop(visit.page, name, b"a,b\n")
+            expect(said).to_contain_text(f"needs the scope {scope}")
+        expect(visit.page).to_have_title("Compare · OneBase")
+
+
+# ---- every view, by keyboard and for screen readers ---------------------------------------------
+
+VIEWS = ("compare", "adapters", "adapters?name=pirate", "training", "batches", "tenant", "server")
+NAMED = {"button", "link", "textbox", "searchbox", "combobox", "checkbox", "radio", "slider", "spinbutton"}
+"""Roles of which each on the page must have a name, and so must those below."""
+NAMED |= {"table", "region", "dialog", "img", "meter", "progressbar", "listbox", "tab", "navigation"}
+WALK = """() => {
+    const wrong = []
+    const say = one => one.outerHTML.slice(0, 120)
+    const ids = [...document.querySelectorAll('[id]')].map(one => one.id)
+    wrong.push(...ids.filter((id, at) => ids.indexOf(id) !== at).map(id => 'twice: ' + id))
+    for (const one of document.querySelectorAll('[tabindex]'))
+        if (one.tabIndex > 0) wrong.push('out of order: ' + say(one))
+    for (const part of ['aria-labelledby', 'aria-describedby', 'aria-controls'])
+        for (const one of document.querySelectorAll(`[${part}]:not(dialog:not([open]))`))
+            for (const id of one.getAttribute(part).split(' '))
+                if (!document.getElementById(id)) wrong.push(`${part} of nothing: ` + say(one))
+    const heads = [...document.querySelectorAll('main :is(h1, h2, h3, h4)')].map(one => +one.tagName[1])
+    if (heads.filter(level => level === 1).length !== 1) wrong.push('not one first level: ' + heads)
+    heads.forEach((level, at) => at && level > heads[at - 1] + 1 && wrong.push('a level too deep: ' + heads))
+    return wrong
+}"""
+FOCUSED = """() => {
+    const one = document.activeElement
+    if (!one || one === document.body) return null
+    one.dataset.walked = (one.dataset.walked ?? 0) + 1
+    const box = one.getBoundingClientRect(), style = getComputedStyle(one)
+    const covering = getComputedStyle(one, '::after')
+    const field = ['checkbox', 'radio', 'range'].includes(one.type)
+    const outlined = style.outlineStyle !== 'none' || covering.outlineStyle !== 'none'
+    return {
+        what: one.outerHTML.slice(0, 160), again: one.dataset.walked > 1, main: one.id === 'main',
+        seen: box.bottom > 0 && box.top < innerHeight && box.right > 0 && box.left < innerWidth + 1,
+        outlined: outlined || field, hidden: !!one.closest('[aria-hidden=true]'),
+    }
+}"""
+
+
+@pytest.mark.parametrize("size", EACH_SIZE)
+@pytest.mark.parametrize("view", VIEWS)
+def test_each_view_is_walked_by_the_tab_key_in_order_and_in_sight_and_has_names(
+    words: Server, look: Look, view: str, size: str
+) -> None:
+    with look(words, size) as visit:
+        page = visit.page
+        visit.open(f"#/{view}")
+        title = view.partition("?")[0].capitalize()
+        expect(page).to_have_title(f"{title} · OneBase")
+        expect(page.locator("main h1")).to_have_count(1)
+        page.wait_for_load_state("networkidle" if view == "compare" else "load")
+        assert visit.violations() == []
+        assert page.evaluate(WALK) == []
+        unnamed = [
+            f"{node['role']['value']}: {node.get('backendDOMNodeId')}"
+            for node in visit.tree()
+            if node["role"]["value"] in NAMED and not node.get("name", {}).get("value", "").strip()
+        ]
+        assert unnamed == []
+        live = page.locator("[aria-live=polite], [role=status]")
+        assert live.count() >= 2
+        stops: list[dict[str, object]] = []
+        page.get_by_role("link", name="Go to the content").focus()
+        for _ in range(400):
+            stop = page.evaluate(FOCUSED)
+            if stop is None or stop["again"]:
+                break
+            stops.append(stop)
+            page.keyboard.press("Tab")
+        assert len(stops) > 8
+        wrong = [stop for stop in stops if not (stop["seen"] and stop["outlined"]) or stop["hidden"]]
+        assert wrong == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from playwright.sync_api import expect
@@ -37,7 +38,11 @@ def test_rows_memory_and_speed_are_those_of_the_server(
         expect(page.get_by_role("img", name="Memory, to one scale")).to_be_visible()
         with server.client() as http:
             status = http.get("/status").json()
-        expect(page.locator(".facts")).to_contain_text(f"{status['info']['max_length']:,} tokens")
+        serves = page.get_by_role("region", name="What it serves")
+        expect(serves).to_contain_text(f"{status['info']['max_length']:,} tokens")
+        machine = page.get_by_role("region", name="Machine")
+        expect(machine.locator("dd").first).to_contain_text(re.compile(r"\d%.* core"))
+        expect(machine).to_contain_text("No figures of the GPU:")
         assert visit.faults() == []
         page.get_by_role("button", name="Pin pirate", exact=True).click()
         expect(page.get_by_role("button", name="Pin pirate no longer")).to_be_visible()

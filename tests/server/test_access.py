@@ -89,7 +89,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     assert [method for method, path, _ in ROUTES if path.startswith("/v1/models/")] == ["GET", "DELETE"]
     assert any_key == {
         "/version", "/v1/key", "/v1/models", "/v1/models/thing", "/openapi.json", "/v1/usage", "/v1/tenants",
-        "/tokenizer_info", "/v1/files", "/v1/files/thing", "/v1/files/thing/content",
+        "/tokenizer_info", "/v1/load", "/v1/files", "/v1/files/thing", "/v1/files/thing/content",
         "/api/v1/client/config", "/api/v1/client/dynamic_config", "/api/v1/healthz",
         "/api/v1/get_server_capabilities", "/api/v1/create_session", "/api/v1/session_heartbeat",
         "/api/v1/sessions", "/api/v1/sessions/thing", "/api/v1/sessions/thing/finish", "/api/v1/telemetry",
@@ -124,6 +124,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
             "/v1/load_lora_adapter",
             "/v1/unload_lora_adapter",
             "/v1/audit",
+            "/v1/keys",
             "/v1/models/",
         ),
         "train": ("/v1/fine_tuning", "/api/v1/"),
@@ -138,13 +139,13 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
         "/status",
         "/status/history",
         "/metrics",
-        "/v1/keys",
         "/v1/keys/thing",
         "/v1/tenants/thing",
         "/v1/adapters/thing/pin",
         "/v1/adapters/thing/share",
     ):
         assert {access for _, other, access in ROUTES if other == path} == {"admin"}
+    assert ("POST", "/v1/keys", "admin") in ROUTES
 
 
 def test_the_openapi_file_says_which_requests_need_a_key() -> None:

@@ -55,7 +55,7 @@ OURS = {
     "rollout_aborted rollout_copies_skipped rollout_prompt_tokens rollout_generation_tokens "
     "rollout_first_token_seconds rollout_decode_seconds",
     "summary": "rollout_judged",
-    "histogram": "proof_seconds",
+    "histogram": "proof_seconds tenant_queue_seconds",
 }
 FAMILIES = {
     prefix + name: kind

@@ -212,6 +212,7 @@ def test_what_routes_answer_is_what_the_reference_says_and_no_more(
             "/status/history",
             "/route_secret",
             "/get_world_size",
+            "/v1/load",
             "/v1/usage",
             "/v1/usage?format=csv&group_by=day",
         ):

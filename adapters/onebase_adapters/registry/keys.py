@@ -98,11 +98,13 @@ class ApiKeys:
             audit.note(session, "key.created", tenant, key_id, details={**details, **more})
             return _record(row), key
 
-    def all(self) -> list[ApiKeyRecord]:
-        """Return all keys that ever existed, newest first."""
+    def all(self, tenant: str | None = None) -> list[ApiKeyRecord]:
+        """Return all keys that ever existed, newest first: of all tenants, or of one."""
+        keys = select(ApiKeyRow).order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id)
+        if tenant is not None:
+            keys = keys.where(ApiKeyRow.tenant == tenant)
         with self._database.read() as session:
-            rows = session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id))
-            return [_record(row) for row in rows]
+            return [_record(row) for row in session.scalars(keys)]
 
     def change(
         self, key_id: str, quotas: Mapping[str, int | None] | None = None, priority: int | None = None

@@ -43,16 +43,17 @@ class Metrics:
             sums[found.get(label, "")] += value
         return dict(sums)
 
-    def quantile(self, name: str, share: float, since: Metrics | None = None) -> float | None:
-        """Return the quantile at `share` (0 to 1) of a histogram, estimated from its buckets.
+    def quantile(self, name: str, share: float, since: Metrics | None = None, **labels: str) -> float | None:
+        """Return the quantile at `share` (0 to 1) of a histogram with these labels, estimated from its
+        buckets.
 
         Between two bounds values are taken to be spread evenly, as Prometheus' histogram_quantile does. Above
         the highest bound it is that bound. None: there are no values.
 
         since: an earlier moment; what came before it does not count.
         """
-        counts = self.by(f"{name}_bucket", "le")
-        before = {} if since is None else since.by(f"{name}_bucket", "le")
+        counts = self.by(f"{name}_bucket", "le", **labels)
+        before = {} if since is None else since.by(f"{name}_bucket", "le", **labels)
         bounds = sorted((float(bound), count - before.get(bound, 0.0)) for bound, count in counts.items())
         if not bounds or bounds[-1][1] <= 0:
             return None

@@ -178,6 +178,7 @@ class _Server:
                 ("writing usage", services.usage.keep_writing),
                 ("following rollouts", services.rollouts.keep),
                 ("reading the load", services.load.keep_reading),
+                ("watching the machine", services.load.keep_watching_machine),
                 ("renewing the lease", partial(training.peers.keep, training.scheduler)),
                 ("sharing quotas", services.sharing.keep),
                 ("tidying live training", partial(services.live_training.keep_tidy, services.samples)),

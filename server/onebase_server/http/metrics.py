@@ -190,6 +190,12 @@ class MetricsCollector:
         yield success
         for name, histogram_of, text in _TIMED:
             yield self._histogram(f"vllm:{name}", text, {(): histogram_of(requests)}, ())
+        yield _histogram(
+            "onebase_tenant_queue_seconds",
+            "A tenant's requests in the engine's queue.",
+            {(tenant,): wait for tenant, wait in sorted(requests.tenants.waits.items())},
+            ("tenant",),
+        )
 
     def _lora(self) -> Iterator[Metric]:
         residency, base = self._residency, self._supervisor.base

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from onebase_engine.engine.messages import Grammar, Sampling
 from onebase_server.telemetry.histogram import Histogram
+from onebase_server.telemetry.tenants import TenantLoads
 
 MOST_ADAPTERS = 200
 """Tenants' adapters that are counted under their names; those that come later are counted together."""
@@ -135,19 +136,32 @@ class RequestMeasurements:
         self.completion_tokens = Histogram(TOKENS)
         self.max_tokens = Histogram(TOKENS)
         self.choices = Histogram(CHOICES)
+        self.broken_answers = 0
+        """Answers that had begun well when a request of theirs failed."""
+        self.tenants = TenantLoads(FIRST_TOKEN_SECONDS)
         self._uses: dict[tuple[str, str], AdapterUse] = {}
 
     def ended(
         self, job: MeasuredRequest, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]
     ) -> None:
         """Record that a request is over. finished: its choices by how they ended."""
-        for name in {use.name for use in job.adapter.uses} or {""}:
+        names = {use.name for use in job.adapter.uses} or {""}
+        for name in names:
             use = self._use(job.tenant, name)
             use.requests += 1
             use.prompt_tokens += usage.prompt
             use.completion_tokens += usage.completion
         if job.background:
             return
+        self.tenants.record(
+            job.tenant,
+            names,
+            failed=bool(finished["error"]),
+            prompt=usage.prompt,
+            completion=usage.completion,
+            first_token=timestamps.first - timestamps.arrived if timestamps.first else None,
+            waited=timestamps.started - timestamps.submitted if timestamps.started else None,
+        )
         self.finished += finished
         self.prompt_tokens.observe(usage.prompt)
         self.completion_tokens.observe(usage.completion)

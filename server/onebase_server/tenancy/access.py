@@ -53,6 +53,21 @@ class Caller:
         """Return True if it operates this server; an admin may do everything that other scopes allow, too."""
         return "admin" in self.scopes
 
+    def tenant_asked(self, tenant: str | None) -> str:
+        """Return the tenant that a request asks about: by default the caller's own.
+
+        Raises ForbiddenError if it is another one's and the caller no admin, whether it exists or not.
+        """
+        if tenant is None or tenant == self.tenant:
+            return self.tenant
+        if not self.is_admin:
+            raise ForbiddenError(
+                "tenant: only a key with the scope 'admin' may see what other tenants have. Leave it out.",
+                code="insufficient_scope",
+                param="tenant",
+            )
+        return tenant
+
     def may(self, access: Access) -> bool:
         wanted = "generate" if access == "feedback" else access
         return self.is_admin or wanted in ("any", "open") or wanted in self.scopes
@@ -156,10 +171,10 @@ class KeyRing:
 
     # ---- for operators -----------------------------------------------------------------------
 
-    async def all(self) -> list[ApiKeyRecord]:
-        """Return all keys that there ever were, the newest first. Raises UnavailableError."""
+    async def all(self, tenant: str | None = None) -> list[ApiKeyRecord]:
+        """Return all keys that there ever were, or one tenant's, newest first. Raises UnavailableError."""
         with storage_errors():
-            return await self._threads.run_blocking(self._registry.all)
+            return await self._threads.run_blocking(self._registry.all, tenant)
 
     async def create(
         self,

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION: Final = """\
 Watch the server: sequences, tokens a second, the KV cache, adapters by tier, jobs and tenants.
-Tokens of an adapter and of a tenant are those of requests that ended. q or Ctrl-C ends it. Where
-the server has API keys, yours needs the scope admin.
+Tokens of an adapter and of a tenant are those of requests that ended. A tenant's wait is that in
+the engine's queue (p50 / p95) of its requests that ended in the last minute, as far as this has
+looked. q or Ctrl-C ends it. Where the server has API keys, yours needs the scope admin.
 """
 _EXAMPLES: Final = """\
   onebase top
@@ -33,6 +34,9 @@ _EXAMPLES: Final = """\
 """
 _HISTORY: Final = 60
 """Points of the curve of tokens a second."""
+_WAITS: Final = "onebase_tenant_queue_seconds"
+_WAIT_SECONDS: Final = 60.0
+"""Time, in seconds, of which tenants' waits are shown: in one interval most have no request."""
 _QUIT: Final = (b"q", b"Q")
 _GONE: Final = "no answer"
 
@@ -71,11 +75,13 @@ class JobLoad:
 
 @dataclass(frozen=True)
 class TenantLoad:
-    """A tenant's sequences now, and its tokens a second in requests that ended."""
+    """A tenant's sequences now, and its tokens a second and waits in requests that ended."""
 
     tenant: str
     sequences: int
     tokens: float
+    wait: Latency
+    """Wait in the engine's queue, of requests that ended in the last minute."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,8 @@ class Watch:
         self.interval = interval
         self._before: Metrics | None = None
         self._looked = 0.0
+        self._waits: deque[tuple[float, Metrics]] = deque()
+        """Tenants' waits at earlier looks, by their times: the first is a minute old."""
 
     def first(self) -> Frame:
         """Return the frame after one interval. Raises what Client.metrics raises."""
@@ -161,7 +169,12 @@ class Watch:
         moment, before = time.monotonic(), self._before
         passed = moment - self._looked
         self._before, self._looked = now, moment
-        return None if before is None else _frame(before, now, max(passed, 1e-3))
+        while len(self._waits) > 1 and self._waits[1][0] <= moment - _WAIT_SECONDS:
+            self._waits.popleft()
+        waited = self._waits[0][1] if self._waits else None
+        found = {name: samples for name, samples in now.samples.items() if name.startswith(_WAITS)}
+        self._waits.append((moment, Metrics(found)))
+        return None if before is None else _frame(before, now, max(passed, 1e-3), waited or before)
 
 
 def _follow(watched: Watch) -> None:
@@ -250,7 +263,7 @@ class Pressed:
 # ---- figures ------------------------------------------------------------------------------------------
 
 
-def _frame(before: Metrics, now: Metrics, passed: float) -> Frame:
+def _frame(before: Metrics, now: Metrics, passed: float, waits_before: Metrics) -> Frame:
     def rate(name: str, **labels: str) -> float:
         return _grown(before.total(name, **labels), now.total(name, **labels)) / passed
 
@@ -285,7 +298,7 @@ def _frame(before: Metrics, now: Metrics, passed: float) -> Frame:
         jobs_by_state=_counts(now.by("onebase_training_jobs", "state")),
         adapters=tuple(_adapters(before, now, passed)),
         jobs=tuple(_jobs(now)),
-        tenants=tuple(_tenants(before, now, passed)),
+        tenants=tuple(_tenants(before, now, passed, waits_before)),
     )
 
 
@@ -294,10 +307,10 @@ def _grown(before: float, now: float) -> float:
     return now - before if now >= before else now
 
 
-def _latency(name: str, before: Metrics, now: Metrics) -> Latency:
-    fresh = now.total(f"{name}_count") >= before.total(f"{name}_count")
+def _latency(name: str, before: Metrics, now: Metrics, **labels: str) -> Latency:
+    fresh = now.total(f"{name}_count", **labels) >= before.total(f"{name}_count", **labels)
     since = before if fresh else None
-    return Latency(now.quantile(name, 0.5, since), now.quantile(name, 0.95, since))
+    return Latency(now.quantile(name, 0.5, since, **labels), now.quantile(name, 0.95, since, **labels))
 
 
 def _counts(values: dict[str, float]) -> dict[str, int]:
@@ -339,7 +352,7 @@ def _jobs(now: Metrics) -> list[JobLoad]:
     ]
 
 
-def _tenants(before: Metrics, now: Metrics, passed: float) -> list[TenantLoad]:
+def _tenants(before: Metrics, now: Metrics, passed: float, waits_before: Metrics) -> list[TenantLoad]:
     sequences = now.by("onebase_tenant_sequences", "tenant")
     earlier = before.by("onebase_adapter_generation_tokens_total", "tenant")
     tokens = now.by("onebase_adapter_generation_tokens_total", "tenant")
@@ -348,6 +361,7 @@ def _tenants(before: Metrics, now: Metrics, passed: float) -> list[TenantLoad]:
             tenant,
             int(sequences.get(tenant, 0)),
             _grown(earlier.get(tenant, 0.0), tokens.get(tenant, 0.0)) / passed,
+            _latency(_WAITS, waits_before, now, tenant=tenant),
         )
         for tenant in sequences.keys() | tokens.keys()
     ]
@@ -474,6 +488,7 @@ _TENANTS: Final[tuple[Column[TenantLoad], ...]] = (
     Column("tenant", lambda one: one.tenant, shrink=True),
     Column("sequences", lambda one: str(one.sequences), right=True),
     Column("tokens/s", lambda one: f"{one.tokens:,.0f}", right=True),
+    Column("wait p50 / p95", lambda one: f"{_time(one.wait.p50)} / {_time(one.wait.p95)}", right=True),
 )
 _JOBS: Final[tuple[Column[JobLoad], ...]] = (
     Column("job", lambda one: one.id, shrink=True),

@@ -2302,7 +2302,7 @@ export interface paths {
         };
         /**
          * List Keys
-         * @description List all keys that there ever were, of all tenants, the newest first.
+         * @description List all keys that there ever were, newest first: of all tenants for an admin, for others their own.
          */
         get: operations["list_keys_v1_keys_get"];
         put?: never;
@@ -2393,6 +2393,29 @@ export interface paths {
          * @description Return requests, tokens and training: of all tenants for an admin, for others their own.
          */
         get: operations["get_usage_v1_usage_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/load": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Load
+         * @description Return requests, errors and latencies of a tenant on this server in the last six hours.
+         *
+         *     It is the caller's tenant, or any for an admin. Without `adapter` all of its requests count, except those
+         *     of batches.
+         */
+        get: operations["get_load_v1_load_get"];
         put?: never;
         post?: never;
         delete?: never;
@@ -2513,7 +2536,7 @@ export interface paths {
         };
         /**
          * Load History
-         * @description Return latency, errors and speed of the last six hours by minute, and of the last hour.
+         * @description Return latency, errors, speed and the machine's load of the last six hours by minute, and of now.
          */
         get: operations["load_history_status_history_get"];
         put?: never;
@@ -7924,6 +7947,35 @@ export interface components {
             training_tokens: number;
         };
         /**
+         * TenantLoad
+         * @description Load of one tenant on one server in the last hours, as long as it has run.
+         */
+        TenantLoad: {
+            /** @constant */
+            object: "list";
+            tenant: string;
+            adapter: string | null;
+            started_at: number;
+            last_hour: components["schemas"]["TenantLoadPoint"];
+            data: components["schemas"]["TenantLoadPoint"][];
+        };
+        /**
+         * TenantLoadPoint
+         * @description Requests of a tenant that ended in some time, which ends `at`. Rows of batches do not count.
+         */
+        TenantLoadPoint: {
+            at: number;
+            seconds: number;
+            requests: number;
+            errors: number;
+            prompt_tokens: number;
+            generated_tokens: number;
+            first_token_p50: number | null;
+            first_token_p95: number | null;
+            queue_p50: number | null;
+            queue_p95: number | null;
+        };
+        /**
          * PageAnswerAuditAnswer
          * @description A page of a list. The next one is that after `last_id`.
          */
@@ -8068,6 +8120,8 @@ export interface components {
             version: string;
             started_at: number;
             last_hour: components["schemas"]["LoadPoint"];
+            machine: components["schemas"]["MachineLoad"];
+            tenants: components["schemas"]["QueueWait"][];
             data: components["schemas"]["LoadPoint"][];
         };
         /**
@@ -8086,6 +8140,37 @@ export interface components {
             prompt_tokens: number;
             running: number;
             waiting: number;
+            cpu: number | null;
+            memory_used: number | null;
+            gpu: number | null;
+            gpu_memory_used: number | null;
+        };
+        /**
+         * MachineLoad
+         * @description Load of the machine that a server runs on. What cannot be read is None.
+         */
+        MachineLoad: {
+            cpu: number | null;
+            cpu_cores: number | null;
+            memory_used: number | null;
+            memory_total: number | null;
+            gpu: number | null;
+            gpu_name: string | null;
+            gpu_memory_used: number | null;
+            gpu_memory_total: number | null;
+            missing: {
+                [key: string]: string;
+            };
+        };
+        /**
+         * QueueWait
+         * @description Time that a tenant's requests waited in the engine's queue in the last hour, in seconds.
+         */
+        QueueWait: {
+            tenant: string;
+            requests: number;
+            p50: number | null;
+            p95: number | null;
         };
         /**
          * RouteSecretAnswer
@@ -12330,7 +12415,10 @@ export interface operations {
     };
     list_adapters_v1_adapters_get: {
         parameters: {
-            query?: never;
+            query?: {
+                /** @description for admins: of another tenant */
+                tenant?: string | null;
+            };
             header?: never;
             path?: never;
             cookie?: never;
@@ -18222,6 +18310,8 @@ export interface operations {
                 /** @description the last id of the page before */
                 after?: string | null;
                 limit?: number;
+                /** @description for admins: of another tenant */
+                tenant?: string | null;
             };
             header?: never;
             path?: never;
@@ -23608,6 +23698,104 @@ export interface operations {
                 content: {
                     "application/json": components["schemas"]["UsageAnswer"];
                     "text/csv": string;
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    get_load_v1_load_get: {
+        parameters: {
+            query?: {
+                tenant?: string | null;
+                /** @description one adapter; "" is the base */
+                adapter?: string | null;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["TenantLoad"];
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */

@@ -18,7 +18,8 @@ type RolloutBody = paths['/v1/adapters/{name}/rollout']['post']['requestBody']['
 type NewRollout = Pick<RolloutBody, 'version' | 'percent' | 'shadow' | 'promote'>
 export type Usage = Schemas['UsageRowAnswer']
 
-const FILES = [
+/** Names of the files of a version: the two that it has, and what may be among them. */
+export const FILES = [
   'adapter_config.json', 'adapter_model.safetensors', 'config.json',
   'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'generation_config.json',
 ]

@@ -13,3 +13,9 @@ export async function droppedFiles(transfer: DataTransfer): Promise<{ files: Fil
   const read = (entry: FileSystemFileEntry) => new Promise<File | null>((resolve) => entry.file(resolve, () => resolve(null)))
   return { files: (await Promise.all(files.map(read))).filter((file) => file !== null), folder: folder.name }
 }
+
+/** What files are for, by their names; null if nothing here takes them. */
+export function purposeOf(names: string[]): 'rows' | 'adapter' | null {
+  if (names.some((name) => /\.(safetensors|zip)$/i.test(name) || name === 'adapter_config.json')) return 'adapter'
+  return names.some((name) => /\.(jsonl|json|csv|parquet)$/i.test(name)) ? 'rows' : null
+}

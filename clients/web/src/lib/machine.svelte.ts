@@ -1,14 +1,17 @@
 // What the server is, what it takes, how fast it is, and what was done on it.
 import { ApiError, api, data, type Schemas } from '../api/client'
+import { loadChanges } from './load.svelte'
+import { marksOf, type Mark } from './marks'
 import { server } from './server.svelte'
 import { keep, load } from './storage'
+import { ago, when } from './units'
 
 export type Status = Schemas['StatusAnswer']
 export type Entry = Schemas['AuditAnswer']
 export type Tenant = Schemas['TenantAnswer']
 export type Key = Schemas['KeyAnswer']
 export type History = Schemas['LoadHistory']
-type Used = Schemas['UsageRowAnswer']
+export type Used = Schemas['UsageRowAnswer']
 
 /** Quotas by the server's names. */
 export const KEY_QUOTAS = [
@@ -35,6 +38,10 @@ export function cost(used: Pick<Used, 'prompt_tokens' | 'completion_tokens'> | u
   const sum = ((used?.prompt_tokens ?? 0) * (prompt ?? 0) + (used?.completion_tokens ?? 0) * (generated ?? 0)) / 1e6
   return sum > 0 && sum < 0.01 ? '<0.01' : sum.toFixed(2)
 }
+
+/** `valid`, `until 1 Dec 2026, 12:34`, `revoked 5 min ago`. */
+export const keyState = (key: Key): string =>
+  key.revoked_at ? `revoked ${ago(key.revoked_at)}` : key.expires_at ? (key.expires_at < Date.now() / 1000 ? 'expired' : `until ${when(key.expires_at)}`) : 'valid'
 
 const PRICES = 'onebase.price'
 const isPrice = (one: unknown): one is Price => typeof one === 'object' && one !== null && 'prompt' in one && 'generated' in one
@@ -77,6 +84,7 @@ class Machine {
   auditProblem = $state.raw<ApiError | null>(null)
   #last: { at: number; generated: number; prompts: number } | null = null
   #asked = 0
+  #changes = $state.raw<Entry[]>([])
 
   /** Look at it. Returns when to look again, in milliseconds. */
   async load(): Promise<number> {
@@ -116,6 +124,25 @@ class Machine {
   async loadHistory(): Promise<number> {
     this.history = await data(api.GET('/status/history'))
     return 10_000
+  }
+
+  /** Learn what was changed in these hours, of all tenants. Returns when to look again, in milliseconds. */
+  async loadChanges(): Promise<number> {
+    this.#changes = await loadChanges({})
+    return 10_000
+  }
+
+  /** Activations, rollbacks and rollouts among them. */
+  get marks(): Mark[] {
+    return marksOf(this.#changes, this.nameOf)
+  }
+
+  /** A key by its name, where it has one. */
+  nameOf = (id: string): string => this.keys.find((key) => key.id === id)?.name || id
+
+  /** The waits of a tenant in the queue in the last hour; undefined if it had no requests. */
+  waitOf(tenant: string): Schemas['QueueWait'] | undefined {
+    return this.history?.tenants?.find((one) => one.tenant === tenant)
   }
 
   /** Learn who is on it. Returns when to look again, in milliseconds. */

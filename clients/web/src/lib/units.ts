@@ -39,6 +39,10 @@ export function ago(at: number, now = Date.now() / 1000): string {
   return passed < 45 ? 'just now' : `${duration(passed < 3600 ? Math.round(passed / 60) * 60 : passed)} ago`
 }
 
+/** `12 ms`, `1.5 s`, `–`. */
+export const milliseconds = (seconds: number | null | undefined): string =>
+  seconds === null || seconds === undefined ? '–' : seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${figure(seconds)} s`
+
 /** Three digits that count: `0.0314`, `3.14`, `0.000012`. */
 export function figure(value: number): string {
   if (value === 0) return '0'

@@ -5,6 +5,7 @@ import Adapters from './Adapters.svelte'
 import Batches from './Batches.svelte'
 import Compare from './Compare.svelte'
 import Server from './Server.svelte'
+import Tenant from './Tenant.svelte'
 import Training from './Training.svelte'
 
 export interface View {
@@ -20,5 +21,6 @@ export const VIEWS: View[] = [
   { id: 'adapters', title: 'Adapters', scopes: ['adapters'], component: Adapters as Component },
   { id: 'training', title: 'Training', scopes: ['train'], component: Training as Component },
   { id: 'batches', title: 'Batches', scopes: ['generate', 'train'], component: Batches as Component },
+  { id: 'tenant', title: 'Tenant', scopes: ['generate', 'adapters', 'train', 'admin'], component: Tenant as Component },
   { id: 'server', title: 'Server', scopes: ['admin'], component: Server as Component },
 ]

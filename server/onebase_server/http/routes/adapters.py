@@ -100,9 +100,14 @@ Force = Annotated[bool, Query(description="end the requests that use it, with an
 
 @router.get("", responses=answer(ListAnswer[Adapter]))
 @needs("adapters")
-async def list_adapters(services: Provided, caller: Calling) -> Response:
+async def list_adapters(
+    services: Provided,
+    caller: Calling,
+    tenant: Annotated[str | None, Query(max_length=200, description="for admins: of another tenant")] = None,
+) -> Response:
     """List every adapter: its active version, what that is made of, and where it is."""
-    return json_response(ListAnswer(data=tuple(services.views.adapters(caller.tenant))))
+    found = services.views.adapters(caller.tenant_asked(tenant))
+    return json_response(ListAnswer(data=tuple(found)))
 
 
 @router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202, responses=_ADDED)

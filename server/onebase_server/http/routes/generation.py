@@ -78,6 +78,8 @@ from onebase_server.tenancy.quotas import QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
 
 router = APIRouter(route_class=StrictRoute)
+_BROKEN = "onebase_broken"
+"""Key of a request's scope, which is set once its answer was counted as broken."""
 
 
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
@@ -198,6 +200,7 @@ async def _events_of(
             raise  # what was passed on of it cannot be made again here, or not now
         if not times:
             _refund(reservation, error)
+        _note_broken(request, services, error)
         yield source.transcript_line(generation, times + 1) + view.failure(error)
     finally:
         if generation is not None:
@@ -210,6 +213,13 @@ async def _planned(source: _Source, services: Services, caller: Caller) -> Gener
     if isinstance(source.body, ApiError):
         raise source.body
     return await charged(services.planner.generate(source.body, caller, source.transcript))
+
+
+def _note_broken(request: Request, services: Services, error: ApiError) -> None:
+    """Count an answer that has a status of success and fails now; once, however many of its requests fail."""
+    if status_of(error)[0] >= 500 and not request.scope.get(_BROKEN):
+        request.scope[_BROKEN] = True
+        services.measured.broken_answers += 1
 
 
 def _refund(reservation: QuotaReservation | None, error: ApiError) -> None:
@@ -257,6 +267,7 @@ async def _answer_of(
         raise
     except ApiError as error:
         _refund(reservation, error)
+        _note_broken(request, services, error)
         details: Any = error_body(error)["error"]  # with fields of its own for some errors
         return OneOfManyAnswer(request=source.number, status=status_of(error)[0], error=details)
     finally:
@@ -390,7 +401,12 @@ async def answer_generation(
         transcript_number=number,
     )
     if stream:
-        events = guarded(view.events(generation), view.failure, view.closing)
+
+        def failure(error: ApiError) -> bytes:
+            _note_broken(request, services, error)
+            return view.failure(error)
+
+        events = guarded(view.events(generation), failure, view.closing)
         if resume_state is not None:
             events = with_transcript(events, generation.take_transcript)
         return EventStream(

@@ -14,6 +14,7 @@ from onebase_protocol.serving import (
     EngineStatus,
     HealthAnswer,
     LoadHistory,
+    QueueWait,
     RouteSecretAnswer,
     ServerVersionAnswer,
     VerifierStatus,
@@ -106,15 +107,21 @@ async def status(services: Provided) -> Response:
 @router.get("/status/history", responses=answer(LoadHistory))
 @needs("admin")
 async def load_history(services: Provided) -> Response:
-    """Return latency, errors and speed of the last six hours by minute, and of the last hour."""
+    """Return latency, errors, speed and the machine's load of the last six hours by minute, and of now."""
     return json_response(
         LoadHistory(
             version=onebase_server.__version__,
             started_at=services.started,
             last_hour=services.load.since(3600.0),
+            machine=services.load.machine,
+            tenants=tuple(sorted(services.measured.tenants.queue_waits(), key=_longest_first)),
             data=services.load.points(),
         )
     )
+
+
+def _longest_first(wait: QueueWait) -> tuple[float, str]:
+    return -(wait.p95 or 0.0), wait.tenant
 
 
 @router.get("/route_secret", responses=answer(RouteSecretAnswer))

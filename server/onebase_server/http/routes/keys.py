@@ -74,10 +74,10 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
 
 
 @router.get("/keys", responses=answer(ListAnswer[wire.ApiKey]))
-@needs("admin")
-async def list_keys(services: Provided) -> Response:
-    """List all keys that there ever were, of all tenants, the newest first."""
-    found = await services.keys.all()
+@needs("adapters")
+async def list_keys(services: Provided, caller: Calling) -> Response:
+    """List all keys that there ever were, newest first: of all tenants for an admin, for others their own."""
+    found = await services.keys.all(None if caller.is_admin else caller.tenant)
     return json_response(ListAnswer(data=tuple(_view(key, services.limiter) for key in found)))
 
 

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import TenantRecord
-from onebase_edge.errors import ForbiddenError
 from onebase_protocol.access import Tenant, TenantUsage, UsageAnswer
 from onebase_protocol.common import ListAnswer
+from onebase_protocol.serving import TenantLoad
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
@@ -62,19 +62,39 @@ async def get_usage(
 ) -> Response:
     """Return requests, tokens and training: of all tenants for an admin, for others their own."""
     if not caller.is_admin:
-        if tenant not in (None, caller.tenant):
-            raise ForbiddenError(
-                "tenant: only a key with the scope 'admin' may see the usage of other tenants. Leave it out.",
-                code="insufficient_scope",
-                param="tenant",
-            )
-        tenant = caller.tenant
+        tenant = caller.tenant_asked(tenant)
     columns, rows = await services.usage.find(start, end, group_by, tenant=tenant)
     wants_csv = CSV in request.headers.get("accept", "") if format is None else format == "csv"
     if wants_csv:
         return Response(usage_csv(columns, rows), media_type=CSV, headers={"Cache-Control": "no-store"})
     data = tuple(TenantUsage(**{**names, **asdict(figures)}) for names, figures in rows)
     return json_response(UsageAnswer(group_by=tuple(columns), data=data))
+
+
+@router.get("/load", responses=answer(TenantLoad))
+@needs("any")
+async def get_load(
+    services: Provided,
+    caller: Calling,
+    tenant: Annotated[str | None, Query(max_length=200)] = None,
+    adapter: Annotated[str | None, Query(max_length=512, description='one adapter; "" is the base')] = None,
+) -> Response:
+    """Return requests, errors and latencies of a tenant on this server in the last six hours.
+
+    It is the caller's tenant, or any for an admin. Without `adapter` all of its requests count, except those
+    of batches.
+    """
+    tenant = caller.tenant_asked(tenant)
+    loads = services.measured.tenants
+    return json_response(
+        TenantLoad(
+            tenant=tenant,
+            adapter=adapter,
+            started_at=services.started,
+            last_hour=loads.last_hour(tenant, adapter),
+            data=loads.points(tenant, adapter),
+        )
+    )
 
 
 def _tenant_view(record: TenantRecord, limiter: Limiter) -> Tenant:

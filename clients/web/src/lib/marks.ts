@@ -1,0 +1,64 @@
+// Changes of what answers: activations, rollbacks and rollouts, as marks on a chart over time.
+import type { Schemas } from '../api/client'
+import { when } from './units'
+
+type Entry = Schemas['AuditAnswer']
+
+export interface Mark {
+  /** Unix time in seconds. */
+  at: number
+  /** `orders: 9039de12ab34 activated by web, 1 Dec 2026, 12:34`. */
+  text: string
+}
+
+const DONE: Record<string, string> = {
+  'adapter.activated': 'activated',
+  'adapter.rolled_back': 'rolled back to',
+  'adapter.deactivated': 'deactivated',
+  'rollout.started': 'rollout begun',
+  'rollout.changed': 'rollout changed',
+  'rollout.promoted': 'rollout promoted',
+  'rollout.rolled_back': 'rollout rolled back',
+  'rollout.stopped': 'rollout stopped',
+}
+/** Kinds of entries of the audit log among which there are some. */
+export const MARKED = ['adapter', 'rollout'] as const
+
+/** Who it was, for people: the agent that acted, or else a key by its name. */
+function who({ actor, key }: Entry, nameOf: (key: string) => string): string {
+  if (actor === 'startup') return ' at the start of the server'
+  return actor || key ? ` by ${actor || nameOf(key)}` : ''
+}
+
+/** The marks among entries of the audit log, the oldest first. nameOf: a key's name by its id. */
+export function marksOf(entries: Entry[], nameOf: (key: string) => string = (key) => key): Mark[] {
+  return entries
+    .flatMap((entry): Mark[] => {
+      const done = DONE[entry.action]
+      if (!done) return []
+      const version = entry.version?.slice(0, 12) ?? ''
+      const share = entry.action.startsWith('rollout.') && typeof entry.details === 'object' && entry.details !== null && 'percent' in entry.details ? ` at ${String(entry.details.percent)}%` : ''
+      const what = done.endsWith(' to') ? `${done} ${version}` : [version, done].filter(Boolean).join(' ')
+      return [{ at: entry.at, text: `${entry.target}: ${what}${share}${who(entry, nameOf)}, ${when(entry.at)}` }]
+    })
+    .sort((one, two) => one.at - two.at)
+}
+
+export interface Group {
+  /** Where it is drawn, in pixels from the left of the plot. */
+  left: number
+  marks: Mark[]
+}
+
+/** Marks that would cover each other become one, at the place of the first. `place`: pixels from the left, of a mark's time. */
+export function grouped(marks: Mark[], place: (at: number) => number, width: number, apart = 18): Group[] {
+  const groups: Group[] = []
+  for (const mark of marks) {
+    const left = place(mark.at)
+    if (left < 0 || left > width) continue
+    const last = groups.at(-1)
+    if (last && left - last.left < apart) last.marks.push(mark)
+    else groups.push({ left, marks: [mark] })
+  }
+  return groups
+}
