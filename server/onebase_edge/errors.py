@@ -25,6 +25,7 @@ ApiError
 ├── GateNotFoundError            no such gate
 ├── TrainingFileNotFoundError    no such file
 ├── JobNotFoundError             no such training job
+├── RequestNotFoundError         no such request in the log
 ├── BatchNotFoundError           no such batch
 ├── LiveNotFoundError            no such session, run, sampler, checkpoint or result of live training
 ├── ResultGoneError              a result of live training is not kept any more
@@ -276,6 +277,16 @@ class JobNotFoundError(ApiError):
         super().__init__(message, code="job_not_found", param="fine_tuning_job_id")
 
 
+class RequestNotFoundError(ApiError):
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"id: the log has no request {request_id[:100]!r}: it was never kept, its time is over, it was "
+            "erased, or another server answered it.",
+            code="request_not_found",
+            param="id",
+        )
+
+
 class BatchNotFoundError(ApiError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="batch_not_found", param="batch_id")
@@ -489,6 +500,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     UnknownModelError: (404, "invalid_request_error"),
     TrainingFileNotFoundError: (404, "invalid_request_error"),
     JobNotFoundError: (404, "invalid_request_error"),
+    RequestNotFoundError: (404, "invalid_request_error"),
     BatchNotFoundError: (404, "invalid_request_error"),
     LiveNotFoundError: (404, "invalid_request_error"),
     ResultGoneError: (410, "invalid_request_error"),

@@ -32,6 +32,7 @@ RawControlTokens = Literal["allow", "letters"]
 PythonGraders = Literal["confined", "unconfined", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+RequestLogMode = Literal["off", "hashes", "text"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
 _PAGE = re.compile(r"https?://[^/?#@\s]+(/\S*)?", re.IGNORECASE)
@@ -248,6 +249,23 @@ class Settings:
         metavar="URL",
     )
     access_log: bool = setting(False, "server", "log one line per request")
+    request_log: RequestLogMode = setting(
+        "off",
+        "server",
+        "keep a log of requests for text: who asked which version, with hashes of prompts and answers, or "
+        "with their text",
+    )
+    request_log_days: float = setting(
+        30.0, "server", "days for which the log of requests is kept", low=0.01, high=3650
+    )
+    request_log_size: int = setting(
+        256_000_000,
+        "server",
+        "largest log of requests of one tenant on this server, as in 1GB; the oldest are deleted first",
+        parse=parse_size,
+        metavar="SIZE",
+        low=1_000_000,
+    )
     docs_url: str = setting(
         "",
         "server",

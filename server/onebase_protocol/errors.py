@@ -178,10 +178,10 @@ ERROR_CODES = (
     _meaning(
         404,
         "adapter_not_found version_not_found model_not_found hub_not_found file_not_found job_not_found "
-        "checkpoint_gone batch_not_found key_not_found gate_not_found rollout_not_found answer_not_found "
-        "response_not_found conversation_not_found item_not_found generation_not_found",
-        "no such name, version, repository, file, job, checkpoint, batch, key, gate, rollout, answer, "
-        "response, conversation, item or running text; also if another tenant has it",
+        "checkpoint_gone batch_not_found request_not_found key_not_found gate_not_found rollout_not_found "
+        "answer_not_found response_not_found conversation_not_found item_not_found generation_not_found",
+        "no such name, version, repository, file, job, checkpoint, batch, logged request, key, gate, rollout, "
+        "answer, response, conversation, item or running text; also if another tenant has it",
     ),
     _meaning(
         404,
@@ -226,6 +226,12 @@ ERROR_CODES = (
         409,
         "adapter_deleted",
         "the adapter, or its version, was deleted while the request ran",
+    ),
+    _meaning(
+        409,
+        "replay_base replay_no_answer replay_no_text replay_prompt replay_route replay_version",
+        "a [logged request](how-to/request-log.md) cannot be replayed: another base, no answer to compare "
+        "with, no text, another prompt, a route without text, or a version that is gone",
     ),
     _meaning(
         410,
@@ -350,8 +356,9 @@ ERROR_CODES = (
     ),
     _meaning(
         503,
-        "registry_unavailable store_unavailable",
-        "the registry's database, or the store's files, cannot be reached now; with `Retry-After`",
+        "registry_unavailable store_unavailable request_log_unavailable",
+        "the registry's database, the store's files, or the log of requests cannot be reached now; with "
+        "`Retry-After`",
     ),
     _meaning(
         505,

@@ -8,6 +8,7 @@ from onebase_adapters.registry.errors import (
     ApprovalError,
     BatchElsewhereError,
     BatchStateError,
+    ErasuresError,
     FileInUseError,
     GateError,
     InvalidKeyError,
@@ -86,6 +87,7 @@ from onebase_adapters.registry.records import (
     UsageKey,
     VersionRecord,
 )
+from onebase_adapters.registry.request_log import LogErasure, RequestLogRecords
 from onebase_adapters.registry.rollouts import Rollouts
 from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.takeovers import Takeovers
@@ -126,6 +128,7 @@ __all__ = [
     "Blob",
     "Changes",
     "Checkpoint",
+    "ErasuresError",
     "FileInUseError",
     "FileRecord",
     "ForcedDeletion",
@@ -141,6 +144,7 @@ __all__ = [
     "LiveSample",
     "LiveSampler",
     "LiveSession",
+    "LogErasure",
     "NewBatch",
     "NewJob",
     "NotReadyError",
@@ -157,6 +161,7 @@ __all__ = [
     "RegistryBusyError",
     "RegistryError",
     "RegistryFullError",
+    "RequestLogRecords",
     "RolloutAnswer",
     "RolloutFigures",
     "RolloutRecord",

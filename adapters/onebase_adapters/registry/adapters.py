@@ -38,6 +38,7 @@ from onebase_adapters.registry.records import (
     VersionRecord,
     record_of,
 )
+from onebase_adapters.registry.request_log import RequestLogRecords
 from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, HistoryRow, VersionRow
 from onebase_adapters.registry.takeovers import Takeovers
@@ -109,6 +110,8 @@ class Registry:
         """Figures of rollouts, and the answers that feedback may be about."""
         self.gates = gates.Gates(self._database)
         """Rules of what a version has to pass before it answers, for every base."""
+        self.request_log = RequestLogRecords(self._database)
+        """Keys of the request logs' hashes, and what was erased from them, of every base."""
         self.audit = audit.AuditLog(self._database)
         """Audit log of every base."""
 

@@ -13,6 +13,7 @@ RegistryError
 ├── UnknownGateError          no rule of that id
 ├── UnknownKeyError           no API key of that id
 ├── InvalidKeyError           no API key or tenant can have such a name, scope, quota, priority or end
+├── ErasuresError             the tenant's erasures by user are as many as are kept
 ├── QuotaError                the tenant has as much as its quota allows
 ├── UnknownFileError          no file of that id
 ├── FileInUseError            a training job or a batch needs the file
@@ -57,6 +58,13 @@ class NotReadyError(RegistryError):
     def __init__(self, message: str, state: str) -> None:
         super().__init__(message)
         self.state = state
+
+
+class ErasuresError(RegistryError):
+    """So many of the tenant's users were erased one by one that no more are kept."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"Requests of {most} users were erased already. Erase all of the tenant's.")
 
 
 class StaleActivationError(RegistryError):

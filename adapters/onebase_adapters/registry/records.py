@@ -285,6 +285,7 @@ AuditAction = Literal[
     "adapter.approved", "adapter.disapproved", "adapter.evaluated",
     "gate.set", "gate.deleted", "gate.refused",
     "rollout.started", "rollout.changed", "rollout.promoted", "rollout.rolled_back", "rollout.stopped",
+    "requests.erased",
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in AUDIT_ACTIONS))

@@ -126,6 +126,26 @@ class UsageWriterRow(Table):
     at: Mapped[float] = mapped_column(DoubleType)
 
 
+class LogKeyRow(Table):
+    """The key of the hashes in a tenant's request log."""
+
+    __tablename__ = "request_log_keys"
+
+    tenant: Mapped[str] = mapped_column(String, primary_key=True)
+    key: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class LogErasureRow(Table):
+    """What every server erases from its request log. user: a keyed hash; None: all of the tenant."""
+
+    __tablename__ = "request_log_erasures"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(String, index=True)
+    user: Mapped[str | None] = mapped_column(String)
+    at: Mapped[float] = mapped_column(DoubleType)
+
+
 class ServerRow(Table):
     """One process of a server, which renews its lease while it lives. Times are the database's clock's.
 

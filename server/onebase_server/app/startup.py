@@ -169,6 +169,10 @@ class _Server:
             await services.keys.refresh()
         except (RegistryError, UnavailableError) as error:
             raise StartupError(f"{error} (--registry)") from error
+        try:
+            services.request_log.start()
+        except OSError as error:
+            raise StartupError(f"the log of requests cannot be written: {error} (--data-dir)") from error
         training = services.training
         upkeep = [
             asyncio.create_task(keep_running(name, work))
@@ -190,6 +194,7 @@ class _Server:
         ):  # the last step first, and each whatever others raise
             shutdown.callback(self.storage.registry.close)
             shutdown.push_async_callback(asyncio.to_thread, services.tracing.close)
+            shutdown.push_async_callback(asyncio.to_thread, services.request_log.close)
             shutdown.push_async_callback(services.training.peers.leave)
             shutdown.push_async_callback(services.usage.close)
             shutdown.push_async_callback(services.rollouts.close)

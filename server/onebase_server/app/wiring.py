@@ -54,6 +54,7 @@ from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, V
 from onebase_server.requests.defaults import check_form
 from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.request_log import RequestEntry, RequestLog
 from onebase_server.requests.rollouts import RolloutService
 from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.storage.calls import RegistryThreads
@@ -226,8 +227,10 @@ def assemble(
         check_room=keys.check_room,
     )
 
-    def recorder(reservation: QuotaReservation, request: GenerationRequest) -> RequestUsageRecorder:
-        return RequestUsageRecorder(reservation, usage, measured, request)
+    def recorder(
+        reservation: QuotaReservation, request: GenerationRequest, entry: RequestEntry | None = None
+    ) -> RequestUsageRecorder:
+        return RequestUsageRecorder(reservation, usage, measured, request, entry=entry)
 
     grading = Grading(limiter, settings.python_graders)
     training.pool.sampler = JobSampler(
@@ -242,6 +245,17 @@ def assemble(
         grading=grading,
         recorder=recorder,
     )
+    request_log = RequestLog(
+        Path(settings.data_dir).expanduser().absolute() / "requests" / storage.registry_id,
+        storage.registry.request_log,
+        mode=settings.request_log,
+        days=settings.request_log_days,
+        most_bytes=settings.request_log_size,
+        base=base.name,
+        base_id=storage.base_id,
+        server=training.folders.server,
+        sync_seconds=settings.sync_seconds,
+    )
     samples = Samples(
         storage.registry.live,
         threads.records,
@@ -255,6 +269,7 @@ def assemble(
         limiter=limiter,
         choose=live_training.choose,
         recorder=recorder,
+        log=request_log,
     )
     metrics = MetricsCollector(
         supervisor=supervisor,
@@ -266,6 +281,7 @@ def assemble(
         requests=measured,
         answers=answers,
         rollouts=rollouts,
+        request_log=request_log,
     )
     return Services(
         settings=settings,
@@ -294,6 +310,7 @@ def assemble(
         samples=samples,
         grading=grading,
         batches=batches,
+        request_log=request_log,
         measured=measured,
         tracing=tracing,
         metrics=metrics,

@@ -44,6 +44,7 @@ from onebase_server.http.routes import (
     models,
     pooling,
     reference,
+    request_log,
     responses,
     rollouts,
     tinker,
@@ -84,7 +85,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.authenticator = Authenticator(app, services)
     routes = (
         generation, responses, conversations, anthropic, pooling, models, adapters, gates, rollouts, vllm,
-        files, batches, fine_tuning, tinker, keys, usage, audit, health, reference, console,
+        files, batches, fine_tuning, tinker, keys, usage, audit, request_log, health, reference, console,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the authentication sees each of them

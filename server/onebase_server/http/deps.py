@@ -50,6 +50,7 @@ from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.requests import strict_json
 from onebase_server.requests.planner import Planner
 from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.request_log import RequestLog
 from onebase_server.requests.rollouts import RolloutService
 from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.requests.stored_responses import StoredResponses
@@ -158,6 +159,7 @@ class Services:
     samples: Samples
     grading: Grading
     batches: BatchService
+    request_log: RequestLog
     measured: RequestMeasurements
     tracing: Tracing
     metrics: MetricsCollector

@@ -31,6 +31,7 @@ from onebase_server.batches.runner import BatchRunner
 from onebase_server.jobs.job_run import JobRun
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.processes.supervisor import EngineState, EngineSupervisor
+from onebase_server.requests.request_log import RequestLog
 from onebase_server.requests.rollouts import RolloutService
 from onebase_server.telemetry.histogram import Histogram
 from onebase_server.telemetry.measurements import MOST_ADAPTERS, RequestMeasurements
@@ -111,7 +112,9 @@ class MetricsCollector:
         requests: RequestMeasurements,
         answers: Counter[tuple[str, int]],
         rollouts: RolloutService,
+        request_log: RequestLog,
     ) -> None:
+        self._request_log = request_log
         self._rollouts = rollouts
         self._supervisor = supervisor
         self._catalog = catalog
@@ -139,6 +142,12 @@ class MetricsCollector:
             *self._rollout_figures(),
             *self._training(job_counts),
             *self._batch_figures(batch_counts),
+            _total("onebase_request_log_lines", "Lines in the log of requests.", self._request_log.written),
+            _total(
+                "onebase_request_log_dropped_lines",
+                "Lines that could not be written in time and are not in the log of requests.",
+                self._request_log.dropped,
+            ),
         ]
 
     # ---- as vLLM ---------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ class GenerationRequest:
     """See Inflight."""
     unit: RequestUnit | None = None
     """Keys by which rollouts divide requests; None: the active version answers it."""
+    user: str | None = None
+    """User whom the request names; None if it names none."""
     said: Sequence[Any] | None = field(default=None, compare=False, repr=False)
     """Messages of the conversation that it answers, for a rollout's judge; None: no judge reads it, or its
     prompt is no conversation."""
@@ -398,7 +400,7 @@ class GenerationRun(RequestRun):
         transcript: transcript that it resumes from; `request` agrees with it.
         resume_tokens: result of `resume_tokens_of` for the transcript.
         transcript_number: number of the request in the transcript of its stream; None: it records none.
-        listener: hears what it makes, before the reader does.
+        listeners: hear what it makes, before the reader does.
     """
 
     def __init__(
@@ -414,7 +416,7 @@ class GenerationRun(RequestRun):
         transcript: Transcript | None = None,
         resume_tokens: Sequence[dict[int, list[int]]] | None = None,
         transcript_number: int | None = None,
-        listener: AnswerListener | None = None,
+        listeners: Sequence[AnswerListener] = (),
     ) -> None:
         super().__init__(
             supervisor, request, stream_limit, on_cut, recorder=recorder, resume_tokens=resume_tokens
@@ -423,7 +425,7 @@ class GenerationRun(RequestRun):
         self._tokenizer = tokenizer
         self._threads = threads
         self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
-        self._listener = listener
+        self._listeners = listeners
         self._transcript = transcript
         self._transcript_number = transcript_number
         self._on_cut = on_cut
@@ -531,13 +533,14 @@ class GenerationRun(RequestRun):
         self._count_cached(output, prompt)
         if output.finish == "error":
             self._finished["error"] += 1
-            if self._listener is not None:
-                self._listener.failed(output.error_code)
+            for listener in self._listeners:
+                listener.failed(output.error_code)
             raise _sequence_error(output, self.request)
         before, thought = choice.completion_tokens, choice.reasoning_tokens
         piece = choice.feed(output)
-        if piece is not None and self._listener is not None:
-            self._listener.heard(piece)
+        if piece is not None:
+            for listener in self._listeners:
+                listener.heard(piece)
         self.usage.completion += choice.completion_tokens - before
         self.usage.reasoning += choice.reasoning_tokens - thought
         if choice.finish_reason is not None:

@@ -34,10 +34,13 @@ from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.live.codec import RefusedOperationError, Sampled, SampleResult, dense_cells, write_sample
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.requests.planner import Planner, check_prompts
+from onebase_server.requests.request_log import RequestEntry, RequestLog
 from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 
+SAMPLE_ROUTE = "/api/v1/asample"
+"""Path of the route that promises samples."""
 MOST_OPEN = 10_000
 """Largest number of samples of one tenant that are promised and not there yet."""
 MOST_RUNNING = 64
@@ -156,7 +159,8 @@ class Samples:
         keys: KeyRing,
         limiter: Limiter,
         choose: Callable[[LiveSampler], Awaitable[AdapterChoice]],
-        recorder: Callable[[QuotaReservation, GenerationRequest], UsageRecorder],
+        recorder: Callable[[QuotaReservation, GenerationRequest, RequestEntry | None], UsageRecorder],
+        log: RequestLog,
     ) -> None:
         self._records = records
         self._threads = threads
@@ -170,6 +174,7 @@ class Samples:
         self._limiter = limiter
         self._choose = choose
         self._recorder = recorder
+        self._log = log
         self._open: dict[str, _Open] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._writer = _Writer(records, threads, server)
@@ -368,16 +373,20 @@ class Samples:
     ) -> bytes:
         request = self._request(order, wanted, caller, await self._choose(sampler))
         reservation.admit(request.reserved_tokens, request.choices)
+        entry = self._log.begin(request, key=caller.key, route=SAMPLE_ROUTE)
         run = GenerationRun(
             self._supervisor,
             self._tokenizer,
             self._reading,
             request,
-            recorder=self._recorder(reservation, request),
+            recorder=self._recorder(reservation, request, entry),
+            listeners=() if entry is None else (entry,),
         )
         try:
             await run.start(self._residency)
-        except BaseException:
+        except BaseException as error:
+            if entry is not None:
+                entry.not_started(error.code if isinstance(error, ApiError) else "cancelled")
             reservation.sequences_ended()
             reservation.settle(0)
             raise

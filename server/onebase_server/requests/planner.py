@@ -246,7 +246,7 @@ class Planner:
             own, pulled = await self.parts_of(tenant, model, body, unit), False
         for _ in range(_PLANS):
             try:
-                request = replace(await plan(own), deadline=deadline, unit=unit)
+                request = replace(await plan(own), deadline=deadline, unit=unit, user=_user_of(body))
             except InvalidRequestError as error:
                 concerned = (error.param or "").startswith(_OF_TOKENIZER)
                 if pulled or not concerned or not await self.pull_first(tenant, model, body, deadline):
@@ -1029,6 +1029,12 @@ def _unit_of(body: AdapterFields, caller: Caller) -> RequestUnit | None:
         return None
     asker = body.asker if isinstance(body, SamplingBody) else None
     return RequestUnit(asker or f"key:{caller.key}", secrets.token_hex(8))
+
+
+def _user_of(body: AdapterFields) -> str | None:
+    """Return the user whom a request names; None if it names none."""
+    field, _, name = ((body.asker if isinstance(body, SamplingBody) else None) or "").partition(":")
+    return name if field == "user" else None
 
 
 def check_generates(choice: AdapterChoice) -> AdapterChoice:

@@ -351,7 +351,7 @@ class RolloutService:
             self._reading,
             request,
             recorder=_CopyRecorder(observation),
-            listener=observation,
+            listeners=() if observation is None else (observation,),
         )
         began = False
         try:

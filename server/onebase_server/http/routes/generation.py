@@ -18,6 +18,7 @@ from onebase_edge.errors import (
     error_body,
     status_of,
 )
+from onebase_edge.request_id import request_id
 from onebase_edge.sse import (
     DONE,
     EventStream,
@@ -66,6 +67,7 @@ from onebase_server.inference.generation import GenerationRequest, GenerationRun
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
+from onebase_server.requests.request_log import RequestEntry
 from onebase_server.requests.rollouts import Observation
 from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
@@ -188,6 +190,7 @@ async def _events_of(
             stream=True,
             transcript=transcript,
             transcript_number=transcript_number,
+            number=source.number,
         )
         async for chunk in view.events(generation):
             times += 1
@@ -253,7 +256,9 @@ async def _answer_of(
         reservation = services.limiter.enter(caller)
         engine_request = await _planned(source, services, caller)
         view = GenerateView(engine_request.tokenizer or services.tokenizer)
-        run = generation = await begin(request, services, reservation, engine_request, stream=False)
+        run = generation = await begin(
+            request, services, reservation, engine_request, stream=False, number=source.number
+        )
         choices = await run.collect()
         generation = None
 
@@ -338,6 +343,7 @@ class RequestUsageRecorder:
     request: GenerationRequest
     spans: RequestSpans | None = None
     observation: Observation | None = None
+    entry: RequestEntry | None = None
 
     def sequences_ended(self) -> None:
         self.reservation.sequences_ended()
@@ -352,6 +358,8 @@ class RequestUsageRecorder:
             self.spans.ended(usage, timestamps, finished)
         if self.observation is not None:
             self.observation.ended(usage, timestamps, finished)
+        if self.entry is not None:
+            self.entry.ended(usage.completion, finished)
         self.reservation.settle(usage.prompt + usage.completion)
         names = [use.name for use in self.request.adapter.uses]
         self.usage.generated(self.request.tenant, names, usage)
@@ -442,10 +450,11 @@ async def begin(
     stream: bool,
     transcript: Transcript | None = None,
     transcript_number: int | None = None,
+    number: int | None = None,
 ) -> GenerationRun:
     """Start a request in the engine. Raises what QuotaReservation.admit and GenerationRun.start raise.
 
-    transcript, transcript_number: see GenerationRun.
+    transcript, transcript_number: see GenerationRun. number: of one request among several in the body.
     """
     services.refuse_if_draining()
     resume_tokens = None
@@ -457,6 +466,7 @@ async def begin(
     base = services.catalog.base_name
     spans = services.tracing.of_request(engine_request, request.scope, base, stream=stream)
     observation = None if transcript is not None else services.rollouts.observe(engine_request)
+    entry = await _logged(request, services, engine_request, stream=stream, number=number)
     generation = GenerationRun(
         services.supervisor,
         services.tokenizer,
@@ -465,19 +475,44 @@ async def begin(
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
         recorder=RequestUsageRecorder(
-            reservation, services.usage, services.measured, engine_request, spans, observation
+            reservation, services.usage, services.measured, engine_request, spans, observation, entry
         ),
         transcript=transcript,
         resume_tokens=resume_tokens,
         transcript_number=transcript_number,
-        listener=observation,
+        listeners=[one for one in (observation, entry) if one is not None],
     )
     try:
         await generation.start(services.residency)
-    except ApiError as error:
-        if observation is not None:
+    except BaseException as error:
+        if observation is not None and isinstance(error, ApiError):
             observation.not_started(error)
+        if entry is not None:
+            entry.not_started(error.code if isinstance(error, ApiError) else "cancelled")
         raise
     services.running[engine_request.tenant, engine_request.id] = generation
     reservation.leave = generation.leave
     return generation
+
+
+async def _logged(
+    request: Request,
+    services: Services,
+    engine_request: GenerationRequest,
+    *,
+    stream: bool,
+    number: int | None,
+) -> RequestEntry | None:
+    """Return the request's entry in the log, if there is one."""
+    log = services.request_log
+    if log.mode == "off":
+        return None
+    caller: Caller = request.scope[CALLER]
+    return log.begin(
+        engine_request,
+        key=caller.key,
+        request_id=request_id(request.scope),
+        route=request.scope["path"],
+        stream=stream,
+        body=(await request.body(), number),
+    )

@@ -43,6 +43,7 @@ def upgrade() -> None:
     _create_keys_and_quotas()
     _create_usage()
     _create_audit()
+    _create_request_log()
     _create_jobs()
     _create_files_of_jobs()
     _create_batches()
@@ -208,6 +209,21 @@ def _create_usage() -> None:
         "usage_writers",
         sa.Column("id", sa.String(), primary_key=True),
         sa.Column("batch", sa.BigInteger(), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False),
+    )
+
+
+def _create_request_log() -> None:
+    op.create_table(
+        "request_log_keys",
+        sa.Column("tenant", sa.String(), primary_key=True),
+        sa.Column("key", sa.LargeBinary(), nullable=False),
+    )
+    op.create_table(
+        "request_log_erasures",
+        sa.Column("number", sa.BigInteger(), primary_key=True, autoincrement=False),
+        sa.Column("tenant", sa.String(), nullable=False, index=True),
+        sa.Column("user", sa.String()),
         sa.Column("at", sa.Double(), nullable=False),
     )
 

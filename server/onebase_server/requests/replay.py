@@ -1,0 +1,222 @@
+"""Planning of a logged request once more: with its versions, its seed and its prompts, or with another
+version."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+
+from onebase_edge.errors import (
+    AdapterDeletedError,
+    AdapterNotFoundError,
+    ApiError,
+    InvalidRequestError,
+    StateConflictError,
+)
+from onebase_protocol.request_log import LoggedAnswer, LoggedRequest, ReplayedChoice
+from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
+from onebase_server.inference.stream import OutputPiece
+from onebase_server.inference.transcript import Opening, Transcript
+from onebase_server.requests.planner import Planner
+from onebase_server.requests.request_log import Begun, answer_hash, prompt_hash
+from onebase_server.requests.schemas.anthropic import MessagesRequest
+from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
+from onebase_server.requests.schemas.items import conversation
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.responses import ResponsesRequest
+from onebase_server.requests.schemas.tgi import TgiRequest
+from onebase_server.requests.schemas.wire import validation_error
+from onebase_server.tenancy.access import Caller
+
+_EXCERPT = 60
+"""Characters of an excerpt, of which a third stands before the difference."""
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+class ReplayPlanner:
+    """Plans logged requests of one server, whose base has the identity `base_id`."""
+
+    def __init__(self, planner: Planner, base_id: str) -> None:
+        self._planner = planner
+        self._base_id = base_id
+        self._routes: dict[str, Callable[[Any, Caller, Transcript], Awaitable[GenerationRequest]]] = {
+            "/": self._tgi,
+            "/generate": self._generate,
+            "/generate/many": self._one_of_many,
+            "/v1/completions": self._completion,
+            "/v1/chat/completions": self._chat,
+            "/v1/responses": self._response,
+            "/v1/messages": self._message,
+        }
+
+    async def plan(
+        self,
+        logged: LoggedRequest,
+        line: Begun,
+        caller: Caller,
+        key: bytes,
+        *,
+        version: str | None,
+        body: Any,
+    ) -> GenerationRequest:
+        """Return the request to the engine.
+
+        Args:
+            caller: of the request's tenant.
+            key: of the tenant's hashes.
+            version: the version that answers instead of the logged one.
+            body: the request as it was sent, where the log has no text.
+
+        Raises StateConflictError where it cannot be replayed, and what planning raises.
+        """
+        if logged.base_id != self._base_id:
+            raise StateConflictError(
+                f"The request was answered by the base {logged.base} ({logged.base_id[:12]}), and this "
+                f"server serves another ({self._base_id[:12]}). Replay it where that base is served.",
+                code="replay_base",
+            )
+        if version is not None and len(logged.adapters) != 1:
+            raise InvalidRequestError(
+                "version: the request ran with "
+                + ("the base alone" if not logged.adapters else "a sum of adapters")
+                + ", of which there is no other version. Leave it out.",
+                param="version",
+            )
+        kept, is_supplied = (msgspec.json.decode(line.body) if line.body else None), body is not None
+        body = body if is_supplied else kept
+        if body is None:
+            raise StateConflictError(
+                "The log has hashes of this request and no text (--request-log text keeps it). Send the "
+                "request's JSON as `body`.",
+                code="replay_no_text",
+            )
+        if logged.route not in self._routes:
+            raise StateConflictError(
+                f"Requests to {logged.route} cannot be replayed, only those for text.", code="replay_route"
+            )
+        planned = await self._plan(logged, body, caller, version)
+        is_same = version is None
+        hashes = tuple(prompt_hash(key, prompt.tokens) for prompt in planned.prompts)
+        if hashes != logged.prompts and (is_same or is_supplied):
+            if not is_same:  # the other version may have a template of its own
+                original = await self._plan(logged, body, caller, None)
+                hashes = tuple(prompt_hash(key, prompt.tokens) for prompt in original.prompts)
+            elif line.tokens:
+                planned = replace(planned, prompts=tuple(Prompt(tokens) for tokens in line.tokens))
+                hashes = logged.prompts
+        if hashes != logged.prompts and (is_same or is_supplied):
+            raise StateConflictError(
+                "body: its prompt is another than the logged one: the hashes differ. Send the request as it "
+                "was sent; where it went on from an earlier response, or the chat template writes the date, "
+                "only --request-log text can replay it.",
+                code="replay_prompt",
+            )
+        return planned
+
+    async def _plan(
+        self, logged: LoggedRequest, body: Any, caller: Caller, version: str | None
+    ) -> GenerationRequest:
+        pinned = [f"{one.name}@{version or one.version}" for one in logged.adapters]
+        opening = Opening(id=logged.id, created=0, seed=logged.seed, max_tokens=1, adapters=pinned)
+        try:
+            planned = await self._routes[logged.route](body, caller, Transcript(opening))
+        except (AdapterDeletedError, AdapterNotFoundError) as error:
+            raise _version_gone(pinned, error) from error
+        except StateConflictError as error:
+            if error.code != "version_not_ready":
+                raise
+            raise _version_gone(pinned, error) from error
+        except InvalidRequestError as error:
+            if error.code != "invalid_transcript":
+                raise
+            raise InvalidRequestError(
+                "body: it names other adapters than the logged request.", param="body"
+            ) from error
+        sampling = msgspec.structs.replace(planned.sampling, seed=logged.seed)
+        return replace(planned, id=new_id("replay_"), sampling=sampling, echo=False, unit=None)
+
+    # ---- the routes --------------------------------------------------------------------------------
+
+    async def _generate(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
+        return await self._planner.generate(_read(GenerateRequest, body), caller, versions)
+
+    async def _one_of_many(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
+        (one, *_) = _read(GenerateManyRequest, body).bodies
+        if isinstance(one, ApiError):
+            raise one
+        return await self._planner.generate(one, caller, versions)
+
+    async def _tgi(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
+        return await self._planner.generate(_read(TgiRequest, body).request(), caller, versions)
+
+    async def _completion(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
+        return await self._planner.completion(_read(CompletionRequest, body), caller, versions)
+
+    async def _chat(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
+        return await self._planner.chat(_read(ChatRequest, body), caller, versions)
+
+    async def _response(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
+        """Plan what the request itself says; earlier turns are in the prompt that the log keeps."""
+        read = _read(ResponsesRequest, body)
+        messages = conversation(read.instructions, read.items)
+        return await self._planner.response(read, messages, caller, versions)
+
+    async def _message(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
+        read = _read(MessagesRequest, body)
+        format = await self._planner.thought_format(caller, read.model, read)
+        return await self._planner.chat(read.chat(format), caller, versions)
+
+
+def _read(kind: type[_Body], body: Any) -> _Body:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        message, param = validation_error(error.errors(include_url=False))
+        raise InvalidRequestError(f"body: {message}", param=f"body.{param}" if param else "body") from error
+
+
+def _version_gone(versions: Sequence[str], error: ApiError) -> StateConflictError:
+    return StateConflictError(
+        f"The request needs {', '.join(versions)}, which cannot answer any more: {error.message}",
+        code="replay_version",
+    )
+
+
+def _shared(one: str, other: str) -> int:
+    """Return the number of characters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def compare(logged: LoggedRequest, choices: Sequence[OutputPiece], key: bytes) -> tuple[ReplayedChoice, ...]:
+    """Compare a replay's choices with those in the log: of an answer that was cut, as far as it went."""
+    return tuple(_compare(answer, piece, key) for answer, piece in zip(logged.answers, choices, strict=True))
+
+
+def _compare(answer: LoggedAnswer, piece: OutputPiece, key: bytes) -> ReplayedChoice:
+    text, reasoning = piece.text, piece.reasoning
+    is_cut = answer.finish_reason in (None, "cancelled", "error")
+    if is_cut:
+        text, reasoning = text[: answer.length], reasoning[: answer.reasoning_length]
+    equal = answer_hash(key, reasoning, text) == answer.hash
+    equal = equal and (is_cut or piece.finish_reason == answer.finish_reason)
+    at = before = after = None
+    if not equal and answer.text is not None:
+        was, now = (answer.reasoning or "") + answer.text, reasoning + text
+        at = len(_shared(was, now))
+        begin = max(0, at - _EXCERPT // 3)
+        before, after = was[begin : begin + _EXCERPT], now[begin : begin + _EXCERPT]
+    return ReplayedChoice(
+        index=piece.index,
+        equal=equal,
+        first_difference=at,
+        logged=before,
+        replayed=after,
+        finish_reason=piece.finish_reason,
+        text=piece.text,
+        reasoning=piece.reasoning,
+    )

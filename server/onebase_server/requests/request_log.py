@@ -1,0 +1,731 @@
+"""Log of requests: who asked what of which version, with keyed hashes of prompts and answers, or their text.
+
+Each tenant has a folder with segments, files of JSON lines that are only appended to. A request is two lines:
+what it asked, when it begins, and what it got, when it ends; whoever finds the first alone knows that its
+server was killed, or that it runs. One thread hashes and writes, so that neither the engine's step nor an
+answer waits. What it cannot write in time is dropped, counted, and noted in the log itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from array import array
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from onebase_adapters.registry import LogErasure, RegistryError, RequestLogRecords
+from onebase_edge.background import Threads
+from onebase_protocol.request_log import LoggedAdapter, LoggedAnswer, LoggedRequest
+from onebase_server.inference.generation import GenerationRequest
+from onebase_server.inference.stream import OutputPiece
+
+LogMode = Literal["off", "hashes", "text"]
+MOST_WAITING = 64 << 20
+"""Largest size, in bytes, of what waits to be written, of all tenants; each may have an eighth."""
+MOST_FOUND = 1000
+"""Largest number of requests that one call finds."""
+_SHARE = 8
+_LINE = 400
+"""Bytes that a request counts besides its texts."""
+_SEGMENTS = 64
+"""A tenant's log has about so many segments; the oldest is deleted when it is full."""
+_DAY = 86400.0
+_SYNC_SECONDS = 1.0
+_AGAIN_SECONDS = 1.0
+_TIDY_SECONDS = 60.0
+_OPEN_FILES = 64
+_TOKENS = 8
+"""Bytes of a token that waits."""
+_ENDED = {"abort": "cut", "error": "failed"}
+
+_log = logging.getLogger(__name__)
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="begun"):
+    """Line of a request that begins. boot: of the server process. tokens: those of each prompt, with text."""
+
+    request: LoggedRequest
+    boot: str
+    tokens: list[list[int]] = []
+    body: msgspec.Raw = msgspec.Raw(b"")
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="ended"):
+    """Line of a request that has ended."""
+
+    id: str
+    user: str | None = None
+    at: float
+    state: Literal["done", "cut", "failed"]
+    completion_tokens: int = 0
+    answers: list[LoggedAnswer] = []
+    error: str | None = None
+
+
+class Dropped(msgspec.Struct, frozen=True, kw_only=True, tag="dropped"):
+    """Line that says how many lines before it could not be written."""
+
+    at: float
+    lines: int
+
+
+_Line = Begun | Ended | Dropped
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Line).decode
+
+
+class _Index(msgspec.Struct, frozen=True):
+    """What tells whose a line is. type: its tag."""
+
+    type: str
+    id: str = ""
+    user: str | None = None
+    request: dict[str, Any] = {}
+
+    @property
+    def of(self) -> tuple[str, str | None]:
+        """Return the id of the line's request, and the hash of its user."""
+        named = self.request
+        return (named["id"], named.get("user")) if named else (self.id, self.user)
+
+
+@dataclass(eq=False)
+class RequestEntry:
+    """One request on its way into the log: hears its answer, and ends once. For one event loop.
+
+    body: as it was sent, with the number of the one request of several that this is.
+    """
+
+    log: RequestLog
+    request: GenerationRequest
+    key: str = ""
+    request_id: str = ""
+    route: str = ""
+    stream: bool = False
+    body: tuple[bytes, int | None] | None = None
+    at: float = field(default_factory=time.time)
+    ended_at: float = 0.0
+    is_left_out: bool = False
+    """Whether nothing more of it is written: its beginning was dropped, or it was erased while it ran."""
+    error: str | None = None
+    finished: Counter[str] | None = None
+    _texts: dict[int, list[str]] = field(default_factory=dict)
+    _thoughts: dict[int, list[str]] = field(default_factory=dict)
+    _finish: dict[int, str | None] = field(default_factory=dict)
+    _tokens: int = 0
+    _size: int = 0
+
+    def heard(self, piece: OutputPiece) -> None:
+        self._texts.setdefault(piece.index, []).append(piece.text)
+        if piece.reasoning:
+            self._thoughts.setdefault(piece.index, []).append(piece.reasoning)
+        if piece.finish_reason is not None:
+            self._finish[piece.index] = piece.finish_reason
+        self._size += len(piece.text) + len(piece.reasoning)
+
+    def failed(self, code: str | None) -> None:
+        self.error = code or "engine_error"
+
+    def ended(self, completion_tokens: int, finished: Counter[str]) -> None:
+        """Note that nothing more is generated. finished: see UsageRecorder."""
+        if self.ended_at:
+            return
+        self.ended_at, self.finished, self._tokens = time.time(), finished, completion_tokens
+        self.log.put(self, self.end_line, 4 * self._size)
+
+    def not_started(self, code: str | None) -> None:
+        self.failed(code)
+        self.ended(0, Counter(error=1))
+
+    # ---- in the writer's thread --------------------------------------------------------------------
+
+    def begin_line(self, key: bytes, mode: LogMode) -> Begun:
+        request = self.request
+        sampling, log = request.sampling, self.log
+        names = [use.name for use in request.adapter.uses]
+        uses = zip(request.adapter.uses, request.adapter.refs, strict=True)
+        settings = msgspec.to_builtins(sampling)
+        for private in ("seed", "prompt_targets", "end_token_ids", "thought"):
+            settings.pop(private)
+        logged = LoggedRequest(
+            id=request.id,
+            state="running",
+            at=self.at,
+            server=log.server,
+            tenant=request.tenant,
+            key=self.key,
+            request_id=self.request_id,
+            route=self.route,
+            user=None if request.user is None else user_hash(key, request.user),
+            model="+".join(names) or log.base,
+            adapters=tuple(
+                LoggedAdapter(name=use.name, version=use.digest, weight=ref.weight) for use, ref in uses
+            ),
+            base=log.base,
+            base_id=log.base_id,
+            seed=sampling.seed,
+            sampling=settings,
+            n=request.n,
+            stream=self.stream,
+            prompt_tokens=sum(len(prompt.tokens) for prompt in request.prompts),
+            prompts=tuple(prompt_hash(key, prompt.tokens) for prompt in request.prompts),
+            has_text=mode == "text",
+        )
+        if mode != "text":
+            return Begun(request=logged, boot=log.boot)
+        tokens = [list(prompt.tokens) for prompt in request.prompts]
+        body = {} if self.body is None else {"body": msgspec.Raw(_one_body(*self.body))}
+        return Begun(request=logged, boot=log.boot, tokens=tokens, **body)
+
+    def end_line(self, key: bytes, mode: LogMode) -> Ended:
+        finished = self.finished or Counter()
+        state = next((_ENDED[one] for one in ("error", "abort") if finished[one]), "done")
+        answers = []
+        for index in range(self.request.choices if self._texts or state == "done" else 0):
+            text, thought = "".join(self._texts.get(index, ())), "".join(self._thoughts.get(index, ()))
+            answers.append(
+                LoggedAnswer(
+                    finish_reason=self._finish.get(index),
+                    length=len(text),
+                    reasoning_length=len(thought),
+                    hash=answer_hash(key, thought, text),
+                    text=text if mode == "text" else None,
+                    reasoning=thought if mode == "text" and thought else None,
+                )
+            )
+        user = self.request.user
+        return Ended(
+            id=self.request.id,
+            user=None if user is None else user_hash(key, user),
+            completion_tokens=self._tokens,
+            at=self.ended_at,
+            state=state,  # type: ignore[arg-type]
+            answers=answers,
+            error=self.error,
+        )
+
+
+def _one_body(body: bytes, number: int | None) -> bytes:
+    """Return a request's body as JSON on one line; of several requests, with this one alone."""
+    value = msgspec.json.decode(body)
+    if number is not None:
+        value["requests"] = [value["requests"][number]]
+    return msgspec.json.encode(value)
+
+
+def _keyed(key: bytes, kind: str, *parts: bytes) -> str:
+    found = hmac.new(key, kind.encode(), hashlib.sha256)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "big") + part)
+    return found.hexdigest()
+
+
+def prompt_hash(key: bytes, tokens: Sequence[int]) -> str:
+    """Return the hash of a prompt, which nobody without the tenant's key can make or compare."""
+    return _keyed(key, "prompt", array("q", tokens).tobytes())
+
+
+def answer_hash(key: bytes, reasoning: str, text: str) -> str:
+    return _keyed(key, "answer", *(part.encode("utf-8", "surrogatepass") for part in (reasoning, text)))
+
+
+def user_hash(key: bytes, user: str) -> str:
+    return _keyed(key, "user", user.encode("utf-8", "surrogatepass"))
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """What one tenant's log has to write. size: in bytes. again_at: monotonic; after a failure."""
+
+    lines: deque[tuple[RequestEntry, Callable[[bytes, LogMode], _Line], int]] = field(default_factory=deque)
+    size: int = 0
+    dropped: int = 0
+    again_at: float = 0.0
+
+
+class RequestLog:
+    """A server's log, written by one thread. `begin`, `find` and the like are called on the event loop or in
+    threads; files are changed by the writer alone.
+
+    Args:
+        folder: its own, for one registry.
+        most_bytes: of each tenant; its oldest requests are deleted first.
+        days: for which requests are kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        records: RequestLogRecords,
+        *,
+        mode: LogMode,
+        days: float,
+        most_bytes: int,
+        base: str,
+        base_id: str,
+        server: str,
+        sync_seconds: float = 1.0,
+    ) -> None:
+        self.mode = mode
+        self.base = base
+        self.base_id = base_id
+        self.server = server
+        self.boot = secrets.token_hex(8)
+        self.written = 0
+        """Lines written since the start."""
+        self.dropped = 0
+        """Lines dropped since the start."""
+        self.threads = Threads("read-log", 1)
+        """Thread in which the log is read, where tenants take turns."""
+        self._folder = folder
+        self._records = records
+        self._seconds = days * _DAY
+        self._most_bytes = most_bytes
+        self._sync_seconds = sync_seconds
+        self._lock = threading.Condition()
+        self._waiting: dict[str, _Waiting] = {}
+        self._size = 0
+        self._erasing: dict[int, Callable[[int | Exception], object]] = {}
+        """What to call when an erasure is done, by its number."""
+        self._closing = False
+        self._running: dict[str, dict[str, RequestEntry]] = {}
+        """Entries of requests that run, by tenant and id."""
+        self._keys: dict[str, bytes] = {}
+        self._files: OrderedDict[str, _Segment] = OrderedDict()
+        self._thread: threading.Thread | None = None
+        self._look_at = 0.0
+        self._tidy_at = 0.0
+        self._sync_at = 0.0
+        self._said = False
+
+    def start(self) -> None:
+        """Begin to write, and to apply what other servers have erased, unless nothing was ever logged."""
+        if self.mode == "off" and not self._folder.exists():
+            return
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in self._folder.glob("*/*.new"):  # of a server that was killed while it erased
+            left.unlink()
+        self._thread = threading.Thread(target=self._write_on, name="request-log", daemon=True)
+        self._thread.start()
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Write what waits, for so long at most."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join(seconds)
+        if self._size:
+            _log.error("the request log could not be written to the end: %d bytes are not in it", self._size)
+
+    def begin(self, request: GenerationRequest, **about: Any) -> RequestEntry | None:
+        """Return the entry of a request that is about to begin; None if none is kept. about: see
+        RequestEntry."""
+        if self.mode == "off" or self._thread is None:
+            return None
+        entry = RequestEntry(self, request, **about)
+        size = 0
+        if self.mode == "text":
+            size = _TOKENS * sum(len(prompt.tokens) for prompt in request.prompts)
+            size += 0 if entry.body is None else len(entry.body[0])
+        else:
+            entry.body = None
+        self.put(entry, entry.begin_line, size)
+        return entry
+
+    def put(self, entry: RequestEntry, line: Callable[[bytes, LogMode], _Line], size: int) -> None:
+        """Have a line written, unless too much waits: then it is dropped, and that is counted."""
+        tenant, size = entry.request.tenant, size + _LINE
+        with self._lock:
+            self._running.setdefault(tenant, {})[entry.request.id] = entry
+            waiting = self._waiting.setdefault(tenant, _Waiting())
+            if waiting.size + size > MOST_WAITING // _SHARE or self._size + size > MOST_WAITING:
+                waiting.dropped += 1
+                self.dropped += 1
+                entry.is_left_out = True
+                self._left(entry)
+                return
+            waiting.lines.append((entry, line, size))
+            waiting.size += size
+            self._size += size
+            self._lock.notify()
+
+    def _left(self, entry: RequestEntry) -> None:
+        """Forget an entry that has ended, with the lock."""
+        tenant, running = entry.request.tenant, self._running.get(entry.request.tenant, {})
+        if entry.ended_at and running.pop(entry.request.id, None) is not None and not running:
+            del self._running[tenant]
+
+    async def erase(self, tenant: str, user: str | None) -> int:
+        """Erase what the log has of a tenant, or of one of its users, here and on all servers of the
+        registry. Return the number of requests erased here. Raises RegistryError, ErasuresError, OSError."""
+        hashed = None if user is None else await self.user_hash(tenant, user)
+        erasure = await asyncio.to_thread(self._records.erase, tenant, hashed)
+        if self._thread is None:
+            return 0
+        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def finish(result: int | Exception) -> None:
+            if done.done():
+                return
+            if isinstance(result, Exception):
+                done.set_exception(result)
+            else:
+                done.set_result(result)
+
+        with self._lock:
+            self._erasing[erasure.number] = lambda result: loop.call_soon_threadsafe(finish, result)
+            self._lock.notify()
+        erased: int = await done
+        return erased
+
+    async def key_of(self, tenant: str) -> bytes:
+        """Return the key of a tenant's hashes. Raises RegistryError."""
+        found = self._keys.get(tenant)
+        return await asyncio.to_thread(self.key, tenant) if found is None else found
+
+    async def user_hash(self, tenant: str, user: str) -> str:
+        """Return the hash by which the log knows one of a tenant's users. Raises RegistryError."""
+        return user_hash(await self.key_of(tenant), user)
+
+    def key(self, tenant: str) -> bytes:
+        """Return the key of a tenant's hashes. Blocks. Raises RegistryError."""
+        found = self._keys.get(tenant) or self._records.key(tenant)
+        self._keys[tenant] = found
+        return found
+
+    # ---- reading, in threads -----------------------------------------------------------------------
+
+    def find(
+        self,
+        tenant: str,
+        matches: Callable[[LoggedRequest], bool],
+        *,
+        since: float | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> list[LoggedRequest]:
+        """Return requests of a tenant, the last that began first, without their texts. after: the id of the
+        last one of the page before."""
+        found: list[LoggedRequest] = []
+        is_past = after is None
+        for line, end in self._requests(tenant, since):
+            request = line.request
+            if is_past and matches(request) and (since is None or request.at >= since):
+                found.append(self._told(line, end, with_text=False))
+                if len(found) >= limit:
+                    break
+            is_past = is_past or request.id == after
+        return found
+
+    def get(self, tenant: str, request_id: str) -> tuple[LoggedRequest, Begun] | None:
+        """Return a request of a tenant with its texts, and its first line; None if the log has none."""
+        wanted = request_id.encode()
+        for line, end in self._requests(tenant, None, wanted):
+            if line.request.id == request_id:
+                return self._told(line, end, with_text=True), line
+        return None
+
+    def tenants(self) -> list[str]:
+        """Return the tenants of whom there is a log."""
+        names = []
+        for place in self._folder.glob("*/tenant"):
+            with contextlib.suppress(OSError):
+                names.append(place.read_text(encoding="utf-8"))
+        return sorted(names)
+
+    def _requests(
+        self, tenant: str, since: float | None, containing: bytes = b""
+    ) -> Iterator[tuple[Begun, Ended | None]]:
+        """Yield the first and the last line of each request, the last that began first. containing: of lines
+        without it none is yielded."""
+        ends: dict[str, Ended] = {}
+        for segment in sorted(self._place(tenant).glob("*.jsonl"), reverse=True):
+            try:
+                if since is not None and segment.stat().st_mtime < since:
+                    return
+                lines = segment.read_bytes().split(b"\n")
+            except FileNotFoundError:
+                continue  # its time is over just now
+            for data in reversed(lines):
+                if not data or containing not in data:
+                    continue
+                try:
+                    line = _decode(data)
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    continue  # a line that a crash of the machine has cut
+                if isinstance(line, Ended):
+                    ends[line.id] = line
+                elif isinstance(line, Begun):
+                    yield line, ends.pop(line.request.id, None)
+
+    def _told(self, line: Begun, end: Ended | None, *, with_text: bool) -> LoggedRequest:
+        request = line.request
+        if with_text and line.body:
+            request = msgspec.structs.replace(request, body=line.body)
+        if end is None:
+            is_running = line.boot == self.boot and request.id in self._running.get(request.tenant, {})
+            return msgspec.structs.replace(request, state="running" if is_running else "interrupted")
+        answers = tuple(end.answers)
+        if not with_text:
+            answers = tuple(msgspec.structs.replace(answer, text=None, reasoning=None) for answer in answers)
+        return msgspec.structs.replace(
+            request,
+            state=end.state,
+            ended_at=end.at,
+            completion_tokens=end.completion_tokens,
+            answers=answers,
+            error=end.error,
+        )
+
+    # ---- the writer --------------------------------------------------------------------------------
+
+    def _place(self, tenant: str) -> Path:
+        return self._folder / hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def _write_on(self) -> None:
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                ready = [name for name, one in self._waiting.items() if one.again_at <= now]
+                if not ready and not self._erasing:
+                    if self._closing and not self._waiting:
+                        break
+                    self._lock.wait(min(_SYNC_SECONDS, self._sync_seconds))
+            try:
+                for tenant in ready:
+                    self._write_tenant(tenant)
+                self._upkeep()
+            except Exception:
+                _log.exception("the request log failed; it goes on")
+                time.sleep(_AGAIN_SECONDS)
+        for segment in self._files.values():
+            segment.close()
+
+    def _write_tenant(self, tenant: str) -> None:
+        """Write what waits of one tenant; what cannot be written now waits for another second."""
+        waiting = self._waiting[tenant]
+        with self._lock:
+            lines, dropped = list(waiting.lines), waiting.dropped
+        try:
+            key = self.key(tenant)
+            data = bytearray()
+            if dropped:
+                data += _encode(Dropped(at=time.time(), lines=dropped)) + b"\n"
+            for entry, make, _ in lines:
+                if not entry.is_left_out:
+                    data += self._line(entry, make, key)
+            if data:
+                self._segment(tenant, len(data)).append(data)
+        except (OSError, RegistryError) as error:
+            if not self._said:
+                _log.warning("the request log waits in memory until it can be written: %s", error)
+            self._said, waiting.again_at = True, time.monotonic() + _AGAIN_SECONDS
+            return
+        self._said = False
+        self.written += len(lines)
+        with self._lock:
+            waiting.dropped -= dropped
+            for entry, make, size in lines:
+                waiting.lines.popleft()
+                waiting.size -= size
+                self._size -= size
+                if make == entry.end_line:
+                    self._left(entry)
+            if not waiting.lines and not waiting.dropped:
+                del self._waiting[tenant]
+
+    def _line(self, entry: RequestEntry, make: Callable[[bytes, LogMode], _Line], key: bytes) -> bytes:
+        try:
+            return _encode(make(key, self.mode)) + b"\n"
+        except Exception:
+            _log.exception("a line of the request log cannot be made")
+            self.dropped += 1
+            entry.is_left_out = True
+            return _encode(Dropped(at=time.time(), lines=1)) + b"\n"
+
+    def _segment(self, tenant: str, size: int) -> _Segment:
+        """Return the tenant's newest segment, a new one if it is full or a day old."""
+        segment = self._files.get(tenant)
+        largest = max(1 << 16, self._most_bytes // _SEGMENTS)
+        if segment is not None and (segment.size + size > largest or segment.age > _DAY):
+            self._files.pop(tenant).close()
+            segment = None
+            self._tidy(tenant)
+        if segment is None:
+            place = self._place(tenant)
+            place.mkdir(mode=0o700, exist_ok=True)
+            if not (place / "tenant").exists():
+                (place / "tenant").write_text(tenant, encoding="utf-8", errors="surrogatepass")
+            numbers = [int(path.stem) for path in place.glob("*.jsonl") if path.stem.isdecimal()]
+            segment = self._files[tenant] = _Segment(place / f"{max(numbers, default=0) + 1:012d}.jsonl")
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(tenant)
+        return segment
+
+    def _upkeep(self) -> None:
+        now = time.monotonic()
+        if now >= self._sync_at:
+            self._sync_at = now + _SYNC_SECONDS
+            for segment in self._files.values():
+                segment.sync()
+        if now >= self._look_at or self._erasing:
+            self._look_at = now + self._sync_seconds
+            self._apply_erasures()
+        if now >= self._tidy_at:
+            self._tidy_at = now + _TIDY_SECONDS
+            for tenant in self.tenants():
+                self._tidy(tenant)
+
+    def _tidy(self, tenant: str) -> None:
+        """Delete the tenant's oldest segments: those whose time is over, and those that are too much."""
+        own = self._files.get(tenant)
+        left, now = self._most_bytes, time.time()
+        for path in sorted(self._place(tenant).glob("*.jsonl"), reverse=True):
+            state = path.stat()
+            left -= state.st_size
+            is_open = own is not None and own.path == path
+            if now - state.st_mtime > self._seconds or (left < 0 and not is_open):
+                if is_open:
+                    self._files.pop(tenant).close()
+                path.unlink()
+
+    # ---- erasing -----------------------------------------------------------------------------------
+
+    @property
+    def _applied(self) -> int:
+        try:
+            return int((self._folder / "erased").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _apply_erasures(self) -> None:
+        """Apply what was erased, here or on another server, in its order."""
+        try:
+            for erasure in self._records.erasures(self._applied):
+                count = self._erase(erasure)
+                made = self._folder / "erased.new"
+                made.write_text(str(erasure.number))
+                made.rename(self._folder / "erased")
+                if (done := self._erasing.pop(erasure.number, None)) is not None:
+                    done(count)
+        except (OSError, RegistryError) as error:
+            if isinstance(error, OSError):
+                _log.warning("what was erased stays until the request log can be written: %s", error)
+            while self._erasing:
+                self._erasing.popitem()[1](error)
+
+    def _erase(self, erasure: LogErasure) -> int:
+        """Erase a tenant's requests, or those of a user, from memory and from every file; return their
+        number. Applied twice, it does no harm."""
+        tenant, user = erasure.tenant, erasure.user
+        self._forget(tenant, user)
+        place, count = self._place(tenant), 0
+        if (own := self._files.pop(tenant, None)) is not None:
+            own.close()
+        if user is None:
+            self._keys.pop(tenant, None)
+        gone: set[str] = set()
+        for path in sorted(place.glob("*.jsonl")):
+            for line in map(_index, path.read_bytes().split(b"\n")):
+                if line is not None and line.type == "begun" and user in (None, line.of[1]):
+                    gone.add(line.of[0])
+                    count += 1
+        if user is None:
+            shutil.rmtree(place, ignore_errors=not place.exists())
+            return count
+        for path in sorted(place.glob("*.jsonl")):
+            lines = path.read_bytes().split(b"\n")
+            kept = [data for data in lines if _stays(data, gone, user)]
+            if len(kept) == sum(map(bool, lines)):
+                continue
+            if not kept:
+                path.unlink()
+                continue
+            made, at = path.with_suffix(".new"), path.stat().st_mtime
+            with made.open("wb") as file:
+                file.write(b"".join(data + b"\n" for data in kept))
+                file.flush()
+                os.fsync(file.fileno())
+            os.utime(made, (at, at))
+            made.rename(path)
+        return count
+
+    def _forget(self, tenant: str, user: str | None) -> None:
+        """Keep the requests that run now, or wait to be written, out of the log."""
+        key = self._keys.get(tenant)
+        with self._lock:
+            entries = list(self._running.get(tenant, {}).values())
+            waiting = self._waiting.get(tenant)
+            entries += [] if waiting is None else [entry for entry, _, _ in waiting.lines]
+        for entry in entries:
+            named = entry.request.user
+            if user is None or (key and named is not None and user_hash(key, named) == user):
+                entry.is_left_out = True
+
+
+def _index(data: bytes) -> _Index | None:
+    try:
+        return msgspec.json.decode(data, type=_Index) if data else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _stays(data: bytes, gone: set[str], user: str) -> bool:
+    """Return True unless a line is of one of these requests or of this user, or cannot be read."""
+    line = _index(data)
+    if line is None:
+        return False
+    return line.type == "dropped" or (line.of[0] not in gone and line.of[1] != user)
+
+
+class _Segment:
+    """The newest file of a tenant's log. A line is either written whole, or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._began = time.monotonic()
+        self._is_dirty = False
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self._began
+
+    def append(self, data: bytes | bytearray) -> None:
+        """Write lines. Raises OSError: then nothing of them is there."""
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._handle, memoryview(data)[written:])
+        except OSError:
+            os.ftruncate(self._handle, self.size)
+            raise
+        self.size += len(data)
+        self._is_dirty = True
+
+    def sync(self) -> None:
+        if self._is_dirty:
+            os.fdatasync(self._handle)
+            self._is_dirty = False
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sync()
+        os.close(self._handle)

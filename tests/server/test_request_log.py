@@ -1,0 +1,310 @@
+"""The log of requests: each route, a kill, its limits, erasing, and replay."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from .access import Keys, client_with
+from .conftest import Api
+from .support import Server, Starter, upload_folder
+from .test_several_servers import shared
+
+BASE = "smollm2-135m-instruct"
+SECRET = "marigold seventeen"
+ASKED = {"prompt": SECRET, "max_tokens": 6}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Iterator[Keys]:
+    made = Keys(tmp_path)
+    yield made
+    made.close()
+
+
+def logged(server: Server, http: httpx2.Client, count: int, query: str = "") -> list[dict[str, Any]]:
+    """The log's requests, once there are so many that have ended."""
+    found: list[dict[str, Any]] = []
+
+    def is_there() -> bool:
+        found[:] = http.get(f"/v1/requests?{query}").json()["data"]
+        return len(found) == count and all(one["state"] != "running" for one in found)
+
+    server.wait_for(is_there, 20)
+    return found
+
+
+def on_disk(folder: Path, text: str) -> list[Path]:
+    """The files that hold a text."""
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def replay(http: httpx2.Client, request: str, **body: Any) -> httpx2.Response:
+    return http.post(f"/v1/requests/{request}/replay", json=body)
+
+
+def test_nothing_is_kept_unless_it_is_asked_for(serve_scripted: Starter, tmp_path: Path) -> None:
+    with serve_scripted("words", data_dir=tmp_path / "data") as server, server.client() as http:
+        assert http.post("/generate", json=ASKED).status_code == 200
+        assert http.get("/v1/requests").json()["data"] == []
+        assert not (tmp_path / "data" / "requests").exists()
+
+
+MESSAGES = [{"role": "user", "content": SECRET}]
+ROUTES: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", ASKED),
+    ("/generate", {**ASKED, "n": 2, "stop": ["zzz"], "echo": True, "logprobs": 1}),
+    ("/generate", {"messages": MESSAGES, "max_tokens": 5}),
+    ("/", {"inputs": SECRET, "parameters": {"max_new_tokens": 5}}),
+    ("/v1/completions", {"model": BASE, "prompt": [SECRET, "other"], "max_tokens": 5}),
+    ("/v1/chat/completions", {"model": BASE, "messages": MESSAGES, "max_tokens": 5, "seed": 7}),
+    ("/v1/responses", {"model": BASE, "input": SECRET, "max_output_tokens": 16, "store": False}),
+    ("/v1/messages", {"model": BASE, "messages": MESSAGES, "max_tokens": 5}),
+]
+
+
+def test_each_route_is_logged_and_its_request_gives_the_same_text_again(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--request-log", "text") as server, server.client() as http:
+        for path, body in ROUTES:
+            answer = http.post(path, json={**body, "stream": False} if path != "/" else body)
+            assert answer.status_code == 200, answer.text
+            ids = {one["id"] for one in logged(server, http, len(logged_paths) + 1)} - logged_paths.keys()
+            (new,) = ids
+            logged_paths[new] = path
+        for request, path in logged_paths.items():
+            whole = http.get(f"/v1/requests/{request}").json()
+            assert (whole["route"], whole["state"], whole["has_text"]) == (path, "done", True)
+            assert SECRET in json.dumps(whole["body"])
+            assert whole["answers"][0]["text"]
+            told = replay(http, request)
+            assert told.status_code == 200, told.text
+            assert told.json()["equal"], told.text
+
+
+logged_paths: dict[str, str] = {}
+
+
+def test_one_of_several_requests_is_logged_and_replayed_alone(serve_scripted: Starter) -> None:
+    many = {"messages": MESSAGES, "stream": False, "requests": [{"max_tokens": 3}, {"max_tokens": 9}]}
+    with serve_scripted("words", "--request-log", "text") as server, server.client() as http:
+        assert http.post("/generate/many", json=many).status_code == 200
+        found = logged(server, http, 2)
+        assert sorted(one["answers"][0]["length"] > 0 for one in found) == [True, True]
+        assert sorted(one["sampling"]["max_tokens"] for one in found) == [3, 9]
+        for one in found:
+            assert len(http.get(f"/v1/requests/{one['id']}").json()["body"]["requests"]) == 1
+            assert replay(http, one["id"]).json()["equal"]
+
+
+def test_a_stream_that_its_reader_left_is_logged_as_far_as_it_went(serve_scripted: Starter) -> None:
+    body = {"prompt": SECRET, "max_tokens": 5000, "stream": True}
+    with serve_scripted("words", "--request-log", "text") as server, server.client() as http:
+        with http.stream("POST", "/generate", json=body) as answer:
+            next(answer.iter_lines())
+        (cut,) = logged(server, http, 1)
+        assert (cut["state"], cut["stream"]) == ("cut", True)
+        text = http.get(f"/v1/requests/{cut['id']}").json()["answers"][0]["text"]
+        assert 0 < len(text) == cut["answers"][0]["length"] < 5000
+        stopped = server.client()
+        with stopped.stream("POST", "/generate", json=body) as answer:
+            lines = answer.iter_lines()
+            name = json.loads(next(lines)[6:])["id"]
+            assert http.post(f"/generate/{name}/cancel").status_code == 200
+            list(lines)
+        ended = next(one for one in logged(server, http, 2) if one["id"] == name)
+        assert (ended["state"], ended["answers"][0]["finish_reason"]) == ("cut", "cancelled")
+
+
+def test_a_request_whose_server_is_killed_is_there_as_interrupted(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    start = {"data_dir": tmp_path / "data"}
+    with serve_scripted("words", "--request-log", "hashes", **start) as server, server.client() as http:
+        first = http.post("/generate", json=ASKED).json()["id"]
+        logged(server, http, 1)
+        with http.stream("POST", "/generate", json={**ASKED, "max_tokens": 5000, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            second = json.loads(next(lines)[6:])["id"]
+            server.wait_for(lambda: len(http.get("/v1/requests").json()["data"]) == 2)
+            server.signal(signal.SIGKILL)
+            server.exit_status()
+    with serve_scripted("words", "--request-log", "hashes", **start) as server, server.client() as http:
+        states = {one["id"]: one["state"] for one in http.get("/v1/requests").json()["data"]}
+        assert states == {first: "done", second: "interrupted"}
+        assert replay(http, second).json()["error"]["code"] == "replay_no_answer"
+
+
+def test_with_hashes_no_file_has_text_and_the_body_replays_the_request(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    options = ("--request-log", "hashes")
+    with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
+        body = {**ASKED, "seed": 3, "temperature": 1.0, "user": "alice"}
+        assert http.post("/generate", json=body).status_code == 200
+        (one,) = logged(server, http, 1)
+        assert not on_disk(tmp_path / "data" / "requests", "marigold")
+        assert not on_disk(tmp_path / "data" / "requests", "alice")
+        assert replay(http, one["id"]).json()["error"]["code"] == "replay_no_text"
+        assert replay(http, one["id"], body=body).json()["equal"]
+        other = replay(http, one["id"], body={**body, "prompt": "another"})
+        assert (other.status_code, other.json()["error"]["code"]) == (409, "replay_prompt")
+        wrong = replay(http, one["id"], body={**body, "max_tokens": -1})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "body.max_tokens")
+
+
+def test_equal_prompts_of_two_tenants_have_different_hashes_and_neither_sees_the_others(
+    serve_scripted: Starter, keys: Keys, tmp_path: Path
+) -> None:
+    made = {tenant: keys.make("generate", "adapters", tenant=tenant) for tenant in ("acme", "globex")}
+    admin, weak = keys.make("admin"), keys.make("generate", tenant="acme")
+    with serve_scripted("words", "--request-log", "text", data_dir=tmp_path) as server:
+        hashes, ids = set(), {}
+        for tenant, key in made.items():
+            with client_with(server, key) as http:
+                for _ in range(2):
+                    assert http.post("/generate", json=ASKED).status_code == 200
+                found = logged(server, http, 2)
+                assert {one["tenant"] for one in found} == {tenant}
+                assert len({tuple(one["prompts"]) for one in found}) == 1
+                hashes |= {(one["prompts"][0], one["answers"][0]["hash"]) for one in found}
+                ids[tenant] = found[0]["id"]
+        assert len(hashes) == len(made)
+        with client_with(server, made["acme"]) as http:
+            assert http.get(f"/v1/requests/{ids['globex']}").status_code == 404
+            assert http.get(f"/v1/requests/{ids['globex']}?tenant=globex").status_code == 403
+            assert replay(http, ids["globex"]).status_code == 404
+            assert http.delete("/v1/requests?all=true&tenant=globex").status_code == 403
+        with client_with(server, weak) as http:
+            assert http.get("/v1/requests").status_code == 403
+        with client_with(server, admin) as http:
+            assert len(logged(server, http, 2, "tenant=globex")) == 2
+            told = http.post(f"/v1/requests/{ids['globex']}/replay?tenant=globex", json={})
+            assert told.json()["equal"], told.text
+
+
+def test_what_is_erased_is_in_no_file_and_the_rest_stays(
+    serve_scripted: Starter, keys: Keys, tmp_path: Path
+) -> None:
+    acme, other = (keys.make("generate", "adapters", tenant=tenant) for tenant in ("acme", "other"))
+    where = tmp_path / "requests"
+    with (
+        serve_scripted("words", "--request-log", "text", data_dir=tmp_path) as server,
+        client_with(server, acme) as http,
+        client_with(server, other) as elsewhere,
+    ):
+        for user, prompt in (("alice", "marigold one"), ("bob", "tulip two"), ("alice", "marigold three")):
+            assert http.post("/generate", json={**ASKED, "prompt": prompt, "user": user}).status_code == 200
+        assert elsewhere.post("/generate", json={**ASKED, "prompt": "marigold of others"}).status_code == 200
+        logged(server, http, 3)
+        logged(server, elsewhere, 1)
+        assert len(logged(server, http, 2, "user=alice")) == 2
+        with http.stream(
+            "POST",
+            "/generate",
+            json={"prompt": "marigold runs", "max_tokens": 400, "stream": True, "user": "alice"},
+        ) as running:
+            lines = running.iter_lines()
+            next(lines)
+            assert http.delete("/v1/requests").status_code == 400
+            told = http.delete("/v1/requests?user=alice").json()
+            assert told["erased"] == 3
+            assert len(list(lines)) > 300
+        assert not on_disk(where, "marigold one") + on_disk(where, "marigold three")
+        assert not on_disk(where, "marigold runs")
+        assert on_disk(where, "tulip two")
+        assert on_disk(where, "marigold of others")
+        assert len(logged(server, http, 1)) == 1
+        assert http.post("/generate", json={**ASKED, "user": "alice"}).status_code == 200
+        logged(server, http, 2)
+        assert http.delete("/v1/requests?all=true").json()["erased"] == 2
+        assert logged(server, http, 0) == []
+        assert not on_disk(where, "tulip") + on_disk(where, SECRET)
+        assert on_disk(where, "marigold of others")
+        entries = http.get("/v1/audit?action=requests.erased").json()["data"]
+        assert [one["target"] for one in entries] == ["all", "user"]
+
+
+def test_what_one_server_erases_goes_from_the_others_of_its_registry_too(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    options = (*shared(tmp_path), "--request-log", "text")
+    with (
+        serve_scripted("words", *options) as one,
+        serve_scripted("words", *options) as other,
+        one.client() as http,
+        other.client() as there,
+    ):
+        assert there.post("/generate", json=ASKED).status_code == 200
+        logged(other, there, 1)
+        assert on_disk(other.data_dir / "requests", SECRET)
+        assert http.delete("/v1/requests?all=true").status_code == 200
+        other.wait_for(lambda: not on_disk(other.data_dir / "requests", SECRET), 20)
+        assert there.get("/v1/requests").json()["data"] == []
+
+
+def test_a_tenants_log_has_a_limit_and_loses_its_oldest_requests_first(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    options = ("--request-log", "text", "--request-log-size", "1MB", "--max-body", "2MB")
+    with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
+        names = []
+        for number in range(8):
+            body = {"prompt": f"{number} " + "word " * 20_000, "max_tokens": 1}
+            names.append(http.post("/generate", json=body).json()["id"])
+        server.wait_for(lambda: http.get(f"/v1/requests/{names[-1]}").status_code == 200)
+
+        def size() -> int:
+            return sum(path.stat().st_size for path in (tmp_path / "data" / "requests").rglob("*.jsonl"))
+
+        assert size() < 1_500_000
+        assert http.get(f"/v1/requests/{names[0]}").status_code == 404
+
+
+def test_an_answer_is_the_same_bit_for_bit_and_another_version_is_compared_with_it(
+    api: Api, serve_real: Starter, tmp_path: Path
+) -> None:
+    """Drawn at a temperature, by the real engine, while another version is active."""
+    options = ("--request-log", "text", "--kv-memory", "200MB", "--threads", "1")
+    body = {"messages": MESSAGES, "max_tokens": 24, "temperature": 1.0, "logprobs": True, "n": 2}
+    data = api.copy_of_data(tmp_path / "data")
+    with serve_real(*options, data_dir=data) as server, server.client() as http:
+        old = api.digests["red"]
+        assert http.post("/v1/adapters/red/activate", json={"version": old}).status_code == 200
+        request = http.post("/v1/chat/completions", json={**body, "model": "red"}).json()["id"]
+        (one,) = logged(server, http, 1)
+        assert [used["version"] for used in one["adapters"]] == [old]
+        new = upload_folder(http, "red", api.adapters["blue"], "wait=true&activate=true").json()["version"]
+        told = replay(http, request).json()
+        assert told["equal"], told
+        assert told["adapters"][0]["version"] == old
+        told = replay(http, request, version=new[:12]).json()
+        assert (told["equal"], told["adapters"][0]["version"]) == (False, new)
+        choice = told["choices"][0]
+        texts = http.get(f"/v1/requests/{request}").json()["answers"]
+        assert texts[0]["text"][: choice["first_difference"]] == choice["text"][: choice["first_difference"]]
+        assert choice["logged"] != choice["replayed"]
+        answer = http.delete(f"/v1/adapters/red/versions/{old}")
+        assert answer.status_code == 200, answer.text
+        gone = replay(http, request)
+        assert (gone.status_code, gone.json()["error"]["code"]) == (409, "replay_version")
+        assert replay(http, request, version=new).json()["equal"] is False
+
+
+def test_a_full_disk_holds_up_no_answer_and_what_waits_is_written_later(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", "--request-log", "hashes", data_dir=tmp_path / "d") as server:
+        (place,) = (tmp_path / "d" / "requests").glob("*")
+        place.rmdir()
+        place.write_text("no folder")
+        with server.client() as http:
+            assert http.post("/generate", json=ASKED).status_code == 200
+            place.unlink()
+            place.mkdir()
+            assert len(logged(server, http, 1)) == 1
