@@ -15,7 +15,7 @@ WEB_MODULES := $(WEB)/node_modules/.package-lock.json
 WEB_SOURCES := $(shell find $(WEB) -path $(WEB)/node_modules -prune -o -type f ! -name '*.md' ! -name '*.test.ts' -print)
 NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(WEB)
 
-.PHONY: help setup base demo test lint lint-python lint-console lint-files docs format check every-test check-long audit bench gpu-check console clean
+.PHONY: help setup base demo test lint lint-python lint-console lint-files docs format check every-test check-long chaos audit bench gpu-check console clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +99,9 @@ every-test:
 
 check-long: ## The same with ten times as many random examples
 	@ONEBASE_EXAMPLES=long $(MAKE) check
+
+chaos: base ## Break servers under load at random, and judge what they lose (CHAOS_ARGS="--faults 100 --seed 7 --setup two")
+	@exec $(BIN)/python -m tests.server.chaos $(CHAOS_ARGS)
 
 # Without +cpu and the like, since PyPI knows those versions by their plain names. What it does not know fails the audit.
 audit: setup ## Ask PyPI for known vulnerabilities of what is installed

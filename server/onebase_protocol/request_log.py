@@ -10,7 +10,7 @@ from msgspec import Meta
 from onebase_protocol.common import Sparse
 
 LogState = Literal["running", "done", "cut", "failed", "interrupted"]
-"""How a request ended: `cut` by whoever asked, a time limit or a shutdown; `interrupted` with its server."""
+"""State of a request: `cut` by whoever asked, a time limit or a shutdown; `interrupted` with its server."""
 
 
 class LoggedAdapter(msgspec.Struct, frozen=True, kw_only=True):

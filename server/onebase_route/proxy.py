@@ -151,7 +151,12 @@ _OF_ONE_SERVER = (
 )
 _LIVE = "/api/v1/"
 """Beginning of the paths of live training, whose runs one server has. Its clients try again after a 503."""
-_KEPT_BY_ONE = (b"response_not_found", b"conversation_not_found", b"generation_not_found")
+_KEPT_BY_ONE = (
+    b"response_not_found",
+    b"conversation_not_found",
+    b"generation_not_found",
+    b"request_not_found",
+)
 _PASSING = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a refusal to resume a stream that may end soon."""
 _OF_ONE = ("response_not_found", "conversation_not_found", "invalid_transcript")
@@ -171,6 +176,9 @@ _TEXT = frozenset(
 """Paths of requests that may be sent again to another server, whatever came of the first."""
 _CANCELS = re.compile(r"/generate/[^/]+/cancel")
 """Paths of requests that end a text: it ends as well if they come twice, or if its server goes away."""
+_REPLAYS = re.compile(r"/v1/requests/[^/]+/replay")
+_LOG = "/v1/requests"
+"""Path at which each server lists its own log; what is erased there is erased on all servers."""
 _LOADS = re.compile(r"/v1/adapters/([^/]+)/(?:activate|rollback)")
 """Paths of requests that load an adapter where they are answered: at one of its homes."""
 
@@ -207,7 +215,7 @@ their own path."""
 
 def may_repeat(path: str) -> bool:
     """Return True if a request that changes something may be sent twice, since nothing of it stays."""
-    return path in _TEXT or _CANCELS.fullmatch(path) is not None
+    return path in _TEXT or any(one.fullmatch(path) for one in (_CANCELS, _REPLAYS))
 
 
 def target_in(path: str) -> str:
@@ -715,7 +723,7 @@ class Route:
             return _json(status, 200 if ready else 503)
         if path == "/metrics":
             return Response(generate_latest(self._known), media_type=_METRICS_TYPE)
-        if path in _OF_ONE_SERVER:
+        if path in _OF_ONE_SERVER or (path == _LOG and request.method == "GET"):
             raise UnavailableError(
                 f"{path} is of one server: ask it at its own address.", code="of_one_server", retry_after=60.0
             )

@@ -20,6 +20,7 @@ import socket
 import sqlite3
 import sys
 import tempfile
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,25 @@ def main(argv: list[str]) -> int:
         TRAINER_COMMAND if trainer == "real" else command("scripted_trainer.py"),
         RestartPolicy(backoff=Backoff(0.02, 30.0)) if engine == "die-ready" else RestartPolicy(),
     )
+    if clock := os.environ.get("ONEBASE_TEST_CLOCK"):
+        shift_clock(Path(clock))
     onebase_server.__version__ = os.environ.get("ONEBASE_TEST_RELEASE", onebase_server.__version__)
     peers.LEASE_SECONDS = float(os.environ.get("ONEBASE_TEST_LEASE", peers.LEASE_SECONDS))
     Death.pause = property(lambda death: 0.0)  # type: ignore[assignment, method-assign]
     return serve(argv[1:], commands)
+
+
+def shift_clock(offset: Path) -> None:
+    """Have `time.time` run ahead by the seconds in a file, which a test changes."""
+    now, known = time.time, [0.0, 0.0]
+
+    def shifted() -> float:
+        at = now()
+        if at - known[0] > 0.05:  # how often the file is read
+            known[:] = at, float(offset.read_text())
+        return at + known[1]
+
+    time.time = shifted
 
 
 def serve_forks(requests: socket.socket) -> int:

@@ -45,6 +45,12 @@ def on_disk(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
+def ok(answer: httpx2.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
 def replay(http: httpx2.Client, request: str, **body: Any) -> httpx2.Response:
     return http.post(f"/v1/requests/{request}/replay", json=body)
 
@@ -275,15 +281,15 @@ def test_an_answer_is_the_same_bit_for_bit_and_another_version_is_compared_with_
     data = api.copy_of_data(tmp_path / "data")
     with serve_real(*options, data_dir=data) as server, server.client() as http:
         old = api.digests["red"]
-        assert http.post("/v1/adapters/red/activate", json={"version": old}).status_code == 200
-        request = http.post("/v1/chat/completions", json={**body, "model": "red"}).json()["id"]
+        ok(http.post("/v1/adapters/red/activate", json={"version": old}))
+        request = ok(http.post("/v1/chat/completions", json={**body, "model": "red"}))["id"]
         (one,) = logged(server, http, 1)
         assert [used["version"] for used in one["adapters"]] == [old]
-        new = upload_folder(http, "red", api.adapters["blue"], "wait=true&activate=true").json()["version"]
-        told = replay(http, request).json()
+        new = ok(upload_folder(http, "red", api.adapters["blue"], "wait=true&activate=true"))["version"]
+        told = ok(replay(http, request))
         assert told["equal"], told
         assert told["adapters"][0]["version"] == old
-        told = replay(http, request, version=new[:12]).json()
+        told = ok(replay(http, request, version=new[:12]))
         assert (told["equal"], told["adapters"][0]["version"]) == (False, new)
         choice = told["choices"][0]
         texts = http.get(f"/v1/requests/{request}").json()["answers"]
@@ -293,7 +299,7 @@ def test_an_answer_is_the_same_bit_for_bit_and_another_version_is_compared_with_
         assert answer.status_code == 200, answer.text
         gone = replay(http, request)
         assert (gone.status_code, gone.json()["error"]["code"]) == (409, "replay_version")
-        assert replay(http, request, version=new).json()["equal"] is False
+        assert ok(replay(http, request, version=new))["equal"] is False
 
 
 def test_a_full_disk_holds_up_no_answer_and_what_waits_is_written_later(

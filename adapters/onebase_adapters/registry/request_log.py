@@ -1,4 +1,4 @@
-"""What the servers of a registry share of their request logs: the keys of the hashes, and what was erased."""
+"""Parts of the request logs that all servers of a registry share: the keys of the hashes, and erasures."""
 
 from __future__ import annotations
 

@@ -9,6 +9,14 @@ from typing import Any, TypeAlias, TypedDict
 
 from onebase_protocol.access import ApiKey, AuditEntry, NewApiKey, Tenant, TenantUsage
 from onebase_protocol.reading import Decision, Option, ReadingUsage
+from onebase_protocol.request_log import (
+    LogErased,
+    LoggedAdapter,
+    LoggedAnswer,
+    LoggedRequest,
+    Replay,
+    ReplayedChoice,
+)
 from onebase_protocol.serving import Model
 from onebase_protocol.text import AdapterWeight, Logprobs, Timing, Usage
 
@@ -24,6 +32,10 @@ __all__ = [
     "Generation",
     "Health",
     "Label",
+    "LogErased",
+    "LoggedAdapter",
+    "LoggedAnswer",
+    "LoggedRequest",
     "Logprobs",
     "Message",
     "Messages",
@@ -32,6 +44,8 @@ __all__ = [
     "Option",
     "Piece",
     "Ranked",
+    "Replay",
+    "ReplayedChoice",
     "SamplingFields",
     "ServerVersion",
     "Tenant",

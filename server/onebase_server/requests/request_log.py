@@ -89,7 +89,7 @@ _decode = msgspec.json.Decoder(_Line).decode
 
 
 class _Index(msgspec.Struct, frozen=True):
-    """What tells whose a line is. type: its tag."""
+    """The part of a line that identifies its request. type: its tag."""
 
     type: str
     id: str = ""
@@ -249,7 +249,7 @@ def user_hash(key: bytes, user: str) -> str:
 
 @dataclass(eq=False)
 class _Waiting:
-    """What one tenant's log has to write. size: in bytes. again_at: monotonic; after a failure."""
+    """Lines of one tenant that wait to be written. size: in bytes. again_at: monotonic; after a failure."""
 
     lines: deque[tuple[RequestEntry, Callable[[bytes, LogMode], _Line], int]] = field(default_factory=deque)
     size: int = 0
@@ -300,7 +300,7 @@ class RequestLog:
         self._waiting: dict[str, _Waiting] = {}
         self._size = 0
         self._erasing: dict[int, Callable[[int | Exception], object]] = {}
-        """What to call when an erasure is done, by its number."""
+        """Functions to call when an erasure is done, by its number."""
         self._closing = False
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""

@@ -41,6 +41,7 @@ from .adapters import AsyncAdapters
 from .batches import AsyncBatches
 from .http import AsyncHttp
 from .keys import AsyncGates, AsyncKeys, AsyncTenants
+from .request_log import AsyncRequests
 from .streams import AsyncStream
 from .training import AsyncFiles, AsyncTraining
 
@@ -126,6 +127,11 @@ class AsyncClient:
     def keys(self) -> AsyncKeys:
         """API keys, for operators: make, list, change, revoke."""
         return AsyncKeys(self._http)
+
+    @property
+    def requests(self) -> AsyncRequests:
+        """The server's log of requests: list, replay, erase."""
+        return AsyncRequests(self._http)
 
     @property
     def tenants(self) -> AsyncTenants:

@@ -1,10 +1,10 @@
-"""Calls about API keys, tenants, what they use, and the audit log."""
+"""Calls about API keys, tenants, what they use, the audit log and the log of requests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from .requests import Body, Call, encode
@@ -98,3 +98,41 @@ def audit_entries(
     fields = {"tenant": tenant, "action": action, "target": target, "after": after, "order": order}
     moment = None if since is None else str(since)
     return Call("GET", query_of("/v1/audit", **fields, since=moment, limit=str(limit)))
+
+
+def logged_requests(
+    tenant: str | None,
+    since: float | None,
+    adapter: str | None,
+    user: str | None,
+    after: str | None,
+    limit: int,
+) -> Call:
+    """Return the call for a page: up to `limit` requests that began before the one with the id `after`."""
+    fields = {"tenant": tenant, "adapter": adapter, "user": user, "after": after}
+    moment = None if since is None else str(since)
+    return Call("GET", query_of("/v1/requests", **fields, since=moment, limit=str(limit)))
+
+
+def logged_request(request_id: str, tenant: str | None) -> Call:
+    return Call("GET", query_of(_logged(request_id), tenant=tenant))
+
+
+def replay(request_id: str, version: str | None, body: Mapping[str, Any] | None, tenant: str | None) -> Call:
+    """Return the call for a replay. It changes nothing, so it may be sent again."""
+    sent: Body = {"version": version, "body": None if body is None else dict(body)}
+    place = query_of(f"{_logged(request_id)}/replay", tenant=tenant)
+    return Call("POST", place, encode(sent), idempotent=True)
+
+
+def erase_requests(user: str | None, everything: bool, tenant: str | None) -> Call:
+    if everything == (user is not None):
+        raise ValueError("say either whose requests are erased (user), or everything=True")
+    whole = "true" if everything else None
+    return Call("DELETE", query_of("/v1/requests", user=user, all=whole, tenant=tenant), idempotent=True)
+
+
+def _logged(request_id: str) -> str:
+    if not request_id:
+        raise ValueError("the id of a request is empty")
+    return f"/v1/requests/{quote(request_id, safe='')}"

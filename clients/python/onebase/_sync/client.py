@@ -42,6 +42,7 @@ from .adapters import Adapters
 from .batches import Batches
 from .http import Http
 from .keys import Gates, Keys, Tenants
+from .request_log import Requests
 from .streams import Stream
 from .training import Files, Training
 
@@ -127,6 +128,11 @@ class Client:
     def keys(self) -> Keys:
         """API keys, for operators: make, list, change, revoke."""
         return Keys(self._http)
+
+    @property
+    def requests(self) -> Requests:
+        """The server's log of requests: list, replay, erase."""
+        return Requests(self._http)
 
     @property
     def tenants(self) -> Tenants:

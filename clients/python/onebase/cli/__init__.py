@@ -49,6 +49,8 @@ Talking to a server
   usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
   gates      say what a version must pass before it answers under a name
+  requests   look at the server's log of requests, or erase what it has
+  replay     answer logged requests again, and compare the answers
   audit      list who changed what: adapters, files, jobs, batches, keys
   conform    find out whether a server, of any make, applies the right adapter
   version    show the version of this command and of the server
@@ -76,6 +78,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "files": "files",
     "top": "top",
     "usage": "usage",
+    "requests": "request_log",
+    "replay": "request_log",
     "audit": "audit",
     "gates": "gates",
     "conform": "conform",

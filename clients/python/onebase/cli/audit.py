@@ -21,7 +21,7 @@ from onebase_protocol.access import audit_chain
 from .._sync.client import Client
 from .._terminal.ui import Column, note, print_table, show
 from ..types import AuditEntry
-from .command import FAILED, OK, count, parser, perform, print_json
+from .command import FAILED, OK, count, moment, parser, perform, print_json
 
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\
@@ -48,7 +48,6 @@ changed and not even the end was cut off. Where the oldest entries were removed 
 is the sum of the last one of them.
 """
 _FIELDS: Final = tuple(name for name in AuditEntry.__struct_fields__ if name != "object")
-_UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -66,7 +65,7 @@ def run(command: str, argv: list[str]) -> int:
     )
     made.add_argument("--target", metavar="NAME", help="an adapter's name, or an id (default: all)")
     made.add_argument(
-        "--since", type=_moment, metavar="TIME", help="as in 90m, 12h, 7d, or 2026-11-01 (default: all)"
+        "--since", type=moment, metavar="TIME", help="as in 90m, 12h, 7d, or 2026-11-01 (default: all)"
     )
     many = made.add_mutually_exclusive_group()
     many.add_argument("--limit", type=count, default=50, metavar="N", help="the newest N (default: 50)")
@@ -149,17 +148,6 @@ def _broken(entries: Sequence[AuditEntry], first: str, known: str | None) -> tup
 
 
 _CHAINED: Final = tuple(name for name in inspect.signature(audit_chain).parameters if name != "before")
-
-
-def _moment(text: str) -> float:
-    """Unix seconds of a time: a date, or how long ago."""
-    number, unit = text[:-1], text[-1:]
-    if unit in _UNITS and number.isdecimal():
-        return max(0.0, time.time() - int(number) * _UNITS[unit])
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: say 12h, 7d or 2026-11-01") from None
 
 
 def _list(client: Client, args: argparse.Namespace) -> int:

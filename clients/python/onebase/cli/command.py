@@ -10,7 +10,9 @@ import importlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -96,6 +98,20 @@ def count(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
+_UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def moment(text: str) -> float:
+    """Return the Unix seconds of an option that takes a time: a date, or how long ago."""
+    number, unit = text[:-1], text[-1:]
+    if unit in _UNITS and number.isdecimal():
+        return max(0.0, time.time() - int(number) * _UNITS[unit])
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: say 12h, 7d or 2026-11-01") from None
 
 
 def price(text: str) -> tuple[float, float]:
