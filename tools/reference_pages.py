@@ -62,7 +62,7 @@ ROUTES = {
     ),
     "access": (
         "Keys, quotas, usage, audit",
-        {"keys": "Keys", "usage": "Quotas and usage", "audit": "Audit"},
+        {"keys": "Keys", "usage": "Quotas and usage", "audit": "Audit", "request log": "The log of requests"},
     ),
     "server": ("The server itself", {"health": "Health"}),
 }

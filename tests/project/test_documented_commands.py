@@ -93,7 +93,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
     (
-        r"onebase serve --(base|adapter|adapters-dir|data-dir|otlp-endpoint|signatures) ",
+        r"onebase serve --(base|adapter|adapters-dir|data-dir|otlp-endpoint|signatures|request-log) ",
         PARSE,
     ),  # other bases, and folders that are not there
     (r"onebase base check ([\w.-]+/|REPO$)", PARSE),  # a repository on the Hub
@@ -105,6 +105,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves
     (r"onebase serve --host ", PARSE),  # the whole network
+    (r"onebase (requests|replay) (?!--help$)", PARSE),  # a reader's own; test_request_log.py runs them
     (r"onebase conform (?!--help$)", PARSE),  # of any server; tests/clients/test_conform.py runs it
     (r"onebase audit (?!.*--help$)", PARSE),  # another server's names; --follow never ends
     (

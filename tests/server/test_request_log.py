@@ -11,9 +11,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from onebase.cli import main
+
 from .access import Keys, client_with
 from .conftest import Api
-from .support import Server, Starter, upload_folder
+from .support import Server, Starter, one_server, upload_folder
 from .test_several_servers import shared
 
 BASE = "smollm2-135m-instruct"
@@ -314,3 +316,84 @@ def test_a_full_disk_holds_up_no_answer_and_what_waits_is_written_later(
             place.unlink()
             place.mkdir()
             assert len(logged(server, http, 1)) == 1
+
+
+def command(server: Server, *argv: str) -> int:
+    return main([argv[0], "--url", server.url, *argv[1:]])
+
+
+def test_the_command_lists_shows_replays_and_erases(
+    serve_scripted: Starter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve_scripted("words", "--request-log", "text") as server, server.client() as http:
+        ids = [ok(http.post("/generate", json={**ASKED, "user": user}))["id"] for user in ("alice", "bob")]
+        logged(server, http, 2)
+        assert command(server, "requests", "--since", "1h") == 0
+        listed = capsys.readouterr().out
+        assert all(one in listed for one in ids)
+        assert command(server, "requests", ids[0]) == 0
+        assert SECRET in capsys.readouterr().out
+        assert command(server, "replay", ids[0]) == 0
+        assert capsys.readouterr().out == "equal\n"
+        other = tmp_path / "body.json"
+        other.write_text(json.dumps({**ASKED, "max_tokens": 3}))
+        assert command(server, "replay", ids[0], "--body", str(other)) == 1
+        assert "different\nat character" in capsys.readouterr().out
+        assert command(server, "replay", "--since", "1h") == 0
+        told = capsys.readouterr()
+        assert told.out.count("equal") == 2
+        assert "2 requests: 2 equal, 0 different, 0 not replayed" in told.err
+        assert command(server, "requests", "--erase", "--user", "alice") == 0
+        assert command(server, "replay", ids[0]) == 1
+        assert "erased" in capsys.readouterr().err
+        assert command(server, "requests", "--erase", "--everything", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["tenant"] == "default"
+        with pytest.raises(SystemExit):
+            command(server, "requests", "--erase")
+
+
+@one_server
+def test_behind_a_route_a_request_is_found_where_it_was_answered(
+    routing: Starter, serve_scripted: Starter, tmp_path: Path
+) -> None:
+    options = (*shared(tmp_path), "--request-log", "text")
+    with (
+        serve_scripted("words", *options) as one,
+        serve_scripted("words", *options) as other,
+        routing([one, other], tmp_path) as route,
+        route.client() as http,
+    ):
+        for server in (one, other):
+            with server.client() as direct:
+                request = ok(direct.post("/generate", json=ASKED))["id"]
+                logged(server, direct, 1)
+            assert ok(http.get(f"/v1/requests/{request}"))["id"] == request
+            assert ok(replay(http, request))["equal"]
+        assert http.get("/v1/requests").status_code == 503
+        assert ok(http.delete("/v1/requests?all=true"))["tenant"] == "default"
+        for server in (one, other):
+            server.wait_for(lambda: not on_disk(server.data_dir / "requests", SECRET), 20)  # noqa: B023
+
+
+def test_what_cannot_be_written_in_time_is_dropped_and_counted(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", "--request-log", "text", data_dir=tmp_path / "d") as server:
+        (place,) = (tmp_path / "d" / "requests").glob("*")
+        place.rmdir()
+        place.write_text("no folder")
+        with server.client() as http:
+            body = {"prompt": "word " * 30_000, "max_tokens": 1}
+            for _ in range(30):  # each is about 400 kB
+                assert http.post("/generate", json=body).status_code == 200
+            dropped = "onebase_request_log_dropped_lines_total"
+            server.wait_for(lambda: count(http, dropped) > 0, 30)
+            place.unlink()
+            place.mkdir()
+            server.wait_for(lambda: count(http, "onebase_request_log_lines_total") > 0, 30)
+        assert on_disk(place, '"type":"dropped"')
+
+
+def count(http: httpx2.Client, name: str) -> float:
+    (line,) = (one for one in http.get("/metrics").text.splitlines() if one.startswith(f"{name} "))
+    return float(line.split()[1])

@@ -61,7 +61,7 @@ class NotReadyError(RegistryError):
 
 
 class ErasuresError(RegistryError):
-    """As many of the tenant's users were erased one by one as are kept."""
+    """The tenant has too many erasures of single users."""
 
     def __init__(self, most: int) -> None:
         super().__init__(f"Requests of {most} users were erased already. Erase all of the tenant's.")

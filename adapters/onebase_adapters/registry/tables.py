@@ -136,7 +136,7 @@ class LogKeyRow(Table):
 
 
 class LogErasureRow(Table):
-    """An erasure that every server applies to its request log. user: a keyed hash; None: all of the tenant."""
+    """An erasure that every server applies to its request log. user: a keyed hash; None: everything."""
 
     __tablename__ = "request_log_erasures"
 
