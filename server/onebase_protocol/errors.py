@@ -180,8 +180,8 @@ ERROR_CODES = (
         "adapter_not_found version_not_found model_not_found hub_not_found file_not_found job_not_found "
         "checkpoint_gone batch_not_found request_not_found key_not_found gate_not_found rollout_not_found "
         "answer_not_found response_not_found conversation_not_found item_not_found generation_not_found",
-        "no such name, version, repository, file, job, checkpoint, batch, logged request, key, gate, rollout, "
-        "answer, response, conversation, item or running text; also if another tenant has it",
+        "no such name, version, repository, file, job, checkpoint, batch, logged request, key, gate, "
+        "rollout, answer, response, conversation, item or running text; also if another tenant has it",
     ),
     _meaning(
         404,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import logging
 import math
 import os
 import random
@@ -139,6 +140,7 @@ class Places:
             name = postgres.create()
             self.registry = postgres.url(name)
             url = f"postgresql://postgres@127.0.0.1:{self.database.port}/{name}?sslmode=disable"
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)
             moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
             moto.start()
             self._stack.callback(moto.stop)
@@ -683,6 +685,14 @@ class Chaos:
         with suppress(TimeoutError):
             self.servers[0].wait_for(
                 lambda: all(job.status in ("succeeded", "failed") for job in jobs().values()), 240
+            )
+        failed = [job for job in jobs().values() if job.error is not None and job.error.code == "disk_full"]
+        with self.servers[0].client() as http:  # its message says so
+            for job in failed:
+                http.post(f"/v1/fine_tuning/jobs/{job.id}/resume")
+        with suppress(TimeoutError):
+            self.servers[0].wait_for(
+                lambda: all(job.status in ("succeeded", "failed") for job in jobs().values()), 60
             )
         found = jobs()
         self.wrong += [f"lost job {one}" for one in self._jobs if one not in found]

@@ -53,7 +53,7 @@ OURS = {
     "adapter_generation_tokens engine_restarts engine_steps http_answers proofs activations trainer_deaths "
     "batch_requests host_prefix_tokens rollouts_ended rollout_requests rollout_errors rollout_refusals "
     "rollout_aborted rollout_copies_skipped rollout_prompt_tokens rollout_generation_tokens "
-    "rollout_first_token_seconds rollout_decode_seconds",
+    "rollout_first_token_seconds rollout_decode_seconds request_log_lines request_log_dropped_lines",
     "summary": "rollout_judged",
     "histogram": "proof_seconds tenant_queue_seconds",
 }

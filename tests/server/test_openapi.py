@@ -54,7 +54,7 @@ def callers(keys: Keys) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(serve_scripted: Starter, keys: Keys, callers: dict[str, str]) -> Iterator[Server]:
-    with serve_scripted("flood", data_dir=keys.file.parent) as server:
+    with serve_scripted("flood", "--request-log", "text", data_dir=keys.file.parent) as server:
         yield server
 
 
@@ -203,6 +203,7 @@ def test_what_routes_answer_is_what_the_reference_says_and_no_more(
         _walk_through_a_batch(walk, http, server)
         _walk_through_keys(walk)
         _walk_through_live_training(walk)
+        _walk_through_the_log(walk, server)
         for path in ("/health", "/ready", "/version", "/status", "/metrics", "/v1/audit", "/tokenizer_info"):
             walk("GET", path)
         for method, path in (("POST", "/pause"), ("GET", "/is_paused"), ("POST", "/resume")):
@@ -420,6 +421,14 @@ def _walk_through_a_batch(walk: Walk, http: httpx2.Client, server: Server) -> No
         walk("GET", f"/v1/batches/{batch}")
     walk("GET", "/v1/batches")
     walk("POST", f"/v1/batches/{batch}/cancel", 409)
+
+
+def _walk_through_the_log(walk: Walk, server: Server) -> None:
+    request = walk("POST", "/generate", json={"prompt": "once more", "max_tokens": 3})["id"]
+    server.wait_for(lambda: walk("GET", "/v1/requests")["data"][0]["id"] == request)
+    server.wait_for(lambda: walk("GET", f"/v1/requests/{request}")["state"] == "done")
+    walk("POST", f"/v1/requests/{request}/replay", json={})
+    walk("DELETE", "/v1/requests?all=true")
 
 
 def _walk_through_keys(walk: Walk) -> None:

@@ -207,7 +207,7 @@ def _compare(answer: LoggedAnswer, piece: OutputPiece, key: bytes) -> ReplayedCh
     at = before = after = None
     if not equal and answer.text is not None:
         was, now = (answer.reasoning or "") + answer.text, reasoning + text
-        at = len(_shared(was, now))
+        at = _shared(was, now)
         begin = max(0, at - _EXCERPT // 3)
         before, after = was[begin : begin + _EXCERPT], now[begin : begin + _EXCERPT]
     return ReplayedChoice(

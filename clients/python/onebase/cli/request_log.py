@@ -48,9 +48,13 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _add_filters(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--since", type=moment, metavar="TIME", help="as in 90m, 12h, 7d, or 2026-11-01")
+    made.add_argument(
+        "--since", type=moment, metavar="TIME", help="as in 90m, 12h, 7d, or 2026-11-01 (default: all)"
+    )
     made.add_argument("--adapter", metavar="NAME", help="only those that it answered (default: all)")
-    made.add_argument("--user", metavar="NAME", help="only those of this user, as they name it")
+    made.add_argument(
+        "--user", metavar="NAME", help="only those of this user, as they name it (default: all)"
+    )
     made.add_argument("--tenant", metavar="NAME", help="another tenant's, for admins (default: your own)")
     made.add_argument("--limit", type=count, default=50, metavar="N", help="the last N (default: 50)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -182,7 +186,7 @@ def _replays(argv: list[str]) -> int:
         "--version", metavar="DIGEST", help="the version that answers (default: the one that did)"
     )
     made.add_argument(
-        "--body", type=Path, metavar="FILE", help="JSON of the request, where the server keeps hashes alone"
+        "--body", type=Path, metavar="FILE", help="JSON of the request (default: as the server has it)"
     )
     _add_filters(made)
     args = made.parse_args(argv)
