@@ -733,7 +733,7 @@ class Chaos:
             time.sleep(0.2)
 
     def _check_orphans(self) -> None:
-        """No process of the run is left, and no temporary file but those that the store sweeps by their age."""
+        """No process of the run is left, and no temporary file but what the store sweeps by its age."""
         end = time.monotonic() + 20
         while (left := list(self._processes())) and time.monotonic() < end:
             time.sleep(0.2)
