@@ -74,13 +74,16 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"model": BASE, "messages": MESSAGES, "max_tokens": 5, "seed": 7}),
     ("/v1/responses", {"model": BASE, "input": SECRET, "max_output_tokens": 16, "store": False}),
     ("/v1/messages", {"model": BASE, "messages": MESSAGES, "max_tokens": 5}),
+    ("/v1/completions", {"model": BASE, "prompt": f"{SECRET} " * 2000, "max_tokens": 5}),
 ]
 
 
 def test_each_route_is_logged_and_its_request_gives_the_same_text_again(serve_scripted: Starter) -> None:
     with serve_scripted("words", "--request-log", "text") as server, server.client() as http:
+        logged_paths: dict[str, str] = {}
         for path, body in ROUTES:
-            answer = http.post(path, json={**body, "stream": False} if path != "/" else body)
+            sent = json.dumps(body, indent=1)  # in the log it is one line
+            answer = http.post(path, content=sent, headers={"content-type": "application/json"})
             assert answer.status_code == 200, answer.text
             ids = {one["id"] for one in logged(server, http, len(logged_paths) + 1)} - logged_paths.keys()
             (new,) = ids
@@ -93,9 +96,6 @@ def test_each_route_is_logged_and_its_request_gives_the_same_text_again(serve_sc
             told = replay(http, request)
             assert told.status_code == 200, told.text
             assert told.json()["equal"], told.text
-
-
-logged_paths: dict[str, str] = {}
 
 
 def test_one_of_several_requests_is_logged_and_replayed_alone(serve_scripted: Starter) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 from pydantic import BaseModel, ValidationError
 
+from onebase_edge.background import Threads
 from onebase_edge.errors import (
     AdapterDeletedError,
     AdapterNotFoundError,
@@ -26,6 +27,7 @@ from onebase_server.requests.request_log import Begun, answer_hash, prompt_hash
 from onebase_server.requests.schemas.anthropic import MessagesRequest
 from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.requests.schemas.items import conversation
+from onebase_server.requests.schemas.messages import ChatMessage
 from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.requests.schemas.responses import ResponsesRequest
 from onebase_server.requests.schemas.tgi import TgiRequest
@@ -38,11 +40,13 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 
 class ReplayPlanner:
-    """Plans logged requests of one server, whose base has the identity `base_id`."""
+    """Plans logged requests of one server, whose base has the identity `base_id`. Bodies are validated in
+    `threads`."""
 
-    def __init__(self, planner: Planner, base_id: str) -> None:
+    def __init__(self, planner: Planner, base_id: str, threads: Threads) -> None:
         self._planner = planner
         self._base_id = base_id
+        self._threads = threads
         self._routes: dict[str, Callable[[Any, Caller, Transcript], Awaitable[GenerationRequest]]] = {
             "/": self._tgi,
             "/generate": self._generate,
@@ -61,6 +65,7 @@ class ReplayPlanner:
         key: bytes,
         *,
         version: str | None,
+        kept: Any,
         body: Any,
     ) -> GenerationRequest:
         """Return the request to the engine.
@@ -69,6 +74,7 @@ class ReplayPlanner:
             caller: of the request's tenant.
             key: of the tenant's hashes.
             version: the version that answers instead of the logged one.
+            kept: the request as the log has it, if it does.
             body: the request as it was sent, where the log has no text.
 
         Raises StateConflictError where it cannot be replayed, and what planning raises.
@@ -86,7 +92,7 @@ class ReplayPlanner:
                 + ", of which there is no other version. Leave it out.",
                 param="version",
             )
-        kept, is_supplied = (msgspec.json.decode(line.body) if line.body else None), body is not None
+        is_supplied = body is not None
         body = body if is_supplied else kept
         if body is None:
             raise StateConflictError(
@@ -142,33 +148,44 @@ class ReplayPlanner:
     # ---- the routes --------------------------------------------------------------------------------
 
     async def _generate(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
-        return await self._planner.generate(_read(GenerateRequest, body), caller, versions)
+        read = await self._threads.run_for(caller.tenant, _read, GenerateRequest, body)
+        return await self._planner.generate(read, caller, versions)
 
     async def _one_of_many(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
-        (one, *_) = _read(GenerateManyRequest, body).bodies
+        (one, *_) = await self._threads.run_for(
+            caller.tenant, lambda: _read(GenerateManyRequest, body).bodies
+        )
         if isinstance(one, ApiError):
             raise one
         return await self._planner.generate(one, caller, versions)
 
     async def _tgi(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
-        return await self._planner.generate(_read(TgiRequest, body).request(), caller, versions)
+        read = await self._threads.run_for(caller.tenant, lambda: _read(TgiRequest, body).request())
+        return await self._planner.generate(read, caller, versions)
 
     async def _completion(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
-        return await self._planner.completion(_read(CompletionRequest, body), caller, versions)
+        read = await self._threads.run_for(caller.tenant, _read, CompletionRequest, body)
+        return await self._planner.completion(read, caller, versions)
 
     async def _chat(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
-        return await self._planner.chat(_read(ChatRequest, body), caller, versions)
+        read = await self._threads.run_for(caller.tenant, _read, ChatRequest, body)
+        return await self._planner.chat(read, caller, versions)
 
     async def _response(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
         """Plan what the request itself says; earlier turns are in the prompt that the log keeps."""
-        read = _read(ResponsesRequest, body)
-        messages = conversation(read.instructions, read.items)
+
+        def read_items() -> tuple[ResponsesRequest, list[ChatMessage]]:
+            read = _read(ResponsesRequest, body)
+            return read, conversation(read.instructions, read.items)
+
+        read, messages = await self._threads.run_for(caller.tenant, read_items)
         return await self._planner.response(read, messages, caller, versions)
 
     async def _message(self, body: Any, caller: Caller, versions: Transcript) -> GenerationRequest:
-        read = _read(MessagesRequest, body)
+        read = await self._threads.run_for(caller.tenant, _read, MessagesRequest, body)
         format = await self._planner.thought_format(caller, read.model, read)
-        return await self._planner.chat(read.chat(format), caller, versions)
+        chat = await self._threads.run_for(caller.tenant, read.chat, format)
+        return await self._planner.chat(chat, caller, versions)
 
 
 def _read(kind: type[_Body], body: Any) -> _Body:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 
@@ -21,7 +22,7 @@ from onebase_protocol import request_log as wire
 from onebase_protocol.common import PageAnswer, page_of
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
-from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.http.deps import LONG_BODY, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.routes.generation import begin
 from onebase_server.requests.replay import ReplayPlanner, compare
 from onebase_server.requests.request_log import MOST_FOUND, Begun
@@ -104,8 +105,14 @@ async def replay_request(
     reservation = services.limiter.enter(caller)
     generation = None
     try:
-        planned = await ReplayPlanner(services.planner, storage.base_id).plan(
-            logged, line, _as_tenant(caller, logged.tenant), key, version=body.version, body=body.body
+        planned = await ReplayPlanner(services.planner, storage.base_id, services.reading).plan(
+            logged,
+            line,
+            _as_tenant(caller, logged.tenant),
+            key,
+            version=body.version,
+            kept=await _body_of(services, caller, line),
+            body=body.body,
         )
         run = generation = await begin(request, services, reservation, planned, stream=False)
         with cancelled_when_gone(request.receive, run):
@@ -172,6 +179,15 @@ def _tenant(caller: Caller, tenant: str | None) -> str:
 def _as_tenant(caller: Caller, tenant: str) -> Caller:
     """Return the caller as one of that tenant, whose names and cached prefixes it then uses."""
     return caller if caller.tenant == tenant else replace(caller, tenant=tenant)
+
+
+async def _body_of(services: Services, caller: Caller, line: Begun) -> Any:
+    """Return the request as the log has it; None if it has not."""
+    body = bytes(line.body)
+    if len(body) <= LONG_BODY:
+        return msgspec.json.decode(body) if body else None
+    limits = services.settings.max_body, services.planner.max_length
+    return await services.body_readers.decode(caller.tenant, body, *limits)
 
 
 async def _find(
