@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -254,6 +255,17 @@ def test_a_thread_that_computes_hands_the_interpreter_to_the_event_loop_sooner_t
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     """What was written to stderr, in one line."""
     return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_keeps_nobody_from_locking_the_data_folder(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        held = lock_folder(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    held.close()
+    assert (tmp_path / "server.lock").read_text() == ""
 
 
 def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> None:
