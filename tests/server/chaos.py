@@ -179,6 +179,7 @@ class Change:
     forced: bool = False
     is_rollout: bool = False
     is_unknown: bool = False
+    what: str = "nothing"
 
 
 @dataclass
@@ -356,7 +357,14 @@ class Chaos:
         allowed = {(one.digest or "")[:12] for one in possible}
         if any(one.is_unknown for one in possible):
             allowed |= versions - {version[:12] for some in self._versions.values() for version in some}
-        return "" if versions <= allowed else f"of version {versions - allowed}, not {allowed}"
+        if versions <= allowed:
+            return ""
+        told = [
+            f"{one.what} {(one.digest or 'none')[:12]} {one.since - since:+.1f} to {one.until - since:+.1f}"
+            for one in list(self._changes)
+            if one.name == name
+        ]
+        return f"of version {versions - allowed}, not {allowed}, after {', '.join(told[-8:])}"
 
     def _possible(self, name: str | None, since: float) -> list[Change]:
         """What may have answered from then on."""
@@ -381,7 +389,8 @@ class Chaos:
                 self._over.wait(self._operator.choice((0.0, 0.2, 0.5)))
 
     def _change(self, name: str, digest: str | None, **how: Any) -> Change:
-        change = Change(name, digest, time.monotonic(), **how)
+        what = sys._getframe(1).f_code.co_name.strip("_")
+        change = Change(name, digest, time.monotonic(), what=what, **how)
         self._changes.append(change)
         return change
 
