@@ -683,8 +683,8 @@ class Chaos:
                 self.wrong.append(f"the servers know different adapters: {seen}")
             for http in https:
                 stats = http.get("/status").json()["stats"]
-                if stats and stats["rows_running"]:
-                    self.wrong.append(f"orphaned sequences: {stats['rows_running']}")
+                if stats and stats["sequences_running"]:
+                    self.wrong.append(f"orphaned sequences: {stats['sequences_running']}")
                 self._check_log(http)
         for server in (*self._started, self.route):
             for part in server.log.split("Traceback")[1:]:  # scripted processes may end as they like
