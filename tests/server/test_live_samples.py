@@ -38,7 +38,8 @@ class Drawn(Samples):
         )
         super().__init__(
             registry.live, Threads("test", 1), "server", planner=parts, supervisor=parts, tokenizer=parts,
-            reading=parts, residency=parts, keys=parts, limiter=parts, choose=parts, recorder=parts, log=parts,
+            reading=parts, residency=parts, keys=parts, limiter=parts, choose=parts, recorder=parts,
+            log=parts,
         )  # fmt: skip
         self.draw = draw
         self.built = 0
