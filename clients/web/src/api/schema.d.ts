@@ -2445,6 +2445,71 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/requests": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Requests
+         * @description List the requests in this server's log that began last, without their texts.
+         */
+        get: operations["list_requests_v1_requests_get"];
+        put?: never;
+        post?: never;
+        /**
+         * Erase Requests
+         * @description Erase the requests of one of the tenant's users, or all of them, from the logs of all servers of the
+         *     registry: here at once, elsewhere within seconds.
+         */
+        delete: operations["erase_requests_v1_requests_delete"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/requests/{id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Request
+         * @description Return a request in this server's log, with the texts that the log has of it.
+         */
+        get: operations["get_request_v1_requests__id__get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/requests/{id}/replay": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Replay Request
+         * @description Answer a logged request once more, with the version that answered it, and compare the answers.
+         */
+        post: operations["replay_request_v1_requests__id__replay_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/health": {
         parameters: {
             query?: never;
@@ -4628,6 +4693,24 @@ export interface components {
             grader: {
                 [key: string]: unknown;
             };
+        };
+        /**
+         * ReplayRequest
+         * @description Body of POST /v1/requests/{id}/replay.
+         */
+        ReplayRequest: {
+            /**
+             * Version
+             * @description answer with this version of the adapter instead
+             */
+            version?: string | null;
+            /**
+             * Body
+             * @description the request as it was sent, where the log has hashes alone
+             */
+            body?: {
+                [key: string]: unknown;
+            } | null;
         };
         /**
          * RerankRequest
@@ -8010,6 +8093,120 @@ export interface components {
             };
             base_id: string | null;
             chain: string;
+        };
+        /**
+         * PageAnswerLoggedRequest
+         * @description A page of a list. The next one is that after `last_id`.
+         */
+        PageAnswer_LoggedRequest_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["LoggedRequest"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /**
+         * LoggedRequest
+         * @description A request and its answer. Texts are there in the mode `text` alone, where one request is asked for.
+         */
+        LoggedRequest: {
+            /** @description the answer's id, as its caller got it */
+            id: string;
+            /** @constant */
+            object?: "request";
+            /** @enum {unknown} */
+            state: "cut" | "done" | "failed" | "interrupted" | "running";
+            at: number;
+            ended_at?: number;
+            server: string;
+            tenant: string;
+            key?: string;
+            request_id?: string;
+            route: string;
+            /** @description keyed hash of the user that the request named */
+            user?: string;
+            model: string;
+            adapters?: components["schemas"]["LoggedAdapter"][];
+            base: string;
+            base_id: string;
+            seed: number;
+            sampling: {
+                [key: string]: unknown;
+            };
+            n?: number;
+            stream?: boolean;
+            prompt_tokens: number;
+            completion_tokens?: number;
+            /** @description keyed hash of each prompt's tokens */
+            prompts: string[];
+            answers?: components["schemas"]["LoggedAnswer"][];
+            error?: string;
+            has_text?: boolean;
+            /** @description the request as it was sent */
+            body?: {
+                [key: string]: unknown;
+            };
+        };
+        /** LoggedAdapter */
+        LoggedAdapter: {
+            name: string;
+            version: string;
+            weight: number;
+        };
+        /**
+         * LoggedAnswer
+         * @description One choice, as far as it was generated. Lengths are in characters.
+         */
+        LoggedAnswer: {
+            finish_reason: string | null;
+            length: number;
+            reasoning_length?: number;
+            /** @description keyed hash of the reasoning and the text */
+            hash: string;
+            text?: string;
+            reasoning?: string;
+        };
+        /**
+         * Replay
+         * @description A logged request, answered again.
+         */
+        Replay: {
+            id: string;
+            /** @constant */
+            object: "request.replay";
+            /** @description id of the logged request */
+            request: string;
+            adapters: components["schemas"]["LoggedAdapter"][];
+            equal: boolean;
+            choices: components["schemas"]["ReplayedChoice"][];
+        };
+        /**
+         * ReplayedChoice
+         * @description One choice of a replay beside the logged one. Excerpts begin a little before the first difference.
+         */
+        ReplayedChoice: {
+            index: number;
+            equal: boolean;
+            /** @description in characters, where the text was kept */
+            first_difference?: number;
+            logged?: string;
+            replayed?: string;
+            finish_reason: string | null;
+            text: string;
+            reasoning?: string;
+        };
+        /**
+         * LogErased
+         * @description Confirmation that nothing is left of the requests on this server. Others follow within seconds.
+         */
+        LogErased: {
+            /** @constant */
+            object: "requests.erased";
+            tenant: string;
+            user: string | null;
+            /** @description requests erased on the server that answers */
+            erased: number;
         };
         /** HealthAnswer */
         HealthAnswer: {
@@ -23944,6 +24141,462 @@ export interface operations {
             /** @description The body, or what it asks for, is over a limit */
             413: {
                 headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    list_requests_v1_requests_get: {
+        parameters: {
+            query?: {
+                /** @description for admins: another tenant's */
+                tenant?: string | null;
+                /** @description Unix seconds */
+                since?: number | null;
+                /** @description an adapter's name */
+                adapter?: string | null;
+                /** @description as requests name it */
+                user?: string | null;
+                /** @description the last id of the page before */
+                after?: string | null;
+                limit?: number;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["PageAnswer_LoggedRequest_"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    erase_requests_v1_requests_delete: {
+        parameters: {
+            query?: {
+                /** @description for admins: another tenant's */
+                tenant?: string | null;
+                /** @description only requests of this user */
+                user?: string | null;
+                /** @description true: all requests of the tenant */
+                all?: boolean;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["LogErased"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    get_request_v1_requests__id__get: {
+        parameters: {
+            query?: {
+                /** @description for admins: another tenant's */
+                tenant?: string | null;
+            };
+            header?: never;
+            path: {
+                id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["LoggedRequest"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    replay_request_v1_requests__id__replay_post: {
+        parameters: {
+            query?: {
+                /** @description for admins: another tenant's */
+                tenant?: string | null;
+            };
+            header?: never;
+            path: {
+                id: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ReplayRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Replay"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is in a state that does not allow it */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
                     [name: string]: unknown;
                 };
                 content: {
