@@ -45,7 +45,7 @@ from onebase_engine.engine.sequence import Segment, SequenceState
 COMPILING = 2
 """Limit of the grammars that are compiled on trial at once, one of each tenant: a slow one lets others
 pass."""
-COMPILE_BUDGET, BUDGET_SECONDS = 20.0, 60.0
+COMPILE_BUDGET, BUDGET_SECONDS = 12.0, 60.0
 """Seconds of a processor that compiling may take of one tenant, on trial and in its follower, in so many
 seconds."""
 LEAST_CHARGE = 0.01

@@ -89,7 +89,7 @@ MOST_TRANSFERS = 256
 """Largest number of transfers that run or wait."""
 MOST_TRANSFERS_EACH = 64
 """Largest number of transfers that run or wait for one tenant."""
-MOST_FAILED_A_MINUTE = 30
+MOST_FAILED_A_MINUTE = 12
 """Largest number of one tenant's transfers that fail within 60 seconds before it may begin no more: each
 takes a processor for a third of a second, whatever the Hub answers."""
 _MISSING = frozenset({"hub_not_found", "hub_gated", "hub_no_adapter", "hub_too_large"})
