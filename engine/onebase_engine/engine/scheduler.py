@@ -91,7 +91,7 @@ BACKGROUND_FRESH = 32
 BOUNDED_PART = 32
 """Divisor of the step's token budget that gives the smallest budget of bounded tokens: a step with prompts
 has fixed costs of its own, and with fewer tokens it would compute little else."""
-BOUNDED_TIME = 0.6
+BOUNDED_TIME = 0.4
 """Largest part of the time of a step for lighter tenants alone by which bounded tokens may make it longer. It
 leaves room for what the heavy tenants' requests take of the processors outside of steps."""
 BOUNDED_FRESH = 32
