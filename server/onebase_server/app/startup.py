@@ -193,6 +193,7 @@ class _Server:
             contextlib.AsyncExitStack() as shutdown
         ):  # the last step first, and each whatever others raise
             shutdown.callback(self.storage.registry.close)
+            shutdown.callback(services.body_readers.close)
             shutdown.push_async_callback(asyncio.to_thread, services.tracing.close)
             shutdown.push_async_callback(asyncio.to_thread, services.request_log.close)
             shutdown.push_async_callback(services.training.peers.leave)

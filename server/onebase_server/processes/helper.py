@@ -125,7 +125,8 @@ def _exchange(
 ) -> bytes:
     if process.stdin is None or process.stdout is None:
         raise OSError("it has no pipes")
-    until, before = time.monotonic() + seconds, _cpu_seconds(process.pid)
+    looked, before = time.monotonic(), _cpu_seconds(process.pid)
+    until = looked + seconds
     found, length = bytearray(), _HEADER
     left = memoryview(call)
     os.set_blocking(process.stdin.fileno(), False)
@@ -135,10 +136,12 @@ def _exchange(
             selector.register(process.stdin, selectors.EVENT_WRITE)
         while len(found) < length:
             ready = selector.select(_LOOK_SECONDS)
-            if not ready and _cpu_seconds(process.pid) - before > cpu_seconds:
-                raise TookTooMuchError
-            if not ready and time.monotonic() > until:
-                raise TimeoutError(f"it did not answer within {seconds:g} s")
+            if (now := time.monotonic()) - looked >= _LOOK_SECONDS:  # it may write a byte now and then
+                looked = now
+                if _cpu_seconds(process.pid) - before > cpu_seconds:
+                    raise TookTooMuchError
+                if now > until:
+                    raise TimeoutError(f"it did not answer within {seconds:g} s")
             for key, _ in ready:
                 if key.fileobj is process.stdin:
                     left = left[os.write(process.stdin.fileno(), left[: 1 << 16]) :]
@@ -153,6 +156,8 @@ def _exchange(
                     length = _HEADER + int.from_bytes(found[:_HEADER])
                 if length - _HEADER > most_bytes:
                     raise ValueError(f"it writes more than {most_bytes} bytes")
+    if len(found) > length:
+        raise ValueError("it writes more than an answer")
     return bytes(found[_HEADER:])
 
 

@@ -56,17 +56,19 @@ class BodyReaders:
         self.helpers = tuple(HelperProcess() for _ in range(READERS)) if helpers is None else helpers
         self._threads = Threads("bodies", len(self.helpers), each=1)
         self._free = deque(self.helpers)
+        self._closed = False
 
     async def decode(self, tenant: str, body: bytes, max_body: int, max_length: int) -> Any:
         """Return the body's value.
 
-        Raises what `decode` raises, ContextLengthError for a field with a list of more than `max_length`
-        token ids, and UnavailableError if no process can read it.
+        Raises what `decode` raises, ContextLengthError for a prompt of more than `max_length` token ids, and
+        UnavailableError if no process can read it.
         """
         return await self._threads.run_for(tenant, self._decode, body, max_body, max_length)
 
     def close(self) -> None:
-        """End the processes, none of which may be reading."""
+        """End the processes. What they read is answered as if they could not be used."""
+        self._closed = True
         for helper in self.helpers:
             helper.kill()
 
@@ -74,12 +76,13 @@ class BodyReaders:
         call = max_body.to_bytes(8) + max_length.to_bytes(8) + body
         helper = self._free.popleft()  # there is one for each thread
         try:
-            answer = self._answer(helper, call, 2 * len(body) + (1 << 16))
+            # A number of two bytes, its comma included, takes up to nine as MessagePack.
+            answer = self._answer(helper, call, 5 * len(body) + (1 << 16))
         finally:
             self._free.appendleft(helper)
         kind, payload = answer[:1], memoryview(answer)[1:]
         if kind == _VALUE:
-            return msgspec.msgpack.decode(payload)
+            return msgspec.msgpack.decode(payload, ext_hook=_long_integer)
         said = msgspec.msgpack.decode(payload)
         if kind == _NO_JSON:
             raise json.JSONDecodeError(said, "", 0)
@@ -97,7 +100,7 @@ class BodyReaders:
                 helper.start(_COMMAND)
                 return helper.call(call, READING_SECONDS, most_bytes=most_bytes)
             except (OSError, ValueError) as error:  # it may have been killed from outside
-                if last or isinstance(error, TimeoutError):
+                if last or self._closed or isinstance(error, TimeoutError):
                     raise UnavailableError(
                         f"The process that reads long bodies cannot be used now: {error}. Try again.",
                         code="body_unread",
@@ -142,6 +145,8 @@ def _check_fields(body: bytes) -> None:
 # ---- the process -------------------------------------------------------------------------------------
 
 _VALUE, _NO_JSON, _REFUSED, _TOO_LONG = b"v", b"j", b"r", b"t"
+_INTEGER = 1
+"""Code of MessagePack extensions that hold an integer."""
 
 
 def _answer(call: bytes) -> bytes:
@@ -150,25 +155,44 @@ def _answer(call: bytes) -> bytes:
         value = decode(call[16:], max_body)
         if (found := _too_long(value, max_length)) is not None:
             return _TOO_LONG + msgspec.msgpack.encode(found)
-        return _VALUE + msgspec.msgpack.encode(value)
+        return _VALUE + _encoded(value)
     except json.JSONDecodeError as error:
         return _NO_JSON + msgspec.msgpack.encode(error.msg)
     except InvalidRequestError as error:
         return _REFUSED + msgspec.msgpack.encode((error.message, error.param, error.code))
-    except OverflowError:
-        message = "The body holds an integer of more than 64 bits, which no field takes."
-        return _REFUSED + msgspec.msgpack.encode((message, None, "invalid_value"))
     except RecursionError:
         return _NO_JSON + msgspec.msgpack.encode("it is nested too deeply")
 
 
+def _encoded(value: Any) -> bytes:
+    try:
+        return msgspec.msgpack.encode(value)
+    except OverflowError:
+        return msgspec.msgpack.encode(_with_long_integers(value))
+
+
+def _with_long_integers(value: Any) -> Any:
+    """Return the value with integers of more than 64 bits as extensions, which MessagePack lacks."""
+    if isinstance(value, dict):
+        return {name: _with_long_integers(field) for name, field in value.items()}
+    if isinstance(value, list):
+        return [_with_long_integers(item) for item in value]
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        return msgspec.msgpack.Ext(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, signed=True))
+    return value
+
+
+def _long_integer(code: int, data: memoryview) -> int:
+    return int.from_bytes(data, signed=True)
+
+
 def _too_long(value: Any, max_length: int) -> tuple[str, int] | None:
-    """Return the first field with a list of more token ids than a text may have, and their number: to pass
+    """Return the first prompt of more token ids than a text may have, its field and their number: to pass
     them on and to validate them holds up the api for longer than to say so."""
     if not isinstance(value, dict) or "truncate_prompt_tokens" in value:
         return None
-    for name, field in value.items():
-        if isinstance(field, list):
+    for name in ("prompt", "input"):
+        if isinstance(field := value.get(name), list):
             for ids in (field, *(one for one in field if isinstance(one, list))):
                 if len(ids) > max_length and type(ids[0]) is int:
                     return name, len(ids)
