@@ -30,8 +30,9 @@ STRONG: Final = 20_000.0
 stays within the range of fp16."""
 WEAK: Final = 300.0
 """Scale of an update that outweighs the base, and is outweighed a hundred times by a strong one."""
-MARK: Final = 10_000.0
-"""Scale of the mark that an adapter leaves in cached values; they stay within the range of fp16."""
+MARK: Final = 100.0
+"""Scale of the mark that an adapter leaves in cached values. Sums of some hundred stay within the range
+of fp16, in which llama.cpp adds them up."""
 STALE_GAIN: Final = 5.0
 """Factor by which an adapter prefers another adapter's mark in cached values to its own."""
 _PATTERN_ALPHA: Final = 16_384.0

@@ -268,24 +268,32 @@ class LlamaServer(LoraServer):
     def __init__(self, url: str, key: str | None, model: str | None = None) -> None:
         super().__init__(url, key, model)
         self._numbers: dict[str, int] = {}
+        self._files: dict[int, Path] = {}
         self._lock = threading.Lock()
 
     def load(self, name: str, folder: Path) -> None:
+        numbers = {path.parent.name: number for number, path in self._listed().items()}
+        if folder.name not in numbers:
+            raise NotOfferedError(f"it was not started with --lora {folder / GGUF_FILE}")
+        self._numbers[name] = numbers[folder.name]
+
+    def _listed(self) -> Mapping[int, Path]:
+        """Return the files of the adapters that it was started with, by their numbers."""
         with self._lock:
-            if not self._numbers:
+            if not self._files:
                 listed = self.call("GET", "/lora-adapters")
                 with self._translated():
-                    self._numbers = {Path(one["path"]).parent.name: int(one["id"]) for one in listed}
-        if folder.name not in self._numbers:
-            raise NotOfferedError(f"it was not started with --lora {folder / GGUF_FILE}")
-        self._numbers[name] = self._numbers[folder.name]
+                    self._files = {int(one["id"]): Path(one["path"]) for one in listed}
+            return self._files
 
     def unload(self, name: str) -> None:
         """Do nothing: an adapter that no request names has no effect."""
 
     def named(self, name: str | None) -> Mapping[str, Any]:
-        if name is None:
-            return {"lora": []}
+        if (
+            name is None
+        ):  # an empty list has it apply what it applies by default: all that it was started with
+            return {"lora": [{"id": number, "scale": 0.0} for number in self._listed()]}
         return {"lora": [{"id": self._numbers.get(name, _NO_NUMBER), "scale": 1.0}]}
 
 
