@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import struct
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -117,16 +118,29 @@ class PrivateSigstore:
     """A Sigstore of one's own: an authority, its log of certificates, and a log of signatures.
 
     root: its trusted root, as an operator gives it to a server. It signs as `model_signing sign sigstore`
-    does; the services that this asks are functions here.
+    does; the services that this asks are functions here. Timestamps are of `openssl ts`.
     """
 
     def __init__(self, folder: Path, origin: str = "log.example.com") -> None:
         self._authority, self._certificate_log, self._log = (
             ec.generate_private_key(ec.SECP256R1()) for _ in range(3)
         )
-        self._origin = origin
+        self._origin, self._folder = origin, folder
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Acme authority")])
         now = datetime.now(UTC)
+        self._stamp_key = ec.generate_private_key(ec.SECP256R1())
+        self._stamper = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Acme timestamps")]))
+            .issuer_name(name)
+            .public_key(self._stamp_key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=30))
+            .not_valid_after(now + timedelta(days=30))
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.TIME_STAMPING]), critical=True)
+            .add_extension(_key_usage(digital_signature=True), critical=True)
+            .sign(self._authority, hashes.SHA256())
+        )
         self._certificate = (
             x509.CertificateBuilder()
             .subject_name(name)
@@ -159,19 +173,20 @@ class PrivateSigstore:
                 "logId": {"keyId": _text(_key_id(key))},
             }
 
+        def authority(*chain: x509.Certificate) -> dict[str, Any]:
+            return {
+                "subject": {"organization": "Acme", "commonName": "Acme authority"},
+                "uri": f"https://{self._origin}",
+                "certChain": {"certificates": [{"rawBytes": _text(_der(one))} for one in chain]},
+                "validFor": {"start": "2020-01-01T00:00:00Z"},
+            }
+
         return {
             "mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1",
             "tlogs": [log(self._log)],
-            "certificateAuthorities": [
-                {
-                    "subject": {"organization": "Acme", "commonName": "Acme authority"},
-                    "uri": "https://fulcio.example.com",
-                    "certChain": {"certificates": [{"rawBytes": _text(_der(self._certificate))}]},
-                    "validFor": {"start": "2020-01-01T00:00:00Z"},
-                }
-            ],
+            "certificateAuthorities": [authority(self._certificate)],
             "ctlogs": [log(self._certificate_log)],
-            "timestampAuthorities": [],
+            "timestampAuthorities": [authority(self._stamper, self._certificate)],
         }
 
     def sign(
@@ -180,13 +195,17 @@ class PrivateSigstore:
         identity: str = SIGNER,
         issuer: str = ISSUER,
         *,
+        age: timedelta = timedelta(days=2),
         logged: timedelta = timedelta(minutes=1),
+        is_stamped: bool = False,
         change: Callable[[bytes], bytes] = lambda statement: statement,
     ) -> Path:
         """Sign a folder. Return the signature.
 
         Args:
-            logged: time of the log's entry after the certificate began, which is valid for ten minutes.
+            age: time since the certificate began, which is valid for ten minutes.
+            logged: time of the log's entry after that.
+            is_stamped: adds a timestamp of an authority, of now.
             change: makes the payload of the envelope after it was signed and logged.
         """
         import model_signing
@@ -200,7 +219,7 @@ class PrivateSigstore:
             .hash(folder)
         )
         statement = json_format.MessageToJson(Payload(manifest).statement.pb).encode()
-        begins = datetime.now(UTC).replace(microsecond=0) - timedelta(days=2)
+        begins = datetime.now(UTC).replace(microsecond=0) - age
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._certify(key, identity, issuer, begins)
         kind = "application/vnd.in-toto+json"
@@ -220,7 +239,7 @@ class PrivateSigstore:
                 ],
             },
         }
-        bundle = {
+        bundle: dict[str, Any] = {
             "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
             "verificationMaterial": {
                 "certificate": {"rawBytes": _text(_der(certificate))},
@@ -232,8 +251,32 @@ class PrivateSigstore:
                 "signatures": [{"sig": _text(signature)}],
             },
         }
+        if is_stamped:
+            stamps = {"rfc3161Timestamps": [{"signedTimestamp": _text(self._stamp(signature))}]}
+            bundle["verificationMaterial"]["timestampVerificationData"] = stamps
         target.write_text(json.dumps(bundle))
         return target
+
+    def _stamp(self, data: bytes) -> bytes:
+        """Return a timestamp of now (RFC 3161)."""
+        files = {
+            "data": data,
+            "serial": b"01",
+            "stamper.key": _pem(self._stamp_key),
+            "stamper.pem": self._stamper.public_bytes(serialization.Encoding.PEM),
+            "openssl.cnf": b"[tsa]\nserial = serial\nsigner_digest = sha256\ndefault_policy = 1.2.3.4\n"
+            b"digests = sha256\ness_cert_id_alg = sha256\n",
+        }
+        for name, content in files.items():
+            (self._folder / name).write_bytes(content)
+        query = "openssl ts -query -data data -sha256 -cert -out query"
+        reply = (
+            "openssl ts -reply -config openssl.cnf -section tsa -queryfile query -signer stamper.pem "
+            "-inkey stamper.key -out reply"
+        )
+        for command in (query, reply):
+            subprocess.run(command.split(), cwd=self._folder, check=True, capture_output=True, timeout=60)
+        return (self._folder / "reply").read_bytes()
 
     def _certify(
         self, key: ec.EllipticCurvePrivateKey, identity: str, issuer: str, begins: datetime

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -422,6 +423,43 @@ def test_a_keyless_signature_made_outside_its_certificates_time_is_refused(
     error = refusal(keyless_policy(tmp_path, sigstore.root), adapter)
     assert error.code == "signature_expired"
     assert "sign sigstore" in str(error)
+
+
+@pytest.mark.skipif(which("openssl") is None, reason="openssl makes the timestamps")
+@pytest.mark.parametrize(
+    ("is_promised", "minutes", "code"),
+    [(True, 5, None), (False, 5, None), (True, 11, "signature_expired"), (False, 11, "signature_expired")],
+)
+def test_a_timestamp_of_an_authority_must_be_within_the_certificates_time(
+    tmp_path: Path,
+    adapter: Path,
+    sigstore: PrivateSigstore,
+    is_promised: bool,
+    minutes: int,
+    code: str | None,
+) -> None:
+    sigstore.sign(adapter, age=timedelta(minutes=minutes), is_stamped=True)
+    if not is_promised:
+        change_bundle(adapter, lambda bundle: entry(bundle).pop("inclusionPromise"))
+    found = keyless_policy(tmp_path, sigstore.root)
+    if code is None:
+        assert found.check("default", "support", SentFiles.of_folder(adapter)) is not None
+    else:
+        assert refusal(found, adapter).code == code
+
+
+@pytest.mark.skipif(which("openssl") is None, reason="openssl makes the timestamps")
+def test_a_timestamp_of_an_authority_that_is_not_in_the_trusted_root_is_no_time(
+    tmp_path: Path, adapter: Path, sigstore: PrivateSigstore
+) -> None:
+    sigstore.sign(adapter, age=timedelta(minutes=5), is_stamped=True)
+    change_bundle(adapter, lambda bundle: entry(bundle).pop("inclusionPromise"))
+    root = json.loads(sigstore.root.read_text())
+    other = json.loads(PrivateSigstore(tmp_path / "other").root.read_text())
+    for authorities, why in ((other["timestampAuthorities"], "verified time"), ([], "Timestamp Authorities")):
+        sigstore.root.write_text(json.dumps(root | {"timestampAuthorities": authorities}))
+        error = refusal(keyless_policy(tmp_path, sigstore.root), adapter)
+        assert (error.code, why in str(error)) == ("signature_invalid", True)
 
 
 @pytest.mark.parametrize(
