@@ -209,7 +209,7 @@ class PrivateSigstore:
             change: makes the payload of the envelope after it was signed and logged.
         """
         import model_signing
-        from google.protobuf import json_format
+        from google.protobuf import json_format  # type: ignore[import-untyped]
         from model_signing._signing.signing import Payload
 
         target = folder / "model.sig"
