@@ -3,7 +3,9 @@
 A signature is a file `model.sig` next to an adapter's files: a Sigstore bundle with an in-toto statement that
 lists the files and their SHA-256 sums, as `model_signing sign` writes it. It is verified before an adapter is
 registered, proved or loaded; files of the Hub are converted and stored by then, and served by nothing.
+Nothing is fetched for that: keyless signatures are verified by a trusted root that is given as a file.
 https://github.com/sigstore/model-transparency
+https://docs.sigstore.dev/about/bundle/
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from onebase_protocol.adapters import SignatureReport
 
 SIGNATURE_FILE = "model.sig"
 MAX_SIGNATURE_BYTES = 64 << 10
+MAX_CERTIFICATES = 10
+"""Largest number of certificates in a signature."""
 SIGNABLE_FILES = frozenset(
     {*ADAPTER_FILES, MLX_WEIGHTS_FILE, MODEL_CONFIG_FILE, *TOKENIZER_FILES, *DEFAULTS_FILES}
 )
@@ -51,6 +55,10 @@ _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _PAYLOAD = "application/vnd.in-toto+json"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_ISSUER = "1.3.6.1.4.1.57264.1.1"
+_ISSUER_DER = "1.3.6.1.4.1.57264.1.8"
+"""Extensions of a keyless signer's certificate with the issuer of its identity, as plain and as DER text.
+https://github.com/sigstore/fulcio/blob/main/docs/oid-info.md"""
 
 
 class PolicyError(ValueError):
@@ -72,8 +80,11 @@ class SignerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Public key (PEM): NIST P-256, P-384 or P-521."""
     certificates: tuple[str, ...] = ()
     """Certificates (PEM) of the authorities that the signer's certificate must come from."""
+    issuer: str = ""
+    """OpenID Connect issuer (URL) that vouches for the identity of a keyless signer, by Sigstore."""
     identity: str = ""
-    """Pattern of the signer's name: of the common name of its certificate, or of an alternative name."""
+    """Pattern of the signer's name: of the common name of its certificate, or of an alternative name; of a
+    keyless signer, of the e-mail address or URI in its certificate."""
     until: str = ""
     """Date, as 2027-01-31, from which its signatures are refused."""
 
@@ -220,17 +231,23 @@ class ServerKey:
 
 @dataclass(frozen=True)
 class SignaturePolicy:
-    """Says who may sign which adapters. folder: what the signers' paths are relative to."""
+    """Says who may sign which adapters. folder: what the signers' paths are relative to. root: file of the
+    trusted root (JSON) by which keyless signatures are verified."""
 
     rules: Sequence[PolicyRule] = ()
     signers: Mapping[str, SignerEntry] = field(default_factory=dict)
     folder: Path = Path()
+    root: Path | None = None
 
     @classmethod
-    def load(cls, path: Path | None, own: ServerKey | None = None) -> SignaturePolicy:
+    def load(
+        cls, path: Path | None, own: ServerKey | None = None, root: Path | None = None
+    ) -> SignaturePolicy:
         """Read a policy, and check that all its keys and certificates can be used. Raises PolicyError.
 
-        own: the server's key, which makes it the signer OWN.
+        Args:
+            own: the server's key, which makes it the signer OWN.
+            root: Sigstore's trusted root, which keyless signers need.
         """
         added = {} if own is None else {OWN: SignerEntry(key=str(own.public.absolute()))}
         if path is None:
@@ -243,7 +260,7 @@ class SignaturePolicy:
             raise PolicyError(f"{path}: {error}") from error
         if OWN in found.signers:
             raise PolicyError(f"{path}: signers.{OWN}: this name is for --signing-key. Give it another one")
-        made = cls(found.rules, {**found.signers, **added}, path.absolute().parent)
+        made = cls(found.rules, {**found.signers, **added}, path.absolute().parent, root)
         made._check(path)
         return made
 
@@ -257,15 +274,30 @@ class SignaturePolicy:
         if self.is_active and find_spec("model_signing") is None:
             raise PolicyError(f"{path} needs the package model-signing: {INSTALL}")
         for name, signer in self.signers.items():
-            if bool(signer.key) == bool(signer.certificates):
-                raise PolicyError(f"{path}: signers.{name}: give either key or certificates")
+            if [bool(signer.key), bool(signer.certificates), bool(signer.issuer)].count(True) != 1:
+                raise PolicyError(f"{path}: signers.{name}: give either key or certificates, or issuer")
             if signer.key and signer.identity:
-                raise PolicyError(f"{path}: signers.{name}.identity: is for certificates")
+                raise PolicyError(f"{path}: signers.{name}.identity: is for certificates and for issuer")
+            if signer.issuer and not signer.identity:
+                raise PolicyError(
+                    f"{path}: signers.{name}.identity: is missing. Name an e-mail address or URI, or anyone "
+                    f"with an account at {signer.issuer} could sign"
+                )
+            if signer.issuer and self.root is None:
+                raise PolicyError(
+                    f"{path}: signers.{name}.issuer: needs Sigstore's trusted root. Give its file as "
+                    "--sigstore-root"
+                )
             try:
                 _ends_at(signer)
-                if self.is_active:
+                if self.is_active and signer.issuer:
+                    self._keyless_verifier()
+                elif self.is_active:
                     self._verifier(signer)
             except Exception as error:  # what the libraries raise for a file that is no key
+                if signer.issuer:
+                    where = f"signers.{name}.issuer: --sigstore-root {self.root}"
+                    raise PolicyError(f"{path}: {where} is no trusted root: {_reason(error)}") from error
                 raise PolicyError(f"{path}: signers.{name}: {error}") from error
 
     @property
@@ -292,15 +324,14 @@ class SignaturePolicy:
         if rule.policy == "none":
             return None
         try:
-            signer, identity = self._verified(rule, sent)
-            report = SignatureReport("verified", signer=signer, identity=identity)
+            report = self._verified(rule, sent)
         except SignatureError as error:
             if rule.policy == "require":
                 raise
             return Checked(SignatureReport("refused", code=error.code, message=str(error)))
         return Checked(report, None if sent.bundle is None else sent.bundle.decode("utf-8", "replace"))
 
-    def _verified(self, rule: PolicyRule, sent: SentFiles) -> tuple[str, str | None]:
+    def _verified(self, rule: PolicyRule, sent: SentFiles) -> SignatureReport:
         """Return the signer, and the name in its certificate. Raises SignatureError."""
         if sent.bundle is None:
             raise SignatureError(
@@ -310,16 +341,18 @@ class SignaturePolicy:
             )
         if len(sent.bundle) > MAX_SIGNATURE_BYTES:
             raise _invalid(f"{SIGNATURE_FILE} is over {MAX_SIGNATURE_BYTES} bytes.")
-        _check_kind(sent.bundle)
-        with tempfile.TemporaryDirectory(prefix="onebase-signature-") as folder:
-            file = Path(folder) / SIGNATURE_FILE
-            file.write_bytes(sent.bundle)
-            name, manifest, identity = self._signer_of(file, rule)
+        if _is_keyless(sent.bundle):
+            report, manifest = self._keyless_signer_of(sent.bundle, rule)
+        else:
+            with tempfile.TemporaryDirectory(prefix="onebase-signature-") as folder:
+                file = Path(folder) / SIGNATURE_FILE
+                file.write_bytes(sent.bundle)
+                report, manifest = self._signer_of(file, rule)
         _check_files(manifest, sent)
-        return name, identity
+        return report
 
-    def _signer_of(self, file: Path, rule: PolicyRule) -> tuple[str, Any, str | None]:
-        """Return the signer who made a signature, its manifest, and the name in its certificate, if any.
+    def _signer_of(self, file: Path, rule: PolicyRule) -> tuple[SignatureReport, Any]:
+        """Return the signer who made a signature with a key or a certificate, and its manifest.
 
         Signers may share an authority, so one whom the rule does not name, or whose identity is another, does
         not end the search.
@@ -333,34 +366,124 @@ class SignaturePolicy:
         except Exception as error:
             raise _invalid(f"{SIGNATURE_FILE} cannot be read: {_first_line(error)}.") from error
         refused: list[SignatureError] = []
-        for name in dict.fromkeys((*rule.signers, *self.signers)):
-            signer = self.signers[name]
+        known = [name for name, signer in self.signers.items() if not signer.issuer]
+        for name in dict.fromkeys(one for one in (*rule.signers, *known) if one in known):
+            signer, identity, chain = self.signers[name], None, []
             try:
                 manifest = self._verifier(signer).verify(signature)
             except Exception:  # of another signer, or forged: cryptography, OpenSSL and pydantic each say so
                 continue
             try:
-                return name, manifest, self._accepted(name, rule, signature)
+                if not signer.key:
+                    found = signature.bundle.verification_material.x509_certificate_chain
+                    chain = [bytes(one.raw_bytes) for one in found.certificates]
+                    identity = _check_identity(chain[0], name, signer)
+                self._check_signer(name, rule, chain)
             except SignatureError as error:
                 refused.append(error)
-        for one in refused:
-            if one.code == "signature_expired":
-                raise one
+                continue
+            return SignatureReport("verified", signer=name, identity=identity), manifest
         if refused:
-            raise refused[0]
-        known = ", ".join(self.signers) or "none"
-        raise _invalid(f"{SIGNATURE_FILE} is no signature of a signer that this server knows ({known}).")
+            raise _main_reason(refused)
+        raise _invalid(
+            f"{SIGNATURE_FILE} is no signature of a signer that this server knows "
+            f"({', '.join(known) or 'none'})."
+        )
 
-    def _accepted(self, name: str, rule: PolicyRule, signature: Any) -> str | None:
-        """Return the name in the certificate of a signer whose signature was verified, if it has one.
+    def _keyless_signer_of(self, bundle: bytes, rule: PolicyRule) -> tuple[SignatureReport, Any]:
+        """Return the signer who made a signature without a key, by Sigstore, and its manifest.
 
-        Raises SignatureError unless the rule accepts this signer now.
+        Raises SignatureError.
         """
-        signer, identity, chain = self.signers[name], None, []
-        if not signer.key:
-            found = signature.bundle.verification_material.x509_certificate_chain
-            chain = [bytes(one.raw_bytes) for one in found.certificates]
-            identity = _check_identity(chain[0], name, signer)
+        keyless = [name for name, signer in self.signers.items() if signer.issuer]
+        if not keyless:
+            raise _invalid(
+                f"{SIGNATURE_FILE} was signed without a key, by Sigstore, and no signer of this server's "
+                "policy does so. Sign with `model_signing sign key` or `model_signing sign certificate`, or "
+                "have the operator add a signer with an issuer."
+            )
+        certificate, manifest = self._verified_keyless(bundle)
+        issuer, identities = _keyless_identity(certificate)
+        said = f"{', '.join(identities) or 'nobody'} of {issuer}"
+        refused: list[SignatureError] = []
+        for name in dict.fromkeys(one for one in (*rule.signers, *keyless) if one in keyless):
+            signer = self.signers[name]
+            identity = next((one for one in identities if fnmatchcase(one, signer.identity)), None)
+            try:
+                if identity is None or signer.issuer != issuer:
+                    raise SignatureError(
+                        "signer_not_allowed",
+                        f"The signature is by {said}, and {name} is {signer.identity} of {signer.issuer}. "
+                        "Have it signed by one who may, or have the operator add this signer.",
+                    )
+                self._check_signer(name, rule)
+            except SignatureError as error:
+                refused.append(error)
+                continue
+            return SignatureReport("verified", signer=name, identity=identity, issuer=issuer), manifest
+        raise _main_reason(refused)
+
+    def _verified_keyless(self, bundle: bytes) -> tuple[Any, Any]:
+        """Return the signer's certificate of a keyless signature, and its manifest, whoever the signer is.
+
+        The trusted root's authority must have made the certificate, its log of certificates must have seen
+        that, its log of signatures must have this one, and the time of that or of its timestamp must be while
+        the certificate was valid.
+
+        Raises SignatureError.
+        """
+        from model_signing._signing.signing import dsse_payload_to_manifest
+        from sigstore.errors import CertValidationError
+        from sigstore.models import Bundle
+
+        try:
+            verifier = self._keyless_verifier()
+        except Exception as error:  # what the libraries raise for a file that is no trusted root
+            raise _invalid(
+                f"This server's trusted root cannot be used: {_reason(error)}. The operator has to put the "
+                "file of --sigstore-root in order."
+            ) from error
+        try:
+            read = Bundle.from_json(bundle)
+            certificate = read.signing_certificate
+        except Exception as error:
+            raise _invalid(
+                f"{SIGNATURE_FILE} is no whole Sigstore bundle: {_reason(error)}. Sign again with "
+                "`model_signing sign sigstore`."
+            ) from error
+        try:
+            payload_type, payload = verifier.verify_dsse(read, _AnyIdentity())
+            statement = json.loads(payload)
+            if payload_type != _PAYLOAD or statement["_type"] != _STATEMENT:
+                raise ValueError("what was signed is no in-toto statement")
+            return certificate, dsse_payload_to_manifest(statement)
+        except Exception as error:  # forged, or of another root: sigstore, cryptography and pydantic say so
+            if isinstance(error, CertValidationError) and "not valid at validation time" in str(error):
+                raise SignatureError(
+                    "signature_expired",
+                    "The signature was not made while its certificate was valid, from "
+                    f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} to "
+                    f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M}, or an authority's was not valid "
+                    "then. Sign again with `model_signing sign sigstore`.",
+                ) from error
+            raise _invalid(
+                f"{SIGNATURE_FILE} is not verified by this server's trusted root: {_reason(error)}. Sign "
+                "again with `model_signing sign sigstore`, or have the operator renew the file of "
+                "--sigstore-root."
+            ) from error
+
+    def _keyless_verifier(self) -> Any:
+        """Return Sigstore's verifier with the operator's trusted root, which is read again each time.
+
+        It opens no connection.
+        """
+        from sigstore.models import TrustedRoot
+        from sigstore.verify import Verifier
+
+        return Verifier(trusted_root=TrustedRoot.from_file(str(self.root)))
+
+    def _check_signer(self, name: str, rule: PolicyRule, chain: Sequence[bytes] = ()) -> None:
+        """Raise SignatureError unless the rule accepts this signer now. chain: its certificates (DER)."""
         if name not in rule.signers:
             raise SignatureError(
                 "signer_not_allowed",
@@ -369,12 +492,12 @@ class SignaturePolicy:
             )
         if chain:
             self._check_dates(chain, name)
+        signer = self.signers[name]
         ends = _ends_at(signer)
         if ends is not None and time.time() >= ends:
             raise SignatureError(
                 "signature_expired", f"Signatures of {name} are accepted until {signer.until} only."
             )
-        return identity
 
     def _check_dates(self, chain: Sequence[bytes], name: str) -> None:
         """Raise SignatureError unless all certificates (DER) of a chain are valid now.
@@ -413,19 +536,56 @@ class SignaturePolicy:
         return sign_certificate.Verifier([self.folder / one for one in signer.certificates])
 
 
-def _check_kind(bundle: bytes) -> None:
-    """Raise SignatureError for a bundle of a kind that is not verified here."""
+class _AnyIdentity:
+    """Identity policy for Sigstore's verifier, which then leaves it to the caller who may sign."""
+
+    def verify(self, cert: Any) -> None:
+        return
+
+
+def _is_keyless(bundle: bytes) -> bool:
+    """Return True if a bundle was signed without a key, by Sigstore. Raises SignatureError if it is none."""
     try:
         material = json.loads(bundle)["verificationMaterial"]
         if not isinstance(material, dict):
             raise TypeError("verificationMaterial is no object")
+        kinds = {"publicKey", "x509CertificateChain", "certificate"} & material.keys()
+        if len(kinds) != 1:
+            raise ValueError(
+                "verificationMaterial needs exactly one of publicKey, x509CertificateChain and certificate"
+            )
+        chain = material.get("x509CertificateChain", {"certificates": []})["certificates"]
+        if len(chain) > MAX_CERTIFICATES:
+            raise ValueError(f"it has {len(chain)} certificates, and {MAX_CERTIFICATES} are the most")
+        is_logged = bool(material.get("tlogEntries"))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise _invalid(f"{SIGNATURE_FILE} is no Sigstore bundle: {_first_line(error)}.") from error
-    if "publicKey" not in material and "x509CertificateChain" not in material:
-        raise _invalid(
-            f"{SIGNATURE_FILE} was signed without a key, by Sigstore, which this server does not verify. "
-            "Sign with `model_signing sign key` or `model_signing sign certificate`."
-        )
+    return "certificate" in kinds or ("x509CertificateChain" in kinds and is_logged)
+
+
+def _keyless_identity(certificate: Any) -> tuple[str, list[str]]:
+    """Return the issuer in a keyless signer's certificate, and its e-mail addresses and URIs.
+
+    Raises SignatureError.
+    """
+    from cryptography import x509
+    from cryptography.hazmat import asn1
+
+    found = {one.oid.dotted_string: one.value for one in certificate.extensions}
+    try:
+        if _ISSUER_DER in found:
+            issuer = asn1.decode_der(str, found[_ISSUER_DER].value)
+        else:
+            issuer = found[_ISSUER].value.decode()
+        names = found[x509.SubjectAlternativeName.oid.dotted_string]
+    except (LookupError, ValueError) as error:
+        raise SignatureError(
+            "signer_not_allowed", "The certificate of the signature does not say whose it is by which issuer."
+        ) from error
+    identities: list[str] = []
+    for kind in (x509.RFC822Name, x509.UniformResourceIdentifier):
+        identities += names.get_values_for_type(kind)
+    return issuer, identities
 
 
 def _check_identity(certificate: bytes, name: str, signer: SignerEntry) -> str | None:
@@ -475,6 +635,11 @@ def _invalid(message: str) -> SignatureError:
     return SignatureError("signature_invalid", message)
 
 
+def _main_reason(refused: Sequence[SignatureError]) -> SignatureError:
+    """Return the refusal to show of those for several signers: an expired signature before another's."""
+    return next((one for one in refused if one.code == "signature_expired"), refused[0])
+
+
 def _ends_at(signer: SignerEntry) -> float | None:
     """Return the Unix time from which a signer's signatures are refused. Raises ValueError."""
     if not signer.until:
@@ -484,3 +649,16 @@ def _ends_at(signer: SignerEntry) -> float | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's first reason: with the field if pydantic lists several, and without a file's path."""
+    from pydantic import ValidationError
+
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = error if isinstance(error, ValidationError) else error.__context__
+    if isinstance(found, ValidationError):
+        first = found.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(str(one) for one in first['loc'])}: {first['msg']}"[:200]
+    return _first_line(error).rstrip(".")

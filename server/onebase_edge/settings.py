@@ -418,6 +418,12 @@ class Settings:
         "JSON file that says who may sign which adapters, and where a signature is required",
         metavar="FILE",
     )
+    sigstore_root: str = setting(
+        "",
+        "adapters",
+        "Sigstore's trusted root (JSON), by which signatures without a key are verified; nothing is fetched",
+        metavar="FILE",
+    )
     signing_key: str = setting(
         "",
         "adapters",

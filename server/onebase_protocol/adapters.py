@@ -127,6 +127,8 @@ class SignatureReport(Sparse, frozen=True):
     """Name of the signer in the server's policy."""
     identity: str | None = None
     """Name in the signer's certificate."""
+    issuer: str | None = None
+    """OpenID Connect issuer that vouched for the identity, of a keyless signature."""
     code: str | None = None
     """Code of the error, if it was refused; `message` says why."""
     message: str | None = None

@@ -136,6 +136,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python -m tinker_cookbook\.", "a package of others, which asks the Hub"),
     (r"export TINKER_", "a reader's own key"),
     (r"(openssl|model_signing) ", "a reader's own keys; tests/adapters/test_signatures.py makes some"),
+    (r"sigstore |cp ~/\.cache/sigstore-python/", "downloads"),
     (r"tar xf onebase-gpu-check\.tar\.gz ", "on a machine with a GPU"),
     (r"(mv|cp -a|pg_dump|pg_restore|aws s3 sync) ", "other programs, on what is not there"),
 )

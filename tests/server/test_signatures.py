@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from tests.signing import make_key, sign, signing
+from tests.signing import ISSUER, SIGNER, PrivateSigstore, make_key, sign, signing
 
 from onebase.cli import main
 
@@ -20,8 +22,14 @@ from .training_support import add_file, openai_client, run_job
 signing()
 
 POLICY = {
-    "signers": {"acme": {"key": "acme.pub"}, "other": {"key": "other.pub"}},
+    "signers": {
+        "acme": {"key": "acme.pub"},
+        "other": {"key": "other.pub"},
+        "mail": {"issuer": ISSUER, "identity": SIGNER},
+    },
     "rules": [
+        {"name": "keyless*", "policy": "require", "signers": ["mail"]},
+        {"name": "hub:acme/keyless-*", "policy": "require", "signers": ["mail"]},
         {"name": "support*", "policy": "require", "signers": ["acme"]},
         {"name": "hub:acme/*", "policy": "require", "signers": ["acme"]},
         {"name": "draft*", "policy": "warn", "signers": ["acme"]},
@@ -38,6 +46,17 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
+def sigstore(keys: dict[str, Path]) -> PrivateSigstore:
+    return PrivateSigstore(keys["acme"].parent)
+
+
+@pytest.fixture(scope="module")
+def policy(keys: dict[str, Path], sigstore: PrivateSigstore) -> tuple[str, ...]:
+    """Options of a server."""
+    return "--signatures", str(keys["acme"].parent / "policy.json"), "--sigstore-root", str(sigstore.root)
+
+
+@pytest.fixture(scope="module")
 def hub() -> Iterator[HubStandIn]:
     with HubStandIn() as hub:
         yield hub
@@ -46,15 +65,12 @@ def hub() -> Iterator[HubStandIn]:
 @pytest.fixture(scope="module")
 def server(
     serve_scripted: Starter,
-    keys: dict[str, Path],
+    policy: tuple[str, ...],
     hub: HubStandIn,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    policy = str(keys["acme"].parent / "policy.json")
     environment = hub.environment(tmp_path_factory.mktemp("hf"))
-    with serve_scripted(
-        "words", "--signatures", policy, "--hub-allow", "acme/*", environment=environment
-    ) as server:
+    with serve_scripted("words", *policy, "--hub-allow", "acme/*", environment=environment) as server:
         yield server
 
 
@@ -244,10 +260,10 @@ def test_a_merge_under_a_name_that_needs_a_signature_needs_signed_parents(
 
 
 def test_a_folder_at_startup_needs_the_signature_too(
-    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+    serve_scripted: Starter, keys: dict[str, Path], policy: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder = adapter(tmp_path, "folder", b"folder")
-    options = ["words", "--signatures", str(keys["acme"].parent / "policy.json"), "--adapter"]
+    options = ["words", *policy, "--adapter"]
     with serve_scripted(*options, f"support={folder}", ready=False) as server:
         assert server.exit_status() != 0
         assert "signature_missing" in server.log
@@ -258,11 +274,10 @@ def test_a_folder_at_startup_needs_the_signature_too(
 
 
 def test_a_folder_whose_version_is_ready_outlives_a_new_rule_and_may_be_signed_later(
-    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+    serve_scripted: Starter, keys: dict[str, Path], policy: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder = adapter(tmp_path, "kept", b"kept")
     options, data = ("words", "--adapter", f"support={folder}"), tmp_path / "data"
-    policy = ("--signatures", str(keys["acme"].parent / "policy.json"))
     with serve_scripted(*options, data_dir=data):
         pass
     for signer in (None, "acme"):
@@ -282,6 +297,104 @@ def test_a_policy_that_cannot_be_used_stops_the_start(serve_scripted: Starter, t
         assert "perhaps" in server.log
 
 
+# ---- keyless, by Sigstore ------------------------------------------------------------------------
+
+
+def test_a_keyless_upload_shows_who_signed_by_which_issuer(
+    http: httpx2.Client,
+    server: Server,
+    sigstore: PrivateSigstore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = adapter(tmp_path, "keyless", b"keyless")
+    sigstore.sign(folder)
+    answer = send(http, "keyless", folder)
+    assert answer.status_code == 200, answer.text
+    signature = {"status": "verified", "signer": "mail", "identity": SIGNER, "issuer": ISSUER}
+    assert answer.json()["signature"] == signature
+    assert audited(http, "keyless")[-1]["details"]["signature"] == signature
+    assert main(["adapters", "show", answer.json()["id"], "--url", server.url]) == 0
+    assert f"signed by mail ({SIGNER}, {ISSUER})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("identity", "issuer", "minutes", "code"),
+    [
+        ("mallory@evil.example", ISSUER, 1, "signer_not_allowed"),
+        (SIGNER, "https://evil.example", 1, "signer_not_allowed"),
+        (SIGNER, ISSUER, 11, "signature_expired"),
+        (SIGNER, ISSUER, None, "signature_invalid"),
+    ],
+    ids=["identity", "issuer", "time", "another log"],
+)
+def test_a_keyless_upload_that_is_refused_is_not_stored_and_is_in_the_audit_log(
+    http: httpx2.Client,
+    server: Server,
+    sigstore: PrivateSigstore,
+    tmp_path: Path,
+    identity: str,
+    issuer: str,
+    minutes: int | None,
+    code: str,
+) -> None:
+    folder = adapter(tmp_path, "refused", f"{identity} {issuer}".encode())
+    if minutes is None:
+        PrivateSigstore(tmp_path / "other").sign(folder)
+    else:
+        sigstore.sign(folder, identity, issuer, logged=timedelta(minutes=minutes))
+    name = f"keyless-{hashlib.sha256(f'{identity}{issuer}{minutes}'.encode()).hexdigest()[:8]}"
+    before = {str(path) for path in (server.data_dir / "store").rglob("*") if path.is_file()}
+    assert refused(send(http, name, folder)) == code
+    assert {str(path) for path in (server.data_dir / "store").rglob("*") if path.is_file()} == before
+    assert http.get(f"/v1/adapters/{name}").status_code == 404
+    (entry,) = audited(http, name)
+    assert (entry["action"], entry["details"]["code"]) == ("adapter.refused", code)
+
+
+def test_a_pull_from_the_hub_takes_a_keyless_signature_of_the_right_signer_only(
+    http: httpx2.Client, hub: HubStandIn, sigstore: PrivateSigstore, tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "pulled", b"keyless and pulled")
+
+    def pull(repo: str) -> httpx2.Response:
+        hub.add_repo(repo, {file.name: file.read_bytes() for file in folder.iterdir()})
+        return http.post("/v1/adapters?wait=true", json={"hub": {"repo": repo}})
+
+    sigstore.sign(folder, "mallory@evil.example")
+    assert refused(pull("acme/keyless-wrong")) == "signer_not_allowed"
+    assert audited(http, "hub:acme/keyless-wrong")[-1]["action"] == "adapter.refused"
+    sigstore.sign(folder)
+    answer = pull("acme/keyless-right")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["signature"]["identity"] == SIGNER
+
+
+def test_a_folder_at_startup_needs_the_right_keyless_signature(
+    serve_scripted: Starter, policy: tuple[str, ...], sigstore: PrivateSigstore, tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "folder", b"keyless folder")
+    options = ["words", *policy, "--adapter", f"keyless={folder}"]
+    sigstore.sign(folder, "mallory@evil.example")
+    with serve_scripted(*options, ready=False) as server:
+        assert server.exit_status() != 0
+        assert "signer_not_allowed" in server.log
+    sigstore.sign(folder)
+    with serve_scripted(*options) as server, server.client() as http:
+        (version,) = http.get("/v1/adapters/keyless/versions").json()["data"]
+        assert (version["signature"]["identity"], version["active"]) == (SIGNER, True)
+
+
+def test_a_trusted_root_that_is_missing_stops_the_start(
+    serve_scripted: Starter, policy: tuple[str, ...], tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "missing.json")
+    for options in (policy[:2], (*policy[:3], missing)):
+        with serve_scripted("words", *options, ready=False) as server:
+            assert server.exit_status() != 0
+            assert "--sigstore-root" in server.log
+
+
 # ---- what jobs train -----------------------------------------------------------------------------
 
 
@@ -291,7 +404,8 @@ def trained(
 ) -> Iterator[Server]:
     folder = keys["acme"].parent
     rule = {"name": "support*", "policy": "require", "signers": ["acme", "server"]}
-    (folder / "trained.json").write_text(json.dumps({**POLICY, "rules": [rule]}))
+    signers = {"acme": {"key": "acme.pub"}}
+    (folder / "trained.json").write_text(json.dumps({"signers": signers, "rules": [rule]}))
     options = ("--signatures", str(folder / "trained.json"), "--signing-key", str(folder / "server.key"))
     with serve_scripted("words", *options) as server:
         yield server

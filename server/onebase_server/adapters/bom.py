@@ -164,7 +164,8 @@ def _card(
 
 
 def _signature_facts(signature: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"signature:{name}": signature.get(name) for name in ("status", "signer", "identity", "code")}
+    names = ("status", "signer", "identity", "issuer", "code")
+    return {f"signature:{name}": signature.get(name) for name in names}
 
 
 def _properties(facts: Mapping[str, Any]) -> list[dict[str, str]]:

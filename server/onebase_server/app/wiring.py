@@ -344,6 +344,7 @@ def _adapter_parts(
     registry, store, (records, disk) = storage.registry, storage.store, threads
     key = ServerKey.load(Path(settings.signing_key).expanduser()) if settings.signing_key else None
     policy = Path(settings.signatures).expanduser() if settings.signatures else None
+    root = Path(settings.sigstore_root).expanduser() if settings.sigstore_root else None
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk, kernels)
     verifier = VerifierClient(
@@ -380,7 +381,7 @@ def _adapter_parts(
         vocabulary=lambda: tokenizers.base.vocabulary,
         check_tokens=tokenizers.check,
         check_defaults=check_form,
-        signatures=SignaturePolicy.load(policy, key),
+        signatures=SignaturePolicy.load(policy, key, root),
         key=key,
         base_facts={"id": storage.base_id, **asdict(_reference(base, settings))},
     )

@@ -6877,6 +6877,7 @@ export interface components {
             status: string;
             signer?: string;
             identity?: string;
+            issuer?: string;
             code?: string;
             message?: string;
             statement?: {

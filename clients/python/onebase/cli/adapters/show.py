@@ -229,7 +229,8 @@ def _signed(found: SignatureReport) -> str:
     """Return a sentence on a signature."""
     if found.status != "verified":
         return f"signature {found.status} ({found.code}): {found.message}"
-    said = f"signed by {found.signer}" + (f" ({found.identity})" if found.identity else "")
+    names = ", ".join(one for one in (found.identity, found.issuer) if one)
+    said = f"signed by {found.signer}" + (f" ({names})" if names else "")
     made = found.statement or {}
     if made.get("job"):
         said += f": trained by {made['job']} on {made.get('base', {}).get('name')}"
