@@ -33,6 +33,8 @@ ABOVE = 500
 """Descriptors from here on are nobody's."""
 GIVEN = "ONEBASE_TEST_NURSERY"
 """In the environment of a program that has a nursery of its own: the descriptor for its requests."""
+CONFINED = "onebase_server.jobs.python_grader"
+"""Program that is never a fork: it confines itself by what it has when it begins."""
 ROOM = "." * 200
 """In the command line of the program that forks, for those of what it starts."""
 
@@ -107,7 +109,7 @@ class Nursery:
                 options = {word for word in words[1:3] if word in ("-u", "-P")}
                 words = [word for word in words if word not in options]
                 known = words[1:] and (words[1] in ("-m", "-c") or not words[1].startswith("-"))
-                if how["shell"] or words[0] != sys.executable or not known:
+                if how["shell"] or words[0] != sys.executable or not known or CONFINED in words:
                     super()._execute_child(*arguments)  # type: ignore[misc]
                     return
                 ends = [how[end] for end in ("p2cread", "c2pwrite", "errwrite")]
