@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Route, expect
 from tests.server.support import Server, Starter
+from tests.server.test_reinforcement import CHECK, begin
 from tests.server.test_training_real import rows
 from tests.server.training_support import (
+    BASE,
     add_file,
+    ended,
     make_job,
     openai_client,
     run_job,
     step_of,
     wait_job,
 )
+from tests.training.runs import talking_base
 
 from .conftest import EACH_SIZE, Look, Visit
 
@@ -26,6 +30,14 @@ from .conftest import EACH_SIZE, Look, Visit
 def tiny(serve_real: Starter, small_base: Path) -> Iterator[Server]:
     """A real engine, verifier and trainer on a base that is trained in a moment."""
     with serve_real("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def talking(serve_real: Starter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server on a base whose replies differ enough to be graded."""
+    base = talking_base(tmp_path_factory.mktemp("talking") / BASE, initializer_range=0.2)
+    with serve_real("--base", str(base), "--kv-memory", "50MB", "--threads", "1") as server:
         yield server
 
 
@@ -462,3 +474,49 @@ def test_a_file_that_is_there_may_be_chosen_again(serve_scripted: Starter, look:
         page.get_by_role("dialog").get_by_role("button", name="Train").click()
         expect(page.locator("article .state")).to_have_text("Done")
         assert client.fine_tuning.jobs.list(limit=1).data[0].training_file == file
+
+
+def test_a_job_that_learns_from_rewards_shows_rewards_and_the_replies_that_got_them(
+    talking: Server, look: Look
+) -> None:
+    client = openai_client(talking)
+    for _ in range(2):
+        job = wait_job(talking, client, begin(client, "rewarded", CHECK).id, ended)
+        assert job.status == "succeeded", job.error
+    report = job.report
+    with look(talking) as visit:
+        page = visit.page
+        visit.open(f"#/training?job={job.id}")
+        curves = page.get_by_role("region", name="Reward and learning rate")
+        chart = curves.get_by_role("figure", name="Reward by step")
+        expect(chart).to_contain_text("Training reward:")
+        expect(chart).to_contain_text("Base, held out:")
+        expect(chart).to_contain_text("Active version, held out:")
+        assert not re.search(r": -[\d.]+", chart.locator(".unseen").inner_text())
+        page.get_by_text("The evaluations as a table").click()
+        evaluated = curves.get_by_role("table").locator("tbody td:last-child").all_inner_texts()
+        assert len(evaluated) >= 3
+        assert not [one for one in evaluated if one.startswith("-")]
+
+        table = page.get_by_role("table", name="Held-out figures before and after")
+        assert table.locator("tbody th").all_inner_texts() == ["reward"]
+        assert table.locator("thead th").all_inner_texts()[1:] == ["Base", "Active", "Adapter"]
+        slices = page.get_by_role("table", name="By slice").locator("tbody tr")
+        (one,) = report["slices"]["slices"]
+        assert slices.locator("th").all_inner_texts() == [one["slice"]]
+
+        first = (
+            page.get_by_role("region", name="Held-out prompts, and who says what").locator(".sample").first
+        )
+        assert first.locator(".prompt").inner_text() == "Say number 100."
+        given = report["replies"][0]["rewards"]
+        assert [text.split(": reward ")[0] for text in first.locator(".label").all_inner_texts()] == [
+            "Base", "Active", "New",
+        ]  # fmt: skip
+        assert [float(text.split()[-1]) for text in first.locator(".label").all_inner_texts()] == [
+            pytest.approx(given[name], abs=0.01) for name in ("base", "active", "adapter")
+        ]
+        assert "loss" not in page.locator("article").inner_text().casefold().replace("policy_loss", "")
+        assert visit.faults() == []
+        visit.open("#/training")
+        expect(page.locator(".jobs")).to_contain_text("reward ")

@@ -18,6 +18,8 @@ export interface HeldOutReplies {
   parent: string | null
   active: string | null
   adapter: string
+  /** By whose reply it is: `base`, `parent`, `active`, `adapter`. Only a job that learns from rewards has them. */
+  rewards?: Record<string, number> | null
 }
 export type Report = Schemas['TrainingReport'] & { replies?: HeldOutReplies[]; warnings?: string[] }
 export type TrainingFile = Omit<Schemas['FileAnswer'], 'status_details' | 'expires_at'>
@@ -30,6 +32,11 @@ const DRAW_MS_A_POINT = 0.02
 const AGAIN_MS = 1500
 /** Between two looks at a job that the server does not know: another server may answer, or a backup come back. */
 const UNKNOWN_MS = 15_000
+
+/** Whether it learns from rewards: its losses are negated rewards, so that a page shows them as `reward(loss)`. */
+export const rewarded = (job: Pick<Job, 'method'> | null): boolean => job?.method.type === 'reinforcement'
+
+export const reward = (loss: number): number => 0 - loss
 
 /** Whether it is checked and waits for a word to train. */
 export const held = (job: Pick<Job, 'status' | 'hold'>): boolean => job.hold && job.status === 'paused'
