@@ -81,6 +81,25 @@ def live_folders(server: Server, job_id: str) -> list[Path]:
     return list((job_folder(server.data_dir, job_id) / "live").glob("[0-9a-f]*/packed.safetensors"))
 
 
+def test_a_cancelled_job_leaves_no_running_samples_and_no_live_version(
+    server: Server, client: OpenAI
+) -> None:
+    http = server.client()
+
+    def in_memory() -> int:
+        return int(http.get("/status").json()["host_memory"]["versions"])
+
+    before = in_memory()
+    job = begin(client, "cancelled", CHECK, max_steps=10_000, n_epochs=10_000, sample_tokens=64)
+    wait_job(server, client, job.id, lambda job: step_of(job) >= 1, 300.0)
+    server.wait_for(lambda: in_memory() > before and http.get("/status").json()["requests"] > 0, 300.0)
+    client.fine_tuning.jobs.cancel(job.id)
+    server.wait_for(lambda: http.get("/status").json()["requests"] == 0 and in_memory() <= before, 300.0)
+    server.wait_for(lambda: not live_folders(server, job.id) and not server.trainer_pids(), 300.0)
+    assert http.get("/status").json()["requests"] == 0
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+
+
 def test_a_job_samples_grades_learns_and_is_served(server: Server, client: OpenAI) -> None:
     grader: dict[str, Any] = {
         "type": "multi",
@@ -151,6 +170,30 @@ def test_a_paused_job_leaves_no_live_weights_and_goes_on(server: Server, client:
     assert len(live_folders(server, job.id)) <= 1
     cancelled = client.fine_tuning.jobs.cancel(job.id)
     assert cancelled.status == "cancelled"
+
+
+def test_samples_count_for_their_tenants_quota_and_without_room_in_it_the_job_fails_until_it_is_resumed(
+    serve_real: Starter, tmp_path: Path
+) -> None:
+    base = talking_base(tmp_path / BASE, initializer_range=0.2)
+    keys = Keys(tmp_path / "data")
+    key = keys.make("train", "generate", "adapters", tenant="acme")
+    keys.tenants.set_quotas("acme", {"sequences": 3})
+    options = ("--base", str(base), "--threads", "1", "--kv-memory", "50MB")
+    with serve_real(*options, data_dir=keys.file.parent) as server:
+        client = openai_client(server).with_options(api_key=key)
+        job = begin(client, "bounded", CHECK)
+        failed = wait_job(server, client, job.id, ended, 300.0)
+        assert (failed.status, failed.error.code) == ("failed", "insufficient_quota")
+        message = failed.error.message
+        assert "tenant 'acme' may have 3 sequences (completions) at once" in message
+        assert "n is group_size" in message
+
+        keys.tenants.set_quotas("acme", {"sequences": 4})  # one group at a time: each must free its room
+        client.fine_tuning.jobs.resume(job.id)
+        done = wait_job(server, client, job.id, ended, 300.0)
+        assert done.status == "succeeded", done.error
+    keys.close()
 
 
 def test_a_job_whose_judge_is_not_there_fails_and_says_so(server: Server, client: OpenAI) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from onebase_adapters.registry import TrainingJob
 from onebase_edge.background import Threads
-from onebase_edge.errors import ApiError, InsufficientScopeError
+from onebase_edge.errors import ApiError, InsufficientScopeError, QuotaExceededError
 from onebase_engine.engine.messages import AdapterRef, Sampling
 from onebase_server.adapters.catalog import AdapterChoice, VersionRef
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
@@ -41,6 +41,7 @@ MOST_GROUPS = 16
 """Largest number of prompts of one job whose replies the engine has at once."""
 LIVE = "live"
 """Name of a job's newest weights in leases, usage and metrics: each step has others."""
+_QUOTA_HINT = " In a job, n is group_size and max_tokens is sample_tokens. The job can be resumed."
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ class JobSampler:
                     task.cancel()
         except ApiError as error:
             _log.warning("job %s gets no samples: %s", job.id, error.message)
-            return NotDrawn(error.code or "sampling_failed", error.message, error.param)
+            hint = _QUOTA_HINT if isinstance(error, QuotaExceededError) else ""
+            return NotDrawn(error.code or "sampling_failed", error.message + hint, error.param)
 
     def forget(self, job: TrainingJob) -> None:
         """Drop what a job has here, whose process has ended."""
