@@ -81,25 +81,6 @@ def live_folders(server: Server, job_id: str) -> list[Path]:
     return list((job_folder(server.data_dir, job_id) / "live").glob("[0-9a-f]*/packed.safetensors"))
 
 
-def test_a_cancelled_job_leaves_no_running_samples_and_no_live_version(
-    server: Server, client: OpenAI
-) -> None:
-    http = server.client()
-
-    def in_memory() -> int:
-        return int(http.get("/status").json()["host_memory"]["versions"])
-
-    before = in_memory()
-    job = begin(client, "cancelled", CHECK, max_steps=10_000, n_epochs=10_000, sample_tokens=64)
-    wait_job(server, client, job.id, lambda job: step_of(job) >= 1, 300.0)
-    server.wait_for(lambda: in_memory() > before and http.get("/status").json()["requests"] > 0, 300.0)
-    client.fine_tuning.jobs.cancel(job.id)
-    server.wait_for(lambda: http.get("/status").json()["requests"] == 0 and in_memory() <= before, 300.0)
-    server.wait_for(lambda: not live_folders(server, job.id) and not server.trainer_pids(), 300.0)
-    assert http.get("/status").json()["requests"] == 0
-    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
-
-
 def test_a_job_samples_grades_learns_and_is_served(server: Server, client: OpenAI) -> None:
     grader: dict[str, Any] = {
         "type": "multi",
