@@ -685,7 +685,10 @@ def test_layers_run_as_one_call_until_somebody_looks_between_them(lab: Lab) -> N
     assert run(engine, asked) == expected
 
 
-def test_layers_that_are_given_something_else_than_in_the_trial_compute_one_by_one(lab: Lab) -> None:
+def test_layers_that_are_given_something_else_than_in_the_trial_compute_one_by_one(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "_straight", lambda *_: iter(()))
     engine, asked = lab.engine(), [Request(tuple(range(3, 9)), None, 4, 0)]
     layers = engine.model._recorded
     if not layers:
@@ -697,6 +700,49 @@ def test_layers_that_are_given_something_else_than_in_the_trial_compute_one_by_o
 
     assert run(engine, asked) == expected
     assert not layers[0].chain
+
+
+def test_steps_of_few_rows_are_one_call_until_somebody_looks_at_the_norm_or_the_head(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked = lab.engine(), requests(fusion.MOST_ENDED + 2, seed=7)
+    layers, view = engine.model._recorded, engine.model._view
+    if not layers:
+        pytest.skip("the kernels in C do not compute here")
+    expected = run(engine, asked)
+    calls: list[int] = []
+    run_all = CpuKernels.run_all
+    monkeypatch.setattr(CpuKernels, "run_all", lambda *args: calls.append(args[2]) or run_all(*args))
+    alone = [Request(tuple(range(3, 9)), None, 5, 0)]
+    text = run(engine, alone)
+    # The prompt gives logits of its last row alone: its norm and its head are calls by themselves.
+    assert calls[1:3] == [1, 1]
+    assert calls[3:] == [calls[0] + 2] * 4
+
+    seen: list[torch.Tensor] = []
+    hook = view.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    assert run(engine, alone) == text
+    hook.remove()
+    assert len(seen) == 5
+    assert run(engine, asked) == expected
+
+    monkeypatch.setattr(fusion, "_straight", lambda *_: iter(()))
+    plain = lab.engine()
+    others: list[torch.Tensor] = []
+    plain.model._view.lm_head.register_forward_pre_hook(lambda _, given: others.append(given[0].clone()))
+    assert run(plain, alone) == text
+    assert all(torch.equal(one, other) for one, other in zip(seen, others, strict=True))
+    assert run(plain, asked) == expected
+
+
+def test_rotations_that_are_stored_are_those_of_each_position_alone(lab: Lab) -> None:
+    rotary = lab.engine().model._view.model.rotary_emb
+    stored, x = fusion._Rotations(rotary), torch.zeros(1, 1, 1, dtype=torch.bfloat16)
+    for position in (5, 0, 77, 300, 4_000, 77, fusion.KEPT - 1, fusion.KEPT, 70_000):
+        one = torch.tensor([[position]])
+        own = rotary(x, one)
+        assert all(torch.equal(a, b) for a, b in zip(stored(x, one), own, strict=True))
+    assert stored._tables[0].shape[1] == fusion.KEPT
 
 
 @pytest.mark.parametrize("fault", ["other bits", "an error"])

@@ -4,30 +4,34 @@ The modelling code stays as it is. Layers that are called with the same rows are
 A gated MLP is one call and `down_proj`. Queries and keys are rotated where attention reads them, and residual
 sums are computed with the product that they add. A decoder layer that consists of nothing else is recorded
 once, before the first request, and then runs as one call for any small number of rows; layers of which each
-reads what the one before has written, and nothing else that differs, run as one call together. Each fusion is
-used only if a pass of the whole model gives the same bits with it and without.
+reads what the one before has written, and nothing else that differs, run as one call together. If those are
+all layers, and a pass shows that nothing lies between them and the embedding, the last norm and the head,
+these are called without the modelling code around them, and with few rows the norm and the head are part of
+the call. Each fusion is used only if a pass of the whole model gives the same bits with it and without.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
+from onebase_engine.base.layers import decoder_of
 from onebase_engine.base.view import ROTARY, called_by, forward_with
 from onebase_engine.engine.attention import PagedAttention
 from onebase_engine.kernels.cpu import CpuKernels
-from onebase_engine.kernels.interface import TILE, Contexts, JoinedLayers, Kernels
+from onebase_engine.kernels.interface import TILE, Contexts, JoinedLayers, Kernels, RowMap
 from onebase_engine.kernels.recorded_calls import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.lora.linear import SharedRows
 from onebase_engine.lora.module import StepRows
-from onebase_engine.lora.slots import SlotLinear, SlotModule
+from onebase_engine.lora.slots import SlotLinear, SlotModule, SlotNorm
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,13 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 MOST_ROWS = 64
 """Number of rows for which a decoder layer is recorded, and the largest for which the recording is used; with
 more, call overhead does not matter."""
+_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotations (transformers' `rope_type`) that depend on a row's position alone."""
+KEPT = 1 << 14
+"""Number of positions whose rotations are stored at most: 8 MB for heads of 128 numbers."""
+MOST_ENDED = 4
+"""Largest number of rows for which the norm and the head are calls of the chain; more logits take much
+memory."""
 FEW_ROWS = 3
 """Number of rows of a trial, small like that of most steps."""
 
@@ -84,8 +95,15 @@ def fuse(
     if not trial.passes(whole, passes, begin=lambda: run(0, MOST_ROWS)):
         logger.info("kernels: decoder layers are not recorded, which would change bits")
         return []
-    if recorded and not trial.passes(list(_chains(recorded, run)), passes):
-        logger.info("kernels: decoder layers are called one by one, as together they would change bits")
+    if recorded:
+        with _watching(model) as seen:
+            calls = _calls(recorded, run)
+        if not trial.passes(list(_chains(calls)), passes):
+            logger.info("kernels: decoder layers are called one by one, as together they would change bits")
+        elif not trial.passes(list(_straight(model, attention, rows, recorded, calls, seen)), passes):
+            logger.info(
+                "kernels: the model's own code runs around the layers, without which bits would change"
+            )
     return recorded
 
 
@@ -277,7 +295,7 @@ class RecordedLayer:
         self._module: Any = module
         self._whole: Callable[..., Any] = module.forward
         self._attention = attention
-        self._kernels = kernels
+        self.kernels = kernels
         self._rows = rows
         self.memory = memory
         self._arena, self._before = memory.arenas[number % 2], memory.arenas[1 - number % 2]
@@ -296,6 +314,7 @@ class RecordedLayer:
         """The layer that computes this one with it."""
         self._chained: dict[int, Program | None] = {}
         """Programs of the chain, by number of rows."""
+        self._chain_hooks: list[Mapping[int, Any]] = []
         self._ran: tuple[torch.Tensor, ...] | None = None
         """Tensors that the chain's other layers must be given in this pass; None if each computes alone."""
 
@@ -310,9 +329,9 @@ class RecordedLayer:
         self._plain = not any(one.replacements for one in self._wrapped)
 
     @property
-    def _alone(self) -> bool:
-        """Whether nothing needs what happens within this layer, or between it and its neighbours."""
-        return self._plain and not any(self._hooks) and not any(self._own_hooks)
+    def inputs(self) -> set[int]:
+        """Numbers of the given tensors that the recording reads."""
+        return {number for program in self._programs.values() for number in program.inputs}
 
     def _forward(self, *args: Any, **named: Any) -> Any:
         step = self._attention.step
@@ -331,8 +350,8 @@ class RecordedLayer:
         program = self._programs.get(count) or self._shorter(count)
         if program is None:
             return self._whole(*args, **named)
-        together = self._together(count) if self.chain else None
-        if together is not None and all(layer._alone for layer in self.chain):
+        together = self.together(count)
+        if together is not None:
             result = together.run_calls(given, self._rows.tokens, step)
             self._ran = (result, *given[1:])
             return result
@@ -356,6 +375,7 @@ class RecordedLayer:
     def lead(self, chain: Sequence[RecordedLayer]) -> None:
         """Compute these layers, of which this is the first, in one call."""
         self.chain = chain
+        self._chain_hooks = [hooks for one in chain for hooks in (*one._hooks, *one._own_hooks)]
         for one in chain[1:]:
             one.leader = self
 
@@ -366,8 +386,18 @@ class RecordedLayer:
         self.chain, self._ran = (), None
         self._chained.clear()
 
-    def _together(self, count: int) -> Program | None:
-        """Return the programs of the chain for so many rows as one; None if one of them is missing."""
+    def run_chain(self, given: Sequence[torch.Tensor], step: Contexts) -> torch.Tensor | None:
+        """Return what the chain computes for these tensors; None if it cannot run as one call."""
+        count = given[0].shape[1]
+        fits = count <= MOST_ROWS and given[0].dtype == torch.bfloat16
+        together = self.together(count) if fits else None
+        return None if together is None else together.run_calls(given, self._rows.tokens, step)
+
+    def together(self, count: int) -> Program | None:
+        """Return the programs of the chain for so many rows as one; None if it has none, or if something
+        needs what happens within a layer, or between it and its neighbours."""
+        if not self.chain or any(self._chain_hooks) or not all(layer._plain for layer in self.chain):
+            return None
         if count not in self._chained:
             programs = [one._programs.get(count) or one._shorter(count) for one in self.chain]
             there = [one for one in programs if one is not None]
@@ -388,7 +418,7 @@ class RecordedLayer:
             dict(zip(named, _replaced(named.values(), places), strict=True)),
         )
         try:
-            with Recording(self._kernels, self._arena, fixed) as recording:
+            with Recording(self.kernels, self._arena, fixed) as recording:
                 result = self._whole(*own_args, **own_named)
             if not isinstance(result, torch.Tensor):
                 raise UnrecordableError("a layer gives more than its rows")
@@ -411,12 +441,19 @@ class RecordedLayer:
         return fixed[key]
 
 
-def _chains(recorded: Sequence[RecordedLayer], run: Callable[[int, int], torch.Tensor]) -> Iterator[_Switch]:
-    """Yield switches for the layers that run as one call, as a pass shows which are given what."""
+def _calls(recorded: Sequence[RecordedLayer], run: Callable[[int, int], torch.Tensor]) -> list[_Call]:
+    """Return the calls of recorded layers in a pass, in order."""
     memory = recorded[0].memory
     memory.watched = []
-    run(0, TILE)
-    calls, memory.watched = memory.watched, None
+    try:
+        run(0, TILE)
+        return memory.watched
+    finally:
+        memory.watched = None
+
+
+def _chains(calls: Sequence[_Call]) -> Iterator[_Switch]:
+    """Yield switches for the layers that run as one call, as a pass shows which are given what."""
     ends = [at for at in range(1, len(calls)) if not _follows(calls[at - 1], calls[at])]
     for first, last in pairwise([0, *ends, len(calls)]):
         if last - first > 1:
@@ -429,6 +466,241 @@ def _follows(before: _Call, call: _Call) -> bool:
     (_, given, result), (_, then, _) = before, call
     same = len(given) == len(then) and all(a is b for a, b in zip(given[1:], then[1:], strict=True))
     return same and then[0] is result
+
+
+# ---- what lies around the layers ---------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    """Call of a module in a pass that is watched."""
+
+    module: nn.Module
+    given: tuple[Any, ...]
+    result: Any
+
+
+class _Logits(NamedTuple):
+    """Output of a model, as far as it is read."""
+
+    logits: torch.Tensor
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[_Seen]]:
+    """Collect the calls of a view's outermost modules, and of the decoder and the view, as they end."""
+    seen: list[_Seen] = []
+
+    def note(module: nn.Module, args: Any, named: dict[str, Any], result: Any) -> None:
+        seen.append(_Seen(module, (*args, *named.values()), result))
+
+    outer = (model, decoder_of(model), *_outermost(model))
+    hooks = [one.register_forward_hook(note, with_kwargs=True) for one in outer]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that stand beside the lists of layers."""
+    for one in module.children():
+        if isinstance(one, SlotModule) or not any(True for _ in one.children()):
+            yield one
+        elif not isinstance(one, nn.ModuleList):
+            yield from _outermost(one)
+
+
+def _straight(
+    model: nn.Module,
+    attention: PagedAttention,
+    rows: StepRows,
+    recorded: Sequence[RecordedLayer],
+    calls: Sequence[_Call],
+    seen: Sequence[_Seen],
+) -> Iterator[_Switch]:
+    """Yield the switch that leaves out the modelling code around a chain of all layers.
+
+    A pass must show that this code hands tensors on as they are: from the embedding and the rotations to the
+    first layer, from the last layer to the norm, and rows of that to the head.
+    """
+    decoder: Any = decoder_of(model)
+    leader = recorded[0]
+    whole_chain = tuple(leader.chain) == tuple(recorded) and len(calls) == len(recorded)
+    if decoder is model or not whole_chain or len(seen) != 6:
+        return
+    embedding, rotary, norm, body, head, whole = seen
+    (_, first, _), (_, _, last) = calls[0], calls[-1]
+    if (body.module, whole.module) != (decoder, model) or len(embedding.given) != 1 or len(rotary.given) != 2:
+        return
+    turns, hidden = rotary.result, norm.result
+    places = {number: _place(turns, first[number]) for number in leader.inputs if number}
+    numbers = {number: place for number, place in places.items() if place is not None}
+    joins = (
+        isinstance(turns, tuple)
+        and rotary.given[0] is first[0] is embedding.result
+        and all(_place(body.given, one) is not None for one in (embedding.given[0], rotary.given[1]))
+        and len(numbers) == len(places)
+        and isinstance(norm.module, SlotNorm)
+        and isinstance(head.module, SlotLinear)
+        and len(norm.given) == len(head.given) == 1
+        and norm.given[0] is last
+        and body.result[0] is hidden
+        and whole.result.logits is head.result
+    )
+    if joins:
+        straight = _Straight(model, decoder, attention, leader, numbers, embedding.module, rotary.module)
+        yield straight.switch(norm.module, head.module, rows)
+
+
+def _place(among: Any, tensor: torch.Tensor) -> int | None:
+    """Return the number of a tensor in a tuple; None if it is not in it."""
+    return next((number for number, one in enumerate(among) if one is tensor), None)
+
+
+class _Straight:
+    """A pass of a model through its modules, one after the other, without the modelling code around them."""
+
+    def __init__(
+        self,
+        model: Any,
+        decoder: Any,
+        attention: PagedAttention,
+        leader: RecordedLayer,
+        turns: Mapping[int, int],
+        embedding: nn.Module,
+        rotary: nn.Module,
+    ) -> None:
+        """Describe the pass. `turns`: places in the rotations of the tensors that the chain reads, by their
+        numbers among those that its first layer is given."""
+        self._model, self._decoder = model, decoder
+        self._attention = attention
+        self._leader = leader
+        self._turns = turns
+        self._embedding = embedding
+        self._rotations = _Rotations(rotary)
+
+    def switch(self, norm: Any, head: Any, rows: StepRows) -> _Switch:
+        """Return the switch of the pass with this norm and head."""
+        decoder, model = self._decoder, self._model
+        own_body, own_whole = decoder.forward, model.forward
+        end = _End(self._leader, norm, head, rows)
+
+        def body(input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
+            step, result = self._attention.step, None
+            if step is not None and input_ids.shape[1] <= MOST_ROWS:
+                result = self._leader.run_chain(self._given(input_ids, position_ids), step)
+            if result is None:
+                return own_body(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+            return (norm(result),)
+
+        def whole(
+            input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool, logits_to_keep: torch.Tensor
+        ) -> _Logits:
+            step = self._attention.step
+            if step is not None and not decoder._forward_hooks:
+                program = end.program(input_ids.shape[1], logits_to_keep)
+                if program is not None:
+                    given = self._given(input_ids, position_ids)
+                    # The next pass overwrites the result.
+                    return _Logits(program.run_calls(given, rows.tokens, step).clone())
+            hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)[0]
+            return _Logits(head(hidden[:, logits_to_keep]))
+
+        def on() -> None:
+            decoder.forward, model.forward = body, whole
+
+        def off() -> None:
+            decoder.forward, model.forward = own_body, own_whole
+
+        return on, off
+
+    def _given(self, ids: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+        """Return what the chain is given for these rows."""
+        x = self._embedding(ids)
+        turned = self._rotations(x, positions) if self._turns else ()
+        given = [x] * (1 + max(self._turns, default=0))
+        for number, place in self._turns.items():
+            given[number] = turned[place]
+        return given
+
+
+class _Rotations:
+    """Cosines and sines by position, stored for the first KEPT positions if they depend on nothing else."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self._rotary = rotary
+        self._fixed = getattr(rotary, "rope_type", None) in _FIXED_ROTATIONS
+        self._tables: tuple[torch.Tensor, ...] = ()
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        last = int(positions.max()) if self._fixed else KEPT
+        if last >= KEPT:
+            return self._rotary(x, positions)  # type: ignore[no-any-return]
+        if not self._tables or last >= self._tables[0].shape[1]:
+            count = min(KEPT, 2 * (last + TILE))
+            self._tables = self._rotary(x, torch.arange(count, device=x.device)[None])
+        return tuple(table.index_select(1, positions[0]) for table in self._tables)
+
+
+class _End:
+    """The norm and the head as further calls of the chain, for a few rows of which all give logits."""
+
+    def __init__(self, leader: RecordedLayer, norm: Any, head: Any, rows: StepRows) -> None:
+        self._leader = leader
+        self._norm, self._head = norm, head
+        self._rows = rows
+        self._recorded: Program | None = None
+        self._tried = False
+        self._joined: dict[int, tuple[Program, Program | None]] = {}
+        """The chain's program by number of rows, and the one that includes norm and head."""
+        self._every = torch.arange(MOST_ENDED)
+        self._hooks = [
+            hooks
+            for part in (norm, head)
+            for one in part.modules()
+            for hooks in (one._forward_pre_hooks, one._forward_hooks)
+        ]
+
+    def program(self, count: int, kept: torch.Tensor) -> Program | None:
+        """Return the program of a pass over `count` rows with the logits of the rows `kept`; None if the norm
+        and the head have to be called by themselves."""
+        if count > MOST_ENDED or len(kept) != count or any(self._hooks):
+            return None
+        if self._norm.filled or self._head.replacements or self._head.words:
+            return None
+        if self._rows.tokens != self._rows.logits or not torch.equal(kept, self._every[:count]):
+            return None
+        chain = self._leader.together(count)
+        if chain is None:
+            return None
+        if count not in self._joined or self._joined[count][0] is not chain:
+            self._joined[count] = chain, self._join(chain, count)
+        return self._joined[count][1]
+
+    def _join(self, chain: Program, count: int) -> Program | None:
+        if not self._tried:
+            self._tried = True
+            self._record()
+        end = self._recorded
+        if end is None:
+            return None
+        return Program.joined([chain, end.first_rows(count) if count < MOST_ENDED else end])
+
+    def _record(self) -> None:
+        chain = self._leader.together(MOST_ENDED)
+        if chain is None:
+            return
+        rows = self._rows.tokens, self._rows.logits
+        self._rows.tokens = self._rows.logits = RowMap()
+        fixed = Fixed(chain.result)
+        try:
+            with Recording(self._leader.kernels, Arena(), [fixed]) as recording:
+                self._recorded = recording.program(self._head(self._norm(fixed.tensor)))
+        except UnrecordableError as error:
+            logger.info("kernels: the head is not recorded: %s", error)
+        finally:
+            self._rows.tokens, self._rows.logits = rows
 
 
 def _recorded_layers(

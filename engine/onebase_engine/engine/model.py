@@ -86,6 +86,7 @@ class ServedModel:
         self.host: HostCache | None = None
         """Host memory for blocks that leave the KV cache."""
         self._view: Any = view(base)
+        self._decoder = decoder_of(self._view)
         self._rows = StepRows()
         self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
         self._recorded: list[RecordedLayer] = []
@@ -105,7 +106,6 @@ class ServedModel:
         self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
         self._hidden_rows: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
-        decoder_of(self._view).register_forward_hook(self._keep_hidden)
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)
@@ -397,9 +397,13 @@ class ServedModel:
         self._attention.step = contexts
         self._rows.tokens, self._rows.logits = tokens, logits
         self._hidden_rows = hidden_rows
+        # A hook would have the decoder's output computed by itself in every pass.
+        hook = None if hidden_rows is None else self._decoder.register_forward_hook(self._keep_hidden)
         try:
             return self._forward(ids[None], positions[None], logit_rows, contexts.runs), self._hidden
         finally:
+            if hook is not None:
+                hook.remove()
             self._hidden_rows = self._hidden = None
             self._attention.step = None
             self._rows.tokens = self._rows.logits = RowMap()

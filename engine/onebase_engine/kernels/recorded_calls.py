@@ -96,7 +96,12 @@ class Program:
         self._kernels = kernels
         self._calls = (KernelCall * len(calls))(*calls)
         self._inputs = tuple(inputs)
-        self._result = result
+        self.result = result
+
+    @property
+    def inputs(self) -> list[int]:
+        """Numbers of the given tensors that the calls read."""
+        return [number for number, _ in self._inputs]
 
     @classmethod
     def joined(cls, programs: Sequence[Program]) -> Program | None:
@@ -106,19 +111,19 @@ class Program:
         places = {number: fixed.pointer for number, fixed in first._inputs}
         for before, program in pairwise(programs):
             own = {number: fixed.pointer for number, fixed in program._inputs}
-            if own.pop(0, None) != before._result.data_ptr() or own.items() - places.items():
+            if own.pop(0, None) != before.result.data_ptr() or own.items() - places.items():
                 return None
         calls = [call for program in programs for call in program._calls]
-        return cls(first._kernels, calls, first._inputs, last._result)
+        return cls(first._kernels, calls, first._inputs, last.result)
 
     def first_rows(self, count: int) -> Program:
         """Return the same calls for the first `count` rows alone. Nothing is computed."""
-        rows = self._result.shape[1]
+        rows = self.result.shape[1]
         calls = [KernelCall.from_buffer_copy(call) for call in self._calls]
         for call in calls:  # A norm of heads has several of its own to a row.
             call.rows = call.rows // rows * count
         inputs = [(number, fixed.first_rows(count)) for number, fixed in self._inputs]
-        return Program(self._kernels, calls, inputs, self._result[:, :count])
+        return Program(self._kernels, calls, inputs, self.result[:, :count])
 
     def run_calls(self, given: Sequence[torch.Tensor], rows: RowMap, step: Contexts) -> torch.Tensor:
         """Return the result for other tensors of the same shapes; the next run overwrites it.
@@ -129,7 +134,7 @@ class Program:
         for number, fixed in self._inputs:
             fixed.load_tensor(given[number], step)
         self._kernels.run_all(ctypes.addressof(self._calls), len(self._calls), rows, step)
-        return self._result
+        return self.result
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
