@@ -275,7 +275,8 @@ class Chaos:
         self._serve = serve
         self._places = places
         self._seed = seed
-        self._stops, self._short = (STOPS[:1], SHORT[:1]) if is_short else (STOPS, SHORT)
+        self._stops: tuple[float, ...] = STOPS[:1] if is_short else STOPS
+        self._short: tuple[float, ...] = SHORT[:1] if is_short else SHORT
         self._most_jobs = 2 if is_short else 40
         self._pids: set[tuple[int, str]] = set()
         """Processes of all servers that there were, with their starting times."""

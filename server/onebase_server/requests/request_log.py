@@ -309,7 +309,7 @@ class RequestLog:
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""
         self._erased_at: dict[str, float] = {}
-        """When a tenant's requests, or some of them, were erased last (monotonic)."""
+        """Time of each tenant's last erasure (monotonic), of all its requests or some."""
         self._keys: dict[str, bytes] = {}
         self._files: OrderedDict[str, _Segment] = OrderedDict()
         self._thread: threading.Thread | None = None

@@ -125,7 +125,7 @@ class Observation:
         self.request = request
         self.part = part
         self.began = time.monotonic()
-        """When the request began that this is, or is a copy of."""
+        """Start (monotonic) of the request that this is, or is a copy of."""
         self.settings = RolloutSettings.of(part.rollout)
         self.text = ""
         """Beginning of the first choice's text."""
