@@ -7,7 +7,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -84,7 +84,7 @@ class House:
     def __init__(self, registry: Registry, folder: Path, kernels: str = "torch") -> None:
         store = Store(str(folder / "store"), folder / "cache")
         disk = Threads("disk", 2)
-        self.activation: Any = Activation(registry)
+        self.activation = Activation(registry)
         self.verifier = Verifier(store, disk)
         self.verifier.kernels = kernels
         records = RegistryThreads("records", 2)
@@ -104,7 +104,7 @@ class House:
             registry,
             store,
             self.catalog,
-            self.activation,
+            cast(Any, self.activation),
             self.proofs,
             base_names=("base",),
             records=records,
