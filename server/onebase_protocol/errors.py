@@ -133,6 +133,12 @@ ERROR_CODES = (
         "Anthropic's routes keep no conversations: send all messages",
     ),
     _meaning(
+        400,
+        "python_graders_off",
+        "a grader in Python, which this server does not run: `--python-graders off`, or a machine that "
+        "cannot confine it",
+    ),
+    _meaning(
         401,
         "invalid_api_key",
         "no API key, or one that is unknown, expired or revoked; with `WWW-Authenticate`",
@@ -153,6 +159,11 @@ ERROR_CODES = (
         403,
         "insufficient_scope",
         "the API key lacks the scope of the route, which the message names",
+    ),
+    _meaning(
+        403,
+        "judge_refused",
+        "the key of a job, or of a request to a grader, may not ask the grader's judge",
     ),
     _meaning(
         403,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +37,20 @@ import httpx2
 from sqlalchemy import text
 
 from onebase_adapters.registry.database import Database
+from onebase_adapters.store.blobs import version_digest
 
-from .support import ForkedServers, Server, Starter, alive, children, command_of, routing, serving, upload
+from .support import (
+    CONFIG,
+    ForkedServers,
+    Server,
+    Starter,
+    alive,
+    children,
+    command_of,
+    routing,
+    serving,
+    upload,
+)
 from .test_resumption import by_choice, words
 from .test_several_servers import LEASE, stop_between_writes
 from .training_support import make_job, messages, openai_client
@@ -168,7 +182,6 @@ class Change:
     """What an operator asked for: the version of a name that is active then, None for none.
 
     until: when its answer came; infinity: no answer said that it was done, and it may be done at any time.
-    is_unknown: whether it is an upload that was not acknowledged, whose version may be there all the same.
     is_rollout: whether its version answers beside the active one, until then.
     """
 
@@ -178,7 +191,6 @@ class Change:
     until: float = math.inf
     forced: bool = False
     is_rollout: bool = False
-    is_unknown: bool = False
     what: str = "nothing"
 
 
@@ -245,9 +257,14 @@ def _started_at(pid: int) -> str:
 
 class Chaos:
     """Servers behind a route, at the same addresses through all restarts; clients that stream; an operator;
-    and faults, one after the other. `wrong` is the ledger's verdict: empty, if all is well."""
+    and faults, one after the other. `wrong` is the ledger's verdict: empty, if all is well.
 
-    def __init__(self, serve: Starter, places: Places, seed: int, servers: int) -> None:
+    is_short: for a look of seconds: a fault lasts no longer than the shortest, and few jobs are made.
+    """
+
+    def __init__(
+        self, serve: Starter, places: Places, seed: int, servers: int, *, is_short: bool = False
+    ) -> None:
         self.chance = random.Random(seed)
         self.wrong: list[str] = []
         self.outcomes: Counter[str] = Counter()
@@ -258,6 +275,9 @@ class Chaos:
         self._serve = serve
         self._places = places
         self._seed = seed
+        self._stops: tuple[float, ...] = STOPS[:1] if is_short else STOPS
+        self._short: tuple[float, ...] = SHORT[:1] if is_short else SHORT
+        self._most_jobs = 2 if is_short else 40
         self._pids: set[tuple[int, str]] = set()
         """Processes of all servers that there were, with their starting times."""
         self._ports = [lasting_port() for _ in range(servers)]
@@ -312,9 +332,11 @@ class Chaos:
 
     def record(self) -> None:
         """Note the events of each kind of stream while nothing happens."""
-        with self.route.client() as http:
-            for asked in (one for some in self._kinds for one in some):
-                status, told = stream_of(http, asked, None)
+        every = [one for some in self._kinds for one in some]
+        with self.route.client(150) as http, ThreadPoolExecutor(len(every)) as pool:
+            for asked, (status, told) in zip(
+                every, pool.map(lambda one: stream_of(http, one, None), every), strict=True
+            ):
                 if status != 200:
                     raise RuntimeError(told)
                 asked.events = same_events(told)
@@ -355,16 +377,26 @@ class Chaos:
         versions = {one.partition("@")[2] for one in re.findall(r'"adapter":"([^"]*)"', told)}
         possible = self._possible(name, since)
         allowed = {(one.digest or "")[:12] for one in possible}
-        if any(one.is_unknown for one in possible):
-            allowed |= versions - {version[:12] for some in self._versions.values() for version in some}
         if versions <= allowed:
             return ""
-        told = [
-            f"{one.what} {(one.digest or 'none')[:12]} {one.since - since:+.1f} to {one.until - since:+.1f}"
+        return f"of version {versions - allowed}, not {allowed}, after {self._told_of(name, since)}"
+
+    def _told_of(self, name: str | None, now: float) -> str:
+        """What was asked for a name, and what the registry has of it, in seconds from now."""
+        asked = [
+            f"{one.what} {(one.digest or 'none')[:12]} {one.since - now:+.1f} to {one.until - now:+.1f}"
             for one in list(self._changes)
             if one.name == name
         ]
-        return f"of version {versions - allowed}, not {allowed}, after {', '.join(told[-8:])}"
+        with suppress(Exception):
+            rows = self._rows(
+                "SELECT action, version, actor, at FROM history JOIN adapters ON adapters.id = adapter_id "
+                f"WHERE name = '{name}' ORDER BY history.id"
+            )
+            at = time.time() - (time.monotonic() - now)
+            asked.append("in the registry")
+            asked += [f"{row[0]} {(row[1] or 'none')[:12]} {row[2]} {row[3] - at:+.1f}" for row in rows[-12:]]
+        return ", ".join(asked[-24:])
 
     def _possible(self, name: str | None, since: float) -> list[Change]:
         """What may have answered from then on."""
@@ -403,15 +435,11 @@ class Chaos:
     def _add(self, http: httpx2.Client) -> None:
         """A new version, active."""
         name, content = self._operator.choice(NAMES), f"content {self._operator.random()}".encode()
-        change = self._change(name, None)
-        answer = upload(http, name, content, query="wait=true&activate=true")
-        if answer.status_code == 200:
-            change.digest, change.until = answer.json()["version"], time.monotonic()
-            self._versions[name].append(answer.json()["version"])
-            self._kept[name, answer.json()["version"]] = change.until
-        else:  # it may become ready, and active, later
-            change.is_unknown = True
-        self.outcomes[f"upload {answer.status_code}"] += 1
+        version = version_digest(*(hashlib.sha256(one).hexdigest() for one in (CONFIG.encode(), content)))
+        change = self._change(name, version)
+        if self._ended(change, "upload", upload(http, name, content, query="wait=true&activate=true")):
+            self._versions[name].append(version)
+            self._kept[name, version] = change.until
 
     def _activate(self, http: httpx2.Client) -> None:
         """A version that there is."""
@@ -460,7 +488,7 @@ class Chaos:
 
     def _train(self, http: httpx2.Client) -> None:
         """A job, unless too much is broken just now."""
-        if len(self._jobs) >= 40:
+        if len(self._jobs) >= self._most_jobs:
             return
         try:
             suffix = f"job{len(self._jobs)}"
@@ -509,7 +537,7 @@ class Chaos:
 
     def stop_server(self) -> None:
         """Have a server stand still, sometimes for longer than its lease."""
-        server, seconds = self._pick(), self.chance.choice(STOPS)
+        server, seconds = self._pick(), self.chance.choice(self._stops)
         if self._places.remote:
             server.signal(signal.SIGSTOP)
         else:
@@ -519,7 +547,7 @@ class Chaos:
 
     def stop_engine(self) -> None:
         """Have an engine stand still, for less than it may."""
-        pid, seconds = self._child("engine"), self.chance.choice(SHORT)
+        pid, seconds = self._child("engine"), self.chance.choice(self._short)
         if pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
@@ -530,7 +558,7 @@ class Chaos:
         """Nobody can write to the database for some time."""
         with self._registry.engine.begin() as connection:
             connection.execute(text("UPDATE change_counter SET value = value"))
-            time.sleep(self.chance.choice(SHORT))
+            time.sleep(self.chance.choice(self._short))
 
     def fail_writes(self) -> None:
         """No file of a server can grow over what it may write: each write fails, as on a full disk."""
@@ -546,13 +574,13 @@ class Chaos:
         with suppress(ProcessLookupError, PermissionError):
             before = resource.prlimit(pid, limit)
             resource.prlimit(pid, limit, (most, before[1]))
-            time.sleep(self.chance.choice(SHORT))
+            time.sleep(self.chance.choice(self._short))
             resource.prlimit(pid, limit, before)
 
     def jump_clock(self) -> None:
         """The clock of all servers jumps, and comes back."""
         self._set_clock(self.chance.choice(JUMPS))
-        time.sleep(self.chance.choice(SHORT))
+        time.sleep(self.chance.choice(self._short))
         self._set_clock(0.0)
 
     def _set_clock(self, offset: float) -> None:
@@ -563,7 +591,7 @@ class Chaos:
     def _cut(self, proxy: Proxy | None) -> None:
         if proxy is not None:
             proxy.cut()
-            time.sleep(self.chance.choice(SHORT))
+            time.sleep(self.chance.choice(self._short))
             proxy.mend()
 
     def cut_database(self) -> None:
@@ -581,7 +609,7 @@ class Chaos:
     def _slow(self, proxy: Proxy | None) -> None:
         if proxy is not None:
             proxy.delay = self.chance.choice((0.01, 0.05, 0.2))
-            time.sleep(self.chance.choice(SHORT))
+            time.sleep(self.chance.choice(self._short))
             proxy.mend()
 
     def _ways(self) -> list[Callable[[], None]]:
@@ -729,10 +757,10 @@ class Chaos:
         now = time.monotonic()
         active = {one["id"]: one["version"] for one in http.get("/v1/adapters").json()["data"]}
         for name in NAMES:
-            changes = self._possible(name, now)
-            possible = {one.digest for one in changes}
-            if active.get(name) not in possible and not any(one.is_unknown for one in changes):
-                self.wrong.append(f"{name} is at {active.get(name)}, not {possible}")
+            possible = {one.digest for one in self._possible(name, now)}
+            if active.get(name) not in possible:
+                told = self._told_of(name, now)
+                self.wrong.append(f"{name} is at {active.get(name)}, not {possible}, after {told}")
 
     def _check_log(self, http: httpx2.Client) -> None:
         """A request of the log runs only while it does."""

@@ -7,7 +7,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -63,13 +63,28 @@ class Verifier(VerifierClient):
         return Proved(digest=job.digest, report=report, sha256=sha256, bytes=len(PACKED))
 
 
+class Activation:
+    """Activates in the registry alone, once `free` is set."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.free = asyncio.Event()
+        self.free.set()
+        self.asked = asyncio.Event()
+
+    async def activate(self, tenant: str, name: str, digest: str, **how: Any) -> None:
+        self.asked.set()
+        await self.free.wait()
+        self._registry.activate(tenant, name, digest, **how)
+
+
 class House:
     """The service around them, without engine or verifier; made in an event loop."""
 
     def __init__(self, registry: Registry, folder: Path, kernels: str = "torch") -> None:
         store = Store(str(folder / "store"), folder / "cache")
         disk = Threads("disk", 2)
-        nobody: Any = None
+        self.activation = Activation(registry)
         self.verifier = Verifier(store, disk)
         self.verifier.kernels = kernels
         records = RegistryThreads("records", 2)
@@ -89,7 +104,7 @@ class House:
             registry,
             store,
             self.catalog,
-            nobody,
+            cast(Any, self.activation),
             self.proofs,
             base_names=("base",),
             records=records,
@@ -270,5 +285,112 @@ def test_a_version_that_other_kernels_compute_otherwise_is_served_by_the_first_o
         assert other.verifier.proofs == 1
         assert other.states() == ["ready", "ready"]
         assert one.files.find(one.digest).is_proved
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+# Activation after the proof
+
+
+def files_of(store: Store, content: bytes) -> AdapterFiles:
+    with store.writer() as config, store.writer() as weights:
+        config.write(b"{}")
+        weights.write(content)
+        return AdapterFiles(config.commit(), weights.commit())
+
+
+async def sent(house: House, content: bytes, *, activate: bool = True) -> str:
+    files = files_of(house.store, content)
+    options = VersionOptions(activate=activate)
+    return (await house.adapters.add("default", "red", files, {"kind": "upload"}, options)).digest
+
+
+def test_a_server_that_waited_for_the_proof_undoes_no_activation_that_came_after_it(
+    registry: Registry, other_registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        one, other = House(registry, tmp_path), House(other_registry, tmp_path)
+        await one.make_ready()
+        first = await sent(one, b"first")
+        await one.settled()
+        one.verifier.free.clear()
+        second = await sent(one, b"second")
+        while not claims(tmp_path):
+            await asyncio.sleep(0.01)
+        other.activation.free.clear()  # its memory is slow to load
+        await other.catalog.refresh()
+        await other.adapters.resume()
+        one.verifier.free.set()
+        await one.settled()
+        assert registry.adapter("default", "red").active == second
+
+        await other.activation.asked.wait()
+        registry.activate("default", "red", first)
+        other.activation.free.set()
+        await other.settled()
+
+        assert registry.adapter("default", "red").active == first
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_restart_undoes_no_activation_whatever_the_clock_was(registry: Registry, tmp_path: Path) -> None:
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        first = await sent(house, b"first")
+        await house.settled()
+        second = await sent(house, b"second")
+        await house.settled()
+        registry.activate("default", "red", first)
+        with sqlite3.connect(tmp_path / "registry.db") as database:
+            database.execute("UPDATE versions SET finished_at = finished_at + 86400")
+
+        await House(registry, tmp_path).make_ready()
+
+        assert second != first == registry.adapter("default", "red").active
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_restart_while_an_old_version_is_proved_again_does_not_activate_it(
+    registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        first = await sent(house, b"first")
+        await house.settled()
+        second = await sent(house, b"second")
+        await house.settled()
+        registry.reopen("default", "red", first)
+
+        await House(registry, tmp_path).make_ready()
+
+        assert registry.version("default", "red", first).state == "ready"
+        assert registry.adapter("default", "red").active == second
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_version_that_was_ready_just_before_a_restart_is_activated_after_it_unless_another_was_chosen(
+    registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        first = await sent(house, b"first")
+        await house.settled()
+        for is_chosen in (False, True):
+            files = files_of(house.store, f"second {is_chosen}".encode())
+            options = {"options": {"activate": True}}
+            registry.add_version("red", files.digest, files, options, activates=True)
+            registry.set_state("default", "red", files.digest, "ready")
+            if is_chosen:  # also what is active already
+                registry.activate("default", "red", first)
+
+            again = House(registry, tmp_path)
+            await again.make_ready()
+
+            expected = first if is_chosen else files.digest
+            assert registry.adapter("default", "red").active == expected
+            registry.activate("default", "red", first)
 
     asyncio.run(asyncio.wait_for(test(), 60))

@@ -15,7 +15,7 @@ from onebase.cli import main
 
 from .access import Keys, client_with
 from .conftest import Api
-from .support import Server, Starter, one_server, upload_folder
+from .support import Server, Starter, one_server, pace, upload, upload_folder
 from .test_several_servers import shared
 
 BASE = "smollm2-135m-instruct"
@@ -236,6 +236,64 @@ def test_what_is_erased_is_in_no_file_and_the_rest_stays(
         assert on_disk(where, "marigold of others")
         entries = http.get("/v1/audit?action=requests.erased").json()["data"]
         assert [one["target"] for one in entries] == ["all", "user"]
+
+
+def test_copies_for_a_shadow_and_their_judge_are_logged_and_erased_with_the_user(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with (
+        serve_scripted("words", "--request-log", "text", data_dir=tmp_path) as server,
+        server.client() as http,
+    ):
+        for name, content in (("copied", b"old"), ("judge", b"a judge")):
+            assert upload(http, name, content, query="wait=true&activate=true").status_code == 200
+        candidate = upload(http, "copied", b"new", query="wait=true").json()["version"]
+        judge = {"adapter": "judge", "approves": "yes", "percent": 100}
+        rollout = {"version": candidate, "shadow": 100, "judge": judge}
+        assert http.post("/v1/adapters/copied/rollout", json=rollout).status_code == 200
+        asked = {**ASKED, "adapter": "copied", "prompt": "marigold", "user": "alice"}
+        assert http.post("/generate", json=asked).status_code == 200
+
+        found = {one["route"]: one for one in logged(server, http, 4)}  # a judge of each answer
+
+        assert set(found) == {"/generate", "shadow", "judge"}
+        assert found["shadow"]["adapters"] == [{"name": "copied", "version": candidate, "weight": 1.0}]
+        assert ok(http.get(f"/v1/requests/{found['shadow']['id']}"))["answers"][0]["text"]
+        assert replay(http, found["judge"]["id"]).json()["error"]["code"] == "replay_route"
+        assert ok(http.delete("/v1/requests?user=alice"))["erased"] == 4
+        assert logged(server, http, 0) == []
+        assert not on_disk(tmp_path / "requests", "marigold")
+
+
+def test_a_copy_of_a_request_that_was_erased_while_it_ran_is_not_logged(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with (
+        pace(tmp_path) as (environment, allow),
+        serve_scripted(
+            "paced", "--request-log", "text", data_dir=tmp_path / "data", environment=environment
+        ) as server,
+        server.client() as http,
+    ):
+        assert upload(http, "copied", b"old", query="wait=true&activate=true").status_code == 200
+        candidate = upload(http, "copied", b"new", query="wait=true").json()["version"]
+        rollout = {"version": candidate, "shadow": 100}
+        assert http.post("/v1/adapters/copied/rollout", json=rollout).status_code == 200
+        asked = {"adapter": "copied", "prompt": "marigold", "user": "alice", "max_tokens": 9, "stream": True}
+        allow(2)
+        with http.stream("POST", "/generate", json=asked) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            assert ok(http.delete("/v1/requests?user=alice"))["erased"] == 1
+            allow(1000)
+            list(lines)
+
+        def is_copied() -> bool:
+            sides = http.get("/v1/adapters/copied/rollout").json()["sides"]
+            return any(side["side"] == "shadow" and side["requests"] for side in sides)
+
+        server.wait_for(is_copied)
+        assert logged(server, http, 0) == []
 
 
 def test_what_one_server_erases_goes_from_the_others_of_its_registry_too(

@@ -397,7 +397,7 @@ def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 def idle_service() -> rollouts.RolloutService:
     """A service that no server runs."""
     made: Any = rollouts.RolloutService
-    service: rollouts.RolloutService = made(*(Mock() for _ in range(9)))
+    service: rollouts.RolloutService = made(*(Mock() for _ in range(10)))
     return service
 
 
@@ -479,7 +479,7 @@ async def test_a_judgement_without_a_place_is_skipped(monkeypatch: pytest.Monkey
     monkeypatch.setattr(rollouts, "MOST_COPIES", 0)
     service = idle_service()
     part = RolloutPart(Mock(id="rollout-1"), "candidate")
-    service.judge(part, Mock(tenant="ann"), "text", RolloutJudge(adapter="judge"))
+    service.judge(part, Mock(tenant="ann"), "text", RolloutJudge(adapter="judge"), 0.0)
     assert service.totals["rollout-1", "candidate"]["skipped"] == 1
 
 

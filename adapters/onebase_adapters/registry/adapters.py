@@ -230,8 +230,11 @@ class Registry:
         tenant: str = DEFAULT_TENANT,
         actor: str = "",
         state: State = "validating",
+        activates: bool = False,
     ) -> tuple[VersionRecord, bool]:
         """Register content under a name; the adapter is made with its first version.
+
+        activates: whether an unfinished version is to become active once it is ready; see `activate`.
 
         The same content under the same name is the same version, in whatever state it is: it is returned with
         False. Only a failed one starts again in `state`, with the new source, and is returned with True. The
@@ -267,6 +270,10 @@ class Registry:
                 _note(session, "adapter.signed", adapter, version=version.digest, actor=actor, details=facts)
             if created:
                 _set_state(version, state, now)
+                version.activates = False
+            if activates and version.state in UNFINISHED:
+                version.activates, adapter.changed = True, counter
+            if created:
                 adapter.changed, adapter.updated_at = counter, now
                 session.flush()
             gates.note_maker(session, version)
@@ -398,12 +405,15 @@ class Registry:
         digest: str,
         *,
         expected: str | Unset | None = UNSET,
+        if_due: bool = False,
         actor: str = "",
     ) -> AdapterRecord:
         """Make a ready version (by digest or prefix) the one that requests by name use.
 
         Args:
             expected: the digest that must be active now, None for none; if not given, any may be.
+            if_due: change nothing unless the version is still to become active as its upload asked: several
+                servers may wait for its proof, and nobody's later choice may be undone by the slowest.
 
         Raises NotReadyError, GateError, ActivationConflictError, UnknownAdapterError, UnknownVersionError;
         JobStateError on behalf of a job that was stopped."""
@@ -411,7 +421,9 @@ class Registry:
         with self._changing(tenant, name, now) as (session, adapter):
             check_owner(session, running=True)
             activation.check_expected(adapter, expected)
-            activation.activate(session, adapter, _require_version(session, adapter, digest), actor, now)
+            version = _require_version(session, adapter, digest)
+            if version.activates or not if_due:
+                activation.activate(session, adapter, version, actor, now)
             return _adapter_record(adapter)
 
     def rollback(

@@ -59,6 +59,8 @@ class VersionRecord:
     created_at: float
     created_by: str
     finished_at: float | None
+    activates: bool = False
+    """Whether it is still to become active once it is ready, as its upload asked."""
     proofs: Mapping[str, Blob] = field(default_factory=dict, hash=False)
 
     @property

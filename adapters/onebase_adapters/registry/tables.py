@@ -335,6 +335,8 @@ class VersionRow(Table):
     makers: Mapped[list[str]] = mapped_column(JSON, default=list)
     """Ids of the keys that sent this content under this name, or asked for it."""
     finished_at: Mapped[float | None] = mapped_column(DoubleType)
+    activates: Mapped[bool] = mapped_column(default=False)
+    """Whether it is still to become active once it is ready, as its upload asked."""
 
     adapter: Mapped[AdapterRow] = relationship(back_populates="versions")
     proofs: Mapped[list[ProofRow]] = relationship(

@@ -98,9 +98,18 @@ class ActivationService:
         catalog.subscribe(self._names_changed)
 
     async def activate(
-        self, tenant: str, name: str, version: str, *, expected: str | Unset | None = UNSET, actor: str = ""
+        self,
+        tenant: str,
+        name: str,
+        version: str,
+        *,
+        expected: str | Unset | None = UNSET,
+        if_due: bool = False,
+        actor: str = "",
     ) -> AdapterRecord:
         """Load the version, then let the name point at it; requests see either the old one or the new one.
+
+        if_due: see Registry.activate.
 
         Raises AdapterNotFoundError, StateConflictError (not ready), ActivationConflictError, GateClosedError,
         InvalidRequestError (no room for it in memory), UnavailableError."""
@@ -123,6 +132,7 @@ class ActivationService:
                     name,
                     found.digest,
                     expected=expected,
+                    if_due=if_due,
                     actor=actor,
                 )
         self.changes["activate"] += 1

@@ -98,6 +98,8 @@ class _Job:
     """Reason why the ready version was not activated."""
     expected: str | Unset | None = UNSET
     """Digest that must be active before the activation. None: none may be; UNSET: any."""
+    if_due: bool = True
+    """Whether it is activated only while nobody has chosen the active version since it is ready."""
 
 
 class AdapterService:
@@ -296,7 +298,14 @@ class AdapterService:
             stored[SIGNATURE] = {**to_builtins(checked.report), "bundle": checked.bundle}
         with storage_errors(name):
             version, _ = await self._records.write(
-                self._registry.add_version, name, files.digest, files, stored, tenant=tenant, actor=actor
+                self._registry.add_version,
+                name,
+                files.digest,
+                files,
+                stored,
+                tenant=tenant,
+                actor=actor,
+                activates=options.activate,
             )
         if version.state == "ready":
             if options.activate:
@@ -309,21 +318,14 @@ class AdapterService:
         """Resume the versions that a restart interrupted. Raises RegistryError."""
         for version in await self._records.run_blocking(self._registry.unfinished):
             with acting(_origin_of(version)):
-                self._begin(version, VersionOptions.of(version.source))
+                options = VersionOptions.of(version.source)
+                self._begin(version, replace(options, activate=version.activates))
         for record in self.catalog:
-            newest = record.versions[0]
-            if newest.state == "ready" and newest.digest != record.active:
-                await self._activate_late(newest)
-
-    async def _activate_late(self, version: VersionRecord) -> None:
-        """Activate a version that became ready just before the restart, unless the name has moved since."""
-        if not VersionOptions.of(version.source).activate:
-            return
-        history = await self._records.run_blocking(self._registry.history, version.tenant, version.name)
-        if not history or history[0].at < (version.finished_at or 0.0):
-            job = _Job(VersionOptions.of(version.source), activate=True)
-            with acting(_origin_of(version)):
-                await self._activate_if_asked(version, job)
+            # Ready just before the restart. The newest, since its activation settles the others.
+            late = next((one for one in record.versions if one.activates and one.state == "ready"), None)
+            if late is not None:
+                with acting(_origin_of(late)):
+                    await self._activate_if_asked(late, _Job(VersionOptions.of(late.source), activate=True))
 
     def prove_again(self, damaged: PackedAdapterFile) -> None:
         """Replace a lost or damaged packed adapter for the versions that still have it."""
@@ -388,7 +390,7 @@ class AdapterService:
         if adapter is None or found.state != "ready" or adapter.active == found.digest:
             return found.finished
         late = time.time() - (found.finished_at or 0.0) > _ACTIVATED_SECONDS
-        return late or not VersionOptions.of(found.source).activate
+        return late or not found.activates
 
     async def version(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """Return one version with its whole report, by digest or a prefix of it. Raises
@@ -473,7 +475,7 @@ class AdapterService:
 
         expected: the digest that must be active until then, None for none; not given: whatever is.
         """
-        job = _Job(VersionOptions(activate=True), activate=True, expected=expected)
+        job = _Job(VersionOptions(activate=True), activate=True, expected=expected, if_due=False)
         await self._activate_if_asked(version, job)
         return job.failure
 
@@ -487,6 +489,7 @@ class AdapterService:
                     version.name,
                     version.digest,
                     expected=job.expected,
+                    if_due=job.if_due,
                     actor=version.created_by,
                 )
                 return

@@ -191,6 +191,17 @@ def assemble(
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     planner = Planner(supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits)
     reading = Threads("read", READ_THREADS)
+    request_log = RequestLog(
+        Path(settings.data_dir).expanduser().absolute() / "requests" / storage.registry_id,
+        storage.registry.request_log,
+        mode=settings.request_log,
+        days=settings.request_log_days,
+        most_bytes=settings.request_log_size,
+        base=base.name,
+        base_id=storage.base_id,
+        server=training.folders.server,
+        sync_seconds=settings.sync_seconds,
+    )
     rollouts = RolloutService(
         storage.registry,
         threads.records,
@@ -201,6 +212,7 @@ def assemble(
         planner,
         tokenizer,
         reading,
+        request_log,
     )
     keys = KeyRing(
         storage.registry.keys,
@@ -244,17 +256,6 @@ def assemble(
         limiter=limiter,
         grading=grading,
         recorder=recorder,
-    )
-    request_log = RequestLog(
-        Path(settings.data_dir).expanduser().absolute() / "requests" / storage.registry_id,
-        storage.registry.request_log,
-        mode=settings.request_log,
-        days=settings.request_log_days,
-        most_bytes=settings.request_log_size,
-        base=base.name,
-        base_id=storage.base_id,
-        server=training.folders.server,
-        sync_seconds=settings.sync_seconds,
     )
     samples = Samples(
         storage.registry.live,

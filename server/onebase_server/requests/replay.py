@@ -92,6 +92,11 @@ class ReplayPlanner:
                 + ", of which there is no other version. Leave it out.",
                 param="version",
             )
+        if logged.route not in self._routes:
+            raise StateConflictError(
+                f"A request by the route {logged.route!r} cannot be replayed, only those for text.",
+                code="replay_route",
+            )
         is_supplied = body is not None
         body = body if is_supplied else kept
         if body is None:
@@ -99,10 +104,6 @@ class ReplayPlanner:
                 "The log has hashes of this request and no text (--request-log text keeps it). Send the "
                 "request's JSON as `body`.",
                 code="replay_no_text",
-            )
-        if logged.route not in self._routes:
-            raise StateConflictError(
-                f"Requests to {logged.route} cannot be replayed, only those for text.", code="replay_route"
             )
         planned = await self._plan(logged, body, caller, version)
         is_same = version is None

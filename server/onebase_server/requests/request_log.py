@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import hmac
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -307,6 +308,8 @@ class RequestLog:
         self._closing = False
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""
+        self._erased_at: dict[str, float] = {}
+        """Time of each tenant's last erasure (monotonic), of all its requests or some."""
         self._keys: dict[str, bytes] = {}
         self._files: OrderedDict[str, _Segment] = OrderedDict()
         self._thread: threading.Thread | None = None
@@ -335,10 +338,17 @@ class RequestLog:
         if self._size:
             _log.error("the request log could not be written to the end: %d bytes are not in it", self._size)
 
-    def begin(self, request: GenerationRequest, **about: Any) -> RequestEntry | None:
-        """Return the entry of a request that is about to begin; None if none is kept. about: see
-        RequestEntry."""
-        if self.mode == "off" or self._thread is None:
+    def begin(
+        self, request: GenerationRequest, *, since: float = math.inf, **about: Any
+    ) -> RequestEntry | None:
+        """Return the entry of a request that is about to begin; None if none is kept.
+
+        Args:
+            since: when another request began whose texts this one has (monotonic): none is kept if its tenant
+                has erased anything after that.
+            about: see RequestEntry.
+        """
+        if self.mode == "off" or self._thread is None or self._erased_at.get(request.tenant, 0.0) >= since:
             return None
         entry = RequestEntry(self, request, **about)
         size = 0
@@ -673,6 +683,7 @@ class RequestLog:
         """Keep the requests that run now, or wait to be written, out of the log."""
         key = self._keys.get(tenant)
         with self._lock:
+            self._erased_at[tenant] = time.monotonic()
             entries = list(self._running.get(tenant, {}).values())
             waiting = self._waiting.get(tenant)
             entries += [] if waiting is None else [entry for entry, _, _ in waiting.lines]

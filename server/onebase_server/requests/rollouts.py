@@ -66,6 +66,7 @@ from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.requests.planner import Planner
+from onebase_server.requests.request_log import RequestEntry, RequestLog
 from onebase_server.requests.schemas.generation import GenerateRequest
 from onebase_server.requests.schemas.messages import ChatMessage
 from onebase_server.storage.calls import RegistryThreads, storage_errors
@@ -123,6 +124,8 @@ class Observation:
         self._rollouts = rollouts
         self.request = request
         self.part = part
+        self.began = time.monotonic()
+        """Start (monotonic) of the request that this is, or is a copy of."""
         self.settings = RolloutSettings.of(part.rollout)
         self.text = ""
         """Beginning of the first choice's text."""
@@ -174,9 +177,9 @@ class Observation:
         if self.part.side != "shadow":
             self._rollouts.keep_answer(self.part, self.request)
         if self._judges and self.text and len(self.text) <= MOST_JUDGED and self.settings.judge is not None:
-            self._rollouts.judge(self.part, self.request, self.text, self.settings.judge)
+            self._rollouts.judge(self.part, self.request, self.text, self.settings.judge, self.began)
         if self._copies:
-            self._rollouts.copy(self.part, self.request)
+            self._rollouts.copy(self.part, self.request, self.began)
 
     def _is_late(self) -> bool:
         """Return True if the request's time is over, and was the version's: a copy's goes by in waiting."""
@@ -189,8 +192,9 @@ class Observation:
 class _CopyRecorder:
     """Usage recorder of a copy: it counts in no quota, no usage and no histogram."""
 
-    def __init__(self, observation: Observation | None = None) -> None:
+    def __init__(self, observation: Observation | None, entry: RequestEntry | None) -> None:
         self._observation = observation
+        self._entry = entry
 
     def sequences_ended(self) -> None:
         pass
@@ -198,6 +202,8 @@ class _CopyRecorder:
     def used(self, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]) -> None:
         if self._observation is not None:
             self._observation.ended(usage, timestamps, finished)
+        if self._entry is not None:
+            self._entry.ended(usage.completion, finished)
 
     @property
     def token_gap(self) -> Callable[[float], None]:
@@ -218,6 +224,7 @@ class RolloutService:
         planner: Planner,
         tokenizer: BaseTokenizer,
         reading: Threads,
+        log: RequestLog,
     ) -> None:
         self._registry = registry
         self._records = records
@@ -228,6 +235,7 @@ class RolloutService:
         self._planner = planner
         self._tokenizer = tokenizer
         self._reading = reading
+        self._log = log
         self._writer = uuid.uuid4().hex
         self._batch = 1
         self._writing: tuple[dict[tuple[str, RolloutSide, str], float], list[RolloutAnswer]] = ({}, [])
@@ -296,15 +304,17 @@ class RolloutService:
 
     # ---- copies and judgements -------------------------------------------------------------------
 
-    def copy(self, part: RolloutPart, request: GenerationRequest) -> None:
+    def copy(self, part: RolloutPart, request: GenerationRequest, began: float) -> None:
         """Have the candidate answer a request that has ended, for nobody, with capacity that nobody uses."""
         shadow = RolloutPart(part.rollout, "shadow")
-        if not self._start(request.tenant, self._copy(shadow, request)):
+        if not self._start(request.tenant, self._copy(shadow, request, began)):
             self.record(shadow, {"skipped": 1.0})
 
-    def judge(self, part: RolloutPart, request: GenerationRequest, text: str, judge: RolloutJudge) -> None:
+    def judge(
+        self, part: RolloutPart, request: GenerationRequest, text: str, judge: RolloutJudge, began: float
+    ) -> None:
         """Have the rollout's judge look at an answer."""
-        if not self._start(request.tenant, self._judge(part, request, text, judge)):
+        if not self._start(request.tenant, self._judge(part, request, text, judge, began)):
             self.record(part, {"skipped": 1.0})
 
     def _start(self, tenant: str, work: Coroutine[Any, Any, None]) -> bool:
@@ -319,43 +329,60 @@ class RolloutService:
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
         return True
 
-    async def _copy(self, part: RolloutPart, request: GenerationRequest) -> None:
+    async def _copy(self, part: RolloutPart, request: GenerationRequest, began: float) -> None:
         rollout = part.rollout
         if not self._runs(rollout) or request.plan_with is None:
             return
         try:
             name = f"{rollout.name}@{rollout.candidate}"
             choice = self._catalog.of(rollout.tenant).choose(name)
-            planned = self._in_background(await request.plan_with(replace(choice, part=part)), "copy-")
+            planned = await request.plan_with(replace(choice, part=part))
         except ApiError as error:
             Observation(self, request, part, copies=False).not_started(error)
             return
+        planned = self._in_background(planned, "copy-", request)
         observation = Observation(self, planned, part, copies=False)
-        await self._run(planned, observation)
+        observation.began = began
+        await self._run(planned, "shadow", began, observation)
 
-    def _in_background(self, request: GenerationRequest, kind: str) -> GenerationRequest:
+    def _in_background(
+        self, request: GenerationRequest, kind: str, source: GenerationRequest
+    ) -> GenerationRequest:
+        """Return a request as one that nobody waits for, with the user of the request that it belongs to."""
         return replace(
             request,
             id=new_id(kind),
+            user=source.user,
             background=True,
             priority=_LOWEST_PRIORITY,
             deadline=asyncio.get_running_loop().time() + COPY_SECONDS,
             plan_with=None,
         )
 
-    async def _run(self, request: GenerationRequest, observation: Observation | None) -> str | None:
-        """Return the first choice's text of a request that nobody waits for; None if it was not answered."""
+    async def _run(
+        self, request: GenerationRequest, route: str, began: float, observation: Observation | None
+    ) -> str | None:
+        """Return the first choice's text of a request that nobody waits for; None if it was not answered.
+
+        route: what the log of requests calls it. began: when the request did that it belongs to.
+        """
+        entry = self._log.begin(request, since=began, route=route)
         run = GenerationRun(
             self._supervisor,
             self._tokenizer,
             self._reading,
             request,
-            recorder=_CopyRecorder(observation),
-            listeners=() if observation is None else (observation,),
+            recorder=_CopyRecorder(observation, entry),
+            listeners=[one for one in (observation, entry) if one is not None],
         )
         began = False
         try:
-            await run.start(self._residency)
+            try:
+                await run.start(self._residency)
+            except BaseException as error:
+                if entry is not None:
+                    entry.not_started(error.code if isinstance(error, ApiError) else "cancelled")
+                raise
             began = True
             return (await run.collect())[0].text
         except ApiError as error:
@@ -366,7 +393,7 @@ class RolloutService:
             return None
 
     async def _judge(
-        self, part: RolloutPart, request: GenerationRequest, text: str, judge: RolloutJudge
+        self, part: RolloutPart, request: GenerationRequest, text: str, judge: RolloutJudge, began: float
     ) -> None:
         prompt = request.prompts[0].text or ""
         said = list(request.said or [ChatMessage(role="user", content=prompt)])
@@ -375,11 +402,12 @@ class RolloutService:
         )
         caller = Caller("", request.tenant, frozenset(), background=True)
         try:
-            planned = self._in_background(await self._planner.generate(body, caller), "judge-")
+            planned = await self._planner.generate(body, caller)
         except ApiError as error:
             _log.warning("rollout %s: its judge cannot be asked: %s", part.rollout.id, error)
             return
-        verdict = await self._run(planned, None)
+        planned = self._in_background(planned, "judge-", request)
+        verdict = await self._run(planned, "judge", began, None)
         if verdict is None:
             self.record(part, {"skipped": 1.0})
         else:

@@ -137,6 +137,7 @@ def _create_versions() -> None:
         sa.Column("created_by", sa.String(), nullable=False),
         sa.Column("makers", sa.JSON(), nullable=False),
         sa.Column("finished_at", sa.Double()),
+        sa.Column("activates", sa.Boolean(), nullable=False),
         sa.UniqueConstraint("adapter_id", "digest"),
     )
     op.create_table(
