@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
+from msgspec import to_builtins
+from tests.adapters.registry.conftest import files
+
+from onebase_adapters.registry import VersionRecord
+from onebase_server.http.views.adapters import AdapterViews
 
 from .access import Keys, client_with
 from .support import Server, Starter, upload
@@ -406,6 +412,37 @@ def test_of_what_a_shared_adapter_was_trained_others_read_nothing(tenants: Tenan
     mine, theirs = (one.get("/v1/adapters/published/versions").json() for one in (http, tenants.other))
     assert mine["data"][0]["source"]["parent"]["name"] == "secret-draft"
     assert theirs["data"][0]["source"] == {"kind": "training"}
+
+
+def test_another_tenant_reads_only_listed_fields_of_a_shared_versions_source_and_signature() -> None:
+    secret: Any = {
+        "job": "ftjob-1",
+        "step": 8,
+        "parent": {"name": "private", "version": "e" * 64},
+        "parents": [{"name": "private", "version": "e" * 64, "weight": 1.0}],
+        "checkpoint": "secret",
+        "path": "secret",
+        "options": {"activate": True},
+    }
+    statement = {"recipe": {"sample_prompts": ["secret"]}, "data": {"training": {"sha256": "f" * 64}}}
+    source = {
+        "kind": "training",
+        "signature": {"status": "verified", "signer": "server", "statement": statement, "bundle": "secret"},
+        **secret,
+    }
+    both = files("1")
+    digest = both.digest
+    version = VersionRecord("acme", "a", digest, "ready", both, None, None, source, None, 0.0, "ob-1", 0.0)
+    catalog = SimpleNamespace(
+        base_name="base", of=lambda tenant: SimpleNamespace(own=lambda name: SimpleNamespace(active=digest))
+    )
+    views: Any = AdapterViews
+    shown = views(SimpleNamespace(catalog=catalog), None, None, None).version(version, "others")
+    assert to_builtins(shown)["source"] == {"kind": "training"}
+    assert to_builtins(shown)["signature"] == {"status": "verified", "signer": "server"}
+    assert shown.created_by == ""
+    own = views(SimpleNamespace(catalog=catalog), None, None, None).version(version, "acme")
+    assert own.signature.statement == statement
 
 
 def test_a_tenants_own_adapter_comes_before_a_shared_one_of_its_name(tenants: Tenants) -> None:

@@ -25,6 +25,11 @@ from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import HubAdapters, PendingPull
 
+_FOREIGN_SOURCE = ("kind", "repo", "revision", "commit", "subfolder", "method", "density", "sign", "seed")
+"""Fields of a version's source that other tenants see."""
+_FOREIGN_SIGNATURE = ("status", "signer", "identity", "code", "message")
+"""Fields of a signature's report that other tenants see."""
+
 
 class AdapterViews:
     """Answers about adapters, from all services that know of them."""
@@ -107,12 +112,18 @@ class AdapterViews:
     def version(self, version: VersionRecord, reader: str | None = None) -> AdapterVersion:
         """Return one version; its report is as whole as the record's.
 
-        reader: the tenant that reads it, if it may be another one: that is not told which key, job or
-            adapters made it.
+        reader: the tenant that reads it, if it may be another one. That one is not told which key, job or
+            adapters made it, nor from what data and by which recipe.
         """
         foreign = reader not in (None, version.tenant)
-        hidden = ("job", "step", "parent", "parents") if foreign else ()
-        source = {k: v for k, v in version.source.items() if k not in hidden and v is not None}
+        source = {
+            field: value
+            for field, value in version.source.items()
+            if value is not None and (not foreign or field in _FOREIGN_SOURCE)
+        }
+        signature = version.source.get(SIGNATURE) or {}
+        if foreign:
+            signature = {field: signature[field] for field in _FOREIGN_SIGNATURE if field in signature}
         record = self._catalog.of(version.tenant).own(version.name)
         progress = None if version.finished else self._adapters.progress(version)
         return AdapterVersion(
@@ -129,7 +140,7 @@ class AdapterViews:
             tenant=version.tenant,
             progress=VersionProgress(progress.stage, progress.fraction) if progress else None,
             report=cast(VersionReport | None, version.report),  # JSON, which is sent as it is
-            signature=convert(version.source.get(SIGNATURE), SignatureReport | None),
+            signature=convert(signature, SignatureReport) if signature else None,
         )
 
     def files(self, version: VersionRecord) -> VersionFiles:
