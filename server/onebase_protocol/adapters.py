@@ -353,11 +353,20 @@ class EvaluationGate(msgspec.Struct, frozen=True, kw_only=True):
     """Largest amount by which the mean score of a slice may be lower. Scores are from 0 to 1."""
     confidence: Annotated[float, Meta(ge=0.5, le=0.9999)] = 0.95
     """Confidence of all slices together."""
-    rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 30
-    """Smallest number of rows of a slice that is judged alone. All rows together are judged always."""
+    rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 80
+    """Smallest number of rows of a slice that is judged alone. All rows together are judged always. By the
+    defaults, 80 rows without any difference pass beside up to 20 slices."""
     evaluators: KeyIds = ()
-    """Ids of the keys whose evaluations count, besides those of the server's own jobs; () for every key that
-    did not make the version."""
+    """Ids of the keys whose evaluations count, and `jobs` for those of the server's own jobs; () for the jobs
+    and every key that did not make the version. All that count must pass."""
+    metric: Annotated[str, Meta(max_length=100)] = ""
+    """Metric by which an evaluation counts; "" for any."""
+    slices: KeyIds = ()
+    """Slices that must be judged, each with at least `rows` rows."""
+    total: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    """Smallest number of rows of an evaluation."""
+    data: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    """SHA-256 (hex) of the file with the held-out rows; "" for any."""
 
 
 class GateRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -368,8 +377,8 @@ class GateRule(msgspec.Struct, frozen=True, kw_only=True):
     tenant: Pattern = "*"
     name: Pattern = "*"
     signature: KeyIds = ()
-    """Patterns of the signers of which one has signed the version, `*` for any of the server's policy; () for
-    no condition."""
+    """Patterns of the signers of which one has signed the version, `*` for any of the server's policy. The
+    server's own signature is not among those: name `server` for it. () for no condition."""
     proof: ProofGate = "none"
     """`proved`: nothing of the proof was waived. `exact`: all modules had PEFT's own bits as well."""
     evaluation: EvaluationGate | None = None
@@ -402,7 +411,7 @@ class VersionApproval(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     """Id of the key that approved."""
     counts: bool
-    """Whether it still counts: its key is valid, and the version was not evaluated again since."""
+    """Whether it still counts: its key is valid, and no evaluation that counts has come since."""
     at: float
     """Unix time in seconds."""
 
@@ -429,6 +438,8 @@ class VersionEvaluation(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     """Id of the key that sent it; "" for a job of this server."""
     job: str | None = None
+    data: str | None = None
+    """SHA-256 (hex) of the file with the held-out rows, if it is known."""
     at: float
     """Unix time in seconds."""
 

@@ -311,11 +311,14 @@ class Registry:
         slices: Sequence[SliceScore],
         *,
         job: str | None = None,
+        data: str | None = None,
     ) -> VersionGates:
         """Record an evaluation of a version beside another one of the same name (None: beside the base).
 
-        job: the job of this server that measured it. Raises ApprovalError (the caller made the version),
-        UnknownAdapterError, UnknownVersionError.
+        job: the job of this server that measured it. data: SHA-256 (hex) of the file with the held-out rows.
+
+        Raises ApprovalError (the caller made the version, or may not evaluate it), UnknownAdapterError,
+        UnknownVersionError.
         """
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
@@ -323,7 +326,7 @@ class Registry:
             other = against
             if against is not None and job is None:
                 other = _require_version(session, adapter, against).digest
-            gates.evaluate(session, adapter, version, other, metric, slices, now, job=job)
+            gates.evaluate(session, adapter, version, other, metric, slices, now, job=job, data=data)
             return gates.view(session, adapter, version)
 
     def note_closed_gate(

@@ -104,11 +104,12 @@ def change(
     """Change the shares of the rollout that runs. Raises RolloutStateError; GateError for a larger share."""
     row = running(session, adapter)
     if percent is not None and percent > row.percent:
-        digest = VersionRow.digest == row.candidate
-        candidate = session.scalars(
-            select(VersionRow).where(VersionRow.adapter_id == adapter.id, digest)
-        ).one()
+        candidate = _candidate(session, adapter, row)
+        if candidate is None:
+            raise RolloutStateError(f"The candidate of the rollout of {adapter.name!r} was deleted.")
         gates.check(session, adapter, candidate, (row.created_by,))
+    elif percent == 0 and row.percent:
+        _use_up(session, adapter, row)
     before = {"percent": row.percent, "shadow": row.shadow}
     row.percent = row.percent if percent is None else percent
     row.shadow = row.shadow if shadow is None else shadow
@@ -130,7 +131,13 @@ def end(
     facts: Mapping[str, object] | None = None,
     actor: str = "",
 ) -> RolloutRecord:
-    """End a rollout, with the figures that led to it, and with further facts for the audit log."""
+    """End a rollout, with the figures that led to it, and with further facts for the audit log.
+
+    The approvals of a candidate that had a share of the requests are used up, unless it is promoted: they
+    let it in once.
+    """
+    if state != "promoted" and row.percent:
+        _use_up(session, adapter, row)
     row.figures = plain_json(figures_of(session, row.number) if figures is None else figures)
     row.state, row.reason, row.ended_at, row.ended_by = state, plain(reason), at, plain(actor)
     _saw(session, adapter)
@@ -138,6 +145,19 @@ def end(
     known = {"rollout": row.id, "reason": row.reason, "baseline": row.baseline, "figures": sums}
     _note(session, _AUDITED[state], adapter, row, actor, {**known, **(facts or {})})
     return record(row, adapter)
+
+
+def _candidate(session: Session, adapter: AdapterRow, row: RolloutRow) -> VersionRow | None:
+    return session.scalar(
+        select(VersionRow).where(VersionRow.adapter_id == adapter.id, VersionRow.digest == row.candidate)
+    )
+
+
+def _use_up(session: Session, adapter: AdapterRow, row: RolloutRow) -> None:
+    """Delete the approvals of a candidate whose share of the requests ends."""
+    candidate = _candidate(session, adapter, row)
+    if candidate is not None:
+        gates.use_up(session, candidate)
 
 
 def _without_clusters(sums: Mapping[str, float]) -> dict[str, float]:

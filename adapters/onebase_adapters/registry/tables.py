@@ -392,7 +392,7 @@ class ApprovalRow(Table):
 
 class EvaluationRow(Table):
     """One evaluation of a version beside another one. against: that one's digest, None for the base. key: ""
-    for a job of a server."""
+    for a job of a server. data: SHA-256 (hex) of the file with the held-out rows, if it is known."""
 
     __tablename__ = "evaluations"
 
@@ -403,6 +403,7 @@ class EvaluationRow(Table):
     slices: Mapped[list[Any]] = mapped_column(JSON)
     key: Mapped[str] = mapped_column(String)
     job: Mapped[str | None] = mapped_column(String)
+    data: Mapped[str | None] = mapped_column(String)
     at: Mapped[float] = mapped_column(DoubleType)
 
 

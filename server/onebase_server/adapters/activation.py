@@ -297,18 +297,29 @@ class ActivationService:
         slices: Sequence[wire.SliceScore],
         *,
         job: str | None = None,
+        data: str | None = None,
     ) -> wire.VersionGates:
         """Record an evaluation of a version beside another one, or beside the base.
 
-        job: the job of this server that measured it; None: the caller did, and must not have made the
-        version.
+        Args:
+            job: the job of this server that measured it; None: the caller did, and must not have made the
+                version.
+            data: SHA-256 (hex) of the file with the held-out rows.
 
         Raises ForbiddenError, AdapterNotFoundError, UnavailableError.
         """
         self._catalog.of(tenant).check_own(name)
         with storage_errors(name):
             return await self._records.write(
-                self._registry.evaluate, tenant, name, version, against, metric, slices, job=job
+                self._registry.evaluate,
+                tenant,
+                name,
+                version,
+                against,
+                metric,
+                slices,
+                job=job,
+                data=data,
             )
 
     async def roll_back(

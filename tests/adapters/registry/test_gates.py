@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -189,6 +190,36 @@ def test_only_named_keys_approve_and_only_while_they_are_valid(registry: Registr
     assert activate(registry, digest, ann) == digest
 
 
+def test_an_approval_counts_until_its_key_expires(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, now = key(registry), time.time()
+    ben = registry.keys.create("default", ["adapters"], expires_at=now + 3600)[0].id
+    registry.gates.set(GateRule(approvals=1))
+    digest = send(registry, "1", ann)
+    approve(registry, digest, ben)
+    monkeypatch.setattr("onebase_adapters.registry.gates.time.time", lambda: now + 3601)
+    assert "0 have" in closed(registry, digest, ann)["approval"]
+    assert [one.counts for one in registry.version_gates(*HERE, digest).approvals] == [False]
+    monkeypatch.undo()
+    assert activate(registry, digest, ann) == digest
+
+
+def test_only_an_evaluation_that_counts_makes_approvals_stale(registry: Registry) -> None:
+    ann, ben, cid = key(registry), key(registry), key(registry)
+    rule = GateRule(approvals=1, approvers=(ben,), evaluation=EvaluationGate(evaluators=(ben,)))
+    registry.gates.set(rule)
+    digest = send(registry, "1", ann)
+    evaluate(registry, digest, ben, None, scores(200, 100, 0))
+    approve(registry, digest, ben)
+    with pytest.raises(ApprovalError, match="the gates name the keys"):
+        evaluate(registry, digest, cid, None, scores(1, 0, 0))
+    with acting(Origin(ann)):
+        registry.evaluate(*HERE, digest, None, "contains", [scores(5, 0, 5)], job="ftjob-1")
+    assert [one.counts for one in registry.version_gates(*HERE, digest).approvals] == [True]
+    assert activate(registry, digest, ann) == digest
+
+
 def test_an_approval_can_be_withdrawn_and_is_good_for_one_activation(registry: Registry) -> None:
     ann, ben = key(registry), key(registry)
     one, two = send(registry, "1", ann), send(registry, "2", ann)
@@ -296,8 +327,10 @@ def test_who_made_a_version_cannot_evaluate_it_and_named_evaluators_alone_count(
     digest = send(registry, "1", ann)
     with pytest.raises(ApprovalError, match="evaluate"):
         evaluate(registry, digest, ann, None, scores(1000, 10, 0))
-    registry.gates.set(GateRule(evaluation=EvaluationGate(evaluators=(cid,))))
     evaluate(registry, digest, ben, None, scores(1000, 10, 0))
+    registry.gates.set(GateRule(evaluation=EvaluationGate(evaluators=(cid,))))
+    with pytest.raises(ApprovalError, match="the gates name the keys"):
+        evaluate(registry, digest, ben, None, scores(1001, 10, 0))
     assert "not evaluated" in closed(registry, digest)["evaluation"]
     evaluate(registry, digest, cid, None, scores(1000, 10, 0))
     assert activate(registry, digest) == digest
@@ -305,13 +338,131 @@ def test_who_made_a_version_cannot_evaluate_it_and_named_evaluators_alone_count(
 
 def test_a_jobs_own_evaluation_counts_once_however_often_it_is_delivered(registry: Registry) -> None:
     ann = key(registry)
-    registry.gates.set(GateRule(evaluation=EvaluationGate(evaluators=("ob-other",))))
+    registry.gates.set(GateRule(evaluation=EvaluationGate(evaluators=("ob-other", "jobs"))))
     digest = send(registry, "1", ann, kind="training", job="ftjob-1")
     for _ in range(2):
         with acting(Origin(ann, actor="job ftjob-1")):
             registry.evaluate(*HERE, digest, None, "exact_match", [scores(1000, 10, 0)], job="ftjob-1")
     assert len(registry.version_gates(*HERE, digest).evaluations) == 1
     assert activate(registry, digest, ann) == digest
+
+
+def test_a_job_counts_beside_named_evaluators_only_if_it_is_named(registry: Registry) -> None:
+    ann, ben = key(registry), key(registry)
+    registry.gates.set(GateRule(evaluation=EvaluationGate(evaluators=(ben,))))
+    digest = send(registry, "1", ann)
+    evaluate(registry, digest, ben, None, scores(1000, 0, 900))
+    with acting(Origin(ann)):
+        registry.evaluate(*HERE, digest, None, "contains", [scores(5000, 10, 0)], job="ftjob-1")
+    assert "all rows at worst" in closed(registry, digest)["evaluation"]
+
+
+def test_the_worst_evaluation_that_counts_decides_and_fewer_rows_take_no_ones_place(
+    registry: Registry,
+) -> None:
+    ann, ben, cid = key(registry), key(registry), key(registry)
+    registry.gates.set(GateRule(evaluation=EvaluationGate()))
+    digest = send(registry, "1", ann)
+    evaluate(registry, digest, ben, None, scores(1000, 0, 900))
+    evaluate(registry, digest, cid, None, scores(5000, 100, 0))
+    assert f"by {ben}" in closed(registry, digest)["evaluation"]
+    with pytest.raises(ApprovalError, match="at least as many"):
+        evaluate(registry, digest, ben, None, scores(999, 900, 0))
+    evaluate(registry, digest, ben, None, scores(1000, 10, 0))
+    assert len(registry.version_gates(*HERE, digest).evaluations) == 2
+    assert activate(registry, digest) == digest
+
+
+def test_a_key_pushes_out_no_evaluation_that_counts(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_adapters.registry.gates.MOST_EVALUATIONS", 6)
+    monkeypatch.setattr("onebase_adapters.registry.gates.MOST_OF_KEY", 4)
+    ann, ben, cid, dan = (key(registry) for _ in range(4))
+    registry.gates.set(GateRule(evaluation=EvaluationGate()))
+    digest, other = send(registry, "1", ann), send(registry, "2", ann)
+
+    def flood(by: str, against: str | None) -> None:
+        for number in range(9):
+            with acting(Origin(by)):
+                registry.evaluate(*HERE, digest, against, f"metric {number}", [scores(1000, 10, 0)])
+
+    evaluate(registry, digest, ben, None, scores(1000, 0, 900))
+    with pytest.raises(ApprovalError, match="has 4 evaluations"):
+        flood(cid, None)
+    flood(dan, other)
+    with pytest.raises(ApprovalError, match="has 6 evaluations"):
+        flood(dan, None)
+    with acting(Origin(ann)):
+        registry.evaluate(*HERE, digest, None, "contains", [scores(1000, 10, 0)], job="ftjob-1")
+    assert f"by {ben}" in closed(registry, digest)["evaluation"]
+    assert len(registry.version_gates(*HERE, digest).evaluations) == 6
+
+
+def test_a_gate_names_the_metric_the_slices_the_rows_and_the_file(registry: Registry) -> None:
+    ann, ben, file = key(registry), key(registry), "a" * 64
+    gate = EvaluationGate(metric="exact_match", slices=("de",), total=500, data=file)
+    registry.gates.set(GateRule(evaluation=gate))
+    digest = send(registry, "1", ann)
+
+    def refused(metric: str, data: str | None, *slices: SliceScore) -> str:
+        with acting(Origin(ben)):
+            registry.evaluate(*HERE, digest, None, metric, slices, data=data)
+        return closed(registry, digest)["evaluation"]
+
+    assert "by exact_match on the file" in refused("contains", file, scores(900, 9, 0, "de"))
+    assert "not evaluated" in refused("exact_match", None, scores(90, 9, 0, "de"))
+    assert "500 are needed" in refused("exact_match", file, scores(90, 9, 0, "de"))
+    assert "slices: de" in refused("exact_match", file, scores(900, 9, 0, "en"), scores(79, 0, 0, "de"))
+    with acting(Origin(ben)):
+        both = scores(900, 9, 0, "en"), scores(80, 0, 0, "de")
+        registry.evaluate(*HERE, digest, None, "exact_match", both, data=file)
+    assert activate(registry, digest) == digest
+
+
+def test_the_default_rows_let_an_equal_version_pass_and_smaller_slices_are_named(registry: Registry) -> None:
+    ann, ben = key(registry), key(registry)
+    registry.gates.set(GateRule(evaluation=EvaluationGate()))
+    digest = send(registry, "1", ann)
+    slices = [scores(80, 0, 0, f"slice {number}") for number in range(20)]
+    evaluate(registry, digest, ben, None, *slices, scores(79, 0, 0, "medical"))
+    (state,) = registry.version_gates(*HERE, digest).gates
+    assert state.passed
+    assert "fewer than 80 rows: medical" in state.reason
+
+
+@pytest.mark.parametrize("way", ["deactivate", "delete", "delete the name", "roll back", "all of them"])
+def test_no_way_to_be_active_no_more_lowers_the_mark_of_the_evaluation(registry: Registry, way: str) -> None:
+    ann, ben = key(registry), key(registry)
+    weak, strong = send(registry, "weak", ann), send(registry, "strong", ann)
+    activate(registry, weak)
+    activate(registry, strong)
+    registry.gates.set(GateRule(evaluation=EvaluationGate()))
+    if way in ("roll back", "all of them"):
+        registry.rollback(*HERE)
+    if way in ("deactivate", "all of them"):
+        registry.deactivate(*HERE)
+    if way in ("delete", "all of them"):
+        registry.delete_version(*HERE, strong)
+    if way == "delete the name":
+        registry.delete_adapter(*HERE)
+    new = send(registry, "new", ann)
+    for against in (None, *([] if way == "delete the name" else [weak])):
+        evaluate(registry, new, ben, against, scores(1000, 500, 0))
+    assert strong[:12] in closed(registry, new, ann)["evaluation"]
+    if way in ("deactivate", "roll back"):
+        evaluate(registry, new, ben, strong, scores(1000, 10, 0))
+    else:
+        approve(registry, new, ben)
+    assert activate(registry, new, ann) == new
+
+
+def test_what_was_let_in_last_comes_back_after_a_deactivation(registry: Registry) -> None:
+    one = send(registry, "1")
+    activate(registry, one)
+    registry.gates.set(GateRule(evaluation=EvaluationGate()))
+    registry.deactivate(*HERE)
+    assert activate(registry, one) == one
 
 
 def test_equal_versions_pass_and_worse_ones_do_not_as_often_as_the_confidence_says() -> None:
@@ -355,6 +506,50 @@ def test_a_rollout_shares_requests_and_is_promoted_through_the_same_gates(regist
         registry.change_rollout(*HERE, percent=5.0)
     registry.end_rollout(*HERE, "promoted", "it is better")
     assert registry.adapter(*HERE).active == two
+
+
+@pytest.mark.parametrize("end", ["rolled_back", "stopped", "share"])
+def test_a_rollout_that_had_a_share_and_is_not_promoted_uses_the_approval_up(
+    registry: Registry, end: Any
+) -> None:
+    ann, ben, cid = key(registry), key(registry), key(registry)
+    one, two = send(registry, "1", ann), send(registry, "2", ann)
+    activate(registry, one)
+    registry.gates.set(GateRule(approvals=1))
+    approve(registry, two, ben)
+    with acting(Origin(cid)):
+        registry.start_rollout(rollout(two, one, cid, 50.0))
+    if end == "share":
+        registry.change_rollout(*HERE, percent=0.0)
+    else:
+        registry.end_rollout(*HERE, end, "it is worse")
+    assert "0 have" in closed(registry, two, ann)["approval"]
+
+
+def test_a_rollout_of_copies_leaves_the_approval(registry: Registry) -> None:
+    ann, ben = key(registry), key(registry)
+    one, two = send(registry, "1", ann), send(registry, "2", ann)
+    activate(registry, one)
+    registry.gates.set(GateRule(approvals=1))
+    approve(registry, two, ben)
+    registry.start_rollout(rollout(two, one, ann, 0.0))
+    registry.end_rollout(*HERE, "stopped", "copies are enough")
+    assert activate(registry, two, ann) == two
+
+
+def test_a_checkpoint_under_its_own_name_passes_no_gate(registry: Registry) -> None:
+    registry.gates.set(GateRule(approvals=1, proof="exact"))
+    name = "a:ftjob-1:step-8"
+    digest = send(registry, "1", key(registry), name=name, kind="checkpoint")
+    assert registry.activate("default", name, digest).active == digest
+
+
+def test_the_servers_own_signature_has_to_be_named(registry: Registry) -> None:
+    digest = send(registry, "1", signature={"status": "verified", "signer": "server"})
+    registry.gates.set(GateRule(signature=("*", "s*")))
+    assert "any signer but this server" in closed(registry, digest)["signature"]
+    registry.gates.set(GateRule(signature=("*", "server")))
+    assert activate(registry, digest) == digest
 
 
 def test_what_is_active_already_stays_and_deactivation_opens_no_other_way(registry: Registry) -> None:

@@ -76,10 +76,10 @@ async def send_evaluation(
     name: AdapterName, version: str, body: EvaluationRequest, services: Provided, caller: Calling
 ) -> Response:
     """Send how a version compares with another one, or with the base, on the same rows. Whoever made it
-    cannot, and approvals from before do not count any more."""
+    cannot, nor a key that no gate takes. Approvals from before do not count any more."""
     services.refuse_if_draining()
     return json_response(
         await services.activation.evaluate(
-            caller.tenant, name, version, body.against, body.metric, body.scores()
+            caller.tenant, name, version, body.against, body.metric, body.scores(), data=body.data
         )
     )

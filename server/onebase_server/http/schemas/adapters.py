@@ -195,7 +195,21 @@ class EvaluationGateBody(Wire):
     margin: Margin = _EVALUATION.margin
     confidence: Annotated[float, Field(ge=0.5, le=0.9999)] = _EVALUATION.confidence
     rows: Annotated[int, Field(ge=1, le=1_000_000)] = _EVALUATION.rows
-    evaluators: KeyPatterns = Field(default=[], description="ids of the keys whose evaluations count")
+    evaluators: KeyPatterns = Field(
+        default=[], description="ids of the keys whose evaluations count; `jobs` for the server's own jobs"
+    )
+    metric: Annotated[str, Field(max_length=100)] = Field(
+        default="", description="metric by which an evaluation counts; any if empty"
+    )
+    slices: KeyPatterns = Field(
+        default=[], description="slices that must be judged, each with at least `rows` rows"
+    )
+    total: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        default=0, description="smallest number of rows of an evaluation"
+    )
+    data: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
+        default="", description="SHA-256 (hex) of the file with the held-out rows; any if empty"
+    )
 
 
 class GateRequest(Wire):
@@ -262,6 +276,10 @@ class EvaluationRequest(Wire):
     )
     metric: Annotated[str, Field(min_length=1, max_length=100)]
     slices: Annotated[list[SliceScoreBody], Field(min_length=1, max_length=200, fail_fast=True)]
+    data: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        default=None,
+        description="SHA-256 (hex) of the file with the held-out rows, if all of them were asked",
+    )
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

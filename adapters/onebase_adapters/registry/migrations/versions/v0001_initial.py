@@ -476,5 +476,6 @@ def _create_gates() -> None:
         sa.Column("slices", sa.JSON(), nullable=False),
         sa.Column("key", sa.String(), nullable=False),
         sa.Column("job", sa.String()),
+        sa.Column("data", sa.String()),
         sa.Column("at", sa.Double(), nullable=False),
     )
