@@ -77,6 +77,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     train_unembed: bool = True
     start: Start | None = None
     owner: str = ""
+    key: str = ""
+    """Id of the API key that created it."""
     base: str = ""
     """Name of the base, as it was asked for."""
     base_id: str = ""

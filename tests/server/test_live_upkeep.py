@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import update
 
 from onebase_adapters.registry import LiveSampler, LiveSession, Registry
+from onebase_adapters.registry.audit import current
 from onebase_adapters.registry.tables import LiveSessionRow
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
@@ -163,6 +164,29 @@ def test_a_run_ends_with_its_session_and_leaves_what_has_a_name(upkeep: Upkeep) 
     assert upkeep.unloaded == []
     assert upkeep.tidy(IDLE_SECONDS + 3) == ["final"]
     assert upkeep.unloaded == [RUN]
+
+
+def test_the_key_that_created_a_run_is_the_maker_of_its_versions(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = upkeep.service
+    makers: list[tuple[str, str]] = []
+
+    async def add(*_: Any, actor: str) -> Any:
+        makers.append((current().key, actor))
+        return SimpleNamespace(digest="d" * 64)
+
+    disk = Threads("test", 1)
+    library = SimpleNamespace(disk=disk, store=None, add=add)
+    monkeypatch.setattr(service, "_library", library)
+    monkeypatch.setattr("onebase_server.live.service.take_folder", lambda store, folder: None)
+    del service.__dict__["_added"]
+    made = service.create_run(ACME, "s", 5, base_model="base", rank=4, seed=1, train={}, metadata=None)
+    spec = upkeep.store.spec(asyncio.run(made))
+    assert spec.key == ACME.key
+    saved = upkeep.store.checkpoint(RUN, "sampler", "final")
+    asyncio.run(service._added("acme", msgspec.structs.replace(saved, model=spec.id)))
+    assert makers == [(ACME.key, ACME.key)]
 
 
 def test_what_another_base_has_trained_stays_and_is_refused(upkeep: Upkeep) -> None:

@@ -261,13 +261,8 @@ class Registry:
             elif created:
                 version.source, version.created_by = dict(source), plain(actor)
                 gates.forget(session, version)
-            elif _is_better(source.get(SIGNATURE), version.source.get(SIGNATURE)):
-                # What is there already may be signed afterwards.
-                version.source = {**version.source, SIGNATURE: source[SIGNATURE]}
+            elif _store_signature(session, adapter, version, source.get(SIGNATURE), actor):
                 adapter.changed, adapter.updated_at = counter, now
-                session.flush()
-                facts = {SIGNATURE: _without_bundle(source[SIGNATURE])}
-                _note(session, "adapter.signed", adapter, version=version.digest, actor=actor, details=facts)
             if created:
                 _set_state(version, state, now)
                 version.activates = False
@@ -280,6 +275,23 @@ class Registry:
             if created:
                 _note_arrival(session, adapter, version, source, actor)
             return _version_record(version, adapter), created
+
+    def sign_version(
+        self, tenant: str, name: str, digest: str, signature: Mapping[str, Any]
+    ) -> VersionRecord:
+        """Store the signature of a ready version, unless a verified one is there.
+
+        Raises UnknownAdapterError; UnknownVersionError, also if the version is not ready.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            version = _require_version(session, adapter, digest)
+            if version.state != "ready":
+                raise UnknownVersionError(
+                    f"Version {digest[:12]} of {name!r} is {version.state}: only a ready one is signed."
+                )
+            _store_signature(session, adapter, version, signature)
+            return _version_record(version, adapter)
 
     def version_gates(self, tenant: str, name: str, digest: str) -> VersionGates:
         """Return the gates of a version, for the caller. Raises UnknownAdapterError, UnknownVersionError."""
@@ -594,6 +606,23 @@ def _note_arrival(
         details[SIGNATURE] = _without_bundle(source[SIGNATURE])
     action = _ARRIVALS.get(str(source.get("kind")), "adapter.uploaded")
     _note(session, action, adapter, version=version.digest, actor=actor, details=details)
+
+
+def _store_signature(
+    session: Session,
+    adapter: AdapterRow,
+    version: VersionRow,
+    signature: Mapping[str, Any] | None,
+    actor: str = "",
+) -> bool:
+    """Store the signature of a version that is there already. Return False if the known one is as good."""
+    if not signature or not _is_better(signature, version.source.get(SIGNATURE)):
+        return False
+    version.source = {**version.source, SIGNATURE: dict(signature)}
+    session.flush()
+    facts = {SIGNATURE: _without_bundle(signature)}
+    _note(session, "adapter.signed", adapter, version=version.digest, actor=actor, details=facts)
+    return True
 
 
 def _without_bundle(signature: Mapping[str, Any]) -> dict[str, Any]:

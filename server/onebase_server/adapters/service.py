@@ -251,12 +251,7 @@ class AdapterService:
         signature = {**to_builtins(report), "bundle": bundle}
         with storage_errors(version.name):
             await self._records.write(
-                self._registry.add_version,
-                version.name,
-                version.digest,
-                version.files,
-                {**version.source, SIGNATURE: signature},
-                tenant=version.tenant,
+                self._registry.sign_version, version.tenant, version.name, version.digest, signature
             )
 
     async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> None:

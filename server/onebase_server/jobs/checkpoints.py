@@ -8,7 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from onebase_adapters.registry import TrainingJob, TrainingRecords, UnknownJobError
+from onebase_adapters.registry import (
+    Origin,
+    TrainingJob,
+    TrainingRecords,
+    UnknownJobError,
+    acting,
+)
 from onebase_edge.background import Threads
 from onebase_edge.errors import AdapterNotFoundError, ApiError, StateConflictError, VersionFailedError
 from onebase_server.adapters.catalog import CHECKPOINT, is_checkpoint
@@ -118,11 +124,15 @@ class CheckpointModels:
 
     async def _first_use(self, tenant: str, name: str, place: Path) -> None:
         wanted = _parsed(name)
+        if wanted is None:
+            raise AdapterNotFoundError(f"There is no checkpoint {name[:200]!r}.", param="model")
         with storage_errors(name):
+            job = await self._threads.run_blocking(self._records.job, tenant, wanted.job)
             files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
-        source = {"kind": "checkpoint", "job": wanted.job, "step": wanted.step} if wanted else {}
+        source = {"kind": "checkpoint", "job": wanted.job, "step": wanted.step}
         options = VersionOptions(activate=True, any_base=True)
-        version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)
+        with acting(Origin(job.key, actor=ACTOR)):
+            version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)
         version = await self._library.wait(tenant, name, version.digest)
         if version.error is not None:
             raise VersionFailedError(

@@ -300,6 +300,7 @@ class LiveTraining:
             seed=seed % 2**63,
             start=start,
             owner=caller.tenant,
+            key=caller.key,
             base=base_model,
             base_id=self._store().base_id,
             session=session_id,
@@ -670,9 +671,13 @@ class LiveTraining:
                 take_folder, self._library.store, Path(checkpoint.folder)
             )
         source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
-        with acting(Origin(actor="live training")):
+        try:
+            spec = await self._disk(self._store().spec, checkpoint.model)
+        except UnknownModelError as error:
+            raise FileNotFoundError(f"the run {place.run} was deleted") from error
+        with acting(Origin(spec.key, actor="live training")):
             version = await self._library.add(
-                tenant, adapter_name(place.run), files, source, VersionOptions(any_base=True)
+                tenant, adapter_name(place.run), files, source, VersionOptions(any_base=True), actor=spec.key
             )
         return version.digest
 

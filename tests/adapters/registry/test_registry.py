@@ -551,3 +551,17 @@ def test_what_other_kernels_packed_goes_with_the_version(registry: Registry) -> 
     registry.proofs.keep(registry.version(*HERE, digest), "avx2", {}, blob("second"))
     assert blob("second").sha256 in registry.delete_version(*HERE, digest)
     assert blob("second").sha256 not in registry.referenced_blobs()
+
+
+def test_signing_updates_a_ready_version_and_brings_none_back(registry: Registry) -> None:
+    signature = {"status": "verified", "signer": "server"}
+    digest = add(registry, "a", "1")
+    assert registry.sign_version(*HERE, digest, signature).source["signature"] == signature
+    add(registry, "a", "2")
+    registry.delete_version(*HERE, digest)
+    with pytest.raises(UnknownVersionError):
+        registry.sign_version(*HERE, digest, signature)
+    waiting = files("3")
+    registry.add_version("a", waiting.digest, waiting, {"kind": "upload"})
+    with pytest.raises(UnknownVersionError, match="only a ready one"):
+        registry.sign_version(*HERE, waiting.digest, signature)
