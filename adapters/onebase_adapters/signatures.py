@@ -13,10 +13,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -51,6 +53,7 @@ SIGNATURE_CODES: frozenset[str] = frozenset(get_args(SignatureCode))
 INSTALL = "pip install 'onebase[signing]'"
 OWN = "server"
 """Name of the signer of what this server trained, for the rules of a policy."""
+_log = logging.getLogger(__name__)
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _PAYLOAD = "application/vnd.in-toto+json"
@@ -153,17 +156,19 @@ class Checked:
 class ServerKey:
     """Key with which a server signs the versions that it trained.
 
-    public: file of the public key (PEM), which verifies them by `model_signing verify key`.
+    public: file of the public key (PEM), which verifies them by `model_signing verify key`; it is missing
+    where its folder cannot be written. pem: its content.
     """
 
-    def __init__(self, private: Any, public: Path) -> None:
+    def __init__(self, private: Any, public: Path, pem: bytes) -> None:
         self._private = private
         self.public = public
+        self.pem = pem
 
     @classmethod
     def load(cls, path: Path) -> ServerKey:
         """Read a private key (PEM, P-256); if there is no file, make a key. Its public key is next to it, as
-        `path.pub`. Raises PolicyError."""
+        `path.pub`, if its folder can be written. Raises PolicyError."""
         if find_spec("cryptography") is None:
             raise PolicyError(f"A key to sign with needs the package model-signing: {INSTALL}")
         from cryptography.hazmat.primitives import serialization
@@ -172,24 +177,27 @@ class ServerKey:
         public = path.with_name(path.name + ".pub")
         try:
             if not path.exists():
-                pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
-                    serialization.Encoding.PEM,
-                    serialization.PrivateFormat.PKCS8,
-                    serialization.NoEncryption(),
+                _create_key(path)
+            if mode := path.stat().st_mode & 0o077:
+                _log.warning(
+                    "%s: others may read or write this key (mode bits %03o). Restrict it: chmod 600",
+                    path,
+                    mode,
                 )
-                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(pem)
             key = serialization.load_pem_private_key(path.read_bytes(), None)
             if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
                 raise PolicyError(f"{path} is no private key of the curve P-256.")
-            shown = key.public_key().public_bytes(
-                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-            )
-            if not public.is_file() or public.read_bytes() != shown:
-                public.write_bytes(shown)
         except (OSError, ValueError, TypeError) as error:
             raise PolicyError(f"{path} cannot be used as a key: {_first_line(error)}") from error
-        return cls(key, public)
+        pem = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        try:
+            if not public.is_file() or public.read_bytes() != pem:
+                public.write_bytes(pem)
+        except OSError as error:
+            _log.warning("the public key of %s is not beside it: %s", path, error)
+        return cls(key, public, pem)
 
     def sign(self, name: str, sums: Mapping[str, str], facts: Mapping[str, Any]) -> str:
         """Return a Sigstore bundle with an in-toto statement: the files' SHA-256 sums (hex), as
@@ -216,7 +224,7 @@ class ServerKey:
         payload = json.dumps(statement, ensure_ascii=False, separators=(",", ":")).encode()
         encoded = b"DSSEv1 %d %s %d %s" % (len(_PAYLOAD), _PAYLOAD.encode(), len(payload), payload)
         signature = self._private.sign(encoded, ec.ECDSA(hashes.SHA256()))
-        hint = hashlib.sha256(self.public.read_bytes()).hexdigest()
+        hint = hashlib.sha256(self.pem).hexdigest()
         bundle = {
             "mediaType": _BUNDLE,
             "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
@@ -229,15 +237,37 @@ class ServerKey:
         return json.dumps(bundle)
 
 
+def _create_key(path: Path) -> None:
+    """Write a new private key; one that another server makes meanwhile stays. The file appears whole, or not
+    at all. Raises OSError."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    number, work = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # of mode 600
+    try:
+        with open(number, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(work, path)
+    finally:
+        os.unlink(work)
+
+
 @dataclass(frozen=True)
 class SignaturePolicy:
     """Says who may sign which adapters. folder: what the signers' paths are relative to. root: file of the
-    trusted root (JSON) by which keyless signatures are verified."""
+    trusted root (JSON) by which keyless signatures are verified. own: public key (PEM) of the signer OWN."""
 
     rules: Sequence[PolicyRule] = ()
     signers: Mapping[str, SignerEntry] = field(default_factory=dict)
     folder: Path = Path()
     root: Path | None = None
+    own: bytes = b""
 
     @classmethod
     def load(
@@ -251,7 +281,7 @@ class SignaturePolicy:
         """
         added = {} if own is None else {OWN: SignerEntry(key=str(own.public.absolute()))}
         if path is None:
-            return cls((), added)
+            return cls((), added, own=b"" if own is None else own.pem)
         try:
             found = msgspec.json.decode(path.read_bytes(), type=PolicyFile)
         except OSError as error:
@@ -260,7 +290,8 @@ class SignaturePolicy:
             raise PolicyError(f"{path}: {error}") from error
         if OWN in found.signers:
             raise PolicyError(f"{path}: signers.{OWN}: this name is for --signing-key. Give it another one")
-        made = cls(found.rules, {**found.signers, **added}, path.absolute().parent, root)
+        pem = b"" if own is None else own.pem
+        made = cls(found.rules, {**found.signers, **added}, path.absolute().parent, root, pem)
         made._check(path)
         return made
 
@@ -293,7 +324,7 @@ class SignaturePolicy:
                 if self.is_active and signer.issuer:
                     self._keyless_verifier()
                 elif self.is_active:
-                    self._verifier(signer)
+                    self._verifier(name)
             except Exception as error:  # what the libraries raise for a file that is no key
                 if signer.issuer:
                     where = f"signers.{name}.issuer: --sigstore-root {self.root}"
@@ -368,9 +399,10 @@ class SignaturePolicy:
         refused: list[SignatureError] = []
         known = [name for name, signer in self.signers.items() if not signer.issuer]
         for name in dict.fromkeys(one for one in (*rule.signers, *known) if one in known):
-            signer, identity, chain = self.signers[name], None, []
+            identity: str | None = None
+            signer, chain = self.signers[name], []
             try:
-                manifest = self._verifier(signer).verify(signature)
+                manifest = self._verifier(name).verify(signature)
             except Exception:  # of another signer, or forged: cryptography, OpenSSL and pydantic each say so
                 continue
             try:
@@ -528,9 +560,15 @@ class SignaturePolicy:
                 f"The certificate of {name} comes from one that is not valid today: {_first_line(error)}.",
             ) from error
 
-    def _verifier(self, signer: SignerEntry) -> Any:
+    def _verifier(self, name: str) -> Any:
         from model_signing._signing import sign_certificate, sign_ec_key
 
+        signer = self.signers[name]
+        if name == OWN and self.own:
+            with tempfile.NamedTemporaryFile(prefix="onebase-key-") as file:
+                file.write(self.own)
+                file.flush()
+                return sign_ec_key.Verifier(Path(file.name))
         if signer.key:
             return sign_ec_key.Verifier(self.folder / signer.key)
         return sign_certificate.Verifier([self.folder / one for one in signer.certificates])

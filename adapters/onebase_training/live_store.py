@@ -382,7 +382,9 @@ def _copy_model(folder: Path, target: Path) -> None:
 
 
 def _same(one: ModelSpec, other: ModelSpec) -> bool:
-    return msgspec.structs.replace(one, created=0.0, key="") == msgspec.structs.replace(other, created=0.0, key="")
+    return msgspec.structs.replace(one, created=0.0, key="") == msgspec.structs.replace(
+        other, created=0.0, key=""
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

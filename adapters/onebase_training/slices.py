@@ -18,6 +18,8 @@ from onebase_training.recipe import REWARD, Recipe
 MOST_SLICES = 100
 """Largest number of slices in a report: the worst regressions, then the largest slices. All of them count for
 `max_regression`."""
+OTHERS = "others"
+"""Name of the slice that the rows of all further slices are added up as, in paired differences."""
 MOST_CHANGED = 20
 LONGEST = 500
 """Largest number of characters of a text in a report."""
@@ -111,7 +113,8 @@ def paired_differences(
     """Return how the result's scores differ from each subject's on the same rows, by subject and metric.
 
     Each slice has its number of rows, the sum of the differences (above 0 where the result is better) and
-    that of their squares. Rows that name no slice are one of an empty name.
+    that of their squares. Rows that name no slice are one of an empty name. Of more than MOST_SLICES slices
+    the smallest are added up as one, OTHERS.
 
     Args:
         replies: to the prompts, of each subject. after: the result's. rewards: of each subject's replies, and
@@ -136,9 +139,19 @@ def _differences(
         parts: dict[str, list[float]] = {}
         for prompt, one, other in zip(prompts, old, after[metric], strict=True):
             parts.setdefault(prompt.slice, []).append(other - one)
+        ordered = sorted(parts.items(), key=lambda part: -len(part[1]))
+        if len(ordered) > MOST_SLICES:
+            rest = [one for _, some in ordered[MOST_SLICES - 1 :] for one in some]
+            kept = ordered[: MOST_SLICES - 1]
+            same = next((some for name, some in kept if name == OTHERS), None)
+            if same is None:
+                kept.append((OTHERS, rest))
+            else:
+                same += rest
+            ordered = kept
         found[metric] = [
             {"slice": name, "rows": len(some), "sum": sum(some), "squares": sum(one**2 for one in some)}
-            for name, some in sorted(parts.items(), key=lambda part: -len(part[1]))[:MOST_SLICES]
+            for name, some in ordered
         ]
     return found
 

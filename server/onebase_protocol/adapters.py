@@ -134,7 +134,7 @@ class SignatureReport(Sparse, frozen=True):
     message: str | None = None
     statement: dict[str, Any] | None = None
     """Facts that this server has signed about a version that it trained: `base`, `data`, `recipe`, `seed`,
-    `proof`, `activation`, `job`, `parent`."""
+    `proof`, `activation_decision`, `job`, `parent`. Only the version's own tenant reads it."""
 
 
 class VersionProgress(msgspec.Struct, frozen=True):

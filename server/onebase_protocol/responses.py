@@ -161,11 +161,11 @@ class InputTokensAnswer(msgspec.Struct, frozen=True):
     object: Literal["response.input_tokens"] = "response.input_tokens"
 
 
-class InputItemsAnswer(PageAnswer[OutputItemAnswer | CallOutputItemAnswer], frozen=True, kw_only=True):
-    """Items that a response answers."""
-
-
 AnyItemAnswer = OutputItemAnswer | CallOutputItemAnswer | CustomCallOutputItemAnswer
+
+
+class InputItemsAnswer(PageAnswer[AnyItemAnswer], frozen=True, kw_only=True):
+    """Items that a response answers."""
 
 
 class ConversationItemsAnswer(PageAnswer[AnyItemAnswer], frozen=True, kw_only=True):

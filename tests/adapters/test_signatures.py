@@ -655,6 +655,50 @@ def test_what_the_server_signed_is_verified_by_model_signing_and_by_its_own_poli
     assert refusal(other, adapter).code == "signature_invalid"
 
 
+def test_a_key_in_a_folder_that_cannot_be_written_signs_all_the_same(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ServerKey.load(tmp_path / "server.key")
+    (tmp_path / "server.key.pub").unlink()
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    key = ServerKey.load(tmp_path / "server.key")
+    monkeypatch.undo()
+    assert not key.public.exists()
+    signed_by_server(key, adapter)
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({"rules": [{"policy": "require", "signers": ["server"]}]}))
+    checked = SignaturePolicy.load(file, key).check("default", "a", SentFiles.of_folder(adapter))
+    assert checked is not None
+    assert checked.report.signer == "server"
+
+
+def test_a_key_that_another_server_makes_at_the_same_time_is_the_one_that_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = make_key(tmp_path, "theirs")[0]
+
+    def link(work: str, path: Path) -> None:
+        Path(path).write_bytes(theirs.read_bytes())
+        raise FileExistsError(path)
+
+    monkeypatch.setattr("os.link", link)
+    key = ServerKey.load(tmp_path / "server.key")
+    assert key.pem == (tmp_path / "theirs.pub").read_bytes()
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".server.key")] == []
+
+
+def test_a_key_that_others_may_read_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ServerKey.load(tmp_path / "server.key")
+    assert caplog.text == ""
+    (tmp_path / "server.key").chmod(0o644)
+    ServerKey.load(tmp_path / "server.key")
+    assert "chmod 600" in caplog.text
+
+
 def test_a_key_that_cannot_sign_and_a_signer_of_the_servers_name_stop_the_start(
     tmp_path: Path, keys: dict[str, Path]
 ) -> None:

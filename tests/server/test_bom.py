@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from tests.signing import signing
 
 from onebase import Client
 from onebase.cli import main
+from onebase_adapters.registry import VersionRecord
+from onebase_adapters.store.blobs import AdapterFiles, Blob
+from onebase_protocol.adapters import SliceScore, VersionEvaluation
+from onebase_server.adapters.bom import bill_of_materials
 
 from .support import Server, Starter, make_folder, upload_folder
 from .training_support import openai_client, run_job, sha256
@@ -72,3 +77,40 @@ def test_an_uploads_bill_has_its_files_and_its_base(server: Server, tmp_path: Pa
     assert files == {one["name"]: one["sha256"] for one in listed}
     assert bom["components"][0]["bom-ref"] == "base"
     assert http.get("/v1/adapters/sent/versions/00000000/bom").status_code == 404
+
+
+def test_reinforcement_is_named_and_who_measured_and_a_new_evaluation_raises_the_version() -> None:
+    blob = Blob("0" * 64, 1)
+    version = VersionRecord(
+        "acme",
+        "a",
+        "d" * 64,
+        "ready",
+        AdapterFiles(blob, blob),
+        None,
+        None,
+        {"kind": "training"},
+        None,
+        0.0,
+        "",
+        0.0,
+    )
+    score = SliceScore(slice="", rows=10, sum=1.0, squares=1.0)
+
+    def evaluation(at: float, **who: Any) -> VersionEvaluation:
+        return VersionEvaluation(against=None, metric="exact_match", slices=(score,), at=at, **who)
+
+    sent = [evaluation(100.0, key="", job="ftjob-1"), evaluation(200.0, key="ob-1")]
+    base: Any = SimpleNamespace(name="base", revision=None, repo=None, quantization=None)
+    boms = [
+        bill_of_materials(version, base, {"recipe": {"method": "reinforcement"}}, sent[:count], "1")
+        for count in range(3)
+    ]
+    for bom in boms:
+        check(bom)
+    assert [bom["version"] for bom in boms] == [1, 100, 200]
+    card = boms[2]["metadata"]["component"]["modelCard"]
+    assert card["modelParameters"]["approach"] == {"type": "reinforcement-learning"}
+    metrics = [one["type"] for one in card["quantitativeAnalysis"]["performanceMetrics"]]
+    assert "measured by job ftjob-1 of this server" in metrics[0]
+    assert "measured by key ob-1 (its own statement)" in metrics[1]

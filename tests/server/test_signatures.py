@@ -428,7 +428,8 @@ def test_a_trained_version_is_signed_with_what_it_was_made_of_and_passes_a_gate(
     assert statement["job"] == job.id
     assert statement["base"]["name"]
     assert len(statement["data"]["training"]["sha256"]) == 64
-    assert statement["activation"]["rule"] == "if_better"
+    assert statement["activation_decision"]["rule"] == "if_better"
+    assert len(statement["recipe"]["sha256"]) == 64
     main(["adapters", "show", f"support-own@{job.version}", "--url", trained.url])
     assert "signed by server" in capsys.readouterr().out
     out = tmp_path / "export"

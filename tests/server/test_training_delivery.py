@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,24 @@ class _Library:
 
     async def history(self, tenant: str, name: str) -> list[Any]:
         return []
+
+
+def test_of_a_recipe_listed_settings_are_signed_and_the_sum_of_all_but_no_prompts() -> None:
+    recipe = {
+        "method": "reinforcement",
+        "r": 8,
+        "seed": 7,
+        "sample_prompts": ["secret" * 9999],
+        "grader": "g",
+    }
+    job: Any = SimpleNamespace(
+        report={"recipe": recipe}, settings={}, training_file=None, validation_file=None
+    )
+    files: Any = None
+    facts = asyncio.run(delivery.training_facts(job, files))
+    whole = json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()
+    signed = {"method": "reinforcement", "r": 8, "seed": 7, "sha256": hashlib.sha256(whole).hexdigest()}
+    assert facts == {"data": {}, "recipe": signed, "seed": 7}
 
 
 @pytest.fixture

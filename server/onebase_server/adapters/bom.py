@@ -1,7 +1,7 @@
 """Bill of materials of a version: a CycloneDX 1.6 document about its files, its base, its data and its proof.
 
 https://cyclonedx.org/docs/1.6/json/. The same version has the same document, but for what was found since, as
-evaluations are.
+evaluations are; its `version` is the time of the newest one (Unix seconds), or 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PROOF = (
     "kernels", "exact", "modules_compared", "modules_exact", "modules_changed", "error_ratio", "texts",
     "texts_changed", "base_unchanged",
 )  # fmt: skip
-_METHODS = {"dpo": "reinforcement-learning"}
+_METHODS = {"dpo": "reinforcement-learning", "reinforcement": "reinforcement-learning"}
 """CycloneDX's approach, by the recipe's method; the others are supervised."""
 
 
@@ -73,7 +73,7 @@ def bill_of_materials(
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "serialNumber": uuid.uuid5(_NAMESPACE, f"{version.tenant}/{version.name}@{version.digest}").urn,
-        "version": 1,
+        "version": max((int(one.at) for one in evaluations), default=1),
         "metadata": {
             "timestamp": datetime.fromtimestamp(version.created_at, UTC).isoformat(timespec="seconds"),
             "tools": {"components": [{"type": "application", "name": "onebase", "version": software}]},
@@ -153,7 +153,7 @@ def _card(
         parameters["approach"] = {"type": _METHODS.get(method, "supervised")}
     metrics = [
         {
-            "type": f"mean difference of {evaluation.metric} from {evaluation.against or 'the base'}",
+            "type": _metric(evaluation),
             "value": f"{score.sum / score.rows:.6g}",
             **({"slice": score.slice} if score.slice else {}),
         }
@@ -161,6 +161,15 @@ def _card(
         for score in evaluation.slices
     ]
     return {"modelParameters": parameters, "quantitativeAnalysis": {"performanceMetrics": metrics}}
+
+
+def _metric(evaluation: VersionEvaluation) -> str:
+    """Return what was measured, and who says so."""
+    who = f"key {evaluation.key} (its own statement)" if evaluation.key else "a request without a key"
+    if evaluation.job is not None:
+        who = f"job {evaluation.job} of this server"
+    against = evaluation.against or "the base"
+    return f"mean difference of {evaluation.metric} from {against}, measured by {who}"
 
 
 def _signature_facts(signature: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ for."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -62,6 +64,20 @@ _PROVED = (
     "base_unchanged",
 )
 """Fields of a proof that are signed."""
+SIGNED_SETTINGS = (
+    "method",
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "r",
+    "alpha",
+    "batch_size",
+    "max_length",
+    "train_on",
+    "best_by",
+    "seed",
+)
+"""Settings of a recipe that are signed and named in a bill of materials, where they are numbers or texts."""
 _SUBJECTS = ("base", "parent", ACTIVE)
 _IS_ACTIVE = ", which is active"
 _CODES = {"store_full": "disk_full"}
@@ -193,21 +209,31 @@ class Delivery:
         """Record how the version's scores differ from those of the base and of the active version, for gates
         of activations."""
         report = job.report or {}
+        if not report.get("paired"):
+            return
+        held_out = (await training_facts(job, self._files))["data"].get("validation") or {}
         chosen = (job.settings.get("best_by"), "exact_match")
         against = {"base": None, ACTIVE: report.get("active") or None}
-        for subject, by_metric in (report.get("paired") or {}).items():
+        for subject, by_metric in report["paired"].items():
             metric = next((name for name in (*chosen, *by_metric) if name in by_metric), None)
             if metric is None or against.get(subject) == version.digest:
                 continue
             slices = convert(by_metric[metric], list[SliceScore])
             await self._library.activation.evaluate(
-                job.tenant, job.name, version.digest, against.get(subject), metric, slices, job=job.id
+                job.tenant,
+                job.name,
+                version.digest,
+                against.get(subject),
+                metric,
+                slices,
+                job=job.id,
+                data=held_out.get("sha256"),
             )
 
     async def _facts(
         self, job: TrainingJob, version: VersionRecord, decision: ActivationDecision
     ) -> dict[str, Any]:
-        """Return what is signed about the training of a version."""
+        """Return what is signed about the training of a version, before it is activated."""
         report, proof = job.report or {}, (version.report or {}).get("proof") or {}
         parent = None if job.parent is None else {"name": job.parent.name, "version": job.parent.digest}
         return {
@@ -216,7 +242,7 @@ class Delivery:
             "steps": report.get("steps"),
             "parent": parent,
             "proof": {name: proof[name] for name in _PROVED if name in proof},
-            "activation": {
+            "activation_decision": {
                 "rule": job.activate,
                 "activate": decision.activate,
                 "reason": decision.reason,
@@ -270,8 +296,11 @@ class Delivery:
 
 
 async def training_facts(job: TrainingJob, files: TrainingFiles) -> dict[str, Any]:
-    """Return what a job trained on: `data` (of the files that are still there), `recipe` and `seed`. Raises
-    UnavailableError."""
+    """Return what a job trained on: `data` (of the files that are still there), `recipe` and `seed`.
+
+    Of the recipe these are SIGNED_SETTINGS and the SHA-256 of the whole as JSON with sorted keys: prompts and
+    graders are for those who may read the job, and would make a signature too large. Raises UnavailableError.
+    """
     data = {}
     for role, file_id in (("training", job.training_file), ("validation", job.validation_file)):
         if file_id is not None:
@@ -279,7 +308,12 @@ async def training_facts(job: TrainingJob, files: TrainingFiles) -> dict[str, An
                 file = await files.get(job.tenant, file_id)
                 data[role] = {"sha256": file.sha256, "bytes": file.bytes}
     recipe = dict((job.report or {}).get("recipe") or job.settings)
-    return {"data": data, "recipe": recipe, "seed": recipe.get("seed")}
+    whole = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    shown = {
+        name: recipe[name] for name in SIGNED_SETTINGS if isinstance(recipe.get(name), int | float | str)
+    }
+    shown["sha256"] = hashlib.sha256(whole.encode()).hexdigest()
+    return {"data": data, "recipe": shown, "seed": recipe.get("seed")}
 
 
 def decide(job: TrainingJob) -> ActivationDecision:

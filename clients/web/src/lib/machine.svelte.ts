@@ -17,7 +17,7 @@ export type Used = Schemas['UsageRowAnswer']
 export const KEY_QUOTAS = [
   { name: 'requests', title: 'Requests a minute', short: 'Requests/min' },
   { name: 'tokens', title: 'Tokens a minute', short: 'Tokens/min' },
-  { name: 'rows', title: 'Sequences at once', short: 'At once' },
+  { name: 'sequences', title: 'Sequences at once', short: 'At once' },
 ]
 export const TENANT_QUOTAS = [
   ...KEY_QUOTAS,
