@@ -17,7 +17,15 @@ from onebase_training.data.row_store import map_rows, write_rows
 from onebase_training.events import OpenGate
 from onebase_training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_training.run import TrainingRequest, train
-from onebase_training.slices import MOST_CHANGED, MOST_SLICES, SubjectMetrics, by_slice, slice_report
+from onebase_training.slices import (
+    MOST_CHANGED,
+    MOST_SLICES,
+    OTHERS,
+    SubjectMetrics,
+    by_slice,
+    paired_differences,
+    slice_report,
+)
 
 from .data_support import base_tokenizer, chat
 from .runs import talking_base
@@ -31,6 +39,20 @@ def prompts(slices: list[str], references: list[str]) -> list[PromptRow]:
         text = reference
         made.append(PromptRow(sample, slice(0, 1), RowPlace(number, number), lambda ids, text=text: text))
     return made
+
+
+def test_differences_of_the_smallest_of_too_many_slices_are_added_up_and_none_is_left_out() -> None:
+    names = [f"s{number}" for number in range(MOST_SLICES) for _ in range(10)]
+    names += [f"z{number}" for number in range(100) for _ in range(9)]
+    references = ["yes"] * len(names)
+    after = ["yes" if name.startswith("s") else "no" for name in names]
+    recipe = parse_recipe({"metrics": ["exact_match"]})
+    found = paired_differences(recipe, prompts(names, references), {"base": references}, after)
+    (differences,) = found["base"].values()
+    assert len(differences) == MOST_SLICES
+    assert sum(one["rows"] for one in differences) == len(names)
+    assert sum(one["sum"] for one in differences) == -900
+    assert next(one for one in differences if one["slice"] == OTHERS)["sum"] == -900
 
 
 def recipe(**settings: Any) -> Recipe:

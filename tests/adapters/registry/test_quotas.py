@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from onebase_adapters.registry import (
     UsageFigures,
     UsageKey,
 )
+from onebase_adapters.registry.quotas import KEY_QUOTAS, TENANT_QUOTAS
 from onebase_protocol.training import TrainingFailure
 
 NOW = time.strftime("%Y-%m-%d", time.gmtime())
@@ -298,3 +301,13 @@ def test_servers_that_write_the_same_rows_at_once_lose_nothing(
 
     found = registry.usage.find(NOW, NOW, ("adapter",), limit=99)
     assert [figures.requests for _, figures in found] == [40] * 20
+
+
+def test_the_console_names_quotas_as_the_server_does() -> None:
+    text = (Path(__file__).parents[3] / "clients/web/src/lib/machine.svelte.ts").read_text()
+    begin, middle = text.index("KEY_QUOTAS = ["), text.index("TENANT_QUOTAS = [")
+    names = re.compile(r"name: '(\w+)'")
+    of_keys = names.findall(text[begin:middle])
+    of_tenants = names.findall(text[middle : text.index("]", middle)])
+    assert tuple(of_keys) == KEY_QUOTAS
+    assert {*of_keys, *of_tenants} <= set(TENANT_QUOTAS)

@@ -15,7 +15,7 @@ from onebase_protocol.text import GeneratedAnswer
 from .._core import adapters, parse, requests, rows
 from .._core.config import UNSET, Unset
 from .._core.requests import Call
-from .._core.rows import AnswerComparison
+from .._core.rows import AnswerComparison, sha256_of
 from .._core.targets import atomic_target, check_free, check_space
 from ..adapter_types import (
     Activation,
@@ -178,7 +178,14 @@ class AsyncAdapters:
         return await self._http.ask(adapters.approve(name, version, approved), VersionGates)
 
     async def send_evaluation(
-        self, name: str, version: str, against: str | None, metric: str, slices: Sequence[SliceScore]
+        self,
+        name: str,
+        version: str,
+        against: str | None,
+        metric: str,
+        slices: Sequence[SliceScore],
+        *,
+        data: str | None = None,
     ) -> VersionGates:
         """Send how the scores of a version differ from those of another one on the same rows.
 
@@ -187,12 +194,14 @@ class AsyncAdapters:
             against: That of the version that it was compared with, mostly the active one; None: the base.
             metric: The name of what was measured, for people.
             slices: For each slice, the sum of the differences and that of their squares.
+            data: SHA-256 (hex) of the file with the rows; a gate may ask for a certain one.
 
         Raises:
-            PermissionDeniedError: this key made the version.
+            PermissionDeniedError: this key made the version, the gates name other keys, or it has sent an
+                evaluation of more rows.
             NotFoundError: there is no such adapter or version.
         """
-        call = adapters.evaluation(name, version, against, metric, slices)
+        call = adapters.evaluation(name, version, against, metric, slices, data)
         return await self._http.ask(call, VersionGates)
 
     async def evaluate(
@@ -201,14 +210,16 @@ class AsyncAdapters:
         version: str,
         data: str | Path,
         *,
+        against: str | None = None,
         limit: int | None = None,
         max_tokens: int = 256,
         progress: Callable[[float], object] | None = None,
     ) -> VersionGates:
-        """Ask a version and the one that is active (or the base, if none is) for the likeliest answers to
-        held-out prompts, and send how often each was the row's own reply, by the rows' field `slice`.
+        """Ask a version and another one for the likeliest answers to held-out prompts, and send how often
+        each was the row's own reply, by the rows' field `slice`.
 
         Args:
+            against: Digest of the other version; None: the one that is active, or the base if none is.
             data, limit, max_tokens, progress: As for `compare_answers`; each row needs a reply.
 
         Raises:
@@ -216,16 +227,20 @@ class AsyncAdapters:
             PermissionDeniedError: this key made the version.
             OneBaseError: a request failed; see `onebase.errors`.
         """
-        active = (await self.retrieve(name)).version
+        if against is None:
+            against = (await self.retrieve(name)).version
+        file = sha256_of(data) if limit is None else None
         found = await self.compare_answers(
             f"{name}@{version}",
-            None if active is None else f"{name}@{active}",
+            None if against is None else f"{name}@{against}",
             data,
             limit=limit,
             max_tokens=max_tokens,
             progress=progress,
         )
-        return await self.send_evaluation(name, version, active, "exact_match", found.exact_by_slice())
+        return await self.send_evaluation(
+            name, version, against, "exact_match", found.exact_by_slice(), data=file
+        )
 
     async def download(
         self,

@@ -431,9 +431,16 @@ def approve(name: str, digest: str, approved: bool) -> Call:
 
 
 def evaluation(
-    name: str, digest: str, against: str | None, metric: str, slices: Sequence[SliceScore]
+    name: str,
+    digest: str,
+    against: str | None,
+    metric: str,
+    slices: Sequence[SliceScore],
+    data: str | None = None,
 ) -> Call:
     body: Body = {"against": against, "metric": metric, "slices": [to_builtins(one) for one in slices]}
+    if data is not None:
+        body = {**body, "data": data}
     return _post(body, name, "versions", digest, "evaluation")
 
 

@@ -3,6 +3,7 @@ to ask adapters with. The server checks much more."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,12 @@ _SHAPES: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "reinforcement": (("messages",), ("prompt",)),
 }
 """Fields of the shapes that each method reads; a row needs all of one."""
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 (hex) of a file. Raises OSError."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

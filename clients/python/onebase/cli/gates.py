@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from .._sync.client import Client
 from .._terminal.ui import Column, note, print_table
@@ -33,7 +33,9 @@ _EXAMPLES: Final = """\
   onebase gates set --tenant acme --approvals 1 --approver ob-0123456789abcdef
   onebase gates set --evaluation margin=0.05 --evaluation rows=50
 """
-_FIELDS: Final = {"margin": float, "confidence": float, "rows": int}
+_FIELDS: Final[Mapping[str, Callable[[str], float | str]]] = {
+    "margin": float, "confidence": float, "rows": int, "total": int, "metric": str, "slice": str, "data": str
+}  # fmt: skip
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -77,14 +79,14 @@ def _add_options(made: argparse.ArgumentParser) -> None:
         default=[],
         type=_field,
         metavar="FIELD=VALUE",
-        help="not worse than the active version: margin, confidence, rows (default: no evaluation)",
+        help="not worse than the active version: margin, confidence, rows, total, metric, slice, data",
     )
     made.add_argument(
         "--evaluator",
         action="append",
         default=[],
         metavar="KEY",
-        help="key whose evaluations count (default: any)",
+        help="key whose evaluations count; jobs: the server's own (default: any)",
     )
     made.add_argument(
         "--weights", type=float, metavar="SCORE", help="largest score of its weights (default: any)"
@@ -97,7 +99,7 @@ def _add_options(made: argparse.ArgumentParser) -> None:
     )
 
 
-def _field(text: str) -> tuple[str, float]:
+def _field(text: str) -> tuple[str, float | str]:
     name, _, value = text.partition("=")
     if name not in _FIELDS:
         raise argparse.ArgumentTypeError(f"{name!r} is no field: use {', '.join(_FIELDS)}")
@@ -125,9 +127,9 @@ def _perform(action: str, client: Client, args: argparse.Namespace) -> int:
 def _set(client: Client, args: argparse.Namespace) -> GateRule:
     evaluation = None
     if args.evaluation or args.evaluator:
-        fields = {name: value for name, value in args.evaluation if name != "rows"}
-        rows = {name: int(value) for name, value in args.evaluation if name == "rows"}
-        evaluation = EvaluationGate(**fields, **rows, evaluators=tuple(args.evaluator))
+        fields: dict[str, Any] = {name: value for name, value in args.evaluation if name != "slice"}
+        slices = tuple(value for name, value in args.evaluation if name == "slice")
+        evaluation = EvaluationGate(**fields, slices=slices, evaluators=tuple(args.evaluator))
     return client.gates.set(
         tenant=args.tenant,
         name=args.name,
@@ -146,7 +148,13 @@ def conditions(rule: GateRule) -> str:
     parts += [rule.proof] if rule.proof != "none" else []
     if rule.evaluation is not None:
         one = rule.evaluation
-        parts.append(f"evaluated: margin {one.margin:g}, {one.confidence:.4g} sure, {one.rows} rows")
+        text = f"evaluated: margin {one.margin:g}, {one.confidence:.4g} sure, {one.rows} rows"
+        text += f", by {one.metric}" if one.metric else ""
+        text += f", of {', '.join(one.slices)}" if one.slices else ""
+        text += f", {one.total} in all" if one.total else ""
+        text += f", file {one.data[:12]}" if one.data else ""
+        text += f", by {', '.join(one.evaluators)}" if one.evaluators else ""
+        parts.append(text)
     parts += [f"weights at most {rule.weights:g}"] if rule.weights is not None else []
     if rule.approvals:
         whose = f" of {', '.join(rule.approvers)}" if rule.approvers else ""

@@ -45,6 +45,9 @@ def run(action: str, argv: list[str]) -> int:
         made.add_argument(
             "--data", required=True, metavar="FILE", help="JSONL: messages, or prompt and completion"
         )
+        made.add_argument(
+            "--against", metavar="VERSION", help="the other version (default: the active one, or the base)"
+        )
         made.add_argument("--limit", type=count, metavar="N", help="the first N rows (default: all)")
         made.add_argument(
             "--max-tokens", type=count, default=256, metavar="N", help="longest answer (default: 256)"
@@ -93,6 +96,7 @@ def _evaluate(client: Client, name: str, digest: str, args: argparse.Namespace) 
                 name,
                 version.version,
                 args.data,
+                against=args.against and client.adapters.version(name, args.against).version,
                 limit=args.limit,
                 max_tokens=args.max_tokens,
                 progress=lambda share: display(Progress(f"asking {label(version)}", share)),
