@@ -79,7 +79,8 @@ def _add_options(made: argparse.ArgumentParser) -> None:
         default=[],
         type=_field,
         metavar="FIELD=VALUE",
-        help="not worse than the active version: margin, confidence, rows, total, metric, slice, data",
+        help="not worse than the version let in last: margin, confidence, rows, total, metric, slice or "
+        "data (default: no evaluation)",
     )
     made.add_argument(
         "--evaluator",

@@ -973,7 +973,7 @@ export interface paths {
         /**
          * Send Evaluation
          * @description Send how a version compares with another one, or with the base, on the same rows. Whoever made it
-         *     cannot, and approvals from before do not count any more.
+         *     cannot, nor a key that no gate takes. Approvals from before do not count any more.
          */
         post: operations["send_evaluation_v1_adapters__name__versions__version__evaluation_post"];
         delete?: never;
@@ -3614,15 +3614,39 @@ export interface components {
             confidence: number;
             /**
              * Rows
-             * @default 30
+             * @default 80
              */
             rows: number;
             /**
              * Evaluators
-             * @description ids of the keys whose evaluations count
+             * @description ids of the keys whose evaluations count; `jobs` for the server's own jobs
              * @default []
              */
             evaluators: string[];
+            /**
+             * Metric
+             * @description metric by which an evaluation counts; any if empty
+             * @default
+             */
+            metric: string;
+            /**
+             * Slices
+             * @description slices that must be judged, each with at least `rows` rows
+             * @default []
+             */
+            slices: string[];
+            /**
+             * Total
+             * @description smallest number of rows of an evaluation
+             * @default 0
+             */
+            total: number;
+            /**
+             * Data
+             * @description SHA-256 (hex) of the file with the held-out rows; any if empty
+             * @default
+             */
+            data: string;
         };
         /**
          * EvaluationRequest
@@ -3638,6 +3662,11 @@ export interface components {
             metric: string;
             /** Slices */
             slices: components["schemas"]["SliceScoreBody"][];
+            /**
+             * Data
+             * @description SHA-256 (hex) of the file with the held-out rows, if all of them were asked
+             */
+            data?: string | null;
         };
         /**
          * ExpectedRequest
@@ -6279,7 +6308,7 @@ export interface components {
         InputItemsAnswer: {
             /** @constant */
             object: "list";
-            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
+            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CustomCallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"] | components["schemas"]["CustomCallOutputItemAnswer"])[];
             first_id: string | null;
             last_id: string | null;
             has_more: boolean;
@@ -6288,6 +6317,15 @@ export interface components {
         CallOutputItemAnswer: {
             /** @constant */
             type: "function_call_output";
+            id: string;
+            status: string;
+            call_id: string;
+            output: string;
+        };
+        /** CustomCallOutputItemAnswer */
+        CustomCallOutputItemAnswer: {
+            /** @constant */
+            type: "custom_tool_call_output";
             id: string;
             status: string;
             call_id: string;
@@ -6317,15 +6355,6 @@ export interface components {
             first_id: string | null;
             last_id: string | null;
             has_more: boolean;
-        };
-        /** CustomCallOutputItemAnswer */
-        CustomCallOutputItemAnswer: {
-            /** @constant */
-            type: "custom_tool_call_output";
-            id: string;
-            status: string;
-            call_id: string;
-            output: string;
         };
         /**
          * MessageAnswer
@@ -6984,6 +7013,10 @@ export interface components {
             confidence: number;
             rows: number;
             evaluators: string[];
+            metric: string;
+            slices: string[];
+            total: number;
+            data: string;
         };
         /**
          * VersionGates
@@ -7028,6 +7061,7 @@ export interface components {
             slices: components["schemas"]["SliceScore"][];
             key: string;
             job: string | null;
+            data: string | null;
             at: number;
         };
         /**
