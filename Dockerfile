@@ -42,7 +42,7 @@ FROM build AS requirements
 ARG EXTRAS=
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
-    print(*p['dependencies'], *(r for x in 'engine server train postgres s3 otel signing ${EXTRAS}'.split() for r in e[x] if r[:8] != 'onebase['), sep='\n')" > requirements.txt
+    print(*p['dependencies'], *(r for x in 'server train postgres s3 otel signing ${EXTRAS}'.split() for r in e[x]), sep='\n')" > requirements.txt
 
 FROM build AS own
 COPY pyproject.toml README.md LICENSE ./
