@@ -45,6 +45,8 @@ from onebase_training.graders import (
 GRADER_THREADS = 4
 CALL_SECONDS = 5.0
 """Processor time, in seconds, that a grader in Python may take for one reply."""
+PROCESS_SECONDS = 60.0
+"""Processor time, in seconds, after which a process is replaced; the kernel would end it a little later."""
 STUCK_SECONDS = 60.0
 """Longest time for one reply that gets no processor."""
 MOST_ANSWER_BYTES = 64 << 10
@@ -91,6 +93,8 @@ class PythonProcess:
         self._command = _COMMAND if confined else (*_COMMAND, "--unconfined")
         self._lock = threading.Lock()
         self._helper = HelperProcess()
+        self._seconds = 0.0
+        """Processor time that the process has used."""
 
     def grade(self, graded: Graded) -> float:
         """Return the number that the source's `grade` gives a reply. Raises GradingError."""
@@ -121,8 +125,10 @@ class PythonProcess:
     def _start(self) -> None:
         """Start the process unless it runs. Raises GradingError: the source cannot be run; as `_ask`."""
         process = self._helper.process
-        if process is not None and process.poll() is None:
+        if process is not None and process.poll() is None and self._seconds < PROCESS_SECONDS:
             return
+        self._helper.kill()
+        self._seconds = 0.0
         environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         self._helper.start(self._command, environment | {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"})
         begun = self._ask({"source": self._source})
@@ -136,9 +142,13 @@ class PythonProcess:
     def _ask(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return the process's answer. Raises TookTooMuchError, OSError, ValueError."""
         data = json.dumps(call).encode()
-        answer = json.loads(
-            self._helper.call(data, STUCK_SECONDS, cpu_seconds=CALL_SECONDS, most_bytes=MOST_ANSWER_BYTES)
-        )
+        try:
+            given = self._helper.call(
+                data, STUCK_SECONDS, cpu_seconds=CALL_SECONDS, most_bytes=MOST_ANSWER_BYTES
+            )
+        finally:
+            self._seconds += self._helper.seconds
+        answer = json.loads(given)
         if not isinstance(answer, dict):
             raise ValueError("it gave no answer")
         return answer
