@@ -560,7 +560,8 @@ def _check_classification(recipe: Recipe) -> None:
 def _group_size(recipe: Recipe) -> int:
     """Return the number of replies to each prompt."""
     group = _chosen(recipe.group_size, 8) * _chosen(recipe.compute_multiplier, 1.0)
-    return min(128, max(2, round(group)))
+    size: int = min(128, max(2, round(group)))
+    return size
 
 
 def _check_reinforcement(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ import pytest
 from onebase_adapters.registry import Quotas
 from onebase_edge.errors import (
     ForbiddenError,
+    InvalidRequestError,
     QueueFullError,
     QuotaExceededError,
     QuotaSpentError,
@@ -326,6 +327,17 @@ def test_what_a_process_answers_is_a_number_or_an_error(answer: Any, monkeypatch
     found = asyncio.run(run())
     assert found.reward == 0.0
     assert found.errors
+
+
+def test_a_process_that_cannot_be_confined_is_an_error_that_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = PythonProcess("x")
+    monkeypatch.setattr(process._helper, "start", lambda *_: None)
+    monkeypatch.setattr(process, "_ask", lambda call: {"confinement": "this kernel has no Landlock"})
+    with pytest.raises(InvalidRequestError, match=r"no Landlock.*--python-graders unconfined") as caught:
+        process.grade(Graded("", {}))
+    assert caught.value.code == "python_graders_off"
 
 
 def test_judges_messages_are_rendered_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_a_rollout_has_no_more_tokens_than_a_message_holds() -> None:
     prompts = [Prompt([1], "{}", one, MOST_REPLY_TOKENS // 20) for one in range(7)]
     parts = rollout_parts(prompts, 8)
     assert [len(part) for part in parts] == [2, 2, 2, 1]
-    assert sum(parts, []) == prompts
+    assert [one for part in parts for one in part] == prompts
     assert [len(part) for part in rollout_parts([Prompt([1], "{}", 0, 1)] * 100, 8)] == [64, 36]
     rows = [Prompt([1], "x" * (9 << 20), 0, 1)] * 2
     assert [len(part) for part in rollout_parts(rows, 8)] == [1, 1]

@@ -211,7 +211,8 @@ _FCNTL, _OPENAT = (72, 25), (257, 56)
 _FCNTL_COMMANDS = (1, 2, 3, 1030)
 """F_GETFD, F_SETFD, F_GETFL and F_DUPFD_CLOEXEC. Others have the kernel send signals to any process."""
 _CHANGING_FLAGS = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000 | 0o10000000
-"""O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_ASYNC and O_PATH. Landlock knows O_TRUNC from its third version on."""
+"""O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_ASYNC and O_PATH. Landlock refuses O_TRUNC from its third version
+on."""
 
 
 def can_confine_code() -> bool:

@@ -112,8 +112,10 @@ class PythonProcess:
         """Processor time that the process has used."""
 
     def grade(self, graded: Graded) -> float:
-        """Return the number that the source's `grade` gives a reply. Raises GradingError; InvalidRequestError:
-        the process cannot be confined."""
+        """Return the number that the source's `grade` gives a reply.
+
+        Raises GradingError; InvalidRequestError: the process cannot be confined.
+        """
         with self._lock:
             if self._closed:
                 raise GradingError("python_grader_server_error", "the run has ended")
@@ -143,7 +145,10 @@ class PythonProcess:
             self._helper.kill()
 
     def _start(self) -> None:
-        """Start the process unless it runs. Raises GradingError: the source cannot be run; as `grade`, `_ask`."""
+        """Start the process unless it runs.
+
+        Raises GradingError: the source cannot be run; InvalidRequestError; as `_ask`.
+        """
         process = self._helper.process
         if process is not None and process.poll() is None and self._seconds < PROCESS_SECONDS:
             return
@@ -155,8 +160,9 @@ class PythonProcess:
         if "confinement" in begun:
             self._helper.kill()
             raise InvalidRequestError(
-                f"grader: graders in Python cannot be confined on this machine: {begun['confinement']}. Use the "
-                "other graders, or let the operator allow them nevertheless (--python-graders unconfined).",
+                f"grader: graders in Python cannot be confined on this machine: {begun['confinement']}. "
+                "Use the other graders, or let the operator allow them nevertheless "
+                "(--python-graders unconfined).",
                 param="grader",
                 code="python_graders_off",
             )
@@ -180,11 +186,12 @@ class PythonProcess:
 
 
 class GraderPool:
-    """The processes of all runs' graders in Python: at most MOST_PROCESSES, and EACH_TENANT of one tenant. For
-    one more, the one that was used least recently ends. Thread-safe.
+    """The processes of all runs' graders in Python. For one more than there may be, the one that was used
+    least recently ends. Thread-safe.
 
     Args:
-        most: more than run at the same time, so that one is idle.
+        most: largest number of processes, which is more than grade at once, so that one is idle.
+        each: largest number of processes of one tenant.
     """
 
     def __init__(self, *, confined: bool, most: int = MOST_PROCESSES, each: int = EACH_TENANT) -> None:
@@ -193,7 +200,7 @@ class GraderPool:
         self._each = each
         self._lock = threading.Lock()
         self._processes: dict[tuple[str, int, str], PythonProcess] = {}
-        """By tenant, run and source; the one that was used last comes last."""
+        """Processes by tenant, run and source; the one that was used last comes last."""
         self._grading: Counter[tuple[str, int, str]] = Counter()
 
     def acquire(self, tenant: str, run: int, source: str) -> PythonProcess:

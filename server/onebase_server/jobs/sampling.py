@@ -239,7 +239,7 @@ class JobSampler:
         raise RuntimeError("pauses have no end")
 
     async def _longest(self, run: _Run) -> int:
-        """Return the tokens of the longest sequence that the engine takes and has memory for, once it runs."""
+        """Return the tokens of the longest sequence that the engine has memory for, once it runs."""
         for pause in AGAIN.pauses():
             try:
                 base = self._planner.base()
