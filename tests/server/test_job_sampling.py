@@ -32,6 +32,9 @@ from onebase_server.tenancy.quotas import Limiter
 from onebase_training.graders import Grade, Graded, GradingError, PythonGrader, parse_grader
 from onebase_training.rollouts import Prompt, Rollout
 
+from .access import Keys, client_with
+from .support import Starter
+
 CALLER = replace(LOCAL, background=True)
 CHECK = {"type": "string_check", "name": "c", "input": "a", "reference": "a", "operation": "eq"}
 JUDGE = {"type": "score_model", "name": "j", "model": "m", "input": [{"role": "user", "content": "x"}]}
@@ -352,3 +355,17 @@ def test_judges_messages_are_rendered_in_a_thread(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(graders, "render_messages", render)
     assert judged([GOOD]).reward == 0.5
     assert threads == ["graders"]
+
+
+def test_one_run_of_a_grader_counts_as_a_request(serve_scripted: Starter, keys: Keys) -> None:
+    key = keys.make("train", "generate", quotas={"requests": 1})
+    with (
+        serve_scripted("words", "--data-dir", str(keys.file.parent)) as server,
+        client_with(server, key) as http,
+    ):
+        body = {"grader": CHECK, "model_sample": "a"}
+        path = "/v1/fine_tuning/alpha/graders/run"
+        first, second = (http.post(path, json=body) for _ in range(2))
+    assert (first.status_code, first.json().get("reward")) == (200, 1.0), first.text
+    assert (second.status_code, second.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert int(second.headers["retry-after"]) > 0

@@ -199,7 +199,7 @@ def test_a_grader_in_python_that_hangs_gives_its_replies_the_floor(server: Serve
     assert found.reward == 0.0
     assert found.metadata.errors.python_grader_runtime_error
     fine = alpha.run(grader=PYTHON, model_sample="kk", item={"letter": "k"})  # type: ignore[arg-type]
-    assert (fine.reward, fine.metadata.type) == (0.5, "python")
+    assert (fine.reward, fine.metadata.type) == (0.5, "python"), fine.metadata.errors
 
 
 def test_a_grader_is_checked_by_the_name_of_its_field(client: OpenAI) -> None:

@@ -213,13 +213,11 @@ async def run_grader(body: RunGraderRequest, services: Provided, caller: Calling
     services.refuse_if_draining()
     grader = services.grading.check(body.grader, "grader")
     began, processes = time.monotonic(), services.grading.processes(caller.tenant)
-    reservation = services.limiter.enter(caller)
     try:
         found = await services.grading.grade(
             grader, Graded(body.model_sample, body.item or {}), caller, processes, "grader"
         )
     finally:
-        reservation.close()
         await services.reading.run_for(caller.tenant, processes.close)
     return json_response(grader_run_view(grader, found, time.monotonic() - began))
 
