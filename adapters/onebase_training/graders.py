@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -29,8 +30,14 @@ MOST_GRADERS = 32
 LONGEST_COMPARED = 20_000
 """Largest number of characters that a similarity is computed of; a longer text is cut."""
 LONGEST_FORMULA = 1000
+DEEPEST_FORMULA = 100
+"""Largest number of operations in a formula that are inside of one another."""
+LONGEST_TEMPLATE = 64 << 10
+"""Largest number of characters of a template."""
 LONGEST_RENDERED = 1 << 20
-"""Largest number of characters that a template may become."""
+"""Largest number of characters that a template, or a judge's messages together, may become."""
+LARGEST_REWARD = 1e6
+"""Largest size of a reward: squares of larger ones are no use to a step, and may have no finite sum."""
 LONGEST_DETAIL = 2000
 
 Metric = Literal[
@@ -59,7 +66,12 @@ class GradingError(Exception):
     def __init__(self, flag: str, detail: str) -> None:
         super().__init__(detail)
         self.flag = flag
-        self.detail = detail[:LONGEST_DETAIL]
+        self.detail = encodable(detail[:LONGEST_DETAIL])
+
+
+def encodable(text: str) -> str:
+    """Return a text with question marks for lone surrogates, which have no place in a message."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # ---- graders as they are written -----------------------------------------------------------------
@@ -121,8 +133,13 @@ class ScoreModel(msgspec.Struct, frozen=True, tag="score_model", forbid_unknown_
     name: str
     model: str
     input: list[JudgeMessage]
-    range: tuple[float, float] = (0.0, 1.0)
+    range: tuple[float, float] | None = None
     sampling_params: SamplingParams | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the range, which is from 0 to 1 unless it is set."""
+        return self.range or (0.0, 1.0)
 
 
 class PythonGrader(msgspec.Struct, frozen=True, tag="python", forbid_unknown_fields=True):
@@ -155,6 +172,8 @@ def parse_grader(value: str | bytes | Mapping[str, Any]) -> Grader:
         if value.get("type") == "label_model":
             raise GraderError("type", _NO_LABELS)
         if value.get("type") == "multi" and isinstance(value.get("graders"), Mapping):
+            if isinstance(value["graders"].get("type"), str):  # one grader, as OpenAI's schema has it
+                value = {**value, "graders": {str(value["graders"].get("name")): value["graders"]}}
             for name, one in value["graders"].items():
                 if isinstance(one, Mapping) and one.get("type") in ("label_model", "multi"):
                     reason = _NO_LABELS if one["type"] == "label_model" else "a multi grader holds no other"
@@ -185,7 +204,7 @@ def to_json(grader: Grader) -> dict[str, Any]:
 
 def floor_of(grader: Grader) -> float:
     """Return the reward of a reply that the grader cannot grade."""
-    return grader.range[0] if isinstance(grader, ScoreModel) else 0.0
+    return grader.bounds[0] if isinstance(grader, ScoreModel) else 0.0
 
 
 def python_graders(grader: Grader) -> list[PythonGrader]:
@@ -215,9 +234,10 @@ def _check(grader: Grader, place: str) -> None:
         )
         raise GraderError(at("evaluation_metric"), reason)
     if isinstance(grader, ScoreModel):
-        low, high = grader.range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise GraderError(at("range"), "write two numbers, the lower one first")
+        low, high = grader.bounds
+        if not -LARGEST_REWARD <= low < high <= LARGEST_REWARD:
+            reason = f"write two numbers, the lower one first, from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
+            raise GraderError(at("range"), reason)
         if not grader.input or len(grader.input) > 100:
             raise GraderError(at("input"), "write 1 to 100 messages")
         for number, message in enumerate(grader.input):
@@ -255,14 +275,21 @@ def _check_source(grader: PythonGrader, at: Callable[[str], str]) -> None:
         tree = ast.parse(grader.source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise GraderError(at("source"), f"it is no Python: {error}") from error
-    defined = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "grade"]
-    if not defined:
+    if not any(_defines_grade(node) for node in tree.body):
         raise GraderError(at("source"), "it defines no function grade(sample, item)")
+
+
+def _defines_grade(node: ast.stmt) -> bool:
+    """Return True for a definition of `grade`, or an assignment to that name: `grade = lambda ...`."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return any(isinstance(target, ast.Name) and target.id == "grade" for target in targets)
+    return isinstance(node, ast.FunctionDef) and node.name == "grade"
 
 
 # ---- templates -----------------------------------------------------------------------------------
 
-_FIELD = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
+_FIELD = re.compile(r"\{\{([^{}]*)\}\}")  # one way to match: time is linear in a template
 _STEP = re.compile(r"\.([A-Za-z_][\w-]*)|\[(\d{1,6})\]")
 _SAMPLE_FIELDS = ("output_text", "output_json")
 
@@ -291,10 +318,17 @@ class Graded:
         return value
 
     def _json(self) -> Any:
+        if not self._parsed:
+            raise GradingError("sample_parse_error", "the reply is no JSON")
+        return self._parsed[0]
+
+    @cached_property
+    def _parsed(self) -> tuple[Any, ...]:
+        """The reply's JSON, parsed once for all templates; empty if it is none."""
         try:
-            return parse_json(self.text.strip().encode())
-        except (ValueError, RecursionError) as error:
-            raise GradingError("sample_parse_error", "the reply is no JSON") from error
+            return (parse_json(self.text.strip().encode()),)
+        except (ValueError, RecursionError):
+            return ()
 
     def as_sample(self) -> dict[str, Any]:
         """Return the reply as a grader in Python gets it."""
@@ -305,17 +339,39 @@ class Graded:
         return {"output_text": self.text, "output_json": parsed}
 
 
-def render(template: str, graded: Graded) -> str:
-    """Return the text of a template. Values that are no texts are written as JSON. Raises GradingError."""
+def render(template: str, graded: Graded, most: int = LONGEST_RENDERED) -> str:
+    """Return the text of a template, of at most so many characters. Values that are no texts are written as
+    JSON. Raises GradingError."""
+    parts, length, place = list[str](), 0, 0
+    for match in (*_FIELD.finditer(template), None):
+        parts.append(template[place : match.start() if match else None])
+        if match:
+            parts.append(_written(graded.value(match[1].strip())))
+            place = match.end()
+        length += sum(map(len, parts[-2 if match else -1 :]))
+        if length > most:
+            detail = f"the templates become longer than {LONGEST_RENDERED} characters"
+            raise GradingError("other_error", detail)
+    return encodable("".join(parts))
 
-    def of(match: re.Match[str]) -> str:
-        value = graded.value(match[1])
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-    text = _FIELD.sub(of, template)
-    if len(text) > LONGEST_RENDERED:
-        raise GradingError("other_error", f"a template becomes longer than {LONGEST_RENDERED} characters")
-    return text
+def render_messages(grader: ScoreModel, graded: Graded) -> list[tuple[str, str]]:
+    """Return a judge's messages as (role, text). Raises GradingError."""
+    found, left = list[tuple[str, str]](), LONGEST_RENDERED
+    for message in grader.input:
+        text = render(message.text, graded, left)
+        left -= len(text)
+        found.append((message.role, text))
+    return found
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        raise GradingError("other_error", f"a value cannot be written: {error}") from error
 
 
 def _missing(path: str) -> Any:
@@ -343,9 +399,12 @@ def _parsed_path(path: str) -> tuple[str, list[str | int]]:
 
 
 def _check_template(template: str, place: str) -> None:
+    if len(template) > LONGEST_TEMPLATE:
+        reason = f"it has {len(template)} characters: write {LONGEST_TEMPLATE} at most"
+        raise GraderError(place, reason)
     for match in _FIELD.finditer(template):
         try:
-            _parsed_path(match[1])
+            _parsed_path(match[1].strip())
         except ValueError as error:
             raise GraderError(place, str(error)) from error
     if "{{" in _FIELD.sub("", template):
@@ -385,9 +444,9 @@ class Formula:
         """Return its value. Raises GradingError unless that is a finite number."""
         try:
             found = _value(self.tree, values)
-        except (ArithmeticError, ValueError) as error:
-            raise GradingError("other_error", f"the formula has no value: {error}") from error
-        return finite(found)
+            return finite(found)
+        except (ArithmeticError, ValueError, RecursionError, GradingError) as error:
+            raise GradingError("formula_parse_error", f"the formula has no value: {error}") from error
 
 
 def parse_formula(text: str, place: str = "calculate_output") -> Formula:
@@ -405,23 +464,25 @@ def parse_formula(text: str, place: str = "calculate_output") -> Formula:
     return Formula(tree, names)
 
 
-def _names(node: ast.expr) -> list[str]:
+def _names(node: ast.expr, depth: int = 1) -> list[str]:
     """Return the names in a formula. Raises ValueError for what has no place in one."""
+    if depth > DEEPEST_FORMULA:
+        raise ValueError(f"more than {DEEPEST_FORMULA} operations are inside of one another")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return []
     if isinstance(node, ast.Name):
         return [node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
-        return _names(node.operand)
+        return _names(node.operand, depth + 1)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return [*_names(node.left), *_names(node.right)]
+        return [*_names(node.left, depth + 1), *_names(node.right, depth + 1)]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         name, count = node.func.id, len(node.args)
         if name not in _FUNCTIONS:
             raise ValueError(f"there is no function {name[:80]!r}")
         if count != 1 and not (name in _SEVERAL and count > 1):
             raise ValueError(f"{name} takes another number of values")
-        return [name for one in node.args for name in _names(one)]
+        return [name for one in node.args for name in _names(one, depth + 1)]
     raise ValueError("it has more than numbers, names, operators and functions")
 
 
@@ -444,10 +505,23 @@ def _value(node: ast.expr, values: Mapping[str, float]) -> float:
 
 
 def finite(value: float) -> float:
-    """Return a number. Raises GradingError unless it is finite."""
+    """Return a reward as a number. Raises GradingError unless it is finite and at most LARGEST_REWARD."""
     if not math.isfinite(value):
         raise GradingError("other_error", f"the reward is {value}, which is no finite number")
+    if abs(value) > LARGEST_REWARD:
+        detail = f"the reward is {value:.3g}: give numbers from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
+        raise GradingError("other_error", detail)
     return float(value)
+
+
+def number_of(value: Any) -> float:
+    """Return a value of JSON as a number; an integer of any size. Raises ValueError: it is none."""
+    if type(value) not in (int, float):
+        raise ValueError("it is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -551,8 +625,8 @@ class Judge(Protocol):
 
 RunPython = Callable[[PythonGrader, Graded], Awaitable[float]]
 """Function that runs a grader's source. Raises GradingError."""
-RunText = Callable[[Callable[[], float]], Awaitable[float]]
-"""Function that computes something of texts, which may take a moment."""
+RunText = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Function that computes something of texts in a thread, since it may take a moment."""
 
 
 @dataclass
@@ -578,6 +652,8 @@ async def grade(grader: Grader, graded: Graded, *, judge: Judge, python: RunPyth
         found.tokens += one.tokens
     try:
         found.reward = parse_formula(grader.calculate_output).value(found.parts)
+    except GraderError as error:
+        found.errors["formula_parse_error"] = error.reason
     except GradingError as error:
         found.errors[error.flag] = error.detail
     return found
@@ -587,9 +663,8 @@ async def _graded(grader: Single, graded: Graded, judge: Judge, python: RunPytho
     found = Grade(floor_of(grader))
     try:
         if isinstance(grader, ScoreModel):
-            messages = [(one.role, render(one.text, graded)) for one in grader.input]
-            judged = await judge(grader, messages)
-            low, high = grader.range
+            judged = await judge(grader, await text(lambda: render_messages(grader, graded)))
+            low, high = grader.bounds
             found.tokens[judged.model] += judged.tokens
             if not low <= judged.reward <= high:
                 detail = f"the judge gave {judged.reward:g}, which is not in the range {low:g} to {high:g}"
@@ -606,7 +681,8 @@ async def _graded(grader: Single, graded: Graded, judge: Judge, python: RunPytho
 
 def _of_texts(grader: StringCheck | TextSimilarity, graded: Graded) -> float:
     """Return the reward of a grader that compares two texts. Raises GradingError."""
-    given, reference = render(grader.input, graded), render(grader.reference, graded)
+    given = render(grader.input, graded)
+    reference = render(grader.reference, graded, LONGEST_RENDERED - len(given))
     if isinstance(grader, StringCheck):
         return check_string(grader.operation, given, reference)
     return similarity(grader.evaluation_metric, given, reference)

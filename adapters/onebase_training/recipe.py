@@ -36,6 +36,8 @@ MODEL = "model"
 MOST_TEXTS = 32
 """Largest number of metrics, and of prompts that are answered during a run."""
 NO_PARENT = "a classifier is trained from the base, with a head of its own: name no adapter to go on from"
+MOST_REPLY_TOKENS = 400_000
+"""Largest number of tokens of the replies that one message holds, which may have 64 MiB."""
 REWARD = "reward"
 """Measure of reinforcement: the mean of what the grader gives replies to held-out prompts."""
 CLASS_METRICS = ("accuracy", "f1")
@@ -385,7 +387,6 @@ def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Rec
         base_limit: the base's longest sequence, in tokens.
     """
     rate = {"dpo": 5e-5, "reinforcement": 2e-4}.get(recipe.method, 5e-4)
-    group = _chosen(recipe.group_size, 8) * _chosen(recipe.compute_multiplier, 1.0)
     batch = _chosen(recipe.batch_size, max(1, min(16, rows // 4)))
     epochs = _chosen(recipe.epochs, 3.0)
     multiplier = _chosen(recipe.learning_rate_multiplier, 1.0)
@@ -397,7 +398,7 @@ def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Rec
         batch_size=batch,
         learning_rate=_chosen(recipe.learning_rate, rate) * multiplier,
         learning_rate_multiplier=1.0,
-        group_size=min(128, max(2, round(group))),
+        group_size=_group_size(recipe),
         compute_multiplier=1.0,
         eval_samples=_chosen(recipe.eval_samples, 1),
         best_by=REWARD if recipe.method == "reinforcement" else recipe.best_by,
@@ -556,6 +557,13 @@ def _check_classification(recipe: Recipe) -> None:
         raise RecipeError("train_on", "classification learns the label: leave train_on at assistant")
 
 
+def _group_size(recipe: Recipe) -> int:
+    """Return the number of replies to each prompt."""
+    group = _chosen(recipe.group_size, 8) * _chosen(recipe.compute_multiplier, 1.0)
+    size: int = min(128, max(2, round(group)))
+    return size
+
+
 def _check_reinforcement(recipe: Recipe) -> None:
     """Raise RecipeError for a grader that cannot be used, and for settings that rewards leave no place."""
     if not recipe.grader:
@@ -573,6 +581,12 @@ def _check_reinforcement(recipe: Recipe) -> None:
             raise RecipeError(name, f"{name}: rewards train no activated LoRA. Leave it out")
     if recipe.init == "eva":
         raise RecipeError("init", "EVA looks at replies, and the rows of reinforcement have none: use true")
+    counts = {"group_size": _group_size(recipe), "eval_samples": _chosen(recipe.eval_samples, 1)}
+    for name, count in counts.items():
+        if count * recipe.sample_tokens > MOST_REPLY_TOKENS:
+            reason = f"{count} replies of {recipe.sample_tokens} tokens to one prompt are too many to send"
+            remedy = f"Lower sample_tokens or {name}: their product may be {MOST_REPLY_TOKENS}"
+            raise RecipeError(name, f"{name}: {reason}. {remedy}")
     if recipe.too_long == "truncate":
         raise RecipeError("too_long", "a prompt without its end asks for nothing: refuse or drop longer ones")
     if recipe.train_on == "all":

@@ -36,7 +36,7 @@ from onebase_training.loop import (
     set_learning_rate,
 )
 from onebase_training.losses import token_losses
-from onebase_training.recipe import REWARD, Recipe, decided
+from onebase_training.recipe import MOST_REPLY_TOKENS, REWARD, Recipe, decided
 from onebase_training.replies import Measuring, Replies
 from onebase_training.rollouts import LiveWeights, Prompt, Reply, Rollout, Rollouts
 from onebase_training.trainable import ADAPTER, Trainable
@@ -48,6 +48,8 @@ _KEPT_RESULTS = 8
 """Number of weights whose replies to held-out prompts are remembered."""
 _AT_ONCE = 64
 """Largest number of prompts in one rollout."""
+_MOST_ASKED = 16 << 20
+"""Largest number of characters of the rows in one rollout."""
 
 
 @dataclass(eq=False)
@@ -121,8 +123,7 @@ class Policy:
             for row, seed in zip(rows, seeds, strict=True)
         ]
         found: list[list[Reply]] = []
-        for start in range(0, len(prompts), _AT_ONCE):
-            part = prompts[start : start + _AT_ONCE]
+        for part in rollout_parts(prompts, count):
             order = Rollout(prompts=part, n=count, temperature=temperature, weights=weights)
             found += self._rollouts.draw(order)
         return found
@@ -142,6 +143,21 @@ class Policy:
             path.parent.mkdir()
             work.rename(path)
         return LiveWeights(path=str(path), digest=digest, bytes=path.stat().st_size)
+
+
+def rollout_parts(prompts: Sequence[Prompt], count: int) -> list[list[Prompt]]:
+    """Return the prompts in parts, each of which, with `count` replies to a prompt, fits in a message."""
+    parts: list[list[Prompt]] = []
+    tokens = asked = 0
+    for one in prompts:
+        tokens += count * one.max_tokens
+        asked += len(one.item) + 8 * len(one.tokens)
+        full = not parts or len(parts[-1]) == _AT_ONCE
+        if full or tokens > MOST_REPLY_TOKENS or asked > _MOST_ASKED:
+            parts.append([])
+            tokens, asked = count * one.max_tokens, len(one.item) + 8 * len(one.tokens)
+        parts[-1].append(one)
+    return parts
 
 
 class RewardTrainer(Trainer):
@@ -257,9 +273,14 @@ def _episodes(rows: Sequence[Any], groups: Sequence[Sequence[Reply]], *, keep_al
 def advantages(rewards: Sequence[float]) -> list[float]:
     """Return the advantage of each reply of a group: 0 for all if they got the same reward."""
     mean, spread = statistics.fmean(rewards), statistics.pstdev(rewards)
-    if spread <= 1e-9 * max(1.0, abs(mean)):
+    if is_even(rewards):
         return [0.0] * len(rewards)
     return [(one - mean) / spread for one in rewards]
+
+
+def is_even(rewards: Sequence[float]) -> bool:
+    """Return True if a group's rewards are equal but for rounding, so that it teaches nothing."""
+    return statistics.pstdev(rewards) <= 1e-9 * max(1.0, abs(statistics.fmean(rewards)))
 
 
 def _passes(episodes: Sequence[Episode], limit: int) -> list[list[int]]:
@@ -280,7 +301,7 @@ def figures(groups: Sequence[Sequence[Reply]]) -> dict[str, float]:
         "spread": statistics.fmean(spreads),
         "tokens": statistics.fmean(len(reply.tokens) for reply in replies),
         "failed": statistics.fmean(bool(reply.errors) for reply in replies),
-        "even": statistics.fmean(not spread for spread in spreads),
+        "even": statistics.fmean(is_even([reply.reward for reply in group]) for group in groups),
     }
 
 

@@ -859,9 +859,12 @@ def _estimate(job: TrainingRequest, recipe: Recipe, data: Data, config: Any, rat
     rows, held_out = data.train.rows, data.held_out.rows if data.held_out is not None else ()
     tokens, longest = sum(map(len, rows)), max(map(len, [*rows, *held_out]))
     supervised = sum(row.targets for row in rows)
+    supervised_part = supervised / max(1, tokens)
     if recipe.method == "reinforcement":  # replies of half the length that they may have
-        supervised = len(rows) * recipe.sample_tokens // 2
-        tokens, longest = tokens + supervised, longest + recipe.sample_tokens
+        tokens += len(rows) * recipe.sample_tokens // 2
+        longest += recipe.sample_tokens
+        # Memory must do for a micro-batch of the shortest prompts whose replies are as long as they may be.
+        supervised_part = recipe.sample_tokens / (min(map(len, rows)) + recipe.sample_tokens)
     total = token_count(recipe, len(rows), tokens)
     if recipe.method == "reinforcement":
         total *= decided(recipe.group_size) * recipe.updates
@@ -873,7 +876,7 @@ def _estimate(job: TrainingRequest, recipe: Recipe, data: Data, config: Any, rat
         device=job.base.device,
         longest_row=longest,
         total_tokens=total,
-        supervised_part=supervised / max(1, tokens),
+        supervised_part=supervised_part,
         labels=len(data.train.labels),
         memory_limit=_memory_for_run(job),
         base_resident=job.base_resident,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from onebase_adapters.hub.confinement import can_confine_code
+from onebase_adapters.hub import confinement
+from onebase_adapters.hub.confinement import PROCESSOR_SECONDS, can_confine_code
 from onebase_server.jobs import grading
 from onebase_server.jobs.grading import PythonProcess
 from onebase_training.graders import Graded, GradingError
@@ -114,3 +119,114 @@ def test_closing_ends_a_grader_that_hangs(start: Start, monkeypatch: pytest.Monk
     process.close()
     thread.join(30)
     assert failed == ["python_grader_runtime_error"]
+
+
+_CALL = """import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.syscall(*map(ctypes.c_long, {call})) >= 0 or ctypes.get_errno() != 1:
+    return 0.0
+return 1.0
+"""
+
+
+_NUMBERS = {
+    "prctl": 157, "setrlimit": 160, "inotify_init1": 294, "fanotify_init": 300, "setuid": 105,
+    "clock_settime": 227, "swapoff": 168, "init_module": 175, "iopl": 172, "shmat": 30, "mount_setattr": 442,
+    "pipe2": 293, "ioctl": 16, "open_by_handle_at": 304, "getpid of another ABI": 0x40000027,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _NUMBERS)
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are of another machine")
+def test_the_kernel_refuses_a_grader_calls_that_computing_does_not_need(start: Start, name: str) -> None:
+    assert start(_CALL.format(call=[_NUMBERS[name], 1, 0, 0, 0, 0])).grade(GRADED) == 1.0
+
+
+def test_a_grader_signals_no_process_by_its_open_files_where_landlock_knows_no_signals() -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        code = (
+            "import fcntl, os\n"
+            "from onebase_adapters.hub import confinement\n"
+            "confinement._SCOPES = 0\n"
+            "read, write = os.pipe()\n"
+            "confinement.confine_code(256 << 20)\n"
+            f"for command, value in ((fcntl.F_SETOWN, {other.pid}), (10, 9), (fcntl.F_SETFL, os.O_ASYNC)):\n"
+            "    try:\n"
+            "        fcntl.fcntl(read, command, value)\n"
+            "    except PermissionError:\n"
+            "        print('refused')\n"
+            "os.write(write, b'x')\n"
+        )
+        try:
+            command = [sys.executable, "-c", code]
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            assert found.stdout.split() == ["refused"] * 3
+            with pytest.raises(subprocess.TimeoutExpired):
+                other.wait(0.3)
+        finally:
+            other.kill()
+
+
+def test_a_grader_has_a_hard_limit_of_processor_time_and_no_capability(start: Start) -> None:
+    process = start("return 1.0")
+    process.grade(GRADED)
+    assert process._helper.process is not None
+    folder = Path(f"/proc/{process._helper.process.pid}")
+    (limit,) = [line for line in (folder / "limits").read_text().splitlines() if "cpu time" in line]
+    assert limit.split()[3:5] == [str(PROCESSOR_SECONDS)] * 2
+    status = dict(
+        line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line
+    )
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+
+
+def test_a_grader_reads_nothing_by_the_path_of_modules(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + os.pathsep)
+    with pytest.raises(GradingError, match="PermissionError"):
+        start(f"return len(open({str(tmp_path / 'secret')!r}).read())").grade(GRADED)
+
+
+def test_an_empty_entry_of_the_path_of_modules_opens_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)
+    monkeypatch.setattr(sys, "path", [*sys.path, "", str(tmp_path)])
+    assert tmp_path not in confinement._python()
+    assert Path() not in confinement._python()
+
+
+def test_a_filter_that_the_kernel_does_not_apply_is_noticed() -> None:
+    code = (
+        "from onebase_adapters.hub import confinement\n"
+        "confinement._REFUSE = confinement._ALLOW\n"
+        "try:\n"
+        "    confinement.confine_code(256 << 20)\n"
+        "except confinement.ConfinementError as error:\n"
+        "    print(error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "does not apply it" in found.stdout
+
+
+def test_a_grader_has_the_standard_library(start: Start) -> None:
+    body = (
+        "import collections, ctypes, datetime, decimal, difflib, fractions, random, sqlite3, zoneinfo\n"
+        "return float(datetime.datetime.now(zoneinfo.ZoneInfo('UTC')).year > 2000)"
+    )
+    assert start(body).grade(GRADED) == 1.0
+
+
+def test_a_process_that_has_computed_for_long_is_replaced_between_two_replies(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grading, "PROCESS_SECONDS", 0.0)
+    process = start("return 1.0")
+    process.grade(GRADED)
+    first = process._helper.process
+    assert process.grade(GRADED) == 1.0
+    assert process._helper.process is not first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from onebase_engine.engine.messages import (
     UnloadAdapter,
 )
 from onebase_server.adapters.catalog import VersionRef
-from onebase_server.adapters.residency import PackedAdapterFile, Residency
+from onebase_server.adapters.residency import PackedAdapterFile, PackedAdapterFiles, Residency
 
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 10, "large": 30, "huge": 31}
 
@@ -342,3 +343,18 @@ def test_a_version_is_loaded_from_what_was_proved_with_this_servers_kernels() ->
         assert sent == [LoadAdapter("a", "file of these kernels", "file of these kernels")]
 
     run(test())
+
+
+def test_live_weights_stay_until_the_last_of_the_files_that_are_equal_is_dropped() -> None:
+    """Two jobs with one seed and one rank begin with the same weights."""
+    catalog: Any = SimpleNamespace(of_digest=lambda digest: [])
+    parts: Any = None
+    files = PackedAdapterFiles(catalog, parts, parts, lambda: "")
+    one, two = Path("/jobs/a/live/x"), Path("/jobs/b/live/x")
+    for folder in (one, two, one):
+        files.add_live(folder / "packed", "x", 1)
+    assert files.drop_live(two) == set()
+    assert files.find("x").path == one / "packed"
+    assert files.drop_live(two) == set()
+    assert files.drop_live(one) == {"x"}
+    assert not files.is_live("x")

@@ -6,15 +6,25 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
-from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.engine.messages import EngineConfig, encode
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import UNKNOWN, TrainerClient
-from onebase_server.processes.trainer_protocol import Active, Check, Train, Trained, TrainJob
+from onebase_server.processes.trainer_protocol import (
+    Active,
+    Check,
+    Drawn,
+    NotDrawn,
+    Train,
+    Trained,
+    TrainJob,
+)
+from onebase_training.rollouts import Reply, Rollout
 
 from .support import children, command_of
 
@@ -75,3 +85,16 @@ def test_a_trainer_whose_question_for_the_active_version_fails_still_ends_and_re
     trained = asyncio.run(run())
     assert isinstance(trained, Trained)
     assert (trained.report["active"], trained.report["better"]) == (UNKNOWN, None)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "x" * (70 << 20)])
+def test_replies_that_cannot_be_sent_fail_the_job_instead_of_leaving_it_waiting(text: str) -> None:
+    sent: list[bytes] = []
+    process: Any = SimpleNamespace(send=sent.append)
+
+    async def draw(rollout: Rollout) -> Drawn:
+        return Drawn([[Reply(tokens=[1], logprobs=[0.0], text=text)]])
+
+    rollout = Rollout(prompts=[], n=1, temperature=1.0)
+    asyncio.run(TrainerClient(process)._draw(draw, rollout))
+    assert sent == [encode(NotDrawn("internal_error", "The server failed to sample; its log says why."))]

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from onebase_training import graders
 from onebase_training.graders import (
+    LONGEST_RENDERED,
+    LONGEST_TEMPLATE,
     Grade,
     Graded,
     GraderError,
@@ -20,6 +23,8 @@ from onebase_training.graders import (
     grade,
     parse_formula,
     parse_grader,
+    render,
+    render_messages,
     similarity,
     to_json,
 )
@@ -45,7 +50,7 @@ def graded(
             raise python
         return python
 
-    async def work(call: Callable[[], float]) -> float:
+    async def work(call: Callable[[], Any]) -> Any:
         return call()
 
     return asyncio.run(
@@ -124,11 +129,11 @@ def test_a_part_that_fails_counts_as_its_floor_and_the_rest_goes_on() -> None:
 @pytest.mark.parametrize(("formula", "value"), [("a / b", 0.0), ("log(b)", 0.0), ("9 ^ 9 ^ 9", 0.0)])
 def test_a_formula_without_a_value_gives_the_floor(formula: str, value: float) -> None:
     found = graded(multi(formula), "x")
-    assert (found.reward, list(found.errors)) == (value, ["other_error"])
+    assert (found.reward, list(found.errors)) == (value, ["formula_parse_error"])
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_reward_that_is_no_finite_number_is_the_floor(number: float) -> None:
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e7, -1e308])
+def test_a_reward_that_is_no_number_to_learn_from_is_the_floor(number: float) -> None:
     python = {"type": "python", "name": "p", "source": SOURCE}
     found = graded(python, "x", python=number)
     assert (found.reward, list(found.errors)) == (0.0, ["other_error"])
@@ -195,3 +200,93 @@ def test_a_metric_that_is_not_computed_is_refused_by_name(metric: str) -> None:
 def test_a_grader_is_written_as_it_was_read() -> None:
     assert to_json(parse_grader(multi("a"))) == multi("a")
     assert parse_formula("-a + 1").value({"a": 3.0}) == -2.0
+
+
+def test_a_template_is_read_once_whatever_stands_in_it() -> None:
+    """A pattern that may match blanks in several ways takes hours for this one."""
+    with pytest.raises(GraderError, match="has no }}"):
+        parse_grader({**CHECK, "reference": "{{" + " " * (LONGEST_TEMPLATE - 10) + "x"})
+
+
+def test_a_template_is_as_long_as_it_may_be_and_no_longer() -> None:
+    parse_grader({**CHECK, "reference": "x" * LONGEST_TEMPLATE})
+    with pytest.raises(GraderError, match=f"write {LONGEST_TEMPLATE} at most") as caught:
+        parse_grader({**CHECK, "reference": "x" * (LONGEST_TEMPLATE + 1)})
+    assert caught.value.field == "reference"
+
+
+def test_rendering_ends_with_the_first_piece_that_is_too_much() -> None:
+    class Row(dict[str, Any]):
+        reads = 0
+
+        def __getitem__(self, name: str) -> Any:
+            Row.reads += 1
+            return "y" * 100_000
+
+    with pytest.raises(GradingError, match=f"longer than {LONGEST_RENDERED} characters"):
+        render("{{item.a}}" * 2000, Graded("x", Row()))
+    assert Row.reads == LONGEST_RENDERED // 100_000 + 1
+
+
+def test_the_messages_to_a_judge_have_one_limit_together() -> None:
+    message = {"role": "user", "content": "{{item.a}}"}
+    judge = parse_grader({"type": "score_model", "name": "j", "model": "m", "input": [message] * 3})
+    assert isinstance(judge, ScoreModel)
+    with pytest.raises(GradingError, match="longer than"):
+        render_messages(judge, Graded("x", {"a": "y" * (LONGEST_RENDERED // 2)}))
+
+
+def test_a_reply_is_parsed_once_for_all_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+
+    def parse(text: bytes) -> Any:
+        parsed.append(text)
+        return [1]
+
+    monkeypatch.setattr(graders, "parse_json", parse)
+    assert render("{{sample.output_json[0]}}" * 100, Graded("[1]", {})) == "1" * 100
+    assert parsed == [b"[1]"]
+
+
+def test_a_value_that_cannot_be_written_gives_the_floor() -> None:
+    found = graded({**CHECK, "reference": "{{item.a}}"}, "x", {"a": 10**5000})
+    assert (found.reward, list(found.errors)) == (0.0, ["other_error"])
+
+
+def test_what_is_rendered_and_what_failed_can_be_sent_as_a_message() -> None:
+    assert render("{{item.a}}", Graded("x", {"a": "\ud800"})).encode() == b"?"
+    assert GradingError("other_error", "a \ud800").detail.encode() == b"a ?"
+
+
+@pytest.mark.parametrize("formula", ["-" * 400 + "a", "1+" * 150 + "a"])
+def test_a_formula_is_not_nested_without_end(formula: str) -> None:
+    with pytest.raises(GraderError, match="more than 100 operations"):
+        parse_formula(formula)
+
+
+def test_a_formula_that_finds_no_room_on_the_stack_has_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_deep(*args: Any) -> float:
+        raise RecursionError("too deep")
+
+    formula = parse_formula("-a")
+    monkeypatch.setattr(graders, "_value", too_deep)
+    with pytest.raises(GradingError, match="too deep"):
+        formula.value({"a": 1.0})
+
+
+def test_a_grader_is_read_as_openai_writes_it() -> None:
+    judge = {"type": "score_model", "name": "j", "model": "m", "input": [{"role": "user", "content": "x"}]}
+    parsed = parse_grader({**judge, "range": None, "sampling_params": None})
+    assert isinstance(parsed, ScoreModel)
+    assert parsed.bounds == (0.0, 1.0)
+    one = {**CHECK, "reference": "x"}
+    lone = parse_grader({"type": "multi", "name": "m", "graders": one, "calculate_output": "c"})
+    assert list(to_json(lone)["graders"]) == ["c"]
+    for source in ("grade = lambda sample, item: 1", "grade: object = len"):
+        parse_grader({"type": "python", "name": "p", "source": source})
+
+
+def test_a_range_is_one_that_can_be_learned_from() -> None:
+    judge = {"type": "score_model", "name": "j", "model": "m", "input": [{"role": "user", "content": "x"}]}
+    with pytest.raises(GraderError, match="from -1e\\+06 to 1e\\+06"):
+        parse_grader({**judge, "range": [-1e12, 1.0]})

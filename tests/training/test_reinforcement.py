@@ -18,13 +18,14 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
 from onebase_engine.lora.packed_adapter import read_packed_adapter
 from onebase_training import events, replies
+from onebase_training import run as run_module
 from onebase_training.checkpoint import WEIGHTS, RunReport
 from onebase_training.data.dataset import DataError
 from onebase_training.events import Interrupted, OpenGate
-from onebase_training.graders import Graded, Grader, grade, parse_grader
-from onebase_training.recipe import RecipeError, parse_recipe
-from onebase_training.reinforcement import advantages
-from onebase_training.rollouts import Reply, Rollout, item_of
+from onebase_training.graders import LARGEST_REWARD, Graded, Grader, grade, parse_grader
+from onebase_training.recipe import MOST_REPLY_TOKENS, RecipeError, parse_recipe
+from onebase_training.reinforcement import advantages, figures, rollout_parts
+from onebase_training.rollouts import Prompt, Reply, Rollout, item_of
 from onebase_training.run import TrainingRequest, load_tokenizer, train
 
 GRADER = {
@@ -216,6 +217,43 @@ def test_groups_with_equal_rewards_teach_nothing() -> None:
     assert sum(advantages([0.3, 0.5, 7.0])) == pytest.approx(0.0)
 
 
+def test_the_largest_rewards_have_finite_advantages() -> None:
+    assert advantages([LARGEST_REWARD, -LARGEST_REWARD] * 64) == [1.0, -1.0] * 64
+
+
+def test_a_group_is_even_in_the_figures_if_it_teaches_nothing() -> None:
+    def group(*rewards: float) -> list[Reply]:
+        return [Reply(tokens=[1], logprobs=[0.0], text="", reward=one) for one in rewards]
+
+    assert figures([group(0.1 + 0.2, 0.3), group(0.0, 1.0)])["even"] == 0.5
+
+
+def test_a_rollout_has_no_more_tokens_than_a_message_holds() -> None:
+    prompts = [Prompt([1], "{}", one, MOST_REPLY_TOKENS // 20) for one in range(7)]
+    parts = rollout_parts(prompts, 8)
+    assert [len(part) for part in parts] == [2, 2, 2, 1]
+    assert [one for part in parts for one in part] == prompts
+    assert [len(part) for part in rollout_parts([Prompt([1], "{}", 0, 1)] * 100, 8)] == [64, 36]
+    rows = [Prompt([1], "x" * (9 << 20), 0, 1)] * 2
+    assert [len(part) for part in rollout_parts(rows, 8)] == [1, 1]
+
+
+def test_memory_is_estimated_for_replies_as_long_as_they_may_be(
+    base: torch.nn.Module, job: TrainingRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+    original = run_module.estimate
+
+    def estimate(*args: Any, **options: Any) -> Any:
+        given.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(run_module, "estimate", estimate)
+    run(base, with_settings(job, max_steps=1, eval_every=1, sample_tokens=12))
+    shortest = given[0]["longest_row"] - 12
+    assert given[0]["supervised_part"] >= 12 / (12 + shortest)
+
+
 def test_rewards_that_never_differ_leave_the_weights_alone(
     base: torch.nn.Module, job: TrainingRequest
 ) -> None:
@@ -256,6 +294,8 @@ def test_rows_that_ask_for_nothing_are_refused(
         ({"alora_invocation": "go"}, "alora_invocation"),
         ({"method": "supervised"}, "grader"),
         ({"group_size": 1}, "group_size"),
+        ({"group_size": 64, "compute_multiplier": 2.0, "sample_tokens": 4000}, "group_size"),
+        ({"sample_tokens": 32768, "eval_samples": 16}, "eval_samples"),
     ],
 )
 def test_settings_that_rewards_leave_no_place_are_refused(settings: dict[str, Any], field: str) -> None:

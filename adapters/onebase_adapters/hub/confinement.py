@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import os
 import resource
 import struct
 import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -99,14 +101,23 @@ def _limit(file_bytes: int) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for what, most in wanted.items():
-        _, hard = resource.getrlimit(what)
-        chosen = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (chosen, chosen))
+        _lower(what, most)
+
+
+def _lower(what: int, most: int) -> None:
+    """Lower a limit of this process for good, unless it is lower already."""
+    _, hard = resource.getrlimit(what)
+    chosen = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (chosen, chosen))
 
 
 def _python() -> list[Path]:
-    places = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *sys.path}
-    return [Path(place) for place in places if place]
+    """Return the places of Python and its modules. An empty entry of PYTHONPATH, which stands for the working
+    folder, opens nothing."""
+    places = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *sys.path} - {""}
+    if "" in os.environ.get("PYTHONPATH", "x").split(os.pathsep):
+        places.discard(str(Path.cwd()))
+    return [Path(place) for place in places]
 
 
 def _certificates() -> list[Path]:
@@ -160,48 +171,48 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
     return result
 
 
-# ---- system calls ----------------------------------------------------------------------------------
+# ---- code of strangers -----------------------------------------------------------------------------
 
-_SET_SECCOMP, _FILTER = 22, 2
+PROCESSOR_SECONDS = 75
+"""Processor time, in seconds, after which the kernel ends a process that runs code of a stranger."""
+_LIBRARIES = (
+    "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/localtime",
+    "/etc/ld.so.cache", "/dev/urandom",
+)  # fmt: skip
+_SET_SECCOMP, _GET_SECCOMP, _FILTER = 22, 21, 2
+_NO_CAPABILITIES = struct.pack("=Ii", 0x20080522, 0), bytes(24)  # third version of capset, for this process
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_LOAD, _EQUALS, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NUMBER_AT, _MACHINE_AT = 0, 4
+_LOAD, _EQUALS, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
+_NUMBER_AT, _MACHINE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
-_OTHER_ABI = 0x40000000
-"""First number of the calls of x86's third ABI, which would pass by the numbers of the first."""
 
-# Numbers on x86_64 and on aarch64; None where there is no such call.
+# Calls that Python makes once it runs, by their numbers on x86_64 and on aarch64; None where there is no such
+# call. Any other one is refused, also those of x86's third ABI, whose numbers are higher.
 _CALLS: dict[str, tuple[int | None, int | None]] = {
-    # network, and messages to other processes
-    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
-    "listen": (50, 201), "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206),
-    "sendmsg": (46, 211), "sendmmsg": (307, 269), "shmget": (29, 194), "msgget": (68, 186),
-    "semget": (64, 190), "mq_open": (240, 180),
-    # other processes and programs
-    "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435),
-    "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130),
-    "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "kcmp": (312, 272),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
-    "process_mrelease": (448, 448), "migrate_pages": (256, 238), "move_pages": (279, 239),
-    "prlimit64": (302, 261), "setpriority": (141, 140), "ioprio_set": (251, 30),
-    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
-    "sched_setattr": (314, 274), "setpgid": (109, 154), "setsid": (112, 157),
-    # what files are, besides their content
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
-    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
-    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
-    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
-    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45), "memfd_create": (319, 279),
-    "flock": (73, 32),
-    # the system
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
-    "unshare": (272, 97), "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429),
-    "fsopen": (430, 430), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "reboot": (169, 142),
-    "settimeofday": (164, 170), "sethostname": (170, 161), "syslog": (103, 116),
+    # open files, and names: modules are looked for in folders
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
+    "lseek": (8, 62), "close": (3, 57), "fstat": (5, 80), "newfstatat": (262, 79), "getdents64": (217, 61),
+    "getcwd": (79, 17),
+    # memory
+    "mmap": (9, 222), "munmap": (11, 215), "mremap": (25, 216), "mprotect": (10, 226), "brk": (12, 214),
+    "madvise": (28, 233),
+    # its own signals and locks
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "restart_syscall": (219, 128), "futex": (202, 98), "sched_yield": (24, 124),
+    # time, and what the process is
+    "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115),
+    "nanosleep": (35, 101), "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153),
+    "getrusage": (98, 165), "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178),
+    "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+    "uname": (63, 160), "getrandom": (318, 278),
+    "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
+_FCNTL, _OPENAT = (72, 25), (257, 56)
+_FCNTL_COMMANDS = (1, 2, 3, 1030)
+"""F_GETFD, F_SETFD, F_GETFL and F_DUPFD_CLOEXEC. Others have the kernel send signals to any process."""
+_CHANGING_FLAGS = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000 | 0o10000000
+"""O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_ASYNC and O_PATH. Landlock refuses O_TRUNC from its third version
+on."""
 
 
 def can_confine_code() -> bool:
@@ -213,8 +224,9 @@ def can_confine_code() -> bool:
 def confine_code(memory: int) -> None:
     """Confine this process to computing, for code of a stranger: call it before a second thread starts.
 
-    It then reads what Python needs and no other file, writes none, reaches no network and no other process,
-    starts none and no thread.
+    It then reads the standard library and what that is linked with, and no other file; it writes none,
+    reaches no network and no other process, and starts no process and no thread. It can ask whether a path
+    exists, and for its size and times, since modules are found by that.
 
     Args:
         memory: bytes that it may take beyond what it has.
@@ -222,43 +234,76 @@ def confine_code(memory: int) -> None:
     Raises ConfinementError, OSError: it is not confined.
     """
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    if not landlock_version():
+    version = landlock_version()
+    if not version:
         raise ConfinementError("this kernel has no Landlock")
-    confine([], [], file_bytes=0)
+    _limit(0)
     limit_memory(used + memory)
+    _lower(resource.RLIMIT_CPU, PROCESSOR_SECONDS)
+    own = _standard_library()
+    sys.path[:] = [path for path in sys.path if Path(path) in own]
+    libraries = [*own, Path(sys.base_prefix, "lib"), *map(Path, _LIBRARIES)]
+    _restrict(version, [(path, _READ) for path in libraries])
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capset(*_NO_CAPABILITIES):
+        raise OSError(ctypes.get_errno(), "the capabilities are not given up")
     _refuse_calls()
+
+
+def _standard_library() -> set[Path]:
+    """Return the folders, or archive, in which the modules of the standard library are."""
+    modules = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    archive = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
+    found = {
+        *modules,
+        *(path / "lib-dynload" for path in modules),
+        *(path.parent / archive for path in modules),
+    }
+    dynamic = importlib.util.find_spec("_json")  # some have their extension modules elsewhere
+    if dynamic is not None and dynamic.has_location and dynamic.origin:
+        found.add(Path(dynamic.origin).parent)
+    return found
 
 
 def limit_memory(most: int) -> None:
     """Limit the addresses of this process, in bytes."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    _lower(resource.RLIMIT_AS, most)
 
 
 def _refuse_calls() -> None:
-    """Have the kernel refuse the calls of _CALLS from now on. Raises ConfinementError, OSError."""
+    """Have the kernel refuse all calls but those of _CALLS from now on. Raises ConfinementError, OSError."""
     machine = os.uname().machine
     if machine not in _MACHINES:
         raise ConfinementError(f"the system calls of {machine} are not known here")
     column = list(_MACHINES).index(machine)
     numbers = sorted(found for pair in _CALLS.values() if (found := pair[column]) is not None)
+    fcntl = [_operation(_LOAD, _FIRST_ARGUMENT_AT + 8)]
+    for command in _FCNTL_COMMANDS:
+        fcntl += [_operation(_EQUALS, command, 0, 1), _operation(_RETURN, _ALLOW)]
     program = [
         _operation(_LOAD, _MACHINE_AT),
         _operation(_EQUALS, _MACHINES[machine], 1, 0),
         _operation(_RETURN, _KILL),
         _operation(_LOAD, _NUMBER_AT),
-        _operation(_AT_LEAST, _OTHER_ABI, 0, 1),
+        _operation(_EQUALS, _OPENAT[column], 0, 4),
+        _operation(_LOAD, _FIRST_ARGUMENT_AT + 16),
+        _operation(_ANY_BIT, _CHANGING_FLAGS, 0, 1),
+        _operation(_RETURN, _REFUSE),
+        _operation(_RETURN, _ALLOW),
+        _operation(_EQUALS, _FCNTL[column], 0, len(fcntl) + 1),
+        *fcntl,
         _operation(_RETURN, _REFUSE),
     ]
     for number in numbers:
-        program += [_operation(_EQUALS, number, 0, 1), _operation(_RETURN, _REFUSE)]
-    code = b"".join([*program, _operation(_RETURN, _ALLOW)])
+        program += [_operation(_EQUALS, number, 0, 1), _operation(_RETURN, _ALLOW)]
+    code = b"".join([*program, _operation(_RETURN, _REFUSE)])
     lines = ctypes.create_string_buffer(code)
     filters = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(lines))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(_SET_SECCOMP, _FILTER, filters, 0, 0):
         raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
+    if libc.prctl(_GET_SECCOMP, 0, 0, 0, 0) >= 0 or ctypes.get_errno() != errno.EPERM:
+        raise ConfinementError("the kernel took a filter of system calls, and does not apply it")
 
 
 def _operation(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:

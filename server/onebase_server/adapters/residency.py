@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -80,15 +81,23 @@ class PackedAdapterFiles:
         self._store = store
         self._disk = disk
         self._kernels = kernels
-        self._live: dict[str, PackedAdapterFile] = {}
+        self._live: dict[str, dict[Path, PackedAdapterFile]] = {}
+        """Files of live versions, by digest and path."""
 
     def add_live(self, path: Path, sha256: str, size: int) -> None:
-        """Let requests run with a live version, whose digest is that of its file."""
-        self._live[sha256] = PackedAdapterFile(Blob(sha256, size), (), path=path)
+        """Let requests run with a live version, whose digest is that of its file.
+
+        Several files may have one digest: first weights depend on a seed and a rank alone.
+        """
+        file = PackedAdapterFile(Blob(sha256, size), (), path=path)
+        self._live.setdefault(sha256, {})[path] = file
 
     def drop_live(self, path: Path) -> set[str]:
-        """Forget the live versions in a folder, and return their digests."""
-        gone = {digest for digest, file in self._live.items() if file.path and file.path.parent == path}
+        """Forget the live versions in a folder, and return the digests that no other file has."""
+        for files in self._live.values():
+            for file in [file for file in files if file.parent == path]:
+                del files[file]
+        gone = {digest for digest, files in self._live.items() if not files}
         for digest in gone:
             del self._live[digest]
         return gone
@@ -100,7 +109,7 @@ class PackedAdapterFiles:
     def find(self, digest: str) -> PackedAdapterFile:
         """Return the version's file. Its size is the tensors' and a header's. Raises AdapterNotFoundError."""
         if (live := self._live.get(digest)) is not None:
-            return live
+            return next(reversed(live.values()))  # others may be about to go
         ready = [version for version in self._catalog.of_digest(digest) if version.state == "ready"]
         kernels = self._kernels()
         for version in ready:
@@ -419,6 +428,9 @@ class Residency:
     async def _load(self, entry: CacheEntry) -> None:
         """Ask the engine to load; its answer ends `entry.loaded`."""
         try:
+            if entry.packed.path is not None:
+                with suppress(ApiError):  # it may have another file by now
+                    entry.packed = self._find(entry.digest)
             if self._prove is not None:
                 entry.packed = await self._prove(entry.packed)
             path = await self._fetch(entry.packed)

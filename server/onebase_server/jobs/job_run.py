@@ -72,7 +72,7 @@ from onebase_server.processes.trainer_protocol import (
 )
 from onebase_server.telemetry.traces import Tracing, failed
 from onebase_server.tenancy.usage import TenantUsageRecorder
-from onebase_training.events import Event, Reason, StepDone
+from onebase_training.events import Event, Notice, Reason, StepDone
 from onebase_training.rollouts import Rollout
 
 RunKind = Literal["check", "train"]
@@ -463,7 +463,10 @@ class JobRun:
         """Return a rollout's replies with their rewards, on behalf of the job's key."""
         if self._pool.sampler is None:
             return NotDrawn("no_samples", "This server samples nothing for jobs.")
-        return await self._pool.sampler.draw(self.job, rollout)
+        return await self._pool.sampler.draw(self.job, rollout, self._warn)
+
+    def _warn(self, message: str) -> None:
+        self._take(Notice(at=time.time(), level="warn", message=message))
 
     async def _train_job(self) -> TrainJob:
         """Return the trainer's input. Tries again while the store cannot be reached, unless the job stops.

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from onebase_adapters.registry import TrainingJob
 from onebase_edge.background import Threads
-from onebase_edge.errors import ApiError, InsufficientScopeError, QuotaExceededError
+from onebase_edge.errors import (
+    ApiError,
+    ContextLengthError,
+    InsufficientScopeError,
+    QuotaExceededError,
+    SequenceFailedError,
+    UnavailableError,
+)
 from onebase_engine.engine.messages import AdapterRef, Sampling
 from onebase_server.adapters.catalog import AdapterChoice, VersionRef
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
@@ -27,14 +35,14 @@ from onebase_server.inference.generation import (
 )
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.tokenization import BaseTokenizer
-from onebase_server.jobs.grading import AGAIN, MOST_JUDGED, PASSING, GraderProcesses, Grading
+from onebase_server.jobs.grading import AGAIN, MOST_JUDGED, PASSING, GraderProcesses, Grading, Waiting
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.trainer_protocol import Drawn, NotDrawn
 from onebase_server.requests.planner import Planner
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 from onebase_training import rollouts
-from onebase_training.graders import Graded, Grader
+from onebase_training.graders import Graded, Grader, encodable, floor_of
 from onebase_training.rollouts import LiveWeights, Reply, Rollout, item_of
 
 MOST_GROUPS = 16
@@ -42,6 +50,8 @@ MOST_GROUPS = 16
 LIVE = "live"
 """Name of a job's newest weights in leases, usage and metrics: each step has others."""
 _QUOTA_HINT = " In a job, n is group_size and max_tokens is sample_tokens. The job can be resumed."
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +61,7 @@ class _Run:
     """Graders' processes and newest weights of one job."""
 
     processes: GraderProcesses
+    waiting: Waiting
     weights: LiveWeights | None = None
     judged: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_JUDGED))
 
@@ -88,24 +99,26 @@ class JobSampler:
         self._recorder = recorder
         self._runs: dict[str, _Run] = {}
 
-    async def draw(self, job: TrainingJob, rollout: Rollout) -> Drawn | NotDrawn:
-        """Return the replies to a rollout's prompts with their rewards, or why there are none."""
-        run = self._runs.setdefault(job.id, _Run(self._grading.processes()))
+    async def draw(self, job: TrainingJob, rollout: Rollout, say: Callable[[str], None]) -> Drawn | NotDrawn:
+        """Return the replies to a rollout's prompts with their rewards, or why there are none.
+
+        Args:
+            say: records an event of the job that a person should see.
+        """
+        run = self._runs.get(job.id)
+        if run is None:
+            run = self._runs[job.id] = _Run(self._grading.processes(job.tenant), Waiting(say))
         try:
             caller = await self._caller(job)
             grader = self._grading.check(str(job.settings["grader"]), "grader")
             choice = self._choice(job, run, rollout.weights)
             self._planner.check_limits(rollout.n, None)
             limit = asyncio.Semaphore(MOST_GROUPS)
-            tasks = [
-                asyncio.create_task(self._group(job, run, grader, caller, choice, rollout, prompt, limit))
+            groups = (
+                self._group(job, run, grader, caller, choice, rollout, prompt, limit)
                 for prompt in rollout.prompts
-            ]
-            try:
-                return Drawn(list(await asyncio.gather(*tasks)))
-            finally:
-                for task in tasks:
-                    task.cancel()
+            )
+            return Drawn(await _together(groups))
         except ApiError as error:
             _log.warning("job %s gets no samples: %s", job.id, error.message)
             hint = _QUOTA_HINT if isinstance(error, QuotaExceededError) else ""
@@ -152,15 +165,26 @@ class JobSampler:
         limit: asyncio.Semaphore,
     ) -> list[Reply]:
         """Return the replies to one prompt. Raises ApiError."""
-        async with limit:
-            choices = await self._sampled(caller, choice, rollout, prompt)
+        try:
+            async with limit:
+                choices = await self._sampled(caller, run, choice, rollout, prompt)
+        except (ContextLengthError, SequenceFailedError) as error:  # the other prompts are as good as before
+            failed = Reply(
+                tokens=[],
+                logprobs=[],
+                text="",
+                reward=floor_of(grader),
+                errors={"other_error": f"the engine made no reply: {encodable(error.message)}"},
+            )
+            return [failed] * rollout.n
         item = item_of(prompt.item)
 
         async def graded(piece: OutputPiece) -> Reply:
             async with run.judged:
                 found = await self._grading.grade(
-                    grader, Graded(piece.text, item), caller, run.processes, job.id
+                    grader, Graded(piece.text, item), caller, run.processes, job.id, run.waiting
                 )
+                run.waiting.admitted()
             logprobs = [0.0 if one.logprob is None else one.logprob for one in piece.tokens]
             return Reply(
                 tokens=piece.ids,
@@ -171,17 +195,23 @@ class JobSampler:
                 errors=found.errors,
             )
 
-        return list(await asyncio.gather(*map(graded, choices)))
+        return await _together(map(graded, choices))
 
     async def _sampled(
-        self, caller: Caller, choice: AdapterChoice, rollout: Rollout, prompt: rollouts.Prompt
+        self, caller: Caller, run: _Run, choice: AdapterChoice, rollout: Rollout, prompt: rollouts.Prompt
     ) -> list[OutputPiece]:
         """Return the choices of one prompt, once the engine and the quotas have room. Raises ApiError."""
+        longest = await self._longest(run)
+        if len(prompt.tokens) >= longest:
+            found = f"has {len(prompt.tokens)} tokens"
+            raise ContextLengthError(
+                "prompt", found, longest, "Shorten it.", ", those of the answer with them"
+            )
         sampling = Sampling(
             temperature=rollout.temperature,
             seed=prompt.seed,
             end_token_ids=self._tokenizer.end_tokens,
-            max_tokens=prompt.max_tokens,
+            max_tokens=min(prompt.max_tokens, longest - len(prompt.tokens)),
             logprobs=0,
         )
         for pause in AGAIN.pauses():
@@ -198,27 +228,54 @@ class JobSampler:
                 expected_tokens=sampling.max_tokens,
             )
             try:
-                return await self._run(request, caller)
+                choices = await self._run(request, caller)
+                run.waiting.admitted()
+                return choices
             except PASSING as error:
+                run.waiting.refused(error)
                 _log.debug("a rollout of %s waits: %s", caller.tenant, error)
                 pause = max(pause, error.retry_after or 0.0)
             await asyncio.sleep(pause)
-        raise AssertionError("pauses have no end")
+        raise RuntimeError("pauses have no end")
+
+    async def _longest(self, run: _Run) -> int:
+        """Return the tokens of the longest sequence that the engine has memory for, once it runs."""
+        for pause in AGAIN.pauses():
+            try:
+                base = self._planner.base()
+            except UnavailableError as error:
+                run.waiting.refused(error)
+                await asyncio.sleep(max(pause, error.retry_after or 0.0))
+                continue
+            return min(base.max_length, base.kv_longest)
+        raise RuntimeError("pauses have no end")
 
     async def _run(self, request: GenerationRequest, caller: Caller) -> list[OutputPiece]:
         reservation = self._limiter.enter(caller)
-        reservation.admit(request.reserved_tokens, request.choices)
-        run = GenerationRun(
-            self._supervisor,
-            self._tokenizer,
-            self._reading,
-            request,
-            recorder=self._recorder(reservation, request),
-        )
         try:
+            reservation.admit(request.reserved_tokens, request.choices)
+            run = GenerationRun(
+                self._supervisor,
+                self._tokenizer,
+                self._reading,
+                request,
+                recorder=self._recorder(reservation, request),
+            )
             await run.start(self._residency)
         except BaseException:
+            reservation.refund_request()
             reservation.sequences_ended()
             reservation.settle(0)
             raise
         return await run.collect()
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results in order. The first failure cancels the others, waits for their end, and is raised
+    alone."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -238,6 +238,10 @@ class AskedProcess(Generic[Received]):
         """Send a message that is not answered. Lost if the child is gone."""
         self._send(encode(message))
 
+    def send(self, frame: bytes) -> None:
+        """Send a frame that `encode` made, as `notify` does."""
+        self._send(frame)
+
     def kill(self) -> None:
         """End it now; `end` is still needed."""
         self.idle = False

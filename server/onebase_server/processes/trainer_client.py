@@ -132,11 +132,11 @@ class TrainerClient:
     async def _draw(self, draw: Callable[[Rollout], Awaitable[Drawn | NotDrawn]], rollout: Rollout) -> None:
         """Send the trainer its replies. It waits for them, whatever fails here."""
         try:
-            drawn = await draw(rollout)
+            frame = encode(await draw(rollout))
         except Exception:
             logger.exception("a rollout failed")
-            drawn = NotDrawn("internal_error", "The server failed to sample; its log says why.")
-        self._process.notify(drawn)
+            frame = encode(NotDrawn("internal_error", "The server failed to sample; its log says why."))
+        self._process.send(frame)
 
     def kill(self) -> None:
         self._process.kill()

@@ -212,7 +212,7 @@ async def run_grader(body: RunGraderRequest, services: Provided, caller: Calling
     """Grade one text, as a job with this grader would."""
     services.refuse_if_draining()
     grader = services.grading.check(body.grader, "grader")
-    began, processes = time.monotonic(), services.grading.processes()
+    began, processes = time.monotonic(), services.grading.processes(caller.tenant)
     try:
         found = await services.grading.grade(
             grader, Graded(body.model_sample, body.item or {}), caller, processes, "grader"
