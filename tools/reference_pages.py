@@ -54,7 +54,7 @@ ROUTES = {
     "reading": ("Vectors, classes, scores", {"pooling": "Texts that are read"}),
     "adapters": (
         "Adapters",
-        {"adapters": "Adapters and versions", "feedback": "Feedback", "vllm": "vLLM's"},
+        {"adapters": "Adapters and versions", "gates": "Gates", "feedback": "Feedback", "vllm": "vLLM's"},
     ),
     "training": (
         "Training, batches, files",
