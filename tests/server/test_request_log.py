@@ -260,6 +260,7 @@ def test_copies_for_a_shadow_and_their_judge_are_logged_and_erased_with_the_user
         assert found["shadow"]["adapters"] == [{"name": "copied", "version": candidate, "weight": 1.0}]
         assert ok(http.get(f"/v1/requests/{found['shadow']['id']}"))["answers"][0]["text"]
         assert replay(http, found["judge"]["id"]).json()["error"]["code"] == "replay_route"
+        assert logged(server, http, 1, "replayable=true") == [found["/generate"]]
         assert ok(http.delete("/v1/requests?user=alice"))["erased"] == 4
         assert logged(server, http, 0) == []
         assert not on_disk(tmp_path / "requests", "marigold")
@@ -401,6 +402,16 @@ def test_the_command_lists_shows_replays_and_erases(
         told = capsys.readouterr()
         assert told.out.count("equal") == 2
         assert "2 requests: 2 equal, 0 different, 0 not replayed" in told.err
+        for number in range(50):  # replays, which are in the log too, hide no request
+            assert replay(http, ids[number % 2]).json()["equal"]
+        assert command(server, "replay", "--since", "1h", "--json") == 0
+        assert [one["request"] for one in json.loads(capsys.readouterr().out)] == ids[::-1]
+        assert command(server, "replay", "--since", "1h", "--limit", "1") == 0
+        assert "There are more: only the last 1" in capsys.readouterr().err
+        assert command(server, "replay", "--since", "1h", "--adapter", "none") == 1
+        assert "Nothing was compared" in capsys.readouterr().err
+        assert command(server, "replay", "--since", "1h", "--version", "3f2a9c41") == 1
+        assert "0 equal, 0 different, 2 not replayed" in capsys.readouterr().err
         assert command(server, "requests", "--erase", "--user", "alice") == 0
         assert command(server, "replay", ids[0]) == 1
         assert "erased" in capsys.readouterr().err
