@@ -195,6 +195,14 @@ def test_equal_prompts_of_two_tenants_have_different_hashes_and_neither_sees_the
             told = http.post(f"/v1/requests/{ids['globex']}/replay?tenant=globex", json={})
             assert told.json()["equal"], told.text
 
+            def requests_by_tenant() -> dict[str, int]:
+                usage = http.get("/v1/usage", params={"group_by": "tenant"}).json()["data"]
+                return {one["tenant"]: one["requests"] for one in usage}
+
+            # The admin's tenant pays for the admin's replay.
+            server.wait_for(lambda: sum(requests_by_tenant().values()) == 5)
+            assert requests_by_tenant() == {"acme": 2, "globex": 2, keys.record(admin).tenant: 1}
+
 
 def test_what_is_erased_is_in_no_file_and_the_rest_stays(
     serve_scripted: Starter, keys: Keys, tmp_path: Path
