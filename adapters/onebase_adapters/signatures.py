@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from onebase_adapters.format.added_tokens import TOKENIZER_FILES
+from onebase_adapters.format.added_tokens import TOKENIZER_FILES, has_token_rows
 from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
     MLX_WEIGHTS_FILE,
@@ -36,7 +36,7 @@ from onebase_adapters.format.config import (
     names_labels,
 )
 from onebase_adapters.format.defaults import DEFAULTS_FILES
-from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE
+from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from onebase_protocol.adapters import SignatureReport
 
 SIGNATURE_FILE = "model.sig"
@@ -112,20 +112,25 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @dataclass(frozen=True)
 class SentFiles:
     """The files of an adapter as they were sent. sums: SHA-256 (hex) by file name. bundle: the signature.
-    takes_labels: whether its `config.json` adds label names."""
+    takes_labels: whether its `config.json` adds label names. takes_tokens: whether its tokenizer's files may
+    add tokens, a chat template and end tokens."""
 
     sums: Mapping[str, str]
     bundle: bytes | None = None
     takes_labels: bool = False
+    takes_tokens: bool = False
 
     @classmethod
     def of(cls, files: Mapping[str, Path]) -> SentFiles:
         """Read files by their names. Raises OSError."""
         signature, config = files.get(SIGNATURE_FILE), files.get(CONFIG_FILE)
+        weights = files.get(WEIGHTS_FILE) or files.get(MLX_WEIGHTS_FILE)
+        known = b"" if config is None else _limited(config, MAX_CONFIG_BYTES)
         return cls(
             {name: _sum_of(file) for name, file in files.items() if name != SIGNATURE_FILE},
             None if signature is None else _limited(signature, MAX_SIGNATURE_BYTES),
-            config is not None and names_labels(_limited(config, MAX_CONFIG_BYTES)),
+            names_labels(known),
+            weights is not None and has_token_rows(known, weights),
         )
 
     @classmethod
@@ -664,6 +669,7 @@ def _check_files(manifest: Any, sent: SentFiles) -> None:
             raise _invalid(f"The signature is of another {name}.")
     needed = [next((name for name in DEFAULTS_FILES if name in signed), None)]
     needed += [MODEL_CONFIG_FILE] if sent.takes_labels and MODEL_CONFIG_FILE in signed else []
+    needed += [name for name in TOKENIZER_FILES if sent.takes_tokens and name in signed]
     for wanted in needed:
         if wanted is not None and wanted not in sent.sums:
             raise _invalid(f"{wanted} was signed with the others, and is left out.")

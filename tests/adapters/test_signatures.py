@@ -264,6 +264,24 @@ def test_a_signed_file_that_the_server_would_read_may_not_be_left_out(
     assert f"{name} was signed" in str(refusal(policy(tmp_path, REQUIRE), adapter))
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_a_signed_file_of_the_tokenizer_may_be_left_out_only_if_it_is_not_read(
+    tmp_path: Path, adapter: Path, keys: dict[str, Path], name: str
+) -> None:
+    for config, is_read in (('{"modules_to_save": ["embed_tokens"]}', True), ('{"r": 1}', False)):
+        (adapter / "adapter_config.json").write_text(config)
+        (adapter / name).write_text("{}")
+        sign(adapter, keys["acme"])
+        (adapter / name).unlink()
+        if is_read:
+            assert f"{name} was signed" in str(refusal(policy(tmp_path, REQUIRE), adapter))
+        else:
+            found = policy(tmp_path, REQUIRE).check("default", "support", SentFiles.of_folder(adapter))
+            assert found is not None
+
+
 def test_a_signature_that_is_not_verified_is_not_kept(
     tmp_path: Path, adapter: Path, keys: dict[str, Path]
 ) -> None:

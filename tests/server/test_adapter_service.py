@@ -16,7 +16,8 @@ from onebase_adapters.registry import Registry
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
-from onebase_edge.errors import UnavailableError
+from onebase_edge.errors import ApiError, InvalidRequestError, UnavailableError
+from onebase_server.adapters import service
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles
 from onebase_server.adapters.service import AdapterService, VersionOptions
@@ -71,10 +72,13 @@ class Activation:
         self.free = asyncio.Event()
         self.free.set()
         self.asked = asyncio.Event()
+        self.refusal: ApiError | None = None
 
     async def activate(self, tenant: str, name: str, digest: str, **how: Any) -> None:
         self.asked.set()
         await self.free.wait()
+        if self.refusal is not None:
+            raise self.refusal
         self._registry.activate(tenant, name, digest, **how)
 
 
@@ -392,5 +396,35 @@ def test_a_version_that_was_ready_just_before_a_restart_is_activated_after_it_un
             expected = first if is_chosen else files.digest
             assert registry.adapter("default", "red").active == expected
             registry.activate("default", "red", first)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+@pytest.mark.parametrize(
+    ("refusal", "is_due"),
+    [
+        (InvalidRequestError("no room for it in memory", param="version"), False),
+        (UnavailableError("the registry is away", code="registry_busy", retry_after=1.0), True),
+    ],
+)
+def test_an_activation_that_failed_for_good_is_not_tried_again_after_a_restart(
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: ApiError,
+    is_due: bool,
+) -> None:
+    monkeypatch.setattr(service, "ACTIVATION_TRIES", 1)
+
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        house.activation.refusal = refusal
+        digest = await sent(house, b"first")
+        await house.settled()
+        assert registry.version("default", "red", digest).activates == is_due
+
+        await House(registry, tmp_path).make_ready()
+
+        assert registry.adapter("default", "red").active == (digest if is_due else None)
 
     asyncio.run(asyncio.wait_for(test(), 60))

@@ -195,6 +195,14 @@ def test_equal_prompts_of_two_tenants_have_different_hashes_and_neither_sees_the
             told = http.post(f"/v1/requests/{ids['globex']}/replay?tenant=globex", json={})
             assert told.json()["equal"], told.text
 
+            def requests_by_tenant() -> dict[str, int]:
+                usage = http.get("/v1/usage", params={"group_by": "tenant"}).json()["data"]
+                return {one["tenant"]: one["requests"] for one in usage}
+
+            # The admin's tenant pays for the admin's replay.
+            server.wait_for(lambda: sum(requests_by_tenant().values()) == 5)
+            assert requests_by_tenant() == {"acme": 2, "globex": 2, keys.record(admin).tenant: 1}
+
 
 def test_what_is_erased_is_in_no_file_and_the_rest_stays(
     serve_scripted: Starter, keys: Keys, tmp_path: Path
@@ -260,6 +268,7 @@ def test_copies_for_a_shadow_and_their_judge_are_logged_and_erased_with_the_user
         assert found["shadow"]["adapters"] == [{"name": "copied", "version": candidate, "weight": 1.0}]
         assert ok(http.get(f"/v1/requests/{found['shadow']['id']}"))["answers"][0]["text"]
         assert replay(http, found["judge"]["id"]).json()["error"]["code"] == "replay_route"
+        assert logged(server, http, 1, "replayable=true") == [found["/generate"]]
         assert ok(http.delete("/v1/requests?user=alice"))["erased"] == 4
         assert logged(server, http, 0) == []
         assert not on_disk(tmp_path / "requests", "marigold")
@@ -401,6 +410,16 @@ def test_the_command_lists_shows_replays_and_erases(
         told = capsys.readouterr()
         assert told.out.count("equal") == 2
         assert "2 requests: 2 equal, 0 different, 0 not replayed" in told.err
+        for number in range(50):  # replays, which are in the log too, hide no request
+            assert replay(http, ids[number % 2]).json()["equal"]
+        assert command(server, "replay", "--since", "1h", "--json") == 0
+        assert [one["request"] for one in json.loads(capsys.readouterr().out)] == ids[::-1]
+        assert command(server, "replay", "--since", "1h", "--limit", "1") == 0
+        assert "There are more: only the last 1" in capsys.readouterr().err
+        assert command(server, "replay", "--since", "1h", "--adapter", "none") == 1
+        assert "Nothing was compared" in capsys.readouterr().err
+        assert command(server, "replay", "--since", "1h", "--version", "3f2a9c41") == 1
+        assert "0 equal, 0 different, 2 not replayed" in capsys.readouterr().err
         assert command(server, "requests", "--erase", "--user", "alice") == 0
         assert command(server, "replay", ids[0]) == 1
         assert "erased" in capsys.readouterr().err

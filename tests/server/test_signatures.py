@@ -205,6 +205,25 @@ def test_a_pull_from_the_hub_needs_the_signature_too(
     assert refused(pull("acme/large")) == "signature_invalid"
 
 
+def test_signed_files_of_a_tokenizer_that_are_left_out_are_refused_however_they_come(
+    http: httpx2.Client, hub: HubStandIn, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path, "tokens", b"tokens")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["embed_tokens"]}))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (folder / name).write_text("{}")
+    sign(folder, keys["acme"])
+    (folder / "chat_template.jinja").unlink()
+    hub.add_repo("acme/tokens", {file.name: file.read_bytes() for file in folder.iterdir()})
+    for answer in (
+        send(http, "support-tokens", folder),
+        http.post("/v1/adapters?wait=true", json={"hub": {"repo": "acme/tokens"}}),
+    ):
+        assert refused(answer) == "signature_invalid"
+        assert "chat_template.jinja was signed" in answer.text
+
+
 def test_a_version_that_is_there_already_can_be_signed_afterwards(
     http: httpx2.Client, keys: dict[str, Path], tmp_path: Path
 ) -> None:

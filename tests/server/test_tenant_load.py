@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
 
+from onebase_edge.background import Threads
+from onebase_server.http.routes.health import load_history
+from onebase_server.http.routes.usage import get_load
 from onebase_server.telemetry import tenants
 from onebase_server.telemetry.tenants import TenantLoads
 
@@ -88,6 +95,42 @@ def test_a_tenant_with_many_adapters_takes_the_place_of_its_own_alone(
     assert loads.last_hour("crowd", None).requests == 30
     assert len(loads._series) == 8
     assert set(loads.waits) == {"quiet", "crowd", tenants.OTHERS}
+
+
+def test_a_snapshot_does_not_change_while_another_thread_reads_it(loads: TenantLoads, clock: Clock) -> None:
+    record(loads, "acme", "orders")
+    all_tenants, one = loads.snapshot(), loads.snapshot("acme", "orders")
+    clock.now += tenants.STEP_SECONDS
+    record(loads, "acme", "orders")
+    record(loads, "beta")
+
+    assert [wait.tenant for wait in all_tenants.queue_waits()] == ["acme"]
+    assert one.last_hour("acme", "orders").requests == 1
+    assert one.last_hour("acme", None).requests == 0
+
+
+def test_loads_are_summed_outside_the_event_loop() -> None:
+    threads: list[int] = []
+
+    def clock() -> float:
+        threads.append(threading.get_ident())
+        return 300.0 * 1000
+
+    loads = TenantLoads((0.1, 0.5, 1.0), clock)
+    record(loads, "acme")
+    reading = Threads("reading", 1)
+    minutes = SimpleNamespace(since=lambda seconds: None, machine=None, points=lambda: clock() and ())
+    services: Any = SimpleNamespace(
+        measured=SimpleNamespace(tenants=loads), load=minutes, reading=reading, started=0.0
+    )
+    caller: Any = SimpleNamespace(tenant="acme", tenant_asked=lambda tenant: "acme")
+
+    for route in (get_load, load_history):
+        threads.clear()
+        answered = asyncio.run(route(services, caller))
+        assert b'"requests":1' in answered.body
+        assert threads
+        assert threading.get_ident() not in threads
 
 
 # ---- over HTTP ----------------------------------------------------------------------------------

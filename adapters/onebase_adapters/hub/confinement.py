@@ -224,9 +224,11 @@ def can_confine_code() -> bool:
 def confine_code(memory: int) -> None:
     """Confine this process to computing, for code of a stranger: call it before a second thread starts.
 
-    It then reads the standard library and what that is linked with, and no other file; it writes none,
-    reaches no network and no other process, and starts no process and no thread. It can ask whether a path
-    exists, and for its size and times, since modules are found by that.
+    It then reads the folders of the standard library and of the system's libraries, with all that lies in
+    them (`site-packages`, and every file below `/usr/lib` and `/usr/local/lib`), the time zones and random
+    numbers, and no other file; it writes none, reaches no network and no other process, and starts no process
+    and no thread. It can ask whether a path exists, and for its size and times, since modules are found by
+    that.
 
     Args:
         memory: bytes that it may take beyond what it has.

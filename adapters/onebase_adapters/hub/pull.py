@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from onebase_adapters.format.added_tokens import TOKENIZER_FILES, BaseVocabulary, with_tokens
+from onebase_adapters.format.added_tokens import TOKENIZER_FILES, BaseVocabulary, has_token_rows, with_tokens
 from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
     MODEL_CONFIG_FILE,
@@ -172,6 +172,7 @@ def pull(
         more = {name: _of_repo(path, ref.repo) for name, path in answer.more.items()}
         blobs = [store.add_file(place) for place in places]
         if all(map(_is_right, blobs, answer.sha256)):
+            own, weights = _beginning(places[0]), store.local(blobs[1].sha256)
             if on_files is not None:
                 beside = SentFiles.of(more)
                 names = [Path(path).name for path in answer.paths or ()]
@@ -179,10 +180,9 @@ def pull(
                 bundle = beside.bundle
                 if SIGNATURE_FILE in answer.large:  # left on the Hub; this many bytes are refused too
                     bundle = bytes(MAX_SIGNATURE_BYTES + 1)
-                takes_labels = names_labels(_beginning(places[0]))
-                on_files(SentFiles(own_sums | dict(beside.sums), bundle, takes_labels))
+                takes = names_labels(own), has_token_rows(own, weights)
+                on_files(SentFiles(own_sums | dict(beside.sums), bundle, *takes))
             more.pop(SIGNATURE_FILE, None)
-            own, weights = _beginning(places[0]), store.local(blobs[1].sha256)
             found = _Found(store, more, answer.large, vocabulary)
             if answer.unknown:
                 _log.warning(

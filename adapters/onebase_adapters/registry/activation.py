@@ -56,7 +56,7 @@ def activate(
             version.state,
         )
     if adapter.active == version.digest:
-        _settle(session, adapter)
+        rollouts.settle(adapter)
         return
     gates.check(session, adapter, version, askers)
     gates.use_up(session, version)
@@ -103,18 +103,10 @@ def roll_back(session: Session, adapter: AdapterRow, actor: str, at: float) -> N
 def deactivate(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
     """Make no version active; rolling back activates the version active before."""
     if adapter.active is None:
-        _settle(session, adapter)
+        rollouts.settle(adapter)
         return
     _push_active(session, adapter)
     _switch(session, adapter, None, "deactivate", actor, at)
-
-
-def _settle(session: Session, adapter: AdapterRow) -> None:
-    """Note that the name's active version was chosen after all that are ready: none of them becomes active by
-    itself any more."""
-    for version in adapter.versions:
-        if version.state == "ready":
-            version.activates = False
 
 
 def _push_active(session: Session, adapter: AdapterRow) -> None:
@@ -138,7 +130,7 @@ def _switch(
             at=at,
         )
     )
-    _settle(session, adapter)
+    rollouts.settle(adapter)
     rollouts.active_changed(session, adapter, digest, actor, at)
     previous, adapter.active = adapter.active, digest
     audit.note(

@@ -14,7 +14,12 @@ from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 from onebase_adapters.registry import activation, audit, gates, rollouts
 from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.database import Database, plain, referenced_blobs
-from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
+from onebase_adapters.registry.errors import (
+    GateError,
+    RegistryError,
+    UnknownAdapterError,
+    UnknownVersionError,
+)
 from onebase_adapters.registry.jobs import TrainingRecords, check_owner
 from onebase_adapters.registry.keys import ApiKeys
 from onebase_adapters.registry.live import LiveRecords
@@ -430,6 +435,8 @@ class Registry:
             if_due: change nothing unless the version is still to become active as its upload asked: several
                 servers may wait for its proof, and nobody's later choice may be undone by the slowest.
 
+        A version that gates refuse does not become active by itself later, whatever its upload asked.
+
         Raises NotReadyError, GateError, ActivationConflictError, UnknownAdapterError, UnknownVersionError;
         JobStateError on behalf of a job that was stopped."""
         now = time.time()
@@ -437,9 +444,23 @@ class Registry:
             check_owner(session, running=True)
             activation.check_expected(adapter, expected)
             version = _require_version(session, adapter, digest)
-            if version.activates or not if_due:
-                activation.activate(session, adapter, version, actor, now)
-            return _adapter_record(adapter)
+            try:
+                if version.activates or not if_due:
+                    activation.activate(session, adapter, version, actor, now)
+                return _adapter_record(adapter)
+            except GateError as error:  # nothing was written yet: gates are checked first
+                if not version.activates:
+                    raise
+                version.activates, refused = False, error
+        raise refused
+
+    def cancel_activation(self, tenant: str, name: str, digest: str) -> None:
+        """Keep a ready version from becoming active by itself, as its upload asked. Raises
+        UnknownAdapterError, UnknownVersionError."""
+        with self._changing(tenant, name, time.time()) as (session, adapter):
+            version = _require_version(session, adapter, digest)
+            if version.state == "ready":
+                version.activates = False
 
     def rollback(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""

@@ -84,6 +84,7 @@ def start(
         created_by=plain(rollout.created_by),
     )
     session.add(row)
+    settle(adapter)
     _saw(session, adapter)
     details = {"percent": row.percent, "shadow": row.shadow, "baseline": row.baseline, **row.settings}
     _note(session, "rollout.started", adapter, row, row.created_by, {"rollout": row.id, **details})
@@ -140,11 +141,20 @@ def end(
         _use_up(session, adapter, row)
     row.figures = plain_json(figures_of(session, row.number) if figures is None else figures)
     row.state, row.reason, row.ended_at, row.ended_by = state, plain(reason), at, plain(actor)
+    settle(adapter)
     _saw(session, adapter)
     sums = {side: _without_clusters(one) for side, one in row.figures.items()}
     known = {"rollout": row.id, "reason": row.reason, "baseline": row.baseline, "figures": sums}
     _note(session, _AUDITED[state], adapter, row, actor, {**known, **(facts or {})})
     return record(row, adapter)
+
+
+def settle(adapter: AdapterRow) -> None:
+    """Note that somebody chose which versions of the name answer, after all that are ready: none of them
+    becomes active by itself any more."""
+    for version in adapter.versions:
+        if version.state == "ready":
+            version.activates = False
 
 
 def _candidate(session: Session, adapter: AdapterRow, row: RolloutRow) -> VersionRow | None:

@@ -493,8 +493,20 @@ class AdapterService:
                 if pause is None or not passing:
                     _log.error("version %s of %s is not active: %s", version.digest[:12], version.name, error)
                     job.failure = error
+                    if not passing and job.if_due:
+                        await self._cancel_activation(version)
                     return
             await asyncio.sleep(pause)
+
+    async def _cancel_activation(self, version: VersionRecord) -> None:
+        """Keep a version whose activation was refused from becoming active at a later start."""
+        where = version.tenant, version.name, version.digest
+        try:
+            await self._records.write(self._registry.cancel_activation, *where)
+        except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
+            pass
+        except registry_errors.RegistryError as error:
+            _log.error("version %s of %s: %s", version.digest[:12], version.name, error)
 
     async def _failed(self, version: VersionRecord, code: str, message: str) -> None:
         try:

@@ -14,7 +14,12 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from onebase_adapters.format.added_tokens import TOKENIZER_FILES, BaseVocabulary, with_tokens
+from onebase_adapters.format.added_tokens import (
+    TOKENIZER_FILES,
+    BaseVocabulary,
+    has_token_rows,
+    with_tokens,
+)
 from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
     MLX_WEIGHTS_FILE,
@@ -372,9 +377,12 @@ class AdapterForm(FormReader[Upload]):
             small[f"the field {DEFAULTS_FORM_FIELD}"] = self.fields[DEFAULTS_FORM_FIELD]
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
         sums |= {name: writer.sha256 for name, writer in self._tokenizer.items()}
+        config, takes_tokens = bytes(self._small[CONFIG_FILE]), False
         if self._weights is not None:
             sums[self._weights_name] = self._weights.sha256
-        return SentFiles(sums, bundle, names_labels(bytes(self._small[CONFIG_FILE])))
+            with store_errors("reading an upload"):
+                takes_tokens = bundle is not None and has_token_rows(config, self._weights.path)
+        return SentFiles(sums, bundle, names_labels(config), takes_tokens)
 
     def _read_defaults(self, name: str) -> bytes | None:
         if len(self._small.get(name, b"")) > DEFAULTS_FILES[name]:

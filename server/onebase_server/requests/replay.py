@@ -36,6 +36,16 @@ from onebase_server.tenancy.access import Caller
 
 _EXCERPT = 60
 """Characters of an excerpt, of which a third stands before the difference."""
+ROUTES = (
+    "/",
+    "/generate",
+    "/generate/many",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+)
+"""Routes whose requests can be replayed. Replays, samples, and a rollout's copies have other ones."""
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -47,15 +57,16 @@ class ReplayPlanner:
         self._planner = planner
         self._base_id = base_id
         self._threads = threads
-        self._routes: dict[str, Callable[[Any, Caller, Transcript], Awaitable[GenerationRequest]]] = {
-            "/": self._tgi,
-            "/generate": self._generate,
-            "/generate/many": self._one_of_many,
-            "/v1/completions": self._completion,
-            "/v1/chat/completions": self._chat,
-            "/v1/responses": self._response,
-            "/v1/messages": self._message,
-        }
+        planners: tuple[Callable[[Any, Caller, Transcript], Awaitable[GenerationRequest]], ...] = (
+            self._tgi,
+            self._generate,
+            self._one_of_many,
+            self._completion,
+            self._chat,
+            self._response,
+            self._message,
+        )
+        self._routes = dict(zip(ROUTES, planners, strict=True))
 
     async def plan(
         self,

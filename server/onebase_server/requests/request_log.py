@@ -431,15 +431,18 @@ class RequestLog:
         since: float | None = None,
         after: str | None = None,
         limit: int = 100,
+        answered: bool = False,
     ) -> list[LoggedRequest]:
         """Return requests of a tenant, the last that began first, without their texts. after: the id of the
-        last one of the page before."""
+        last one of the page before. answered: only those that have ended with an answer."""
         found: list[LoggedRequest] = []
         is_past = after is None
         for line, end in self._requests(tenant, since):
             request = line.request
             if is_past and matches(request) and (since is None or request.at >= since):
-                found.append(self._told(line, end, with_text=False))
+                told = self._told(line, end, with_text=False)
+                if not answered or has_answer(told):
+                    found.append(told)
                 if len(found) >= limit:
                     break
             is_past = is_past or request.id == after
@@ -691,6 +694,11 @@ class RequestLog:
             named = entry.request.user
             if user is None or (key and named is not None and user_hash(key, named) == user):
                 entry.is_left_out = True
+
+
+def has_answer(request: LoggedRequest) -> bool:
+    """Return True if a request has ended, and a replay's answer can be compared with its own."""
+    return request.state in ("done", "cut") and bool(request.answers)
 
 
 def _index(data: bytes) -> _Index | None:

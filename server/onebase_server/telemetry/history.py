@@ -114,8 +114,8 @@ class LoadRecorder:
         self._gpu.clear()
 
     def points(self) -> tuple[LoadPoint, ...]:
-        """Return the load of each whole minute, the oldest first."""
-        return tuple(_point(before, after) for before, after in pairwise(self._readings))
+        """Return the load of each whole minute, the oldest first. It may be called from any thread."""
+        return tuple(_point(before, after) for before, after in pairwise(tuple(self._readings)))
 
     def since(self, seconds: float) -> LoadPoint:
         """Return the load of the last `seconds`, or since the oldest reading if that is later."""

@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import copy
 
 from onebase_protocol.serving import QueueWait, TenantLoadPoint
 from onebase_server.telemetry.histogram import Histogram, quantile
@@ -30,7 +31,7 @@ _REQUESTS, _ERRORS, _PROMPT, _COMPLETION, _BUCKETS = range(5)
 
 
 class TenantLoads:
-    """Counts of requests by tenant and adapter. For one event loop."""
+    """Counts of requests by tenant and adapter. For one event loop; other threads read a `snapshot`."""
 
     def __init__(self, first_token: Sequence[float], clock: Callable[[], float] = time.time) -> None:
         """first_token: bounds of the buckets of times to the first token, in seconds. clock: Unix seconds."""
@@ -74,6 +75,17 @@ class TenantLoads:
             step[_COMPLETION] += completion
             for mark in marks:
                 step[mark] += 1
+
+    def snapshot(self, tenant: str | None = None, adapter: str | None = None) -> TenantLoads:
+        """Return a copy that another thread may read: of one tenant's series, or of all tenants' (None). Only
+        the counts of the step that has begun still grow in it."""
+        made = copy(self)
+        made._series = OrderedDict(
+            (key, series.copy())
+            for key, series in self._series.items()
+            if key[1] == adapter and tenant in (None, key[0])
+        )
+        return made
 
     def points(self, tenant: str, adapter: str | None) -> tuple[TenantLoadPoint, ...]:
         """Return a point for each step since the start, six hours at most; without requests it has zeros."""

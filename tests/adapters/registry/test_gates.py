@@ -163,6 +163,24 @@ def test_the_one_who_activates_is_not_the_one_who_approves(registry: Registry) -
     assert activate(registry, digest, cid) == digest
 
 
+def test_an_upload_that_a_gate_refused_is_not_activated_by_itself_once_it_is_approved(
+    registry: Registry,
+) -> None:
+    ann, ben = key(registry), key(registry)
+    registry.gates.set(GateRule(approvals=1))
+    both = files("1")
+    with acting(Origin(ann)):
+        registry.add_version("a", both.digest, both, {"kind": "upload"}, activates=True)
+    registry.set_state(*HERE, both.digest, "ready", report=REPORT, prepared=blob("1"))
+    with acting(Origin(ann)), pytest.raises(GateError):
+        registry.activate(*HERE, both.digest, if_due=True)
+    assert not registry.version(*HERE, both.digest).activates
+    approve(registry, both.digest, ben)
+    with acting(Origin(ann)):
+        assert registry.activate(*HERE, both.digest, if_due=True).active is None
+    assert activate(registry, both.digest, ann) == both.digest
+
+
 def test_keys_of_one_name_are_one_person(registry: Registry) -> None:
     ann, again, ben, twice = (key(registry, name) for name in ("ann", "ann", "ben", "ben"))
     registry.gates.set(GateRule(approvals=2))

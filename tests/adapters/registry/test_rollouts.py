@@ -59,6 +59,20 @@ def test_a_rollout_is_part_of_its_adapter_while_it_runs(two: Registry, open_regi
     assert two.rollouts.of_adapter(*HERE, 5) == [ended]
 
 
+def test_no_upload_from_before_its_start_or_its_end_becomes_active_by_itself(two: Registry) -> None:
+    due = files("3")
+    two.add_version("a", due.digest, due, {"kind": "upload"}, activates=True)
+    two.set_state(*HERE, due.digest, "ready")
+    rollout(two, candidate=due.digest)
+    assert two.activate(*HERE, due.digest, if_due=True).active == OLD
+    later = files("4")
+    two.add_version("a", later.digest, later, {"kind": "upload"}, activates=True)
+    two.set_state(*HERE, later.digest, "ready")
+    two.end_rollout(*HERE, "rolled_back", "worse")
+    for digest in (due.digest, later.digest):
+        assert two.activate(*HERE, digest, if_due=True).active == OLD
+
+
 def test_a_promotion_activates_and_ends_in_one_write_and_only_once(two: Registry) -> None:
     rollout(two)
     two.end_rollout(*HERE, "promoted", "better", rollout="rollout-1")

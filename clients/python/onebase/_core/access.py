@@ -105,11 +105,13 @@ def logged_requests(
     since: float | None,
     adapter: str | None,
     user: str | None,
+    replayable: bool,
     after: str | None,
     limit: int,
 ) -> Call:
     """Return the call for a page: up to `limit` requests that began before the one with the id `after`."""
     fields = {"tenant": tenant, "adapter": adapter, "user": user, "after": after}
+    fields["replayable"] = "true" if replayable else None
     moment = None if since is None else str(since)
     return Call("GET", query_of("/v1/requests", **fields, since=moment, limit=str(limit)))
 

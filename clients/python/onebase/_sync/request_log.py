@@ -19,7 +19,7 @@ class Requests:
     Raises PermissionDeniedError without the scope `adapters` or `admin`. Only `admin` may name a tenant.
 
     Examples:
-        >>> for request in client.requests.list(adapter="support"):  # doctest: +SKIP
+        >>> for request in client.requests.list(replayable=True):  # doctest: +SKIP
         ...     print((client.requests.replay(request.id)).equal)
     """
 
@@ -33,6 +33,7 @@ class Requests:
         adapter: str | None = None,
         user: str | None = None,
         tenant: str | None = None,
+        replayable: bool = False,
         limit: int | None = 100,
     ) -> tuple[LoggedRequest, ...]:
         """Return requests without their texts, the last that began first.
@@ -42,10 +43,12 @@ class Requests:
             adapter: The name of one that answered.
             user: As the requests named it.
             tenant: Whose requests; by default your own.
+            replayable: Only requests for text that were answered: no replays, no samples, and none of a
+                rollout's shadow or judge.
             limit: The largest number of requests; None: all.
         """
         return self._http.collect(
-            lambda last, size: access.logged_requests(tenant, since, adapter, user, last, size),
+            lambda last, size: access.logged_requests(tenant, since, adapter, user, replayable, last, size),
             PageAnswer[LoggedRequest],
             limit,
         )

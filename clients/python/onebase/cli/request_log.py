@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from .._sync.client import Client
 from .._terminal.ui import Column, note, print_table, show
-from ..errors import APIStatusError, ConflictError
+from ..errors import APIStatusError
 from ..types import LoggedAdapter, LoggedRequest, Replay
 from .command import FAILED, OK, count, moment, parser, perform, print_json
 
@@ -30,16 +30,16 @@ _REQUESTS_EXAMPLES: Final = """\
 _REPLAY: Final = """\
 Have a logged request answered again, with the version that answered it, and say whether the text
 is the same; with --version, compare it with what another version answers. Without an id, all
-requests since a time are replayed, and a table compares the answers.
+requests since a time that were answered are replayed, and a table compares the answers; replays,
+samples, and what a rollout's shadow and judge were asked are left out.
 
-The exit status is 1 if an answer differs or a request cannot be replayed.
+The exit status is 1 if an answer differs, a request cannot be replayed, or nothing was compared.
 """
 _REPLAY_EXAMPLES: Final = """\
   onebase replay chatcmpl-9f2c41d0b7a3e65d80c1f4aa
   onebase replay chatcmpl-9f2c41d0b7a3e65d80c1f4aa --body request.json
   onebase replay --since 1d --adapter support --version 3f2a9c41
 """
-_REPLAYABLE: Final = ("done", "cut")
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -47,7 +47,7 @@ def run(command: str, argv: list[str]) -> int:
     return _requests(argv) if command == "requests" else _replays(argv)
 
 
-def _add_filters(made: argparse.ArgumentParser) -> None:
+def _add_filters(made: argparse.ArgumentParser, limit: int | None) -> None:
     made.add_argument(
         "--since", type=moment, metavar="TIME", help="as in 90m, 12h, 7d, or 2026-11-01 (default: all)"
     )
@@ -56,7 +56,9 @@ def _add_filters(made: argparse.ArgumentParser) -> None:
         "--user", metavar="NAME", help="only those of this user, as they name it (default: all)"
     )
     made.add_argument("--tenant", metavar="NAME", help="another tenant's, for admins (default: your own)")
-    made.add_argument("--limit", type=count, default=50, metavar="N", help="the last N (default: 50)")
+    made.add_argument(
+        "--limit", type=count, default=limit, metavar="N", help=f"the last N (default: {limit or 'all'})"
+    )
     made.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -66,7 +68,7 @@ def _add_filters(made: argparse.ArgumentParser) -> None:
 def _requests(argv: list[str]) -> int:
     made = parser("requests", _REQUESTS, _REQUESTS_EXAMPLES)
     made.add_argument("request", nargs="?", metavar="REQUEST", help="the id of an answer (default: a list)")
-    _add_filters(made)
+    _add_filters(made, limit=50)
     made.add_argument("--erase", action="store_true", help="erase what --user asked, or --everything")
     made.add_argument("--everything", action="store_true", help="with --erase: all of the tenant's requests")
     args = made.parse_args(argv)
@@ -85,7 +87,7 @@ def _requests(argv: list[str]) -> int:
         elif args.request is not None:
             _show(client.requests.retrieve(args.request, tenant=args.tenant), args.json)
         else:
-            found = _found(client, args)
+            found = _found(client, args, args.limit)
             if args.json:
                 print_json(found)
             else:
@@ -95,9 +97,16 @@ def _requests(argv: list[str]) -> int:
     return perform(made, args, work)
 
 
-def _found(client: Client, args: argparse.Namespace) -> tuple[LoggedRequest, ...]:
+def _found(
+    client: Client, args: argparse.Namespace, limit: int | None, *, replayable: bool = False
+) -> tuple[LoggedRequest, ...]:
     return client.requests.list(
-        since=args.since, adapter=args.adapter, user=args.user, tenant=args.tenant, limit=args.limit
+        since=args.since,
+        adapter=args.adapter,
+        user=args.user,
+        tenant=args.tenant,
+        replayable=replayable,
+        limit=limit,
     )
 
 
@@ -188,7 +197,7 @@ def _replays(argv: list[str]) -> int:
     made.add_argument(
         "--body", type=Path, metavar="FILE", help="JSON of the request (default: as the server has it)"
     )
-    _add_filters(made)
+    _add_filters(made, limit=None)
     args = made.parse_args(argv)
     if (args.request is None) == (args.since is None):
         made.error("give either the id of a request, or --since TIME")
@@ -220,14 +229,13 @@ def _one(client: Client, args: argparse.Namespace, body: Mapping[str, Any] | Non
 
 
 def _many(client: Client, args: argparse.Namespace) -> int:
+    found = _found(client, args, args.limit and args.limit + 1, replayable=True)
     outcomes = []
-    for one in _found(client, args):
-        if one.state not in _REPLAYABLE or one.route.startswith("/v1/requests/"):
-            continue
+    for one in found[: args.limit]:
         try:
             told = client.requests.replay(one.id, version=args.version, tenant=args.tenant)
             outcomes.append(_Outcome(one.id, told))
-        except ConflictError as error:
+        except APIStatusError as error:
             outcomes.append(_Outcome(one.id, error=error))
     equal = sum(one.is_equal for one in outcomes)
     if args.json:
@@ -237,9 +245,11 @@ def _many(client: Client, args: argparse.Namespace) -> int:
         failed = sum(one.replay is None for one in outcomes)
         different = len(outcomes) - equal - failed
         note(f"{len(outcomes)} requests: {equal} equal, {different} different, {failed} not replayed")
-    else:
-        note("The log has no such requests.")
-    return OK if equal == len(outcomes) else FAILED
+    if not outcomes:
+        note("Nothing was compared: the log has no such requests.")
+    if len(found) > len(outcomes):
+        note(f"There are more: only the last {len(outcomes)} were replayed (--limit).")
+    return OK if outcomes and equal == len(outcomes) else FAILED
 
 
 def _as_json(one: _Outcome) -> dict[str, Any]:

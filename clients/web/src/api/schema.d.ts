@@ -24224,6 +24224,8 @@ export interface operations {
                 adapter?: string | null;
                 /** @description as requests name it */
                 user?: string | null;
+                /** @description true: only requests for text that were answered; no replays, no samples, and none of a rollout's shadow or judge */
+                replayable?: boolean;
                 /** @description the last id of the page before */
                 after?: string | null;
                 limit?: number;

@@ -335,7 +335,10 @@ def _uncounted(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class RequestUsageRecorder:
-    """Recorder of one request: it reports to its caller's quotas, its tenant's usage and the metrics."""
+    """Recorder of one request: it reports to its caller's quotas, its tenant's usage and the metrics.
+
+    payer: tenant in whose usage it counts, if that is not the request's own.
+    """
 
     reservation: QuotaReservation
     usage: TenantUsageRecorder
@@ -344,6 +347,7 @@ class RequestUsageRecorder:
     spans: RequestSpans | None = None
     observation: Observation | None = None
     entry: RequestEntry | None = None
+    payer: str | None = None
 
     def sequences_ended(self) -> None:
         self.reservation.sequences_ended()
@@ -362,7 +366,7 @@ class RequestUsageRecorder:
             self.entry.ended(usage.completion, finished)
         self.reservation.settle(usage.prompt + usage.completion)
         names = [use.name for use in self.request.adapter.uses]
-        self.usage.generated(self.request.tenant, names, usage)
+        self.usage.generated(self.payer or self.request.tenant, names, usage)
 
 
 async def transcript_of(request: Request, services: Services, stream: bool | None) -> Transcript | None:
@@ -475,7 +479,14 @@ async def begin(
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
         recorder=RequestUsageRecorder(
-            reservation, services.usage, services.measured, engine_request, spans, observation, entry
+            reservation,
+            services.usage,
+            services.measured,
+            engine_request,
+            spans,
+            observation,
+            entry,
+            payer=request.scope[CALLER].tenant,
         ),
         transcript=transcript,
         resume_tokens=resume_tokens,

@@ -14,6 +14,7 @@ from onebase_protocol.serving import (
     EngineStatus,
     HealthAnswer,
     LoadHistory,
+    LoadPoint,
     QueueWait,
     RouteSecretAnswer,
     ServerVersionAnswer,
@@ -22,7 +23,7 @@ from onebase_protocol.serving import (
 from onebase_server.adapters.residency import MemoryUse
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import NO_KEY, needs
-from onebase_server.http.deps import Provided, json_response
+from onebase_server.http.deps import Calling, Provided, json_response
 from onebase_server.http.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
 
@@ -106,16 +107,22 @@ async def status(services: Provided) -> Response:
 
 @router.get("/status/history", responses=answer(LoadHistory))
 @needs("admin")
-async def load_history(services: Provided) -> Response:
+async def load_history(services: Provided, caller: Calling) -> Response:
     """Return latency, errors, speed and the machine's load of the last six hours by minute, and of now."""
+    loads = services.measured.tenants.snapshot()
+
+    def summed() -> tuple[tuple[QueueWait, ...], tuple[LoadPoint, ...]]:
+        return tuple(sorted(loads.queue_waits(), key=_longest_first)), services.load.points()
+
+    waits, points = await services.reading.run_for(caller.tenant, summed)
     return json_response(
         LoadHistory(
             version=onebase_server.__version__,
             started_at=services.started,
             last_hour=services.load.since(3600.0),
             machine=services.load.machine,
-            tenants=tuple(sorted(services.measured.tenants.queue_waits(), key=_longest_first)),
-            data=services.load.points(),
+            tenants=waits,
+            data=points,
         )
     )
 

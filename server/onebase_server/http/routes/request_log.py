@@ -24,8 +24,8 @@ from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import LONG_BODY, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.routes.generation import begin
-from onebase_server.requests.replay import ReplayPlanner, compare
-from onebase_server.requests.request_log import MOST_FOUND, Begun
+from onebase_server.requests.replay import ROUTES, ReplayPlanner, compare
+from onebase_server.requests.request_log import MOST_FOUND, Begun, has_answer
 from onebase_server.requests.schemas.generation import MAX_ASKER
 from onebase_server.requests.schemas.wire import Wire
 from onebase_server.storage.calls import storage_errors
@@ -56,6 +56,13 @@ async def list_requests(
     since: Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="Unix seconds")] = None,
     adapter: Annotated[str | None, Query(max_length=512, description="an adapter's name")] = None,
     user: Annotated[str | None, Query(max_length=MAX_ASKER, description="as requests name it")] = None,
+    replayable: Annotated[
+        bool,
+        Query(
+            description="true: only requests for text that were answered; no replays, no samples, and "
+            "none of a rollout's shadow or judge"
+        ),
+    ] = False,
     after: Annotated[str | None, Query(max_length=200, description="the last id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_FOUND)] = 100,
 ) -> Response:
@@ -66,10 +73,11 @@ async def list_requests(
 
     def matches(one: wire.LoggedRequest) -> bool:
         named = adapter is None or any(adapter == used.name for used in one.adapters)
-        return named and hashed in (None, one.user)
+        return named and hashed in (None, one.user) and (not replayable or one.route in ROUTES)
 
     found = await log.threads.run_for(
-        caller.tenant, lambda: log.find(whose, matches, since=since, after=after, limit=limit + 1)
+        caller.tenant,
+        lambda: log.find(whose, matches, since=since, after=after, limit=limit + 1, answered=replayable),
     )
     return json_response(page_of(found[:limit], more=len(found) > limit))
 
@@ -95,7 +103,7 @@ async def replay_request(
     """Answer a logged request once more, with the version that answered it, and compare the answers."""
     services.refuse_if_draining()
     logged, line = await _find(services, caller, tenant, id)
-    if logged.state in ("running", "interrupted", "failed") or not logged.answers:
+    if not has_answer(logged):
         raise StateConflictError(
             f"The request is {logged.state}: there is no answer to compare with.", code="replay_no_answer"
         )

@@ -85,16 +85,18 @@ async def get_load(
     of batches.
     """
     tenant = caller.tenant_asked(tenant)
-    loads = services.measured.tenants
-    return json_response(
-        TenantLoad(
+    loads = services.measured.tenants.snapshot(tenant, adapter)
+
+    def summed() -> TenantLoad:
+        return TenantLoad(
             tenant=tenant,
             adapter=adapter,
             started_at=services.started,
             last_hour=loads.last_hour(tenant, adapter),
             data=loads.points(tenant, adapter),
         )
-    )
+
+    return json_response(await services.reading.run_for(caller.tenant, summed))
 
 
 def _tenant_view(record: TenantRecord, limiter: Limiter) -> Tenant:
