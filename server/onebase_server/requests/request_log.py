@@ -304,7 +304,7 @@ class RequestLog:
         self._waiting: dict[str, _Waiting] = {}
         self._size = 0
         self._erasing: dict[int, Callable[[int | Exception], object]] = {}
-        """Functions to call when an erasure is done, by its number."""
+        """Functions to call when an erasure is done, by its number. The next look calls all of them."""
         self._closing = False
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""
@@ -388,8 +388,8 @@ class RequestLog:
         registry. Return the number of requests erased here. Raises RegistryError, ErasuresError, OSError."""
         hashed = None if user is None else await self.user_hash(tenant, user)
         erasure = await asyncio.to_thread(self._records.erase, tenant, hashed)
-        if self._thread is None:
-            return 0
+        if self._thread is None or self._closing:
+            return 0  # the next start applies it
         loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def finish(result: int | Exception) -> None:
@@ -628,20 +628,32 @@ class RequestLog:
             return 0
 
     def _apply_erasures(self) -> None:
-        """Apply what was erased, here or on another server, in its order."""
+        """Apply what was erased, here or on another server, in its order, and say so to all who wait.
+
+        Another erasure of the same requests may have replaced the one that somebody waits for, or applied it
+        already; in a restored registry its number may be below those applied. So whoever waits is answered
+        by number, and not by the row.
+        """
+        with self._lock:
+            waiters, self._erasing = self._erasing, {}
         try:
-            for erasure in self._records.erasures(self._applied):
+            first = min([self._applied, *(number - 1 for number in waiters)])
+            for erasure in self._records.erasures(first):
                 count = self._erase(erasure)
                 made = self._folder / "erased.new"
                 made.write_text(str(erasure.number))
                 made.rename(self._folder / "erased")
-                if (done := self._erasing.pop(erasure.number, None)) is not None:
+                if (done := waiters.pop(erasure.number, None)) is not None:
                     done(count)
-        except (OSError, RegistryError) as error:
+            for done in waiters.values():
+                done(0)
+        except Exception as error:
+            for done in waiters.values():
+                done(error)
+            if not isinstance(error, OSError | RegistryError):
+                raise
             if isinstance(error, OSError):
                 _log.warning("what was erased stays until the request log can be written: %s", error)
-            while self._erasing:
-                self._erasing.popitem()[1](error)
 
     def _erase(self, erasure: LogErasure) -> int:
         """Erase a tenant's requests, or those of a user, from memory and from every file; return their

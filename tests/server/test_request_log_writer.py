@@ -1,0 +1,133 @@
+"""The writer of the log of requests: erasures, keys, limits and files, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onebase_adapters.registry import LogErasure, RequestLogRecords
+from onebase_adapters.registry.database import Database
+from onebase_engine.engine.messages import Sampling
+from onebase_server.inference.generation import GenerationRequest, Prompt
+from onebase_server.requests.request_log import RequestEntry, RequestLog
+
+SECONDS = 20.0
+
+
+class Logs:
+    """Logs of one registry, each in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.database = Database(f"sqlite:///{folder}/registry.db")
+        self.database.migrate()
+        self.records = RequestLogRecords(self.database)
+        self.opened: list[RequestLog] = []
+        self.ids = iter(range(10**6))
+
+    def open(self, name: str = "log", **settings: Any) -> RequestLog:
+        chosen: dict[str, Any] = {"mode": "text", "days": 30.0, "most_bytes": 1 << 20, "sync_seconds": 0.05}
+        log = RequestLog(
+            self.folder / name,
+            self.records,
+            base="base",
+            base_id="base-id",
+            server="server",
+            **chosen | settings,
+        )
+        log.start()
+        self.opened.append(log)
+        return log
+
+    def request(self, user: str | None = None, *, tenant: str = "acme", size: int = 3) -> GenerationRequest:
+        prompt = Prompt([7] * size)
+        return GenerationRequest(
+            id=f"r{next(self.ids)}", tenant=tenant, prompts=(prompt,), sampling=Sampling(), user=user
+        )
+
+    def put(self, log: RequestLog, user: str | None = None, **about: Any) -> str:
+        """Log a request that has ended, wait until it is written, and return its id."""
+        request = self.request(user, **about)
+        entry = log.begin(request)
+        assert entry is not None
+        entry.ended(1, Counter(stop=1))
+        wait_for(lambda: request.id in ids(log, request.tenant))
+        return request.id
+
+    def close(self) -> None:
+        for log in self.opened:
+            log.close()
+        self.database.close()
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Iterator[Logs]:
+    made = Logs(tmp_path)
+    yield made
+    made.close()
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.01)
+
+
+def ids(log: RequestLog, tenant: str = "acme") -> list[str]:
+    """Return the ids of the requests that have ended, the last first."""
+    return [one.id for one in log.find(tenant, lambda one: True) if one.state == "done"]
+
+
+def erase(log: RequestLog, user: str | None, tenant: str = "acme") -> int:
+    return asyncio.run(asyncio.wait_for(log.erase(tenant, user), SECONDS))
+
+
+def test_who_erases_is_answered_though_the_writer_applied_it_first(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logs.open()
+    logs.put(log, "alice")
+    commit = logs.records.erase
+
+    def slow(*given: Any) -> LogErasure:
+        erasure = commit(*given)
+        wait_for(lambda: ids(log) == [])
+        return erasure
+
+    monkeypatch.setattr(logs.records, "erase", slow)
+    erase(log, "alice")
+
+
+def test_who_erases_is_answered_though_another_erasure_replaced_theirs(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logs.open()
+    logs.put(log, "alice")
+    commit = logs.records.erase
+
+    def twice(*given: Any) -> LogErasure:
+        erasure = commit(*given)
+        commit(*given)
+        return erasure
+
+    monkeypatch.setattr(logs.records, "erase", twice)
+    erase(log, "alice")
+    assert ids(log) == []
+
+
+def test_an_erasure_is_applied_and_answered_in_a_registry_restored_from_before_the_last_one(
+    logs: Logs,
+) -> None:
+    log = logs.open()
+    first = logs.put(log, "alice")
+    (logs.folder / "log" / "erased").write_text("1000000")
+    assert erase(log, "alice") == 1
+    assert first not in ids(log)
