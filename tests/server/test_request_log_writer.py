@@ -15,7 +15,7 @@ from onebase_adapters.registry import LogErasure, RequestLogRecords
 from onebase_adapters.registry.database import Database
 from onebase_engine.engine.messages import Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt
-from onebase_server.requests.request_log import RequestEntry, RequestLog
+from onebase_server.requests.request_log import RequestLog
 
 SECONDS = 20.0
 
@@ -131,3 +131,24 @@ def test_an_erasure_is_applied_and_answered_in_a_registry_restored_from_before_t
     (logs.folder / "log" / "erased").write_text("1000000")
     assert erase(log, "alice") == 1
     assert first not in ids(log)
+
+
+def test_a_request_whose_text_was_read_from_the_log_during_an_erasure_is_not_logged(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logs.open()
+    logs.put(log, "alice")
+    forget, seen = log._forget, []
+
+    def during(*given: Any) -> None:
+        forget(*given)
+        seen.append(log.reads_since("acme"))
+        seen.append(log.reads_since("other"))
+
+    monkeypatch.setattr(log, "_forget", during)
+    before = log.reads_since("acme")
+    erase(log, "alice")
+    assert log.begin(logs.request(), since=before) is None
+    assert log.begin(logs.request(), since=seen[0]) is None
+    assert log.begin(logs.request(tenant="other"), since=seen[1]) is not None
+    assert log.begin(logs.request(), since=log.reads_since("acme")) is not None

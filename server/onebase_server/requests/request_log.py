@@ -310,6 +310,8 @@ class RequestLog:
         """Entries of requests that run, by tenant and id."""
         self._erased_at: dict[str, float] = {}
         """Time of each tenant's last erasure (monotonic), of all its requests or some."""
+        self._erased_now: str | None = None
+        """Tenant whose requests are erased at this moment."""
         self._keys: dict[str, bytes] = {}
         self._files: OrderedDict[str, _Segment] = OrderedDict()
         self._thread: threading.Thread | None = None
@@ -344,8 +346,8 @@ class RequestLog:
         """Return the entry of a request that is about to begin; None if none is kept.
 
         Args:
-            since: when another request began whose texts this one has (monotonic): none is kept if its tenant
-                has erased anything after that.
+            since: time (monotonic) since when the server has the request's texts, which another request or the
+                log may have had before: none is kept if its tenant has erased anything after that.
             about: see RequestEntry.
         """
         if self.mode == "off" or self._thread is None or self._erased_at.get(request.tenant, 0.0) >= since:
@@ -359,6 +361,12 @@ class RequestLog:
             entry.body = None
         self.put(entry, entry.begin_line, size)
         return entry
+
+    def reads_since(self, tenant: str) -> float:
+        """Return the `since` of a request whose texts are read from the tenant's log from now on: what is
+        read while an erasure runs may be gone at its end."""
+        now = time.monotonic()  # first: an erasure that begins after the comparison is later
+        return 0.0 if tenant == self._erased_now else now
 
     def put(self, entry: RequestEntry, line: Callable[[bytes, LogMode], _Line], size: int) -> None:
         """Have a line written, unless too much waits: then it is dropped, and that is counted."""
@@ -639,6 +647,7 @@ class RequestLog:
         try:
             first = min([self._applied, *(number - 1 for number in waiters)])
             for erasure in self._records.erasures(first):
+                self._erased_now = erasure.tenant
                 count = self._erase(erasure)
                 made = self._folder / "erased.new"
                 made.write_text(str(erasure.number))
@@ -654,6 +663,8 @@ class RequestLog:
                 raise
             if isinstance(error, OSError):
                 _log.warning("what was erased stays until the request log can be written: %s", error)
+        finally:
+            self._erased_now = None
 
     def _erase(self, erasure: LogErasure) -> int:
         """Erase a tenant's requests, or those of a user, from memory and from every file; return their

@@ -45,6 +45,7 @@ from onebase_protocol.text import (
 from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
+    ARRIVED,
     CALLER,
     Admitted,
     Calling,
@@ -451,12 +452,15 @@ async def begin(
     transcript: Transcript | None = None,
     transcript_number: int | None = None,
     number: int | None = None,
+    since: float | None = None,
 ) -> GenerationRun:
     """Start a request in the engine. Raises what QuotaReservation.admit and GenerationRun.start raise.
 
     transcript, transcript_number: see GenerationRun. number: of one request among several in the body.
+    since: time (monotonic) since when the server has the request's texts; None: since it arrived.
     """
     services.refuse_if_draining()
+    since = request.scope[ARRIVED] if since is None else since
     resume_tokens = None
     if transcript is not None:
         resume_tokens = await services.reading.run_for(
@@ -465,8 +469,8 @@ async def begin(
     reservation.admit(engine_request.reserved_tokens, engine_request.choices)
     base = services.catalog.base_name
     spans = services.tracing.of_request(engine_request, request.scope, base, stream=stream)
-    observation = None if transcript is not None else services.rollouts.observe(engine_request)
-    entry = await _logged(request, services, engine_request, stream=stream, number=number)
+    observation = None if transcript is not None else services.rollouts.observe(engine_request, since)
+    entry = await _logged(request, services, engine_request, since, stream=stream, number=number)
     generation = GenerationRun(
         services.supervisor,
         services.tokenizer,
@@ -499,6 +503,7 @@ async def _logged(
     request: Request,
     services: Services,
     engine_request: GenerationRequest,
+    since: float,
     *,
     stream: bool,
     number: int | None,
@@ -510,6 +515,7 @@ async def _logged(
     caller: Caller = request.scope[CALLER]
     return log.begin(
         engine_request,
+        since=since,
         key=caller.key,
         request_id=request_id(request.scope),
         route=request.scope["path"],
