@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
-from onebase_adapters.registry import LogErasure, RequestLogRecords
+from onebase_adapters.registry import ErasuresError, LogErasure, RegistryError, RequestLogRecords
 from onebase_adapters.registry.database import Database
+from onebase_adapters.registry.tables import LogErasureRow
 from onebase_engine.engine.messages import Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt
 from onebase_server.requests.request_log import RequestLog
@@ -152,3 +154,78 @@ def test_a_request_whose_text_was_read_from_the_log_during_an_erasure_is_not_log
     assert log.begin(logs.request(), since=seen[0]) is None
     assert log.begin(logs.request(tenant="other"), since=seen[1]) is not None
     assert log.begin(logs.request(), since=log.reads_since("acme")) is not None
+
+
+def test_a_key_that_an_erasure_took_is_not_used_by_who_read_it_before(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logs.open()
+    read = logs.records.key
+
+    def slow(tenant: str) -> bytes:
+        key = read(tenant)
+        monkeypatch.setattr(logs.records, "key", read)
+        erase(log, None)
+        return key
+
+    monkeypatch.setattr(logs.records, "key", slow)
+    log.key("acme")
+    assert log.key("acme") == logs.records.key("acme")
+
+
+def test_a_user_is_erased_with_the_key_of_the_moment_though_another_server_made_a_new_one(
+    logs: Logs,
+) -> None:
+    log, other = logs.open(), logs.open("other", sync_seconds=3600.0)
+    logs.put(other, "alice")
+    erase(log, None)
+    logs.put(log, "alice")
+    assert asyncio.run(other.user_hash("acme", "alice")) != asyncio.run(log.user_hash("acme", "alice"))
+    erase(other, "alice")
+    wait_for(lambda: ids(log) == [])
+
+
+def test_a_request_that_runs_is_forgotten_though_its_tenants_key_was_not_read_yet(logs: Logs) -> None:
+    log = logs.open()
+    entry = log.begin(logs.request("alice"))
+    assert entry is not None
+    wait_for(lambda: not log._waiting)
+    log._keys.clear()
+    erase(log, "alice")
+    assert entry.is_left_out
+
+
+def test_an_erasure_stays_to_be_applied_while_the_registry_gives_no_key(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logs.open()
+    entry = log.begin(logs.request("alice"))
+    assert entry is not None
+    wait_for(lambda: not log._waiting)
+    log._keys.clear()
+    read = logs.records.key
+
+    def away(tenant: str) -> bytes:
+        raise RegistryError("away")
+
+    monkeypatch.setattr(logs.records, "key", away)
+    with pytest.raises(RegistryError):
+        erase(log, "alice")
+    assert not entry.is_left_out
+    monkeypatch.setattr(logs.records, "key", read)
+    wait_for(lambda: entry.is_left_out)
+
+
+def test_a_tenant_with_as_many_erasures_as_are_kept_erases_users_again_and_older_ones_give_way(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_adapters.registry.request_log.MOST_ERASURES", 2)
+    log = logs.open(days=1.0)
+    for user in ("alice", "bob", "alice"):
+        erase(log, user)
+    with pytest.raises(ErasuresError):
+        erase(log, "carol")
+    with logs.database.write_uncounted() as session:
+        session.execute(update(LogErasureRow).values(at=LogErasureRow.at - 2 * 86400.0))
+    erase(log, "carol")
+    assert len(logs.records.erasures(0)) == 1

@@ -23,6 +23,7 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -313,6 +314,8 @@ class RequestLog:
         self._erased_now: str | None = None
         """Tenant whose requests are erased at this moment."""
         self._keys: dict[str, bytes] = {}
+        self._generation = 0
+        """Number of keys that were dropped so far."""
         self._files: OrderedDict[str, _Segment] = OrderedDict()
         self._thread: threading.Thread | None = None
         self._look_at = 0.0
@@ -346,8 +349,8 @@ class RequestLog:
         """Return the entry of a request that is about to begin; None if none is kept.
 
         Args:
-            since: time (monotonic) since when the server has the request's texts, which another request or the
-                log may have had before: none is kept if its tenant has erased anything after that.
+            since: time (monotonic) since when the server has the request's texts, be it from another request
+                or from the log: none is kept if its tenant has erased anything after that.
             about: see RequestEntry.
         """
         if self.mode == "off" or self._thread is None or self._erased_at.get(request.tenant, 0.0) >= since:
@@ -394,8 +397,8 @@ class RequestLog:
     async def erase(self, tenant: str, user: str | None) -> int:
         """Erase what the log has of a tenant, or of one of its users, here and on all servers of the
         registry. Return the number of requests erased here. Raises RegistryError, ErasuresError, OSError."""
-        hashed = None if user is None else await self.user_hash(tenant, user)
-        erasure = await asyncio.to_thread(self._records.erase, tenant, hashed)
+        hashed = None if user is None else partial(user_hash, user=user)
+        erasure = await asyncio.to_thread(self._records.erase, tenant, hashed, self._seconds)
         if self._thread is None or self._closing:
             return 0  # the next start applies it
         loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
@@ -425,8 +428,13 @@ class RequestLog:
 
     def key(self, tenant: str) -> bytes:
         """Return the key of a tenant's hashes. Blocks. Raises RegistryError."""
-        found = self._keys.get(tenant) or self._records.key(tenant)
-        self._keys[tenant] = found
+        with self._lock:
+            found, generation = self._keys.get(tenant), self._generation
+        if found is None:
+            found = self._records.key(tenant)
+            with self._lock:
+                if generation == self._generation:  # else it may be the key that went with an erasure
+                    self._keys[tenant] = found
         return found
 
     # ---- reading, in threads -----------------------------------------------------------------------
@@ -649,6 +657,7 @@ class RequestLog:
             for erasure in self._records.erasures(first):
                 self._erased_now = erasure.tenant
                 count = self._erase(erasure)
+                self._erased_now = None
                 made = self._folder / "erased.new"
                 made.write_text(str(erasure.number))
                 made.rename(self._folder / "erased")
@@ -675,7 +684,9 @@ class RequestLog:
         if (own := self._files.pop(tenant, None)) is not None:
             own.close()
         if user is None:
-            self._keys.pop(tenant, None)
+            with self._lock:
+                self._keys.pop(tenant, None)
+                self._generation += 1
         gone: set[str] = set()
         for path in sorted(place.glob("*.jsonl")):
             for line in map(_index, path.read_bytes().split(b"\n")):
@@ -703,8 +714,7 @@ class RequestLog:
         return count
 
     def _forget(self, tenant: str, user: str | None) -> None:
-        """Keep the requests that run now, or wait to be written, out of the log."""
-        key = self._keys.get(tenant)
+        """Keep the requests that run now, or wait to be written, out of the log. Raises RegistryError."""
         with self._lock:
             self._erased_at[tenant] = time.monotonic()
             entries = list(self._running.get(tenant, {}).values())
@@ -712,7 +722,7 @@ class RequestLog:
             entries += [] if waiting is None else [entry for entry, _, _ in waiting.lines]
         for entry in entries:
             named = entry.request.user
-            if user is None or (key and named is not None and user_hash(key, named) == user):
+            if user is None or (named is not None and user_hash(self.key(tenant), named) == user):
                 entry.is_left_out = True
 
 

@@ -131,7 +131,7 @@ class Observation:
         self.request = request
         self.part = part
         self.began = began
-        """Time (monotonic) since when the server has the texts of the request that this is, or is a copy of."""
+        """Time (monotonic) since when the server has the texts of this request, or of the one it copies."""
         self.settings = RolloutSettings.of(part.rollout)
         self.text = ""
         """Beginning of the first choice's text."""
