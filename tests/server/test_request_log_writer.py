@@ -17,7 +17,7 @@ from onebase_adapters.registry.database import Database
 from onebase_adapters.registry.tables import LogErasureRow
 from onebase_engine.engine.messages import Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt
-from onebase_server.requests.request_log import RequestLog
+from onebase_server.requests.request_log import RequestLog, user_hash
 
 SECONDS = 20.0
 
@@ -229,3 +229,68 @@ def test_a_tenant_with_as_many_erasures_as_are_kept_erases_users_again_and_older
         session.execute(update(LogErasureRow).values(at=LogErasureRow.at - 2 * 86400.0))
     erase(log, "carol")
     assert len(logs.records.erasures(0)) == 1
+
+
+@pytest.mark.parametrize("damaged", ["", "1x", None])
+def test_a_lost_number_of_the_last_erasure_does_not_erase_what_came_after_it(
+    logs: Logs, damaged: str | None
+) -> None:
+    log = logs.open()
+    logs.put(log, "alice")
+    erase(log, None)
+    with logs.database.write_uncounted() as session:
+        session.execute(update(LogErasureRow).values(at=LogErasureRow.at - 3600.0))
+    kept = logs.put(log, "alice")
+    log.close()
+    place = logs.folder / "log" / "erased"
+    last = place.read_text()
+    place.unlink() if damaged is None else place.write_text(damaged)
+    again = logs.open()
+    wait_for(lambda: place.exists() and place.read_text() == last)
+    assert ids(again) == [kept]
+
+
+def test_the_first_erasure_of_a_log_is_applied_whatever_the_clock_of_who_erased(logs: Logs) -> None:
+    log = logs.open(sync_seconds=3600.0)
+    logs.put(log, "alice")
+    log.close()
+    logs.records.erase("acme", None)
+    with logs.database.write_uncounted() as session:
+        session.execute(update(LogErasureRow).values(at=LogErasureRow.at - 3600.0))
+    again = logs.open()
+    wait_for(lambda: ids(again) == [])
+
+
+def test_other_tenants_are_written_while_one_tenants_files_are_erased_in_one_pass(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logs.open(most_bytes=1 << 20, sync_seconds=3600.0)
+    users = [f"user {number}" for number in range(6)]
+    for user in users:
+        logs.put(log, user, size=20_000)
+    other = logs.request(tenant="other")
+    written: list[bool] = []
+    forget = log._forget
+
+    def during(*given: Any) -> None:
+        forget(*given)
+        entry = log.begin(other)
+        assert entry is not None
+        entry.ended(1, Counter(stop=1))
+
+    read, reads = Path.read_bytes, Counter[str]()
+
+    def reading(path: Path) -> bytes:
+        reads[path.name] += 1
+        written.append(not log._waiting.get("other"))
+        return read(path)
+
+    monkeypatch.setattr(log, "_forget", during)
+    for user in users[1:]:
+        logs.records.erase("acme", lambda key, user=user: user_hash(key, user))
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    erase(log, users[0])
+    assert ids(log) == []
+    assert len(reads) > 1
+    assert max(reads.values()) <= 2
+    assert any(written)

@@ -86,9 +86,11 @@ class RequestLogRecords:
         return LogErasure(number, tenant, user, at)
 
     def erasures(self, after: int) -> list[LogErasure]:
-        """Return the erasures with higher numbers, in their order."""
-        query = select(LogErasureRow).where(LogErasureRow.number > after).order_by(LogErasureRow.number)
+        """Return the erasures with higher numbers, in their order; all, if the registry was restored from
+        before that number."""
         with self._database.read() as session:
+            after = after if after <= self._database.counter(session) else 0
+            query = select(LogErasureRow).where(LogErasureRow.number > after).order_by(LogErasureRow.number)
             return [LogErasure(row.number, row.tenant, row.user, row.at) for row in session.scalars(query)]
 
 

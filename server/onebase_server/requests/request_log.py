@@ -21,7 +21,7 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from onebase_adapters.registry import LogErasure, RegistryError, RequestLogRecords
+from onebase_adapters.registry import RegistryError, RequestLogRecords
 from onebase_edge.background import Threads
 from onebase_protocol.request_log import LoggedAdapter, LoggedAnswer, LoggedRequest
 from onebase_server.inference.generation import GenerationRequest
@@ -48,6 +48,8 @@ _SEGMENTS = 64
 _DAY = 86400.0
 _SYNC_SECONDS = 1.0
 _AGAIN_SECONDS = 1.0
+_CLOCKS = 300.0
+"""Largest difference, in seconds, of two servers' clocks that an erasure allows for."""
 _TIDY_SECONDS = 60.0
 _OPEN_FILES = 64
 _TOKENS = 8
@@ -96,6 +98,7 @@ class _Index(msgspec.Struct, frozen=True):
     type: str
     id: str = ""
     user: str | None = None
+    at: float = 0.0
     request: dict[str, Any] = {}
 
     @property
@@ -103,6 +106,11 @@ class _Index(msgspec.Struct, frozen=True):
         """Return the id of the line's request, and the hash of its user."""
         named = self.request
         return (named["id"], named.get("user")) if named else (self.id, self.user)
+
+    def is_due(self, due: Mapping[str | None, float]) -> bool:
+        """Return True if the line is to be erased. due: see RequestLog._erase."""
+        user, at = self.of[1], self.request.get("at", self.at)
+        return at <= max(due.get(None, -math.inf), -math.inf if user is None else due.get(user, -math.inf))
 
 
 @dataclass(eq=False)
@@ -262,6 +270,15 @@ class _Waiting:
     again_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Waiter:
+    """Somebody who waits for an erasure. done: called with the number of requests that were erased."""
+
+    tenant: str
+    user: str | None
+    done: Callable[[int | Exception], object]
+
+
 class RequestLog:
     """A server's log, written by one thread. `begin`, `find` and the like are called on the event loop or in
     threads; files are changed by the writer alone.
@@ -304,8 +321,8 @@ class RequestLog:
         self._lock = threading.Condition()
         self._waiting: dict[str, _Waiting] = {}
         self._size = 0
-        self._erasing: dict[int, Callable[[int | Exception], object]] = {}
-        """Functions to call when an erasure is done, by its number. The next look calls all of them."""
+        self._erasing: dict[int, _Waiter] = {}
+        """Who waits for an erasure, by its number. The next look answers all of them."""
         self._closing = False
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""
@@ -412,7 +429,9 @@ class RequestLog:
                 done.set_result(result)
 
         with self._lock:
-            self._erasing[erasure.number] = lambda result: loop.call_soon_threadsafe(finish, result)
+            self._erasing[erasure.number] = _Waiter(
+                erasure.tenant, erasure.user, lambda result: loop.call_soon_threadsafe(finish, result)
+            )
             self._lock.notify()
         erased: int = await done
         return erased
@@ -527,23 +546,39 @@ class RequestLog:
         return self._folder / hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _write_on(self) -> None:
+        with contextlib.suppress(Exception):  # the next look says why
+            self._apply_erasures()  # before anything new is there
         while True:
             with self._lock:
-                now = time.monotonic()
-                ready = [name for name, one in self._waiting.items() if one.again_at <= now]
-                if not ready and not self._erasing:
+                if not self._ready() and not self._erasing:
                     if self._closing and not self._waiting:
                         break
                     self._lock.wait(min(_SYNC_SECONDS, self._sync_seconds))
             try:
-                for tenant in ready:
-                    self._write_tenant(tenant)
+                self._write_ready()
                 self._upkeep()
             except Exception:
                 _log.exception("the request log failed; it goes on")
                 time.sleep(_AGAIN_SECONDS)
         for segment in self._files.values():
             segment.close()
+
+    def _ready(self) -> list[str]:
+        """Return the tenants whose lines can be written now."""
+        now = time.monotonic()
+        with self._lock:
+            return [name for name, one in self._waiting.items() if one.again_at <= now]
+
+    def _write_ready(self, but: str | None = None) -> None:
+        """Write what waits, of all tenants but one; once a second, have it survive a power cut."""
+        for tenant in self._ready():
+            if tenant != but:
+                self._write_tenant(tenant)
+        now = time.monotonic()
+        if now >= self._sync_at:
+            self._sync_at = now + _SYNC_SECONDS
+            for segment in self._files.values():
+                segment.sync()
 
     def _write_tenant(self, tenant: str) -> None:
         """Write what waits of one tenant; what cannot be written now waits for another second."""
@@ -599,6 +634,8 @@ class RequestLog:
             place = self._place(tenant)
             place.mkdir(mode=0o700, exist_ok=True)
             if not (place / "tenant").exists():
+                if not (self._folder / "erased").exists() and not self.tenants():
+                    self._note_applied(0)
                 (place / "tenant").write_text(tenant, encoding="utf-8", errors="surrogatepass")
             numbers = [int(path.stem) for path in place.glob("*.jsonl") if path.stem.isdecimal()]
             segment = self._files[tenant] = _Segment(place / f"{max(numbers, default=0) + 1:012d}.jsonl")
@@ -609,10 +646,6 @@ class RequestLog:
 
     def _upkeep(self) -> None:
         now = time.monotonic()
-        if now >= self._sync_at:
-            self._sync_at = now + _SYNC_SECONDS
-            for segment in self._files.values():
-                segment.sync()
         if now >= self._look_at or self._erasing:
             self._look_at = now + self._sync_seconds
             self._apply_erasures()
@@ -637,92 +670,124 @@ class RequestLog:
     # ---- erasing -----------------------------------------------------------------------------------
 
     @property
-    def _applied(self) -> int:
+    def _applied(self) -> int | None:
+        """Return the number of the last erasure that was applied; None if the file is lost or damaged."""
         try:
             return int((self._folder / "erased").read_text())
-        except (OSError, ValueError):
-            return 0
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _note_applied(self, number: int) -> None:
+        made = self._folder / "erased.new"
+        with made.open("w") as file:
+            file.write(str(number))
+            file.flush()
+            os.fsync(file.fileno())
+        made.rename(self._folder / "erased")
+        _sync_folder(self._folder)
 
     def _apply_erasures(self) -> None:
-        """Apply what was erased, here or on another server, in its order, and say so to all who wait.
+        """Apply what was erased, here or on another server, tenant by tenant, and answer all who wait.
 
         Another erasure of the same requests may have replaced the one that somebody waits for, or applied it
-        already; in a restored registry its number may be below those applied. So whoever waits is answered
-        by number, and not by the row.
+        already; in a restored registry its number may be below those applied. So all are answered whose
+        erasures were committed before this look.
         """
         with self._lock:
             waiters, self._erasing = self._erasing, {}
         try:
-            first = min([self._applied, *(number - 1 for number in waiters)])
-            for erasure in self._records.erasures(first):
-                self._erased_now = erasure.tenant
-                count = self._erase(erasure)
-                self._erased_now = None
-                made = self._folder / "erased.new"
-                made.write_text(str(erasure.number))
-                made.rename(self._folder / "erased")
-                if (done := waiters.pop(erasure.number, None)) is not None:
-                    done(count)
-            for done in waiters.values():
-                done(0)
+            applied = self._applied
+            first = min([applied or 0, *(number - 1 for number in waiters)])
+            erasures = self._records.erasures(first)
+            due: dict[str, dict[str | None, float]] = {}
+            begins: dict[str, int] = {}
+            for one in erasures:
+                is_new = one.number in waiters or (applied is not None and one.number > applied)
+                until = math.inf if is_new else one.at + _CLOCKS
+                due.setdefault(one.tenant, {})[one.user] = until
+                begins.setdefault(one.tenant, one.number)
+            for tenant in due:
+                counts = self._erase(tenant, due[tenant])
+                del begins[tenant]
+                self._note_applied(min(begins.values(), default=erasures[-1].number + 1) - 1)
+                for number in [number for number, one in waiters.items() if one.tenant == tenant]:
+                    waiter = waiters.pop(number)
+                    waiter.done(counts.total() if waiter.user is None else counts[waiter.user])
+            for waiter in waiters.values():
+                waiter.done(0)
         except Exception as error:
-            for done in waiters.values():
-                done(error)
+            for waiter in waiters.values():
+                waiter.done(error)
             if not isinstance(error, OSError | RegistryError):
                 raise
             if isinstance(error, OSError):
                 _log.warning("what was erased stays until the request log can be written: %s", error)
+
+    def _erase(self, tenant: str, due: Mapping[str | None, float]) -> Counter[str | None]:
+        """Erase requests of a tenant from memory and from every file, and return their numbers by user.
+        Between files the lines of other tenants are written. Raises OSError, RegistryError.
+
+        due: time (Unix) until which requests are erased, by the user's hash; None: those of all.
+        """
+        self._erased_now = tenant
+        try:
+            if None in due:
+                with self._lock:
+                    self._keys.pop(tenant, None)
+                    self._generation += 1
+            self._forget(tenant, due)
+            if (own := self._files.pop(tenant, None)) is not None:
+                own.close()
+            return self._erase_files(self._place(tenant), tenant, due)
         finally:
             self._erased_now = None
 
-    def _erase(self, erasure: LogErasure) -> int:
-        """Erase a tenant's requests, or those of a user, from memory and from every file; return their
-        number. Applied twice, it does no harm."""
-        tenant, user = erasure.tenant, erasure.user
-        self._forget(tenant, user)
-        place, count = self._place(tenant), 0
-        if (own := self._files.pop(tenant, None)) is not None:
-            own.close()
-        if user is None:
-            with self._lock:
-                self._keys.pop(tenant, None)
-                self._generation += 1
+    def _erase_files(self, place: Path, tenant: str, due: Mapping[str | None, float]) -> Counter[str | None]:
         gone: set[str] = set()
-        for path in sorted(place.glob("*.jsonl")):
+        counts: Counter[str | None] = Counter()
+        paths = sorted(place.glob("*.jsonl"))
+        for path in paths:
             for line in map(_index, path.read_bytes().split(b"\n")):
-                if line is not None and line.type == "begun" and user in (None, line.of[1]):
+                if line is not None and line.type == "begun" and line.is_due(due):
                     gone.add(line.of[0])
-                    count += 1
-        if user is None:
+                    counts[line.of[1]] += 1
+            self._write_ready(but=tenant)
+        if due.get(None) == math.inf:
             shutil.rmtree(place, ignore_errors=not place.exists())
-            return count
-        for path in sorted(place.glob("*.jsonl")):
+            return counts
+        for path in paths:
             lines = path.read_bytes().split(b"\n")
-            kept = [data for data in lines if _stays(data, gone, user)]
+            kept = [data for data in lines if _stays(data, gone, due)]
             if len(kept) == sum(map(bool, lines)):
                 continue
-            if not kept:
+            if kept:
+                made, at = path.with_suffix(".new"), path.stat().st_mtime
+                with made.open("wb") as file:
+                    file.write(b"".join(data + b"\n" for data in kept))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.utime(made, (at, at))
+                made.rename(path)
+            else:
                 path.unlink()
-                continue
-            made, at = path.with_suffix(".new"), path.stat().st_mtime
-            with made.open("wb") as file:
-                file.write(b"".join(data + b"\n" for data in kept))
-                file.flush()
-                os.fsync(file.fileno())
-            os.utime(made, (at, at))
-            made.rename(path)
-        return count
+            self._write_ready(but=tenant)
+        if paths:
+            _sync_folder(place)
+        return counts
 
-    def _forget(self, tenant: str, user: str | None) -> None:
+    def _forget(self, tenant: str, due: Mapping[str | None, float]) -> None:
         """Keep the requests that run now, or wait to be written, out of the log. Raises RegistryError."""
         with self._lock:
             self._erased_at[tenant] = time.monotonic()
             entries = list(self._running.get(tenant, {}).values())
             waiting = self._waiting.get(tenant)
-            entries += [] if waiting is None else [entry for entry, _, _ in waiting.lines]
+            entries += [] if waiting is None else [entry for entry, *_ in waiting.lines]
+        names_users = any(user is not None for user in due)
         for entry in entries:
-            named = entry.request.user
-            if user is None or (named is not None and user_hash(self.key(tenant), named) == user):
+            named, until = entry.request.user, due.get(None, -math.inf)
+            if names_users and named is not None:
+                until = max(until, due.get(user_hash(self.key(tenant), named), -math.inf))
+            if entry.at <= until:
                 entry.is_left_out = True
 
 
@@ -733,12 +798,19 @@ def _index(data: bytes) -> _Index | None:
         return None
 
 
-def _stays(data: bytes, gone: set[str], user: str) -> bool:
-    """Return True unless a line is of one of these requests or of this user, or cannot be read."""
+def _stays(data: bytes, gone: set[str], due: Mapping[str | None, float]) -> bool:
+    """Return True unless a line is of one of these requests or is due, or cannot be read."""
     line = _index(data)
-    if line is None:
-        return False
-    return line.type == "dropped" or (line.of[0] not in gone and line.of[1] != user)
+    return line is not None and line.of[0] not in gone and not line.is_due(due)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class _Segment:
