@@ -294,3 +294,17 @@ def test_other_tenants_are_written_while_one_tenants_files_are_erased_in_one_pas
     assert len(reads) > 1
     assert max(reads.values()) <= 2
     assert any(written)
+
+
+def test_more_tenants_than_files_may_be_open_go_on_in_their_files(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_server.requests.request_log._OPEN_FILES", 2)
+    log = logs.open(mode="hashes")
+    tenants = [f"tenant {number}" for number in range(4)]
+    for _ in range(3):
+        for tenant in tenants:
+            logs.put(log, tenant=tenant)
+    assert len(log._files) <= 2
+    assert len(list((logs.folder / "log").glob("*/*.jsonl"))) == len(tenants)
+    assert [len(ids(log, tenant)) for tenant in tenants] == [3] * 4

@@ -334,6 +334,8 @@ class RequestLog:
         self._generation = 0
         """Number of keys that were dropped so far."""
         self._files: OrderedDict[str, _Segment] = OrderedDict()
+        self._newest: dict[str, tuple[Path, float]] = {}
+        """Newest segment of each tenant, and when it was begun (monotonic): it may be closed."""
         self._thread: threading.Thread | None = None
         self._look_at = 0.0
         self._tidy_at = 0.0
@@ -626,7 +628,10 @@ class RequestLog:
         """Return the tenant's newest segment, a new one if it is full or a day old."""
         segment = self._files.get(tenant)
         largest = max(1 << 16, self._most_bytes // _SEGMENTS)
-        if segment is not None and (segment.size + size > largest or segment.age > _DAY):
+        newest = self._newest.get(tenant)
+        if segment is None and newest is not None and newest[0].exists():
+            segment = self._files[tenant] = _Segment(*newest)
+        if segment is not None and segment.size and (segment.size + size > largest or segment.age > _DAY):
             self._files.pop(tenant).close()
             segment = None
             self._tidy(tenant)
@@ -638,10 +643,12 @@ class RequestLog:
                     self._note_applied(0)
                 (place / "tenant").write_text(tenant, encoding="utf-8", errors="surrogatepass")
             numbers = [int(path.stem) for path in place.glob("*.jsonl") if path.stem.isdecimal()]
-            segment = self._files[tenant] = _Segment(place / f"{max(numbers, default=0) + 1:012d}.jsonl")
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
+            path = place / f"{max(numbers, default=0) + 1:012d}.jsonl"
+            self._newest[tenant] = path, time.monotonic()
+            segment = self._files[tenant] = _Segment(*self._newest[tenant])
         self._files.move_to_end(tenant)
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
         return segment
 
     def _upkeep(self) -> None:
@@ -665,6 +672,8 @@ class RequestLog:
             if now - state.st_mtime > self._seconds or (left < 0 and not is_open):
                 if is_open:
                     self._files.pop(tenant).close()
+                if tenant in self._newest and self._newest[tenant][0] == path:
+                    del self._newest[tenant]
                 path.unlink()
 
     # ---- erasing -----------------------------------------------------------------------------------
@@ -736,6 +745,7 @@ class RequestLog:
                     self._keys.pop(tenant, None)
                     self._generation += 1
             self._forget(tenant, due)
+            self._newest.pop(tenant, None)
             if (own := self._files.pop(tenant, None)) is not None:
                 own.close()
             return self._erase_files(self._place(tenant), tenant, due)
@@ -816,11 +826,11 @@ def _sync_folder(folder: Path) -> None:
 class _Segment:
     """The newest file of a tenant's log. A line is either written whole, or not at all."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, began: float) -> None:
         self.path = path
-        self.size = 0
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._began = time.monotonic()
+        self.size = os.fstat(self._handle).st_size
+        self._began = began
         self._is_dirty = False
 
     @property
