@@ -162,6 +162,8 @@ def test_with_hashes_no_file_has_text_and_the_body_replays_the_request(
         assert replay(http, one["id"], body=body).json()["equal"]
         other = replay(http, one["id"], body={**body, "prompt": "another"})
         assert (other.status_code, other.json()["error"]["code"]) == (409, "replay_prompt")
+        more = replay(http, one["id"], body={**body, "n": 2})
+        assert (more.status_code, more.json()["error"]["code"]) == (409, "replay_prompt")
         wrong = replay(http, one["id"], body={**body, "max_tokens": -1})
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "body.max_tokens")
 
