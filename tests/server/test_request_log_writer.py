@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from onebase_adapters.registry.database import Database
 from onebase_adapters.registry.tables import LogErasureRow
 from onebase_engine.engine.messages import Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt
-from onebase_server.requests.request_log import RequestLog, user_hash
+from onebase_server.inference.stream import OutputPiece
+from onebase_server.requests.request_log import RequestLog, part_sizes, user_hash
 
 SECONDS = 20.0
 
@@ -287,7 +289,7 @@ def test_other_tenants_are_written_while_one_tenants_files_are_erased_in_one_pas
 
     monkeypatch.setattr(log, "_forget", during)
     for user in users[1:]:
-        logs.records.erase("acme", lambda key, user=user: user_hash(key, user))
+        logs.records.erase("acme", partial(user_hash, user=user))
     monkeypatch.setattr(Path, "read_bytes", reading)
     erase(log, users[0])
     assert ids(log) == []
@@ -308,3 +310,30 @@ def test_more_tenants_than_files_may_be_open_go_on_in_their_files(
     assert len(log._files) <= 2
     assert len(list((logs.folder / "log").glob("*/*.jsonl"))) == len(tenants)
     assert [len(ids(log, tenant)) for tenant in tenants] == [3] * 4
+
+
+def test_what_is_too_large_to_wait_is_logged_with_hashes_alone(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_server.requests.request_log.MOST_WAITING", 80_000)
+    log = logs.open()
+    large, small = logs.put(log, size=2000), logs.put(log)
+    found = {one.id: one for one in log.find("acme", lambda one: True)}
+    assert (found[large].has_text, found[small].has_text) == (False, True)
+    assert found[large].prompts
+    assert log.dropped == 0
+    entry = log.begin(logs.request())
+    assert entry is not None
+    entry.heard(OutputPiece(0, "word " * 4000))
+    entry.ended(1, Counter(stop=1))
+    wait_for(lambda: entry.request.id in ids(log))
+    told = log.find("acme", lambda one: one.id == entry.request.id)[0]
+    assert (told.has_text, told.answers[0].length) == (False, 20_000)
+    assert log.dropped == 0
+
+
+def test_each_of_several_requests_counts_its_own_part_of_the_body() -> None:
+    body = b'{"requests": [{"prompt": "one"}, {"prompt": "' + b"x" * 1000 + b'"}], "max_tokens": 5}'
+    first, second = part_sizes(body)
+    assert first < 100
+    assert 1000 < second < len(body)

@@ -94,7 +94,7 @@ class RequestLogRecords:
             return [LogErasure(row.number, row.tenant, row.user, row.at) for row in session.scalars(query)]
 
 
-def _key_of(tenant: str) -> Select[tuple[bytes]]:
+def _key_of(tenant: str) -> Select[bytes]:
     return select(LogKeyRow.key).where(LogKeyRow.tenant == tenant)
 
 

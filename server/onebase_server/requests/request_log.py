@@ -109,7 +109,7 @@ class _Index(msgspec.Struct, frozen=True):
 
     def is_due(self, due: Mapping[str | None, float]) -> bool:
         """Return True if the line is to be erased. due: see RequestLog._erase."""
-        user, at = self.of[1], self.request.get("at", self.at)
+        user, at = self.of[1], float(self.request.get("at", self.at))
         return at <= max(due.get(None, -math.inf), -math.inf if user is None else due.get(user, -math.inf))
 
 
@@ -127,8 +127,12 @@ class RequestEntry:
     route: str = ""
     stream: bool = False
     body: tuple[bytes, int | None] | None = None
+    body_size: int = 0
+    """Size, in bytes, of its part of a body of several requests; 0: the body is its own."""
     at: float = field(default_factory=time.time)
     ended_at: float = 0.0
+    mode: LogMode = "hashes"
+    """What is written of it: hashes alone where its texts are too large."""
     is_left_out: bool = False
     """Whether nothing more of it is written: its beginning was dropped, or it was erased while it ran."""
     error: str | None = None
@@ -238,6 +242,15 @@ def _one_body(body: bytes, number: int | None) -> bytes:
     parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     requests = msgspec.json.decode(parts["requests"], type=list[msgspec.Raw])
     return msgspec.json.encode(parts | {"requests": [requests[number]]})
+
+
+def part_sizes(body: bytes) -> list[int]:
+    """Return the size, in bytes, of each of a body's several requests, with its part of what they share."""
+    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    requests = msgspec.json.decode(parts["requests"], type=list[msgspec.Raw])
+    sizes = [len(bytes(one)) for one in requests]
+    shared = (len(body) - sum(sizes)) // max(1, len(sizes))
+    return [shared + size for size in sizes]
 
 
 def _keyed(key: bytes, kind: str, *parts: bytes) -> str:
@@ -374,13 +387,9 @@ class RequestLog:
         """
         if self.mode == "off" or self._thread is None or self._erased_at.get(request.tenant, 0.0) >= since:
             return None
-        entry = RequestEntry(self, request, **about)
-        size = 0
-        if self.mode == "text":
-            size = _TOKENS * sum(len(prompt.tokens) for prompt in request.prompts)
-            size += 0 if entry.body is None else len(entry.body[0])
-        else:
-            entry.body = None
+        entry = RequestEntry(self, request, mode=self.mode, **about)
+        size = _TOKENS * sum(len(prompt.tokens) for prompt in request.prompts)
+        size += 0 if entry.body is None else entry.body_size or len(entry.body[0])
         self.put(entry, entry.begin_line, size)
         return entry
 
@@ -391,7 +400,14 @@ class RequestLog:
         return 0.0 if tenant == self._erased_now else now
 
     def put(self, entry: RequestEntry, line: Callable[[bytes, LogMode], _Line], size: int) -> None:
-        """Have a line written, unless too much waits: then it is dropped, and that is counted."""
+        """Have a line written, unless too much waits: then it is dropped, and that is counted.
+
+        size: of its texts, in bytes. Those that could never wait are left out of the line.
+        """
+        if size + _LINE > MOST_WAITING // _SHARE:
+            entry.mode = "hashes"
+        if entry.mode != "text":
+            entry.body, size = None, 0
         tenant, size = entry.request.tenant, size + _LINE
         with self._lock:
             self._running.setdefault(tenant, {})[entry.request.id] = entry
@@ -531,6 +547,8 @@ class RequestLog:
             is_running = line.boot == self.boot and request.id in self._running.get(request.tenant, {})
             return msgspec.structs.replace(request, state="running" if is_running else "interrupted")
         answers = tuple(end.answers)
+        if any(answer.text is None for answer in answers):
+            request = msgspec.structs.replace(request, has_text=False)
         if not with_text:
             answers = tuple(msgspec.structs.replace(answer, text=None, reasoning=None) for answer in answers)
         return msgspec.structs.replace(
@@ -617,7 +635,7 @@ class RequestLog:
 
     def _line(self, entry: RequestEntry, make: Callable[[bytes, LogMode], _Line], key: bytes) -> bytes:
         try:
-            return _encode(make(key, self.mode)) + b"\n"
+            return _encode(make(key, entry.mode)) + b"\n"
         except Exception:
             _log.exception("a line of the request log cannot be made")
             self.dropped += 1

@@ -68,7 +68,7 @@ from onebase_server.inference.generation import GenerationRequest, GenerationRun
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
-from onebase_server.requests.request_log import RequestEntry
+from onebase_server.requests.request_log import RequestEntry, part_sizes
 from onebase_server.requests.rollouts import Observation
 from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
@@ -81,6 +81,8 @@ from onebase_server.tenancy.quotas import QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
 
 router = APIRouter(route_class=StrictRoute)
+_SIZES = "onebase_sizes"
+"""Key of the sizes, in a request's scope, of the several requests of its body."""
 _BROKEN = "onebase_broken"
 """Key of a request's scope, which is set once its answer was counted as broken."""
 
@@ -513,6 +515,7 @@ async def _logged(
     if log.mode == "off":
         return None
     caller: Caller = request.scope[CALLER]
+    body = await request.body()
     return log.begin(
         engine_request,
         since=since,
@@ -520,5 +523,19 @@ async def _logged(
         request_id=request_id(request.scope),
         route=request.scope["path"],
         stream=stream,
-        body=(await request.body(), number),
+        body=(body, number),
+        body_size=await _part_size(request, body, number, services, caller),
     )
+
+
+async def _part_size(
+    request: Request, body: bytes, number: int | None, services: Services, caller: Caller
+) -> int:
+    """Return the size, in bytes, of one of the several requests of a body; 0 where the body is of one. The
+    body is looked through once, in a thread."""
+    if number is None or services.request_log.mode != "text":
+        return 0
+    sizes: list[int] | None = request.scope.get(_SIZES)
+    if sizes is None:
+        sizes = request.scope[_SIZES] = await services.reading.run_for(caller.tenant, part_sizes, body)
+    return sizes[number]
