@@ -132,7 +132,7 @@ class RequestEntry:
     at: float = field(default_factory=time.time)
     ended_at: float = 0.0
     mode: LogMode = "hashes"
-    """What is written of it: hashes alone where its texts are too large."""
+    """Mode in which it is written: hashes alone where its texts are too large."""
     is_left_out: bool = False
     """Whether nothing more of it is written: its beginning was dropped, or it was erased while it ran."""
     error: str | None = None
@@ -335,7 +335,7 @@ class RequestLog:
         self._waiting: dict[str, _Waiting] = {}
         self._size = 0
         self._erasing: dict[int, _Waiter] = {}
-        """Who waits for an erasure, by its number. The next look answers all of them."""
+        """Waiters for erasures, by number. The next look answers all of them."""
         self._closing = False
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""
