@@ -162,6 +162,8 @@ def test_with_hashes_no_file_has_text_and_the_body_replays_the_request(
         assert replay(http, one["id"], body=body).json()["equal"]
         other = replay(http, one["id"], body={**body, "prompt": "another"})
         assert (other.status_code, other.json()["error"]["code"]) == (409, "replay_prompt")
+        more = replay(http, one["id"], body={**body, "n": 2})
+        assert (more.status_code, more.json()["error"]["code"]) == (409, "replay_prompt")
         wrong = replay(http, one["id"], body={**body, "max_tokens": -1})
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "body.max_tokens")
 
@@ -303,6 +305,27 @@ def test_a_copy_of_a_request_that_was_erased_while_it_ran_is_not_logged(
 
         server.wait_for(is_copied)
         assert logged(server, http, 0) == []
+
+
+def test_a_request_that_was_erased_while_its_body_was_read_is_not_logged(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with (
+        serve_scripted("words", "--request-log", "text", data_dir=tmp_path) as server,
+        server.client() as http,
+        server.client() as other,
+    ):
+
+        def body() -> Iterator[bytes]:
+            yield b'{"prompt": "marigold", "user": "alice", '
+            ok(other.delete("/v1/requests?user=alice"))
+            yield b'"max_tokens": 5}'
+
+        sent = {"content-type": "application/json"}
+        assert http.post("/generate", content=body(), headers=sent).status_code == 200
+        assert ok(other.post("/generate", json={**ASKED, "user": "bob"}))
+        assert len(logged(server, other, 1)) == 1
+        assert not on_disk(tmp_path / "requests", 'marigold"')
 
 
 def test_what_one_server_erases_goes_from_the_others_of_its_registry_too(

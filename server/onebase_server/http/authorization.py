@@ -36,7 +36,7 @@ from onebase_edge.forwarded import CHANGE, NEWEST, forwarded_of
 from onebase_edge.forwarded import TENANT as TENANT_HEADER
 from onebase_edge.refusals import refusal
 from onebase_edge.request_id import given_id
-from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services
+from onebase_server.http.deps import ARRIVED, CALLER, RESERVATION, BodyError, Services
 from onebase_server.http.uploads import is_form
 from onebase_server.tenancy.access import KEY_SECONDS, NOBODY, Access, Caller
 from onebase_server.tenancy.quotas import QuotaReservation
@@ -216,7 +216,7 @@ class Authenticator:
                 lost.headers = reservation.headers()
                 reservation.close()
             raise lost
-        scope[CALLER] = caller
+        scope[CALLER], scope[ARRIVED] = caller, time.monotonic()
         if reservation is not None:
             scope[RESERVATION] = reservation
 

@@ -79,6 +79,8 @@ COUNT_SECONDS = 5.0
 
 CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
+ARRIVED = "onebase.arrived"
+"""Key of the time (monotonic) at which a request was admitted, before its body is read, in its scope."""
 RESERVATION = "onebase.reservation"
 """Key of the QuotaReservation in the ASGI scope of a request for text."""
 CUT = "onebase.cut"

@@ -349,12 +349,13 @@ class Samples:
         reservation: QuotaReservation,
     ) -> bytes:
         """Return the message of a sample, once the engine has room for it. Raises ApiError."""
+        since = time.monotonic()
         turn = self._turns.setdefault(caller.tenant, asyncio.Semaphore(MOST_RUNNING))
         try:
             async with turn:
                 for pause in _AGAIN.pauses():
                     try:
-                        return await self._drawn(sampler, order, wanted, caller, reservation)
+                        return await self._drawn(sampler, order, wanted, caller, reservation, since)
                     except _PASSING as error:
                         _log.debug("a sample of %s waits: %s", sampler.id, error)
                     await asyncio.sleep(pause)
@@ -370,10 +371,11 @@ class Samples:
         wanted: Wanted,
         caller: Caller,
         reservation: QuotaReservation,
+        since: float,
     ) -> bytes:
         request = self._request(order, wanted, caller, await self._choose(sampler))
         reservation.admit(request.reserved_tokens, request.choices)
-        entry = self._log.begin(request, key=caller.key, route=SAMPLE_ROUTE)
+        entry = self._log.begin(request, since=since, key=caller.key, route=SAMPLE_ROUTE)
         run = GenerationRun(
             self._supervisor,
             self._tokenizer,

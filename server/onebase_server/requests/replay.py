@@ -133,6 +133,12 @@ class ReplayPlanner:
                 "only --request-log text can replay it.",
                 code="replay_prompt",
             )
+        if planned.choices != len(logged.answers):
+            raise StateConflictError(
+                f"body: it asks for {planned.choices} choices, and the logged request got "
+                f"{len(logged.answers)}. Send the request as it was sent.",
+                code="replay_prompt",
+            )
         return planned
 
     async def _plan(

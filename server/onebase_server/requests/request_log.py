@@ -21,14 +21,15 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from onebase_adapters.registry import LogErasure, RegistryError, RequestLogRecords
+from onebase_adapters.registry import RegistryError, RequestLogRecords
 from onebase_edge.background import Threads
 from onebase_protocol.request_log import LoggedAdapter, LoggedAnswer, LoggedRequest
 from onebase_server.inference.generation import GenerationRequest
@@ -47,6 +48,8 @@ _SEGMENTS = 64
 _DAY = 86400.0
 _SYNC_SECONDS = 1.0
 _AGAIN_SECONDS = 1.0
+_CLOCKS = 300.0
+"""Largest difference, in seconds, of two servers' clocks that an erasure allows for."""
 _TIDY_SECONDS = 60.0
 _OPEN_FILES = 64
 _TOKENS = 8
@@ -95,6 +98,7 @@ class _Index(msgspec.Struct, frozen=True):
     type: str
     id: str = ""
     user: str | None = None
+    at: float = 0.0
     request: dict[str, Any] = {}
 
     @property
@@ -102,6 +106,11 @@ class _Index(msgspec.Struct, frozen=True):
         """Return the id of the line's request, and the hash of its user."""
         named = self.request
         return (named["id"], named.get("user")) if named else (self.id, self.user)
+
+    def is_due(self, due: Mapping[str | None, float]) -> bool:
+        """Return True if the line is to be erased. due: see RequestLog._erase."""
+        user, at = self.of[1], float(self.request.get("at", self.at))
+        return at <= max(due.get(None, -math.inf), -math.inf if user is None else due.get(user, -math.inf))
 
 
 @dataclass(eq=False)
@@ -118,8 +127,12 @@ class RequestEntry:
     route: str = ""
     stream: bool = False
     body: tuple[bytes, int | None] | None = None
+    body_size: int = 0
+    """Size, in bytes, of its part of a body of several requests; 0: the body is its own."""
     at: float = field(default_factory=time.time)
     ended_at: float = 0.0
+    mode: LogMode = "hashes"
+    """Mode in which it is written: hashes alone where its texts are too large."""
     is_left_out: bool = False
     """Whether nothing more of it is written: its beginning was dropped, or it was erased while it ran."""
     error: str | None = None
@@ -231,6 +244,15 @@ def _one_body(body: bytes, number: int | None) -> bytes:
     return msgspec.json.encode(parts | {"requests": [requests[number]]})
 
 
+def part_sizes(body: bytes) -> list[int]:
+    """Return the size, in bytes, of each of a body's several requests, with its part of what they share."""
+    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    requests = msgspec.json.decode(parts["requests"], type=list[msgspec.Raw])
+    sizes = [len(bytes(one)) for one in requests]
+    shared = (len(body) - sum(sizes)) // max(1, len(sizes))
+    return [shared + size for size in sizes]
+
+
 def _keyed(key: bytes, kind: str, *parts: bytes) -> str:
     found = hmac.new(key, kind.encode(), hashlib.sha256)
     for part in parts:
@@ -259,6 +281,15 @@ class _Waiting:
     size: int = 0
     dropped: int = 0
     again_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Waiter:
+    """Somebody who waits for an erasure. done: called with the number of requests that were erased."""
+
+    tenant: str
+    user: str | None
+    done: Callable[[int | Exception], object]
 
 
 class RequestLog:
@@ -303,15 +334,21 @@ class RequestLog:
         self._lock = threading.Condition()
         self._waiting: dict[str, _Waiting] = {}
         self._size = 0
-        self._erasing: dict[int, Callable[[int | Exception], object]] = {}
-        """Functions to call when an erasure is done, by its number."""
+        self._erasing: dict[int, _Waiter] = {}
+        """Waiters for erasures, by number. The next look answers all of them."""
         self._closing = False
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""
         self._erased_at: dict[str, float] = {}
         """Time of each tenant's last erasure (monotonic), of all its requests or some."""
+        self._erased_now: str | None = None
+        """Tenant whose requests are erased at this moment."""
         self._keys: dict[str, bytes] = {}
+        self._generation = 0
+        """Number of keys that were dropped so far."""
         self._files: OrderedDict[str, _Segment] = OrderedDict()
+        self._newest: dict[str, tuple[Path, float]] = {}
+        """Newest segment of each tenant, and when it was begun (monotonic): it may be closed."""
         self._thread: threading.Thread | None = None
         self._look_at = 0.0
         self._tidy_at = 0.0
@@ -344,24 +381,33 @@ class RequestLog:
         """Return the entry of a request that is about to begin; None if none is kept.
 
         Args:
-            since: when another request began whose texts this one has (monotonic): none is kept if its tenant
-                has erased anything after that.
+            since: time (monotonic) since when the server has the request's texts, be it from another request
+                or from the log: none is kept if its tenant has erased anything after that.
             about: see RequestEntry.
         """
         if self.mode == "off" or self._thread is None or self._erased_at.get(request.tenant, 0.0) >= since:
             return None
-        entry = RequestEntry(self, request, **about)
-        size = 0
-        if self.mode == "text":
-            size = _TOKENS * sum(len(prompt.tokens) for prompt in request.prompts)
-            size += 0 if entry.body is None else len(entry.body[0])
-        else:
-            entry.body = None
+        entry = RequestEntry(self, request, mode=self.mode, **about)
+        size = _TOKENS * sum(len(prompt.tokens) for prompt in request.prompts)
+        size += 0 if entry.body is None else entry.body_size or len(entry.body[0])
         self.put(entry, entry.begin_line, size)
         return entry
 
+    def reads_since(self, tenant: str) -> float:
+        """Return the `since` of a request whose texts are read from the tenant's log from now on: what is
+        read while an erasure runs may be gone at its end."""
+        now = time.monotonic()  # first: an erasure that begins after the comparison is later
+        return 0.0 if tenant == self._erased_now else now
+
     def put(self, entry: RequestEntry, line: Callable[[bytes, LogMode], _Line], size: int) -> None:
-        """Have a line written, unless too much waits: then it is dropped, and that is counted."""
+        """Have a line written, unless too much waits: then it is dropped, and that is counted.
+
+        size: of its texts, in bytes. Those that could never wait are left out of the line.
+        """
+        if size + _LINE > MOST_WAITING // _SHARE:
+            entry.mode = "hashes"
+        if entry.mode != "text":
+            entry.body, size = None, 0
         tenant, size = entry.request.tenant, size + _LINE
         with self._lock:
             self._running.setdefault(tenant, {})[entry.request.id] = entry
@@ -386,10 +432,10 @@ class RequestLog:
     async def erase(self, tenant: str, user: str | None) -> int:
         """Erase what the log has of a tenant, or of one of its users, here and on all servers of the
         registry. Return the number of requests erased here. Raises RegistryError, ErasuresError, OSError."""
-        hashed = None if user is None else await self.user_hash(tenant, user)
-        erasure = await asyncio.to_thread(self._records.erase, tenant, hashed)
-        if self._thread is None:
-            return 0
+        hashed = None if user is None else partial(user_hash, user=user)
+        erasure = await asyncio.to_thread(self._records.erase, tenant, hashed, self._seconds)
+        if self._thread is None or self._closing:
+            return 0  # the next start applies it
         loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def finish(result: int | Exception) -> None:
@@ -401,7 +447,9 @@ class RequestLog:
                 done.set_result(result)
 
         with self._lock:
-            self._erasing[erasure.number] = lambda result: loop.call_soon_threadsafe(finish, result)
+            self._erasing[erasure.number] = _Waiter(
+                erasure.tenant, erasure.user, lambda result: loop.call_soon_threadsafe(finish, result)
+            )
             self._lock.notify()
         erased: int = await done
         return erased
@@ -417,8 +465,13 @@ class RequestLog:
 
     def key(self, tenant: str) -> bytes:
         """Return the key of a tenant's hashes. Blocks. Raises RegistryError."""
-        found = self._keys.get(tenant) or self._records.key(tenant)
-        self._keys[tenant] = found
+        with self._lock:
+            found, generation = self._keys.get(tenant), self._generation
+        if found is None:
+            found = self._records.key(tenant)
+            with self._lock:
+                if generation == self._generation:  # else it may be the key that went with an erasure
+                    self._keys[tenant] = found
         return found
 
     # ---- reading, in threads -----------------------------------------------------------------------
@@ -497,6 +550,8 @@ class RequestLog:
             is_running = line.boot == self.boot and request.id in self._running.get(request.tenant, {})
             return msgspec.structs.replace(request, state="running" if is_running else "interrupted")
         answers = tuple(end.answers)
+        if any(answer.text is None for answer in answers):
+            request = msgspec.structs.replace(request, has_text=False)
         if not with_text:
             answers = tuple(msgspec.structs.replace(answer, text=None, reasoning=None) for answer in answers)
         return msgspec.structs.replace(
@@ -514,23 +569,39 @@ class RequestLog:
         return self._folder / hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _write_on(self) -> None:
+        with contextlib.suppress(Exception):  # the next look says why
+            self._apply_erasures()  # before anything new is there
         while True:
             with self._lock:
-                now = time.monotonic()
-                ready = [name for name, one in self._waiting.items() if one.again_at <= now]
-                if not ready and not self._erasing:
+                if not self._ready() and not self._erasing:
                     if self._closing and not self._waiting:
                         break
                     self._lock.wait(min(_SYNC_SECONDS, self._sync_seconds))
             try:
-                for tenant in ready:
-                    self._write_tenant(tenant)
+                self._write_ready()
                 self._upkeep()
             except Exception:
                 _log.exception("the request log failed; it goes on")
                 time.sleep(_AGAIN_SECONDS)
         for segment in self._files.values():
             segment.close()
+
+    def _ready(self) -> list[str]:
+        """Return the tenants whose lines can be written now."""
+        now = time.monotonic()
+        with self._lock:
+            return [name for name, one in self._waiting.items() if one.again_at <= now]
+
+    def _write_ready(self, but: str | None = None) -> None:
+        """Write what waits, of all tenants but one; once a second, have it survive a power cut."""
+        for tenant in self._ready():
+            if tenant != but:
+                self._write_tenant(tenant)
+        now = time.monotonic()
+        if now >= self._sync_at:
+            self._sync_at = now + _SYNC_SECONDS
+            for segment in self._files.values():
+                segment.sync()
 
     def _write_tenant(self, tenant: str) -> None:
         """Write what waits of one tenant; what cannot be written now waits for another second."""
@@ -567,7 +638,7 @@ class RequestLog:
 
     def _line(self, entry: RequestEntry, make: Callable[[bytes, LogMode], _Line], key: bytes) -> bytes:
         try:
-            return _encode(make(key, self.mode)) + b"\n"
+            return _encode(make(key, entry.mode)) + b"\n"
         except Exception:
             _log.exception("a line of the request log cannot be made")
             self.dropped += 1
@@ -578,7 +649,10 @@ class RequestLog:
         """Return the tenant's newest segment, a new one if it is full or a day old."""
         segment = self._files.get(tenant)
         largest = max(1 << 16, self._most_bytes // _SEGMENTS)
-        if segment is not None and (segment.size + size > largest or segment.age > _DAY):
+        newest = self._newest.get(tenant)
+        if segment is None and newest is not None and newest[0].exists():
+            segment = self._files[tenant] = _Segment(*newest)
+        if segment is not None and segment.size and (segment.size + size > largest or segment.age > _DAY):
             self._files.pop(tenant).close()
             segment = None
             self._tidy(tenant)
@@ -586,20 +660,20 @@ class RequestLog:
             place = self._place(tenant)
             place.mkdir(mode=0o700, exist_ok=True)
             if not (place / "tenant").exists():
+                if not (self._folder / "erased").exists() and not self.tenants():
+                    self._note_applied(0)
                 (place / "tenant").write_text(tenant, encoding="utf-8", errors="surrogatepass")
             numbers = [int(path.stem) for path in place.glob("*.jsonl") if path.stem.isdecimal()]
-            segment = self._files[tenant] = _Segment(place / f"{max(numbers, default=0) + 1:012d}.jsonl")
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
+            path = place / f"{max(numbers, default=0) + 1:012d}.jsonl"
+            self._newest[tenant] = path, time.monotonic()
+            segment = self._files[tenant] = _Segment(*self._newest[tenant])
         self._files.move_to_end(tenant)
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
         return segment
 
     def _upkeep(self) -> None:
         now = time.monotonic()
-        if now >= self._sync_at:
-            self._sync_at = now + _SYNC_SECONDS
-            for segment in self._files.values():
-                segment.sync()
         if now >= self._look_at or self._erasing:
             self._look_at = now + self._sync_seconds
             self._apply_erasures()
@@ -619,80 +693,132 @@ class RequestLog:
             if now - state.st_mtime > self._seconds or (left < 0 and not is_open):
                 if is_open:
                     self._files.pop(tenant).close()
+                if tenant in self._newest and self._newest[tenant][0] == path:
+                    del self._newest[tenant]
                 path.unlink()
 
     # ---- erasing -----------------------------------------------------------------------------------
 
     @property
-    def _applied(self) -> int:
+    def _applied(self) -> int | None:
+        """Return the number of the last erasure that was applied; None if the file is lost or damaged."""
         try:
             return int((self._folder / "erased").read_text())
-        except (OSError, ValueError):
-            return 0
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _note_applied(self, number: int) -> None:
+        made = self._folder / "erased.new"
+        with made.open("w") as file:
+            file.write(str(number))
+            file.flush()
+            os.fsync(file.fileno())
+        made.rename(self._folder / "erased")
+        _sync_folder(self._folder)
 
     def _apply_erasures(self) -> None:
-        """Apply what was erased, here or on another server, in its order."""
+        """Apply what was erased, here or on another server, tenant by tenant, and answer all who wait.
+
+        Another erasure of the same requests may have replaced the one that somebody waits for, or applied it
+        already; in a restored registry its number may be below those applied. So all are answered whose
+        erasures were committed before this look.
+        """
+        with self._lock:
+            waiters, self._erasing = self._erasing, {}
         try:
-            for erasure in self._records.erasures(self._applied):
-                count = self._erase(erasure)
-                made = self._folder / "erased.new"
-                made.write_text(str(erasure.number))
-                made.rename(self._folder / "erased")
-                if (done := self._erasing.pop(erasure.number, None)) is not None:
-                    done(count)
-        except (OSError, RegistryError) as error:
+            applied = self._applied
+            first = min([applied or 0, *(number - 1 for number in waiters)])
+            erasures = self._records.erasures(first)
+            due: dict[str, dict[str | None, float]] = {}
+            begins: dict[str, int] = {}
+            for one in erasures:
+                is_new = one.number in waiters or (applied is not None and one.number > applied)
+                until = math.inf if is_new else one.at + _CLOCKS
+                due.setdefault(one.tenant, {})[one.user] = until
+                begins.setdefault(one.tenant, one.number)
+            for tenant in due:
+                counts = self._erase(tenant, due[tenant])
+                del begins[tenant]
+                self._note_applied(min(begins.values(), default=erasures[-1].number + 1) - 1)
+                for number in [number for number, one in waiters.items() if one.tenant == tenant]:
+                    waiter = waiters.pop(number)
+                    waiter.done(counts.total() if waiter.user is None else counts[waiter.user])
+            for waiter in waiters.values():
+                waiter.done(0)
+        except Exception as error:
+            for waiter in waiters.values():
+                waiter.done(error)
+            if not isinstance(error, OSError | RegistryError):
+                raise
             if isinstance(error, OSError):
                 _log.warning("what was erased stays until the request log can be written: %s", error)
-            while self._erasing:
-                self._erasing.popitem()[1](error)
 
-    def _erase(self, erasure: LogErasure) -> int:
-        """Erase a tenant's requests, or those of a user, from memory and from every file; return their
-        number. Applied twice, it does no harm."""
-        tenant, user = erasure.tenant, erasure.user
-        self._forget(tenant, user)
-        place, count = self._place(tenant), 0
-        if (own := self._files.pop(tenant, None)) is not None:
-            own.close()
-        if user is None:
-            self._keys.pop(tenant, None)
+    def _erase(self, tenant: str, due: Mapping[str | None, float]) -> Counter[str | None]:
+        """Erase requests of a tenant from memory and from every file, and return their numbers by user.
+        Between files the lines of other tenants are written. Raises OSError, RegistryError.
+
+        due: time (Unix) until which requests are erased, by the user's hash; None: those of all.
+        """
+        self._erased_now = tenant
+        try:
+            if None in due:
+                with self._lock:
+                    self._keys.pop(tenant, None)
+                    self._generation += 1
+            self._forget(tenant, due)
+            self._newest.pop(tenant, None)
+            if (own := self._files.pop(tenant, None)) is not None:
+                own.close()
+            return self._erase_files(self._place(tenant), tenant, due)
+        finally:
+            self._erased_now = None
+
+    def _erase_files(self, place: Path, tenant: str, due: Mapping[str | None, float]) -> Counter[str | None]:
         gone: set[str] = set()
-        for path in sorted(place.glob("*.jsonl")):
+        counts: Counter[str | None] = Counter()
+        paths = sorted(place.glob("*.jsonl"))
+        for path in paths:
             for line in map(_index, path.read_bytes().split(b"\n")):
-                if line is not None and line.type == "begun" and user in (None, line.of[1]):
+                if line is not None and line.type == "begun" and line.is_due(due):
                     gone.add(line.of[0])
-                    count += 1
-        if user is None:
+                    counts[line.of[1]] += 1
+            self._write_ready(but=tenant)
+        if due.get(None) == math.inf:
             shutil.rmtree(place, ignore_errors=not place.exists())
-            return count
-        for path in sorted(place.glob("*.jsonl")):
+            return counts
+        for path in paths:
             lines = path.read_bytes().split(b"\n")
-            kept = [data for data in lines if _stays(data, gone, user)]
+            kept = [data for data in lines if _stays(data, gone, due)]
             if len(kept) == sum(map(bool, lines)):
                 continue
-            if not kept:
+            if kept:
+                made, at = path.with_suffix(".new"), path.stat().st_mtime
+                with made.open("wb") as file:
+                    file.write(b"".join(data + b"\n" for data in kept))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.utime(made, (at, at))
+                made.rename(path)
+            else:
                 path.unlink()
-                continue
-            made, at = path.with_suffix(".new"), path.stat().st_mtime
-            with made.open("wb") as file:
-                file.write(b"".join(data + b"\n" for data in kept))
-                file.flush()
-                os.fsync(file.fileno())
-            os.utime(made, (at, at))
-            made.rename(path)
-        return count
+            self._write_ready(but=tenant)
+        if paths:
+            _sync_folder(place)
+        return counts
 
-    def _forget(self, tenant: str, user: str | None) -> None:
-        """Keep the requests that run now, or wait to be written, out of the log."""
-        key = self._keys.get(tenant)
+    def _forget(self, tenant: str, due: Mapping[str | None, float]) -> None:
+        """Keep the requests that run now, or wait to be written, out of the log. Raises RegistryError."""
         with self._lock:
             self._erased_at[tenant] = time.monotonic()
             entries = list(self._running.get(tenant, {}).values())
             waiting = self._waiting.get(tenant)
-            entries += [] if waiting is None else [entry for entry, _, _ in waiting.lines]
+            entries += [] if waiting is None else [entry for entry, *_ in waiting.lines]
+        names_users = any(user is not None for user in due)
         for entry in entries:
-            named = entry.request.user
-            if user is None or (key and named is not None and user_hash(key, named) == user):
+            named, until = entry.request.user, due.get(None, -math.inf)
+            if names_users and named is not None:
+                until = max(until, due.get(user_hash(self.key(tenant), named), -math.inf))
+            if entry.at <= until:
                 entry.is_left_out = True
 
 
@@ -708,22 +834,29 @@ def _index(data: bytes) -> _Index | None:
         return None
 
 
-def _stays(data: bytes, gone: set[str], user: str) -> bool:
-    """Return True unless a line is of one of these requests or of this user, or cannot be read."""
+def _stays(data: bytes, gone: set[str], due: Mapping[str | None, float]) -> bool:
+    """Return True unless a line is of one of these requests or is due, or cannot be read."""
     line = _index(data)
-    if line is None:
-        return False
-    return line.type == "dropped" or (line.of[0] not in gone and line.of[1] != user)
+    return line is not None and line.of[0] not in gone and not line.is_due(due)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class _Segment:
     """The newest file of a tenant's log. A line is either written whole, or not at all."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, began: float) -> None:
         self.path = path
-        self.size = 0
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._began = time.monotonic()
+        self.size = os.fstat(self._handle).st_size
+        self._began = began
         self._is_dirty = False
 
     @property

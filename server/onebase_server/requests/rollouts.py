@@ -119,13 +119,19 @@ class Observation:
     """One request of a rollout while it runs. A GenerationRun's listener."""
 
     def __init__(
-        self, rollouts: RolloutService, request: GenerationRequest, part: RolloutPart, *, copies: bool
+        self,
+        rollouts: RolloutService,
+        request: GenerationRequest,
+        part: RolloutPart,
+        began: float,
+        *,
+        copies: bool,
     ) -> None:
         self._rollouts = rollouts
         self.request = request
         self.part = part
-        self.began = time.monotonic()
-        """Start (monotonic) of the request that this is, or is a copy of."""
+        self.began = began
+        """Time (monotonic) since when the server has the texts of this request, or of the one it copies."""
         self.settings = RolloutSettings.of(part.rollout)
         self.text = ""
         """Beginning of the first choice's text."""
@@ -265,14 +271,15 @@ class RolloutService:
 
     # ---- requests --------------------------------------------------------------------------------
 
-    def observe(self, request: GenerationRequest) -> Observation | None:
-        """Return the observation of a request that is about to begin, if it is part of a rollout."""
+    def observe(self, request: GenerationRequest, began: float) -> Observation | None:
+        """Return the observation of a request that is about to begin, if it is part of a rollout. began: see
+        Observation."""
         part = request.adapter.part
         if part is None:
             return None
         copies = part.side == "active" and request.plan_with is not None
         copies = copies and 100.0 * random.random() < part.rollout.shadow
-        return Observation(self, request, part, copies=copies)
+        return Observation(self, request, part, began, copies=copies)
 
     def record(self, part: RolloutPart, sums: Mapping[str, float], cluster: int | None = None) -> None:
         """Add to the figures of one side of a rollout, and to those of the caller's cluster, if it counts."""
@@ -338,11 +345,10 @@ class RolloutService:
             choice = self._catalog.of(rollout.tenant).choose(name)
             planned = await request.plan_with(replace(choice, part=part))
         except ApiError as error:
-            Observation(self, request, part, copies=False).not_started(error)
+            Observation(self, request, part, began, copies=False).not_started(error)
             return
         planned = self._in_background(planned, "copy-", request)
-        observation = Observation(self, planned, part, copies=False)
-        observation.began = began
+        observation = Observation(self, planned, part, began, copies=False)
         await self._run(planned, "shadow", began, observation)
 
     def _in_background(

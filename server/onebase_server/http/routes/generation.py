@@ -45,6 +45,7 @@ from onebase_protocol.text import (
 from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
+    ARRIVED,
     CALLER,
     Admitted,
     Calling,
@@ -67,7 +68,7 @@ from onebase_server.inference.generation import GenerationRequest, GenerationRun
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
-from onebase_server.requests.request_log import RequestEntry
+from onebase_server.requests.request_log import RequestEntry, part_sizes
 from onebase_server.requests.rollouts import Observation
 from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
@@ -80,6 +81,8 @@ from onebase_server.tenancy.quotas import QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
 
 router = APIRouter(route_class=StrictRoute)
+_SIZES = "onebase_sizes"
+"""Key of the sizes, in a request's scope, of the several requests of its body."""
 _BROKEN = "onebase_broken"
 """Key of a request's scope, which is set once its answer was counted as broken."""
 
@@ -455,12 +458,15 @@ async def begin(
     transcript: Transcript | None = None,
     transcript_number: int | None = None,
     number: int | None = None,
+    since: float | None = None,
 ) -> GenerationRun:
     """Start a request in the engine. Raises what QuotaReservation.admit and GenerationRun.start raise.
 
     transcript, transcript_number: see GenerationRun. number: of one request among several in the body.
+    since: time (monotonic) since when the server has the request's texts; None: since it arrived.
     """
     services.refuse_if_draining()
+    since = request.scope[ARRIVED] if since is None else since
     resume_tokens = None
     if transcript is not None:
         resume_tokens = await services.reading.run_for(
@@ -469,8 +475,8 @@ async def begin(
     reservation.admit(engine_request.reserved_tokens, engine_request.choices)
     base = services.catalog.base_name
     spans = services.tracing.of_request(engine_request, request.scope, base, stream=stream)
-    observation = None if transcript is not None else services.rollouts.observe(engine_request)
-    entry = await _logged(request, services, engine_request, stream=stream, number=number)
+    observation = None if transcript is not None else services.rollouts.observe(engine_request, since)
+    entry = await _logged(request, services, engine_request, since, stream=stream, number=number)
     generation = GenerationRun(
         services.supervisor,
         services.tokenizer,
@@ -510,6 +516,7 @@ async def _logged(
     request: Request,
     services: Services,
     engine_request: GenerationRequest,
+    since: float,
     *,
     stream: bool,
     number: int | None,
@@ -519,11 +526,27 @@ async def _logged(
     if log.mode == "off":
         return None
     caller: Caller = request.scope[CALLER]
+    body = await request.body()
     return log.begin(
         engine_request,
+        since=since,
         key=caller.key,
         request_id=request_id(request.scope),
         route=request.scope["path"],
         stream=stream,
-        body=(await request.body(), number),
+        body=(body, number),
+        body_size=await _part_size(request, body, number, services, caller),
     )
+
+
+async def _part_size(
+    request: Request, body: bytes, number: int | None, services: Services, caller: Caller
+) -> int:
+    """Return the size, in bytes, of one of the several requests of a body; 0 where the body is of one. The
+    body is looked through once, in a thread."""
+    if number is None or services.request_log.mode != "text":
+        return 0
+    sizes: list[int] | None = request.scope.get(_SIZES)
+    if sizes is None:
+        sizes = request.scope[_SIZES] = await services.reading.run_for(caller.tenant, part_sizes, body)
+    return sizes[number]

@@ -102,6 +102,7 @@ async def replay_request(
 ) -> Response:
     """Answer a logged request once more, with the version that answered it, and compare the answers."""
     services.refuse_if_draining()
+    since = services.request_log.reads_since(_tenant(caller, tenant))
     logged, line = await _find(services, caller, tenant, id)
     if not has_answer(logged):
         raise StateConflictError(
@@ -122,7 +123,7 @@ async def replay_request(
             kept=await _body_of(services, caller, line),
             body=body.body,
         )
-        run = generation = await begin(request, services, reservation, planned, stream=False)
+        run = generation = await begin(request, services, reservation, planned, stream=False, since=since)
         with cancelled_when_gone(request.receive, run):
             choices = await run.collect()
         generation = None
