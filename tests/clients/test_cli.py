@@ -416,7 +416,7 @@ NO_DEFAULT = {
         "--choice TEXT",
         "--grammar FILE",
     ],
-    "jobs create": ["--set NAME=VALUE", "--metadata KEY=VALUE"],
+    "jobs create": ["--grader GRADER", "--set NAME=VALUE", "--metadata KEY=VALUE"],
     "migrate openai": ["--file FILE", "--set NAME=VALUE"],
     "batches create": ["--metadata KEY=VALUE"],
     "train": ["--data FILE", "--name NAME", "--push ORG/REPO"],
