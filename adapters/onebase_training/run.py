@@ -221,7 +221,7 @@ def train(
                 processes,
                 last_step=last_step,
                 find_active=find_active,
-                rollouts=rollouts,
+                rollouts=rollouts if job.recipe.method == "reinforcement" else None,
             )
             run.train()
             report = run.finish()

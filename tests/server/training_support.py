@@ -56,7 +56,10 @@ def wait_job(
 
     def look() -> bool:
         found.append(client.fine_tuning.jobs.retrieve(job_id))
-        return until(found[-1])
+        if until(found[-1]):
+            return True
+        assert found[-1].status != "failed", found[-1].error  # nothing more will come
+        return False
 
     server.wait_for(look, seconds)
     return found[-1]
