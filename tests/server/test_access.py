@@ -118,6 +118,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
             "/v1/decide",
             "/api/v1/create_sampling_session",
             "/api/v1/asample",
+            "/v1/fine_tuning/alpha/graders/run",
         ),
         "adapters": (
             "/v1/adapters",
@@ -126,6 +127,8 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
             "/v1/audit",
             "/v1/keys",
             "/v1/models/",
+            "/v1/gates",
+            "/v1/requests",
         ),
         "train": ("/v1/fine_tuning", "/api/v1/"),
     }.items():

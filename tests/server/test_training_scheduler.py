@@ -84,6 +84,7 @@ async def followed(
     threads, notifier = Threads("records", 2), JobNotifier()
     nothing: Any = SimpleNamespace(catalog=[])
     pool: Any = SimpleNamespace(
+        sampler=None,
         records=records or registry.training,
         threads=threads,
         notifier=notifier,
@@ -164,6 +165,7 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
         nothing: Any = SimpleNamespace(catalog=[])
         threads = Threads("records", 2)
         pool: Any = SimpleNamespace(
+            sampler=None,
             records=records,
             threads=threads,
             notifier=JobNotifier(),
@@ -299,6 +301,7 @@ async def checked(
 
     records = registry.training
     pool: Any = SimpleNamespace(
+        sampler=None,
         records=records,
         threads=Threads("records", 2),
         notifier=JobNotifier(),
