@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,6 +20,7 @@ from onebase_engine.logs import REQUEST
 from onebase_server.batches.runner import Answer
 from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload, longest_body
 from onebase_server.http.deps import (
+    ARRIVED,
     CALLER,
     CUT,
     RESERVATION,
@@ -151,6 +153,7 @@ class InnerRequests:
             "client": None,
             "server": None,
             CALLER: caller,
+            ARRIVED: time.monotonic(),
             RESERVATION: reservation,
         }
         unread, status = True, 500
