@@ -169,18 +169,7 @@ def assemble(
     hub = HubAdapters(adapters, pulls)
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
-    live = LiveTrainer(
-        LiveStore(Path(settings.data_dir).expanduser().absolute() / "live", storage.base_id),
-        threads.disk,
-        LiveSettings(
-            base.name,
-            base.revision,
-            share=settings.train_share,
-            memory=settings.train_memory // max(1, settings.train_jobs),
-            busy_fd=busy.fd,
-            command=commands.live,
-        ),
-    )
+    live = _live_trainer(settings, base, storage, threads, busy, commands.live)
     supervisor.listen(
         EngineListeners(
             versions=residency,
@@ -191,17 +180,7 @@ def assemble(
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     planner = Planner(supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits)
     reading = Threads("read", READ_THREADS)
-    request_log = RequestLog(
-        Path(settings.data_dir).expanduser().absolute() / "requests" / storage.registry_id,
-        storage.registry.request_log,
-        mode=settings.request_log,
-        days=settings.request_log_days,
-        most_bytes=settings.request_log_size,
-        base=base.name,
-        base_id=storage.base_id,
-        server=training.folders.server,
-        sync_seconds=settings.sync_seconds,
-    )
+    request_log = _request_log(settings, base, storage, training.folders.server)
     rollouts = RolloutService(
         storage.registry,
         threads.records,
@@ -325,6 +304,42 @@ def assemble(
         ),
         pacer=RequestPacer(),
         reading=reading,
+    )
+
+
+def _live_trainer(
+    settings: Settings,
+    base: ResolvedBase,
+    storage: Storage,
+    threads: _Threads,
+    busy: BusyFlag,
+    command: Sequence[str],
+) -> LiveTrainer:
+    return LiveTrainer(
+        LiveStore(Path(settings.data_dir).expanduser().absolute() / "live", storage.base_id),
+        threads.disk,
+        LiveSettings(
+            base.name,
+            base.revision,
+            share=settings.train_share,
+            memory=settings.train_memory // max(1, settings.train_jobs),
+            busy_fd=busy.fd,
+            command=command,
+        ),
+    )
+
+
+def _request_log(settings: Settings, base: ResolvedBase, storage: Storage, server: str) -> RequestLog:
+    return RequestLog(
+        Path(settings.data_dir).expanduser().absolute() / "requests" / storage.registry_id,
+        storage.registry.request_log,
+        mode=settings.request_log,
+        days=settings.request_log_days,
+        most_bytes=settings.request_log_size,
+        base=base.name,
+        base_id=storage.base_id,
+        server=server,
+        sync_seconds=settings.sync_seconds,
     )
 
 
