@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
 
-from onebase_protocol.access import ApiKey, AuditEntry, NewApiKey, Tenant, TenantUsage
+from onebase_protocol.access import ApiKey, AuditEntry, CallerAnswer, NewApiKey, Tenant, TenantUsage
 from onebase_protocol.reading import Decision, Option, ReadingUsage
 from onebase_protocol.request_log import (
     LogErased,
@@ -25,6 +25,7 @@ __all__ = [
     "AdapterWeight",
     "ApiKey",
     "AuditEntry",
+    "CallerAnswer",
     "Choice",
     "Classification",
     "Decision",

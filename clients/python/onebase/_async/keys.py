@@ -10,12 +10,12 @@ from onebase_protocol.common import DeletedAnswer, ListAnswer
 
 from .._core import access
 from ..adapter_types import EvaluationGate, GateRule, ProofGate
-from ..types import ApiKey, NewApiKey, Tenant
+from ..types import ApiKey, CallerAnswer, NewApiKey, Tenant
 from .http import AsyncHttp
 
 
 class AsyncKeys:
-    """`client.keys`: who may use the servers of this registry. Only a key with the scope `admin` may ask.
+    """`client.keys`: who may use the servers of this registry. A key with the scope `admin` changes them.
 
     The first key is made on the server's machine: `onebase keys create --scope admin`.
     """
@@ -66,8 +66,13 @@ class AsyncKeys:
         return await self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     async def list(self) -> tuple[ApiKey, ...]:
-        """Return all keys that there ever were, of all tenants, the newest first."""
+        """Return all keys that there ever were, newest first: for a key with the scope `admin` of all tenants,
+        for one with `adapters` of its own."""
         return (await self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
+
+    async def own(self) -> CallerAnswer:
+        """Return the id, the tenant and the scopes of the key that asks."""
+        return await self._http.ask(access.OWN_KEY, CallerAnswer)
 
     async def revoke(self, key_id: str) -> ApiKey:
         """End a key for good: at once on this server, within a second on the others.

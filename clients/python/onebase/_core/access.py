@@ -11,6 +11,7 @@ from .requests import Body, Call, encode
 from .training import query_of
 
 KEYS: Final = Call("GET", "/v1/keys")
+OWN_KEY: Final = Call("GET", "/v1/key")
 TENANTS: Final = Call("GET", "/v1/tenants")
 GATES: Final = Call("GET", "/v1/gates")
 

@@ -11,12 +11,12 @@ from onebase_protocol.common import DeletedAnswer, ListAnswer
 
 from .._core import access
 from ..adapter_types import EvaluationGate, GateRule, ProofGate
-from ..types import ApiKey, NewApiKey, Tenant
+from ..types import ApiKey, CallerAnswer, NewApiKey, Tenant
 from .http import Http
 
 
 class Keys:
-    """`client.keys`: who may use the servers of this registry. Only a key with the scope `admin` may ask.
+    """`client.keys`: who may use the servers of this registry. A key with the scope `admin` changes them.
 
     The first key is made on the server's machine: `onebase keys create --scope admin`.
     """
@@ -67,8 +67,13 @@ class Keys:
         return self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     def list(self) -> tuple[ApiKey, ...]:
-        """Return all keys that there ever were, of all tenants, the newest first."""
+        """Return all keys that there ever were, newest first: for a key with the scope `admin` of all tenants,
+        for one with `adapters` of its own."""
         return (self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
+
+    def own(self) -> CallerAnswer:
+        """Return the id, the tenant and the scopes of the key that asks."""
+        return self._http.ask(access.OWN_KEY, CallerAnswer)
 
     def revoke(self, key_id: str) -> ApiKey:
         """End a key for good: at once on this server, within a second on the others.
