@@ -66,8 +66,8 @@ class AsyncKeys:
         return await self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     async def list(self) -> tuple[ApiKey, ...]:
-        """Return all keys that there ever were, newest first: for a key with the scope `admin` of all tenants,
-        for one with `adapters` of its own."""
+        """Return all keys that there ever were, newest first: for a key with the scope `admin` of all
+        tenants, for one with `adapters` of its own."""
         return (await self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     async def own(self) -> CallerAnswer:

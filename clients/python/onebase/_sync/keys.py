@@ -67,8 +67,8 @@ class Keys:
         return self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     def list(self) -> tuple[ApiKey, ...]:
-        """Return all keys that there ever were, newest first: for a key with the scope `admin` of all tenants,
-        for one with `adapters` of its own."""
+        """Return all keys that there ever were, newest first: for a key with the scope `admin` of all
+        tenants, for one with `adapters` of its own."""
         return (self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     def own(self) -> CallerAnswer:
