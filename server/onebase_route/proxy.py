@@ -171,6 +171,7 @@ _TEXT = frozenset(
         "/v1/embeddings", "/v1/classify", "/classify",
         "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize",
         "/detokenize", "/v1/feedback",
+        "/v1/fine_tuning/alpha/graders/run", "/v1/fine_tuning/alpha/graders/validate",
     }
 )  # fmt: skip
 """Paths of requests that may be sent again to another server, whatever came of the first."""
@@ -203,8 +204,9 @@ T = TypeVar("T")
 _PLACES = (
     (re.compile(r"/v1/adapters/merge"), "/v1/adapters"),
     (re.compile(r"/v1/(?:un)?load_lora_adapter"), "/v1/models"),
-    (re.compile(r"(/v1/keys|/v1/tenants)/[^/]+"), r"\1"),
+    (re.compile(r"(/v1/gates|/v1/keys|/v1/tenants)/[^/]+"), r"\1"),
     (re.compile(r"(/v1/adapters/[^/]+)/(?:activate|rollback|deactivate)"), r"\1/history"),
+    (re.compile(r"(/v1/adapters/[^/]+/versions/[^/]+)/(?:approval|evaluation)"), r"\1/gates"),
     (re.compile(r"(/v1/adapters/[^/]+)/(?:pin|share)"), r"\1"),
     (re.compile(r"(/v1/adapters/[^/]+/rollout)/(?:share|promote|rollback)"), r"\1"),
     (re.compile(r"(/v1/(?:batches|fine_tuning/jobs)/[^/]+)/(?:cancel|pause|stop|resume)"), r"\1"),

@@ -418,7 +418,7 @@ def test_a_page_that_is_hidden_follows_no_job_and_goes_on_once_it_is_seen(words:
         page = visit.page
         with page.expect_request("**/events"):
             visit.open(f"#/training?job={job.id}")
-        loss = page.locator("section p", has_text="Training loss")
+        loss = page.locator("section p.figures", has_text="Training loss")
         expect(loss).to_be_visible()
         with page.expect_event("requestfailed", lambda request: request.url.endswith("/events")):
             page.evaluate(hide, True)

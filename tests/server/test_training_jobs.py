@@ -534,7 +534,8 @@ def test_a_file_may_be_larger_than_a_body_and_not_larger_than_its_limit(
         ({"model": "ft-none"}, "model"),
         ({"training_file": "file-none"}, "training_file"),
         ({"validation_file": "file-none"}, "validation_file"),
-        ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"method": {"type": "reinforcement"}}, "method.reinforcement"),
+        ({"method": {"type": "supervised", "reinforcement": {"grader": {}}}}, "method.reinforcement"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
         (
             {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": -1}}}},
@@ -567,11 +568,13 @@ def test_what_cannot_be_trained_is_refused_by_name(client: OpenAI, body: dict[st
     assert param in refused.value.message
 
 
+LABELS = {"type": "label_model", "name": "kind", "model": BASE, "labels": ["good", "bad"]}
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "multi"}}}}, "supervised"),
-        ({"method": {"type": "supervised", "reinforcement": {"grader": {}}}}, "dpo"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": LABELS}}}, "score_model"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "result file"),
     ],
 )
@@ -673,7 +676,7 @@ def test_without_a_registry_nobody_is_told_that_there_are_no_jobs() -> None:
     batches: Any = SimpleNamespace(flying=0, answered={})
     metrics = MetricsCollector(
         supervisor=nothing, catalog=nothing, residency=nothing, adapters=nothing, scheduler=scheduler,
-        batches=batches, requests=nothing, answers=nothing, rollouts=nothing,
+        batches=batches, requests=nothing, answers=nothing, rollouts=nothing, request_log=nothing,
     )  # fmt: skip
     known, unknown = (
         render([*metrics._training(counts), *metrics._batch_figures(counts)]) for counts in ({}, None)

@@ -193,9 +193,11 @@ def _too_long(value: Any, max_length: int) -> tuple[str, int] | None:
         return None
     for name in ("prompt", "input"):
         if isinstance(field := value.get(name), list):
-            for ids in (field, *(one for one in field if isinstance(one, list))):
-                if len(ids) > max_length and type(ids[0]) is int:
-                    return name, len(ids)
+            if len(field) > max_length and type(field[0]) is int:
+                return name, len(field)
+            for index, ids in enumerate(field):
+                if isinstance(ids, list) and len(ids) > max_length and type(ids[0]) is int:
+                    return f"{name}[{index}]", len(ids)
     return None
 
 
