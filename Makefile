@@ -32,7 +32,9 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); \
 # What only repeats a behaviour, over more combinations or on the real base, is marked `full`: `make check` runs it too.
 SELECT ?= -m "not full"
 # Bytecode is written whatever the environment says: without it each of hundreds of processes compiles the sources.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# A server's helpers step aside for what serves: under tests that leave them little to step aside to (19 is the
+# last niceness), they get their turn beside the other tests' servers too.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 nice -n 17 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: base console ## Run the tests, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
 	@echo "==> Running the tests"

@@ -11,6 +11,7 @@ def assert_behind(pid: int, niceness: int) -> None:
 
     It must be of this session: Linux shares the processor evenly between sessions, whatever the niceness.
     """
-    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, own + niceness) > own
     assert os.getsid(pid) == os.getsid(0)
     assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
