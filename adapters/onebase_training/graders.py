@@ -609,7 +609,7 @@ def check_string(operation: Operation, text: str, reference: str) -> float:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class JudgedScore:
     """A judge's number, the tokens that it took, and the model that gave it."""
 
     reward: float
@@ -617,10 +617,10 @@ class Judgement:
     model: str = ""
 
 
-class Judge(Protocol):
+class AskJudge(Protocol):
     """Function that asks a judge with rendered messages, as (role, text). Raises GradingError."""
 
-    async def __call__(self, grader: ScoreModel, messages: Sequence[tuple[str, str]], /) -> Judgement: ...
+    async def __call__(self, grader: ScoreModel, messages: Sequence[tuple[str, str]], /) -> JudgedScore: ...
 
 
 RunPython = Callable[[PythonGrader, Graded], Awaitable[float]]
@@ -640,7 +640,9 @@ class Grade:
     tokens: Counter[str] = field(default_factory=Counter)
 
 
-async def grade(grader: Grader, graded: Graded, *, judge: Judge, python: RunPython, text: RunText) -> Grade:
+async def grade(
+    grader: Grader, graded: Graded, *, judge: AskJudge, python: RunPython, text: RunText
+) -> Grade:
     """Return a reply's reward, whatever its graders do."""
     if not isinstance(grader, Multi):
         return await _graded(grader, graded, judge, python, text)
@@ -659,7 +661,7 @@ async def grade(grader: Grader, graded: Graded, *, judge: Judge, python: RunPyth
     return found
 
 
-async def _graded(grader: Single, graded: Graded, judge: Judge, python: RunPython, text: RunText) -> Grade:
+async def _graded(grader: Single, graded: Graded, judge: AskJudge, python: RunPython, text: RunText) -> Grade:
     found = Grade(floor_of(grader))
     try:
         if isinstance(grader, ScoreModel):

@@ -37,8 +37,9 @@ from onebase_training.checkpoint import CONFIG, WEIGHTS, save_peft
 from onebase_training.datum_losses import Loss, Row, check_row, find_loss, target_logprobs
 from onebase_training.events import Gate, Interrupted
 from onebase_training.live_operations import (
-    Checkpoint,
+    CheckpointFolder,
     Computed,
+    DenseArray,
     ForwardBackward,
     Load,
     Loaded,
@@ -50,10 +51,9 @@ from onebase_training.live_operations import (
     RefusedError,
     Result,
     Save,
-    Saved,
-    Start,
+    StartingWeights,
     Stepped,
-    Tensor,
+    WeightsSaved,
 )
 from onebase_training.live_store import (
     CHECKPOINT,
@@ -61,7 +61,7 @@ from onebase_training.live_store import (
     RESULT,
     LiveStore,
     Made,
-    UnknownModelError,
+    UnknownLiveModelError,
     encoded,
     read_checkpoint,
 )
@@ -160,7 +160,7 @@ class LiveModel:
         if not operation.forward_only:
             self._add_gradients()
         return Computed(
-            outputs=[{"logprobs": Tensor.of(found[place].numpy())} for place in range(len(rows))],
+            outputs=[{"logprobs": DenseArray.of(found[place].numpy())} for place in range(len(rows))],
             metrics={"loss:sum": math.fsum(sums)},
             tokens=sum(map(len, rows)),
             seconds=time.monotonic() - began,
@@ -284,7 +284,7 @@ class LiveModel:
             name: one.to(self._trainable.device) for name, one in _part("gradient", tensors).items()
         } or None
 
-    def save(self, folder: Path, operation: Save, seq_id: int) -> Checkpoint:
+    def save(self, folder: Path, operation: Save, seq_id: int) -> CheckpointFolder:
         """Write a checkpoint, which is whole when it appears. Raises OSError, RefusedError."""
         before = read_checkpoint(folder)
         if before is not None and before.seq_id == seq_id:
@@ -298,7 +298,7 @@ class LiveModel:
                 self._write_peft(work)
             if kept:
                 save_file(self._moments(), work / _OPTIMIZER)
-            checkpoint = Checkpoint(
+            checkpoint = CheckpointFolder(
                 name=operation.name,
                 kind=operation.kind,
                 folder=str(folder),
@@ -345,7 +345,7 @@ class LiveModel:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
 
-    def load(self, start: Load | Start) -> Checkpoint:
+    def load(self, start: Load | StartingWeights) -> CheckpointFolder:
         """Become a checkpoint, and without its optimizer begin a new one; gradients are dropped.
 
         Raises RefusedError: there is none, it lacks the optimizer, or it is of other layers or ranks.
@@ -522,7 +522,7 @@ class LiveModels:
                 if self._do_next_of(model_id):
                     self._turns.append(model_id)
                     return True
-            except (UnknownModelError, FileNotFoundError):
+            except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(model_id):
                     raise
             if not self._store.is_live(model_id):
@@ -621,7 +621,7 @@ class LiveModels:
             raise RefusedError(
                 f"{operation.name!r} is no name for a checkpoint: take letters, digits, '.', '_' and '-'"
             ) from None
-        return Saved(model.save(folder, operation, seq_id))
+        return WeightsSaved(model.save(folder, operation, seq_id))
 
     # ---- what is on the disk -------------------------------------------------------------------
 

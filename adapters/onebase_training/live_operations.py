@@ -22,7 +22,7 @@ MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class Tensor(msgspec.Struct, frozen=True, array_like=True):
+class DenseArray(msgspec.Struct, frozen=True, array_like=True):
     """Dense array. `data`: its numbers in C order, little-endian."""
 
     dtype: Literal["float32", "int64"]
@@ -30,7 +30,7 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
     data: bytes
 
     @classmethod
-    def of(cls, values: npt.ArrayLike) -> Tensor:
+    def of(cls, values: npt.ArrayLike) -> DenseArray:
         """Return the array as float32 or, if it is of whole numbers, as int64."""
         array = np.asarray(values)
         dtype: Literal["float32", "int64"] = "float32" if array.dtype.kind == "f" else "int64"
@@ -46,19 +46,19 @@ class Datum(msgspec.Struct, frozen=True, array_like=True):
     i of each belongs to the token that follows token i."""
 
     tokens: bytes
-    inputs: dict[str, Tensor]
+    inputs: dict[str, DenseArray]
 
     @classmethod
     def of(cls, tokens: Sequence[int], inputs: Mapping[str, npt.ArrayLike]) -> Datum:
         """Return a row of token ids and arrays."""
-        arrays = {name: Tensor.of(values) for name, values in inputs.items()}
+        arrays = {name: DenseArray.of(values) for name, values in inputs.items()}
         return cls(np.asarray(tokens, "<i4").tobytes(), arrays)
 
     def __len__(self) -> int:
         return len(self.tokens) // 4
 
 
-class Start(msgspec.Struct, frozen=True):
+class StartingWeights(msgspec.Struct, frozen=True):
     """Checkpoint that a new model begins with. `folder` is absolute."""
 
     folder: str
@@ -75,7 +75,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     train_mlp: bool = True
     train_attn: bool = True
     train_unembed: bool = True
-    start: Start | None = None
+    start: StartingWeights | None = None
     owner: str = ""
     key: str = ""
     """Id of the API key that created it."""
@@ -89,7 +89,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Unix seconds."""
 
 
-class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
     """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it.
 
     digest: SHA-256 of the two PEFT files, or of the packed one if it is alone: equal weights have equal
@@ -181,7 +181,7 @@ Operation = ForwardBackward | OptimStep | Save | Load | Refuse
 class Computed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Result of ForwardBackward. outputs: for each row `logprobs` of its targets, [N] or [N, K], in nats."""
 
-    outputs: list[dict[str, Tensor]]
+    outputs: list[dict[str, DenseArray]]
     metrics: dict[str, float]
     tokens: int
     seconds: float
@@ -194,12 +194,12 @@ class Stepped(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     step: int
 
 
-class Saved(msgspec.Struct, frozen=True, tag=True):
-    checkpoint: Checkpoint
+class WeightsSaved(msgspec.Struct, frozen=True, tag=True):
+    checkpoint: CheckpointFolder
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    checkpoint: Checkpoint
+    checkpoint: CheckpointFolder
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -210,7 +210,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     category: Category = "user"
 
 
-Result = Computed | Stepped | Saved | Loaded | Refused
+Result = Computed | Stepped | WeightsSaved | Loaded | Refused
 
 
 class RefusedError(Exception):

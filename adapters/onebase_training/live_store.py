@@ -22,7 +22,7 @@ from onebase_adapters.store.atomic_files import replace_synced, sync
 from onebase_training.live_operations import (
     CHECKPOINT_NAME,
     MODEL_ID,
-    Checkpoint,
+    CheckpointFolder,
     Kind,
     ModelSpec,
     Operation,
@@ -51,7 +51,7 @@ class Decoder(Protocol[T]):
     def decode(self, content: bytes, /) -> T: ...
 
 
-class UnknownModelError(KeyError):
+class UnknownLiveModelError(KeyError):
     """There is no such live adapter."""
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
 
 class LiveStore:
     """All live adapters of one server, each in a folder of its name. Methods raise OSError; those that take a
-    model's id, UnknownModelError.
+    model's id, UnknownLiveModelError.
 
     base_id: identity of the base that is trained. Adapters of other bases stay as they are.
     """
@@ -109,7 +109,7 @@ class LiveStore:
     def folder(self, model_id: str) -> Path:
         """Return the folder of a model, which may not exist."""
         if not MODEL_ID.fullmatch(model_id):
-            raise UnknownModelError(model_id)
+            raise UnknownLiveModelError(model_id)
         return self.root / model_id
 
     def create(self, spec: ModelSpec) -> None:
@@ -142,7 +142,7 @@ class LiveStore:
         """Return the base's models that were ever made, unloaded ones included, oldest first."""
         return [spec for spec in self._specs() if spec.base_id == self.base_id]
 
-    def check_base(self, found: ModelSpec | Checkpoint) -> None:
+    def check_base(self, found: ModelSpec | CheckpointFolder) -> None:
         """Raise OtherBaseError if a model or a checkpoint is not of this base."""
         if found.base_id != self.base_id:
             raise OtherBaseError(found.id if isinstance(found, ModelSpec) else found.name)
@@ -152,7 +152,7 @@ class LiveStore:
         names = os.listdir(self.root) if self.root.is_dir() else []
         found = []
         for name in names:
-            with suppress(UnknownModelError):
+            with suppress(UnknownLiveModelError):
                 found.append(self.spec(name))
         return sorted(found, key=lambda spec: (spec.created, spec.id))
 
@@ -165,7 +165,7 @@ class LiveStore:
         for name in (_SPEC, _REMOVED):
             with suppress(FileNotFoundError):
                 return msgspec.json.decode((self.folder(model_id) / name).read_bytes(), type=ModelSpec)
-        raise UnknownModelError(model_id)
+        raise UnknownLiveModelError(model_id)
 
     def made(self, model_id: str) -> Made | None:
         """Return what the trainer made of the spec; None if it did not come to it yet."""
@@ -216,7 +216,7 @@ class LiveStore:
         path, content = self._path(model_id, "operations", seq_id), _encode(operation)
         with self._lock:
             if not self.is_live(model_id):
-                raise UnknownModelError(model_id)
+                raise UnknownLiveModelError(model_id)
             self.check_base(self.spec(model_id))
             if seq_id < self.next_seq(model_id):
                 return
@@ -259,7 +259,7 @@ class LiveStore:
 
     def died_of(self) -> tuple[str, int] | None:
         """Return the operation that was begun last, if it has no result; number 0: the model itself."""
-        with suppress(FileNotFoundError, ValueError, UnknownModelError):
+        with suppress(FileNotFoundError, ValueError, UnknownLiveModelError):
             model_id, seq_id = (self.root / _BEGUN).read_text().split()
             if self.is_live(model_id) and (seq_id == "0" or self.last_result(model_id) < int(seq_id)):
                 return model_id, int(seq_id)
@@ -316,18 +316,18 @@ class LiveStore:
             raise UnknownCheckpointError(model_id, kind, name)
         return self.folder(model_id) / kind / name
 
-    def checkpoint(self, model_id: str, kind: Kind, name: str) -> Checkpoint:
+    def checkpoint(self, model_id: str, kind: Kind, name: str) -> CheckpointFolder:
         """Return a checkpoint. Raises UnknownCheckpointError."""
         found = read_checkpoint(self.checkpoint_folder(model_id, kind, name))
         if found is None:
             raise UnknownCheckpointError(model_id, kind, name)
         return found
 
-    def checkpoints(self, model_id: str) -> list[Checkpoint]:
+    def checkpoints(self, model_id: str) -> list[CheckpointFolder]:
         """Return all checkpoints of a model, oldest first."""
         return sorted(self._checkpoints(model_id), key=lambda one: (one.created, one.seq_id))
 
-    def _checkpoints(self, model_id: str) -> Iterator[Checkpoint]:
+    def _checkpoints(self, model_id: str) -> Iterator[CheckpointFolder]:
         for kind in _KINDS:
             place = self.folder(model_id) / kind
             for name in os.listdir(place) if place.is_dir() else ():
@@ -335,7 +335,7 @@ class LiveStore:
                 if found is not None:
                     yield found
 
-    def set_ttl(self, model_id: str, kind: Kind, name: str, expires: float | None) -> Checkpoint:
+    def set_ttl(self, model_id: str, kind: Kind, name: str, expires: float | None) -> CheckpointFolder:
         """Set when a checkpoint expires, in Unix seconds; None: never. Raises UnknownCheckpointError."""
         changed = msgspec.structs.replace(self.checkpoint(model_id, kind, name), expires=expires)
         _write(self.checkpoint_folder(model_id, kind, name) / CHECKPOINT, msgspec.json.encode(changed))
@@ -348,7 +348,7 @@ class LiveStore:
         (folder / CHECKPOINT).unlink(missing_ok=True)  # from here on there is none
         shutil.rmtree(folder, ignore_errors=True)
 
-    def remove_expired(self, now: float) -> list[Checkpoint]:
+    def remove_expired(self, now: float) -> list[CheckpointFolder]:
         """Delete the checkpoints whose time is over, and return them. `now`: Unix seconds."""
         gone = []
         for spec in self._specs():
@@ -360,9 +360,9 @@ class LiveStore:
         return gone
 
 
-def read_checkpoint(folder: Path) -> Checkpoint | None:
+def read_checkpoint(folder: Path) -> CheckpointFolder | None:
     """Return the checkpoint in a folder, which may have moved, or None."""
-    found = _read(folder / CHECKPOINT, msgspec.json.Decoder(Checkpoint))
+    found = _read(folder / CHECKPOINT, msgspec.json.Decoder(CheckpointFolder))
     return None if found is None else msgspec.structs.replace(found, folder=str(folder))
 
 

@@ -38,7 +38,7 @@ from onebase_training.loop import (
 from onebase_training.losses import token_losses
 from onebase_training.recipe import MOST_REPLY_TOKENS, REWARD, Recipe, decided
 from onebase_training.replies import Measuring, Replies
-from onebase_training.rollouts import LiveWeights, Prompt, Reply, Rollout, Rollouts
+from onebase_training.rollouts import LiveWeights, RewardedReply, RolloutOrder, RolloutPrompt, RolloutSampler
 from onebase_training.trainable import ADAPTER, Trainable
 
 LIVE = "live"
@@ -61,7 +61,7 @@ class Episode:
     """
 
     prompt: list[int]
-    reply: Reply
+    reply: RewardedReply
     advantage: float
     first: torch.Tensor | None = None
     reference: torch.Tensor | None = None
@@ -77,19 +77,21 @@ class Policy:
         folder: of the run. base_id: identity of the base, which the engine checks.
     """
 
-    def __init__(self, rollouts: Rollouts, recipe: Recipe, folder: Path, base_id: str) -> None:
+    def __init__(self, rollouts: RolloutSampler, recipe: Recipe, folder: Path, base_id: str) -> None:
         self._rollouts, self._recipe, self._base_id = rollouts, recipe, base_id
         self._folder = folder / LIVE
-        self._held_out: dict[str, dict[int, list[Reply]]] = {}
+        self._held_out: dict[str, dict[int, list[RewardedReply]]] = {}
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def sample(self, trainable: Trainable, rows: Sequence[Any], step: int) -> list[list[Reply]]:
+    def sample(self, trainable: Trainable, rows: Sequence[Any], step: int) -> list[list[RewardedReply]]:
         """Return a group of replies to each row's prompt."""
         count, temperature = decided(self._recipe.group_size), self._recipe.temperature
         seeds = [self._seed("step", step, place) for place in range(len(rows))]
         return self._draw(self._weights(trainable), trainable, rows, seeds, count, temperature)
 
-    def held_out(self, trainable: Trainable, rows: Sequence[Any], *, bare: bool = False) -> list[list[Reply]]:
+    def held_out(
+        self, trainable: Trainable, rows: Sequence[Any], *, bare: bool = False
+    ) -> list[list[RewardedReply]]:
         """Return replies to held-out prompts: the same ones each time for the same weights. `bare`: the
         base's."""
         weights = None if bare else self._weights(trainable)
@@ -116,15 +118,17 @@ class Policy:
         seeds: Sequence[int],
         count: int,
         temperature: float,
-    ) -> list[list[Reply]]:
+    ) -> list[list[RewardedReply]]:
         longest = longest_row(trainable.base.config) or 2**31
         prompts = [
-            Prompt(row.ids.tolist(), row.item, seed, min(self._recipe.sample_tokens, longest - len(row)))
+            RolloutPrompt(
+                row.ids.tolist(), row.item, seed, min(self._recipe.sample_tokens, longest - len(row))
+            )
             for row, seed in zip(rows, seeds, strict=True)
         ]
-        found: list[list[Reply]] = []
+        found: list[list[RewardedReply]] = []
         for part in rollout_parts(prompts, count):
-            order = Rollout(prompts=part, n=count, temperature=temperature, weights=weights)
+            order = RolloutOrder(prompts=part, n=count, temperature=temperature, weights=weights)
             found += self._rollouts.draw(order)
         return found
 
@@ -145,9 +149,9 @@ class Policy:
         return LiveWeights(path=str(path), digest=digest, bytes=path.stat().st_size)
 
 
-def rollout_parts(prompts: Sequence[Prompt], count: int) -> list[list[Prompt]]:
+def rollout_parts(prompts: Sequence[RolloutPrompt], count: int) -> list[list[RolloutPrompt]]:
     """Return the prompts in parts, each of which, with `count` replies to a prompt, fits in a message."""
-    parts: list[list[Prompt]] = []
+    parts: list[list[RolloutPrompt]] = []
     tokens = asked = 0
     for one in prompts:
         tokens += count * one.max_tokens
@@ -259,7 +263,9 @@ class RewardTrainer(Trainer):
         return reward_scores([_mean(group) for group in groups])
 
 
-def _episodes(rows: Sequence[Any], groups: Sequence[Sequence[Reply]], *, keep_all: bool) -> list[Episode]:
+def _episodes(
+    rows: Sequence[Any], groups: Sequence[Sequence[RewardedReply]], *, keep_all: bool
+) -> list[Episode]:
     """Return the replies with their advantages; without those that teach nothing, unless `keep_all`."""
     found = []
     for row, group in zip(rows, groups, strict=True):
@@ -288,7 +294,7 @@ def _passes(episodes: Sequence[Episode], limit: int) -> list[list[int]]:
     return [[order[one] for one in some] for some in first_fit([len(episodes[one]) for one in order], limit)]
 
 
-def figures(groups: Sequence[Sequence[Reply]]) -> dict[str, float]:
+def figures(groups: Sequence[Sequence[RewardedReply]]) -> dict[str, float]:
     """Return a step's means over all replies.
 
     mean: of the rewards. spread: of each group's standard deviation. tokens: of a reply. failed: part of the
@@ -305,7 +311,7 @@ def figures(groups: Sequence[Sequence[Reply]]) -> dict[str, float]:
     }
 
 
-def _mean(group: Sequence[Reply]) -> float:
+def _mean(group: Sequence[RewardedReply]) -> float:
     return statistics.fmean(reply.reward for reply in group)
 
 

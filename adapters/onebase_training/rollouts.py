@@ -15,7 +15,7 @@ class LiveWeights(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
 
 
-class Prompt(msgspec.Struct, frozen=True, array_like=True):
+class RolloutPrompt(msgspec.Struct, frozen=True, array_like=True):
     """A prompt. item: the row as JSON, for the grader. seed: of the draws of its replies."""
 
     tokens: list[int]
@@ -24,19 +24,19 @@ class Prompt(msgspec.Struct, frozen=True, array_like=True):
     max_tokens: int
 
 
-class Rollout(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class RolloutOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Order of `n` replies to each prompt, by the policy or, without weights, by the base.
 
     temperature: 0 for the most probable reply.
     """
 
-    prompts: list[Prompt]
+    prompts: list[RolloutPrompt]
     n: int
     temperature: float
     weights: LiveWeights | None = None
 
 
-class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RewardedReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A reply with its reward. tokens: up to the one that ended it, included. logprobs: of the sampler, nats.
 
     parts: rewards of a multi grader's graders. errors: details by OpenAI's flags; the reward is then a floor.
@@ -50,10 +50,10 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     errors: dict[str, str] = {}
 
 
-class Rollouts(Protocol):
+class RolloutSampler(Protocol):
     """Sampler and grader of a run."""
 
-    def draw(self, rollout: Rollout) -> list[list[Reply]]:
+    def draw(self, rollout: RolloutOrder) -> list[list[RewardedReply]]:
         """Return the replies to each prompt. Raises RolloutError, Interrupted."""
 
 

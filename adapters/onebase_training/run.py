@@ -83,7 +83,7 @@ from onebase_training.recipe import (
 )
 from onebase_training.reinforcement import Policy, Rewarding, RewardTrainer, reward_scores
 from onebase_training.replies import Measuring, Replies
-from onebase_training.rollouts import Rollouts
+from onebase_training.rollouts import RolloutSampler
 from onebase_training.slices import (
     ACTIVE,
     LONGEST,
@@ -181,7 +181,7 @@ def train(
     *,
     last_step: LastStep | None = None,
     find_active: FindActive = lambda: None,
-    rollouts: Rollouts | None = None,
+    rollouts: RolloutSampler | None = None,
 ) -> RunReport:
     """Train an adapter; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
 
@@ -309,7 +309,7 @@ class PlannedRun:
         *,
         last_step: LastStep | None = None,
         find_active: FindActive = lambda: None,
-        rollouts: Rollouts | None = None,
+        rollouts: RolloutSampler | None = None,
     ) -> None:
         recipe, data = plan.recipe, plan.data
         self._job, self._plan, self._listen, self._gate = job, plan, listen, gate

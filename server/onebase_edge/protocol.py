@@ -40,7 +40,7 @@ from onebase_edge.errors import (
     status_of,
 )
 from onebase_edge.refusals import error_json, id_headers
-from onebase_edge.request_id import RequestLog
+from onebase_edge.request_id import AccessLog
 from onebase_edge.sse import ABORT_EXTENSION
 
 _log = logging.getLogger(__name__)
@@ -383,7 +383,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._next = cycle, app
             return
         if self.access_log:
-            cycle.access_logger = RequestLog(self.access_logger, cycle.scope)  # type: ignore[assignment]
+            cycle.access_logger = AccessLog(self.access_logger, cycle.scope)  # type: ignore[assignment]
         error = None if self.flow.write_paused else self._turned_away(cycle.scope)
         if error is None:
             super()._start_asgi_task(cycle, app)

@@ -37,7 +37,7 @@ def _new_id() -> str:
     return f"req-{secrets.token_hex(12)}"
 
 
-class RequestLog(logging.LoggerAdapter[logging.Logger]):
+class AccessLog(logging.LoggerAdapter[logging.Logger]):
     """uvicorn's access log of one request: with its id, and without its query, which may hold anything."""
 
     def __init__(self, logger: logging.Logger, scope: Any) -> None:

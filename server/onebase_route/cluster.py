@@ -108,7 +108,7 @@ class EndedError(ClusterError):
     """Another command has ended the cluster meanwhile."""
 
 
-class RefusedError(ClusterError):
+class SettingsRefusedError(ClusterError):
     """A child does not start with these settings, and has said why: it would say so again."""
 
 
@@ -239,8 +239,8 @@ class Child:
             self.last_line = line.decode(errors="replace").strip() or self.last_line
 
     async def ready(self, client: httpx2.AsyncClient, path: str) -> None:
-        """Wait until the child answers at the path. Raises ClusterError if it ends before, RefusedError if
-        its settings are why."""
+        """Wait until the child answers at the path. Raises ClusterError if it ends before,
+        SettingsRefusedError if its settings are why."""
         while self.status is None:
             with contextlib.suppress(httpx2.TransportError):
                 if (await client.get(path)).status_code == 200:
@@ -248,7 +248,7 @@ class Child:
                     return
             await asyncio.sleep(_POLL_SECONDS)
         if self.status == _REFUSED and self.last_line:
-            raise RefusedError(self.last_line.removeprefix("onebase: "))
+            raise SettingsRefusedError(self.last_line.removeprefix("onebase: "))
         said = f": {self.last_line}" if self.last_line else ""
         raise ClusterError(f"it ended with status {self.status} before it was ready{said}")
 
@@ -942,7 +942,7 @@ def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
             for app in apps:
                 ill = app.status == "UNHEALTHY" and time.monotonic() - well > _ILL_SECONDS
                 why = [app.message, *(one.message for one in app.deployments.values())]
-                refusal = _last_error(why, RefusedError)
+                refusal = _last_error(why, SettingsRefusedError)
                 if app.status == "DEPLOY_FAILED" or ill or (refusal and app.status != "RUNNING"):
                     last = refusal or _last_error(why, ClusterError)
                     raise ClusterError(last or "the cluster does not start: " + " ".join(filter(None, why)))

@@ -40,7 +40,7 @@ from onebase._terminal.ui import (
 from onebase.cli.adapters.diff import Diff, Fact, LayerPair, RankPair, diff, print_diff
 from onebase.cli.adapters.show import COLUMNS, print_adapter, print_version
 from onebase.cli.adapters.versions import (
-    Place,
+    ModulePlace,
     grouped,
     layer_norms,
     norm_charts,
@@ -78,13 +78,13 @@ def lora(name: str, norm: float = 1.0) -> ModuleReport:
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("model.layers.3.self_attn.q_proj", Place(3, "q_proj")),
-        ("model.language_model.layers.11.mlp.up_proj", Place(11, "up_proj")),
-        ("lm_head", Place(None, "lm_head")),
-        ("model.norm", Place(None, "norm")),
+        ("model.layers.3.self_attn.q_proj", ModulePlace(3, "q_proj")),
+        ("model.language_model.layers.11.mlp.up_proj", ModulePlace(11, "up_proj")),
+        ("lm_head", ModulePlace(None, "lm_head")),
+        ("model.norm", ModulePlace(None, "norm")),
     ],
 )
-def test_a_module_is_in_a_layer_or_outside_of_them(name: str, where: Place) -> None:
+def test_a_module_is_in_a_layer_or_outside_of_them(name: str, where: ModulePlace) -> None:
     assert place(name) == where
 
 

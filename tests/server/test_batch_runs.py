@@ -18,18 +18,20 @@ from onebase_adapters.store.store import Store
 from onebase_edge.background import Backoff, Threads
 from onebase_server.batches import runner
 from onebase_server.batches.rows import RowFile
-from onebase_server.batches.runner import Answer, BatchFolders, BatchRun, BatchRunner, Parts
+from onebase_server.batches.runner import BatchFolders, BatchRun, BatchRunner, Parts
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.tenancy.access import LOCAL
 from onebase_server.tenancy.peers import Peers
+from onebase_server.tenancy.quotas import InnerAnswer
 
 from .test_batch_files import line
 
-BUSY = Answer(503, {}, msgspec.json.encode({"error": {"code": "adapter_unavailable", "message": "Not now."}}))
+_NOT_NOW = {"error": {"code": "adapter_unavailable", "message": "Not now."}}
+BUSY = InnerAnswer(503, {}, msgspec.json.encode(_NOT_NOW))
 
 
-async def post(*asked: object) -> Answer:
+async def post(*asked: object) -> InnerAnswer:
     return BUSY
 
 
@@ -143,8 +145,8 @@ def test_a_row_whose_turn_fails_by_a_surprise_is_answered_so_and_the_batch_ends(
                 raise error
             return LOCAL
 
-        async def answered(*asked: object) -> Answer:
-            return Answer(200, {}, b"{}")
+        async def answered(*asked: object) -> InnerAnswer:
+            return InnerAnswer(200, {}, b"{}")
 
         parts.keys.caller_of = caller_of  # type: ignore[method-assign]
         parts.post = answered

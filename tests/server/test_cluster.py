@@ -557,7 +557,7 @@ sys.exit({status})
 
     with pytest.raises(cluster.ClusterError, match=r"--base: no/such is not a folder$") as caught:
         asyncio.run(play())
-    assert isinstance(caught.value, cluster.RefusedError) == refuses
+    assert isinstance(caught.value, cluster.SettingsRefusedError) == refuses
 
 
 def test_a_child_goes_on_where_its_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,9 +594,12 @@ def test_of_rays_messages_the_servers_own_words_are_left() -> None:
         "A replica failed to start with exception. Retrying 1 more time(s). Error:\n"
         "ray::ServeReplica:onebase:Server.initialize_and_get_metadata() (pid=1)\n  Traceback ...\n"
         "    raise RefusedError(self.last_line)\n"
-        "onebase_route.cluster.RefusedError: adapter 'a': /nowhere is not a folder\n"
+        "onebase_route.cluster.SettingsRefusedError: adapter 'a': /nowhere is not a folder\n"
     )
-    assert cluster._last_error(["", ray], cluster.RefusedError) == "adapter 'a': /nowhere is not a folder"
+    assert (
+        cluster._last_error(["", ray], cluster.SettingsRefusedError)
+        == "adapter 'a': /nowhere is not a folder"
+    )
     assert cluster._last_error([ray], cluster.ClusterError) == ""
 
 

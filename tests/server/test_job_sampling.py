@@ -24,13 +24,13 @@ from onebase_edge.errors import (
 )
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.jobs import grading, sampling
-from onebase_server.jobs.grading import GraderPool, GraderProcesses, Grading, PythonProcess, Waiting
+from onebase_server.jobs.grading import GraderPool, GraderProcesses, Grading, PythonProcess, RoomWait
 from onebase_server.jobs.sampling import JobSampler
-from onebase_server.processes.trainer_protocol import Drawn, NotDrawn
+from onebase_server.processes.trainer_protocol import DrawnReplies, NotDrawn
 from onebase_server.tenancy.access import LOCAL
 from onebase_server.tenancy.quotas import Limiter
 from onebase_training.graders import Grade, Graded, GradingError, PythonGrader, parse_grader
-from onebase_training.rollouts import Prompt, Rollout
+from onebase_training.rollouts import RolloutOrder, RolloutPrompt
 
 from .access import Keys, client_with
 from .support import Starter
@@ -41,7 +41,7 @@ JUDGE = {"type": "score_model", "name": "j", "model": "m", "input": [{"role": "u
 JOB: Any = SimpleNamespace(
     id="ftjob-1", tenant=LOCAL.tenant, key=LOCAL.key, settings={"grader": json.dumps(CHECK)}
 )
-ROLLOUT = Rollout(prompts=[Prompt([1, 2], "{}", 1, 8)], n=2, temperature=1.0)
+ROLLOUT = RolloutOrder(prompts=[RolloutPrompt([1, 2], "{}", 1, 8)], n=2, temperature=1.0)
 
 
 def limiter(**quotas: int) -> Limiter:
@@ -124,14 +124,14 @@ def test_a_reply_is_as_long_as_the_engine_has_memory_for(monkeypatch: pytest.Mon
     asked = runs(monkeypatch, pieces)
     long = replace_prompt(tokens=[1] * 7)
     drawn = asyncio.run(sampler(limiter(), lambda: None).draw(JOB, long, lambda text: None))
-    assert isinstance(drawn, Drawn)
+    assert isinstance(drawn, DrawnReplies)
     assert [reply.reward for reply in drawn.groups[0]] == [1.0, 1.0]
     assert asked[0].sampling.max_tokens == 3
 
 
-def replace_prompt(**fields: Any) -> Rollout:
+def replace_prompt(**fields: Any) -> RolloutOrder:
     given = {"tokens": [1], "item": "{}", "seed": 1, "max_tokens": 8, **fields}
-    return Rollout(prompts=[Prompt(**given), *ROLLOUT.prompts], n=2, temperature=1.0)
+    return RolloutOrder(prompts=[RolloutPrompt(**given), *ROLLOUT.prompts], n=2, temperature=1.0)
 
 
 def test_a_prompt_that_fails_alone_gets_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,11 +143,11 @@ def test_a_prompt_that_fails_alone_gets_the_floor(monkeypatch: pytest.MonkeyPatc
     runs(monkeypatch, collect)
     made = sampler(limiter(), lambda: None)
     drawn = asyncio.run(made.draw(JOB, replace_prompt(), lambda text: None))
-    assert isinstance(drawn, Drawn)
+    assert isinstance(drawn, DrawnReplies)
     assert [[reply.reward for reply in group] for group in drawn.groups] == [[0.0, 0.0], [1.0, 1.0]]
     assert drawn.groups[0][0].errors == {"other_error": "the engine made no reply: it needs more memory"}
     drawn = asyncio.run(made.draw(JOB, replace_prompt(tokens=[1] * 10), lambda text: None))
-    assert isinstance(drawn, Drawn)
+    assert isinstance(drawn, DrawnReplies)
     assert "maximum context length is 10 tokens" in drawn.groups[0][0].errors["other_error"]
 
 
@@ -178,7 +178,7 @@ def test_a_failure_ends_the_grading_of_the_other_replies(monkeypatch: pytest.Mon
 def test_a_job_says_that_it_waits_after_a_minute_and_once() -> None:
     said: list[str] = []
     now = [0.0]
-    waiting = Waiting(said.append, lambda: now[0])
+    waiting = RoomWait(said.append, lambda: now[0])
     spent = QuotaSpentError("60 requests are used.", {}, retry_after=1.0)
     for now[0] in (0.0, 59.0, 60.0, 61.0, 90.0):
         waiting.refused(spent)
@@ -192,7 +192,7 @@ def test_a_job_says_that_it_waits_after_a_minute_and_once() -> None:
 # ---- judges ----------------------------------------------------------------------------------------
 
 
-def judged(answers: list[Any], waiting: Waiting | None = None, counted: Limiter | None = None) -> Grade:
+def judged(answers: list[Any], waiting: RoomWait | None = None, counted: Limiter | None = None) -> Grade:
     made = Grading(counted or limiter(), "off")
     left = list(answers)
 
@@ -225,7 +225,7 @@ def test_a_judge_is_asked_again_after_the_time_that_its_answer_says(
 
     monkeypatch.setattr(grading.asyncio, "sleep", sleep)
     counted = limiter(requests=60)
-    found = judged([(status, *SPENT[1:]), GOOD], Waiting(lambda text: None), counted)
+    found = judged([(status, *SPENT[1:]), GOOD], RoomWait(lambda text: None), counted)
     assert (found.reward, pauses) == (0.5, [7.0])
     assert used(counted, "requests") == 1  # the refused one is refunded
 
@@ -233,7 +233,7 @@ def test_a_judge_is_asked_again_after_the_time_that_its_answer_says(
 def test_a_quota_that_waiting_does_not_end_is_an_error() -> None:
     never = 429, {"error": {"code": "insufficient_quota", "message": "never"}}, {"x-should-retry": "false"}
     with pytest.raises(QuotaExceededError, match="The judge of grader 'j' cannot be asked: never"):
-        judged([never], Waiting(lambda text: None))
+        judged([never], RoomWait(lambda text: None))
 
 
 def test_one_run_of_a_grader_waits_for_nothing() -> None:

@@ -15,7 +15,7 @@ from onebase_edge.background import Threads
 from onebase_edge.errors import InvalidRequestError, QueueFullError
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.live import sampling
-from onebase_server.live.sampling import SampleOrder, Samples, Targets
+from onebase_server.live.sampling import PlaceTargets, SampleOrder, Samples
 from onebase_server.tenancy.access import LOCAL
 
 SAMPLER = LiveSampler("s:sample:0", "s", LOCAL.tenant, "base", None, 0.0)
@@ -168,13 +168,13 @@ def test_the_likeliest_tokens_of_too_many_places_are_refused(
 def test_named_tokens_are_read_once_and_not_on_the_event_loop(registry: Registry) -> None:
     async def run() -> None:
         samples = Drawn(registry, lambda: asyncio.sleep(0, b""))
-        targets = Targets([5, -1, -1, 7], (2, 2))
+        targets = PlaceTargets([5, -1, -1, 7], (2, 2))
         wanted = await samples._wanted(order(targets=targets), LOCAL)
         assert wanted == {1: [5], 2: [7]}
         request = [samples._request(order(targets=targets), wanted, LOCAL, AdapterChoice()) for _ in range(3)]
         assert request[-1].sampling.prompt_targets == wanted
         assert samples.built == 1
         with pytest.raises(InvalidRequestError, match="not in the vocabulary"):
-            await samples._wanted(order(targets=Targets([5, 100, -1, 7], (2, 2))), LOCAL)
+            await samples._wanted(order(targets=PlaceTargets([5, 100, -1, 7], (2, 2))), LOCAL)
 
     asyncio.run(run())

@@ -24,8 +24,8 @@ from onebase_server.processes import live_client
 from onebase_server.processes.live_client import LIVE_COMMAND, LiveSettings, LiveTrainer
 from onebase_server.processes.live_protocol import FromLive
 from onebase_server.processes.time_share import BusyFlag
-from onebase_training.live_operations import Computed, Refused, Result, Saved, Stepped
-from onebase_training.live_store import LiveStore, UnknownModelError
+from onebase_training.live_operations import Computed, Refused, Result, Stepped, WeightsSaved
+from onebase_training.live_store import LiveStore, UnknownLiveModelError
 
 pytestmark = pytest.mark.usefixtures("forks")
 KILLS = int(os.environ.get("ONEBASE_LIVE_KILLS", "4"))
@@ -124,7 +124,7 @@ def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_never_was
 def _assert_same(found: Result, expected: Result) -> None:
     """Bit for bit, but for times and folders."""
     assert type(found) is type(expected)
-    if isinstance(expected, Saved) and isinstance(found, Saved):
+    if isinstance(expected, WeightsSaved) and isinstance(found, WeightsSaved):
         assert found.checkpoint.digest == expected.checkpoint.digest
         kept, whole = (Path(one.checkpoint.folder) / "optimizer.safetensors" for one in (found, expected))
         assert_equal(load_file(kept), load_file(whole))
@@ -147,7 +147,7 @@ def test_what_was_accepted_is_done_by_the_next_server(published: _Published, tmp
         assert isinstance(await _result(live, "small", 2), Stepped)
         assert live.queue_state() == "active"
         await live.unload("small")
-        with pytest.raises(UnknownModelError):
+        with pytest.raises(UnknownLiveModelError):
             await live.submit("small", 3, STEP)
 
     run(published, tmp_path, accept)

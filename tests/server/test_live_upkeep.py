@@ -39,7 +39,7 @@ from onebase_server.live.service import (
 )
 from onebase_server.tenancy.access import Caller
 from onebase_training.live_operations import (
-    Checkpoint,
+    CheckpointFolder,
     Computed,
     ModelSpec,
     Operation,
@@ -58,7 +58,7 @@ LATER = 2_000_000_000.0
 def checkpoint(store: LiveStore, name: str, created: float) -> None:
     folder = store.checkpoint_folder(RUN, "sampler", name)
     folder.mkdir()
-    made = Checkpoint(
+    made = CheckpointFolder(
         name=name, kind="sampler", folder=str(folder), model=RUN, seq_id=1, step=1, digest="", bytes=1,
         rank=4, alpha=32.0, targets=[], train_mlp=True, train_attn=True, train_unembed=True, optimizer=False,
         created=created,
@@ -126,7 +126,7 @@ class Upkeep:
         if more > self.room:
             raise QuotaExceededError(f"{more} bytes are too many", {})
 
-    async def _add(self, tenant: str, checkpoint: Checkpoint) -> str:
+    async def _add(self, tenant: str, checkpoint: CheckpointFolder) -> str:
         if self.refuses is not None:
             raise self.refuses
         self.proved.append(checkpoint.name)

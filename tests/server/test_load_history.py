@@ -13,7 +13,7 @@ import pytest
 from onebase_server.telemetry import history
 from onebase_server.telemetry.histogram import quantile
 from onebase_server.telemetry.history import LoadRecorder
-from onebase_server.telemetry.machine import Gpu, Machine, MachineReading
+from onebase_server.telemetry.machine import Gpu, MachineReader, MachineReading
 from onebase_server.telemetry.measurements import RequestMeasurements
 
 
@@ -39,7 +39,7 @@ def test_each_point_has_what_came_since_the_one_before_and_probes_are_no_load(
     clock = [1000.0]
     monkeypatch.setattr("time.time", lambda: clock[0])
     measured, answers, totals = RequestMeasurements(), Counter[tuple[str, int]](), Counter[str]()
-    recorder = LoadRecorder(measured, answers, lambda name: totals[name], lambda: None, Machine())
+    recorder = LoadRecorder(measured, answers, lambda name: totals[name], lambda: None, MachineReader())
 
     answers.update({("/generate", 200): 3, ("/generate", 503): 1, ("/health", 503): 9})
     measured.broken_answers += 1
@@ -65,7 +65,7 @@ def test_each_point_has_what_came_since_the_one_before_and_probes_are_no_load(
 def test_no_more_than_six_hours_are_kept() -> None:
     totals: Any = Counter[str]()
     recorder = LoadRecorder(
-        RequestMeasurements(), Counter(), lambda name: totals[name], lambda: None, Machine()
+        RequestMeasurements(), Counter(), lambda name: totals[name], lambda: None, MachineReader()
     )
     for _ in range(history.MOST_POINTS + 5):
         recorder.add_reading()
@@ -120,7 +120,7 @@ def no_driver(name: str) -> Any:
 
 def test_the_load_of_the_machine_is_read_and_is_part_of_each_minute(tmp_path: Path) -> None:
     folder = proc(tmp_path / "proc", busy=100, idle=900)
-    machine = Machine(proc=folder, group=tmp_path, open_gpu=lambda: Gpu(lambda name: driver(), {}))
+    machine = MachineReader(proc=folder, group=tmp_path, open_gpu=lambda: Gpu(lambda name: driver(), {}))
     recorder = LoadRecorder(RequestMeasurements(), Counter(), lambda name: 0, lambda: None, machine)
     assert recorder.machine.cpu is None
 
@@ -149,7 +149,7 @@ def test_a_container_is_measured_by_its_own_limits(tmp_path: Path, monkeypatch: 
     (tmp_path / "memory.max").write_text("500000\n")
     (tmp_path / "memory.current").write_text("400000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
-    machine = Machine(False, proc(tmp_path / "proc", busy=1, idle=1), tmp_path)
+    machine = MachineReader(False, proc(tmp_path / "proc", busy=1, idle=1), tmp_path)
     recorder = LoadRecorder(RequestMeasurements(), Counter(), lambda name: 0, lambda: None, machine)
     recorder.note_machine(machine.read())
     clock[0] = 54.0
@@ -163,7 +163,7 @@ def test_a_container_is_measured_by_its_own_limits(tmp_path: Path, monkeypatch: 
 
 
 def test_what_cannot_be_read_is_none_and_says_why(tmp_path: Path) -> None:
-    machine = Machine(proc=tmp_path, group=tmp_path, open_gpu=lambda: Gpu(no_driver, {}))
+    machine = MachineReader(proc=tmp_path, group=tmp_path, open_gpu=lambda: Gpu(no_driver, {}))
     reading = machine.read()
 
     assert (reading.cpu_busy, reading.memory_used, reading.gpu) == (None, None, None)
@@ -174,7 +174,7 @@ def test_what_cannot_be_read_is_none_and_says_why(tmp_path: Path) -> None:
 def test_a_driver_that_stopped_answering_says_nothing_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    recorder = LoadRecorder(RequestMeasurements(), Counter(), lambda name: 0, lambda: None, Machine())
+    recorder = LoadRecorder(RequestMeasurements(), Counter(), lambda name: 0, lambda: None, MachineReader())
     for _ in range(2):
         clock[0] += 5
         recorder.note_machine(MachineReading(clock[0], clock[0], 2 * clock[0], 7, 0.5, 8))

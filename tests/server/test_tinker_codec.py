@@ -15,8 +15,8 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 
 from onebase_edge.errors import BodyTooLargeError, InvalidRequestError
 from onebase_server.live import codec
-from onebase_server.live.codec import Sampled, SampleResult
-from onebase_training.live_operations import Computed, Tensor
+from onebase_server.live.codec import SampledSequence, SampleResult
+from onebase_training.live_operations import Computed, DenseArray
 
 MOST = 1_000_000
 """Bytes that sparse tensors may take."""
@@ -137,7 +137,7 @@ def test_results_of_rows_of_any_width_are_what_the_client_reads() -> None:
         np.arange(8, dtype=np.float32).reshape(4, 2),
         np.zeros((0,)),
     ]
-    outputs = [{"logprobs": Tensor.of(one)} for one in arrays]
+    outputs = [{"logprobs": DenseArray.of(one)} for one in arrays]
     computed = Computed(outputs=outputs, metrics={"loss:sum": 4.5}, tokens=7, seconds=0.1)
     read = deserialize_forward_backward_output(codec.write_pass(computed))
     assert read.metrics == {"loss:sum": 4.5}
@@ -149,8 +149,8 @@ def test_results_of_rows_of_any_width_are_what_the_client_reads() -> None:
 def test_a_sample_is_what_the_client_reads() -> None:
     result = SampleResult(
         sequences=[
-            Sampled([5, 6], [-0.5, -1.0], True, [[(5, -0.5)], [(6, -1.0), (7, -2.0)]]),
-            Sampled([8], [-3.0], False, [[]]),
+            SampledSequence([5, 6], [-0.5, -1.0], True, [[(5, -0.5)], [(6, -1.0), (7, -2.0)]]),
+            SampledSequence([8], [-3.0], False, [[]]),
         ],
         cached=16,
         prompt_logprobs=[None, -0.25],

@@ -18,13 +18,13 @@ from onebase_server.processes.trainer_client import UNKNOWN, TrainerClient
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
-    Drawn,
+    DrawnReplies,
     NotDrawn,
     Train,
     Trained,
     TrainJob,
 )
-from onebase_training.rollouts import Reply, Rollout
+from onebase_training.rollouts import RewardedReply, RolloutOrder
 
 from .support import children, command_of
 
@@ -92,9 +92,9 @@ def test_replies_that_cannot_be_sent_fail_the_job_instead_of_leaving_it_waiting(
     sent: list[bytes] = []
     process: Any = SimpleNamespace(send=sent.append)
 
-    async def draw(rollout: Rollout) -> Drawn:
-        return Drawn([[Reply(tokens=[1], logprobs=[0.0], text=text)]])
+    async def draw(rollout: RolloutOrder) -> DrawnReplies:
+        return DrawnReplies([[RewardedReply(tokens=[1], logprobs=[0.0], text=text)]])
 
-    rollout = Rollout(prompts=[], n=1, temperature=1.0)
+    rollout = RolloutOrder(prompts=[], n=1, temperature=1.0)
     asyncio.run(TrainerClient(process)._draw(draw, rollout))
     assert sent == [encode(NotDrawn("internal_error", "The server failed to sample; its log says why."))]

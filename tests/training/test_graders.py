@@ -16,7 +16,7 @@ from onebase_training.graders import (
     Graded,
     GraderError,
     GradingError,
-    Judgement,
+    JudgedScore,
     Metric,
     PythonGrader,
     ScoreModel,
@@ -37,13 +37,13 @@ def graded(
     text: str,
     item: dict[str, Any] | None = None,
     *,
-    judge: Judgement | GradingError | None = None,
+    judge: JudgedScore | GradingError | None = None,
     python: float | GradingError = 0.0,
 ) -> Grade:
-    async def ask(grader: ScoreModel, messages: Any) -> Judgement:
+    async def ask(grader: ScoreModel, messages: Any) -> JudgedScore:
         if isinstance(judge, GradingError):
             raise judge
-        return judge or Judgement(float(len(messages[0][1])), 7, grader.model)
+        return judge or JudgedScore(float(len(messages[0][1])), 7, grader.model)
 
     async def run(grader: PythonGrader, graded: Graded) -> float:
         if isinstance(python, GradingError):
@@ -149,7 +149,7 @@ def test_a_judge_gives_a_number_of_its_range_or_the_low_end() -> None:
     }
     found = graded(judge, "xyz")
     assert (found.reward, dict(found.tokens)) == (8.0, {"base": 7})
-    outside = graded(judge, "xyz", judge=Judgement(11.0, 5, "base"))
+    outside = graded(judge, "xyz", judge=JudgedScore(11.0, 5, "base"))
     assert (outside.reward, list(outside.errors), outside.tokens["base"]) == (
         1.0,
         ["model_grader_parse_error"],

@@ -34,6 +34,7 @@ from onebase_training.live import STATE_BYTES, BaseName, LiveModel, LiveModels
 from onebase_training.live_operations import (
     Computed,
     Datum,
+    DenseArray,
     Load,
     ModelSpec,
     Operation,
@@ -41,10 +42,9 @@ from onebase_training.live_operations import (
     Refuse,
     Refused,
     Save,
-    Saved,
-    Start,
+    StartingWeights,
     Stepped,
-    Tensor,
+    WeightsSaved,
 )
 from onebase_training.live_store import (
     LiveStore,
@@ -52,7 +52,7 @@ from onebase_training.live_store import (
     OtherBaseError,
     SequenceConflictError,
     UnknownCheckpointError,
-    UnknownModelError,
+    UnknownLiveModelError,
 )
 from onebase_training.trainable import Trainable
 
@@ -68,7 +68,7 @@ def logprobs(result: Computed) -> list[np.ndarray]:
 
 
 def saved(result: Any) -> dict[str, torch.Tensor]:
-    assert isinstance(result, Saved)
+    assert isinstance(result, WeightsSaved)
     return load_file(Path(result.checkpoint.folder) / "adapter_model.safetensors")
 
 
@@ -243,7 +243,7 @@ def test_operations_are_done_by_number_whatever_their_order_and_never_twice(
         store.submit("learning", 9, ask(text_row(5)))
     with pytest.raises(SequenceConflictError):
         store.create(ModelSpec(id="learning", rank=9))
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(UnknownLiveModelError):
         store.submit("another", 1, STEP)
 
 
@@ -277,7 +277,9 @@ def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
 def test_numbers_and_tensors_that_nobody_can_compute_with_fail_alone(
     base: torch.nn.Module, tmp_path: Path
 ) -> None:
-    deep, huge = (Tensor("float32", shape, b"\0" * 4 * n) for shape, n in (((1,) * 65, 1), ((0, 2**62), 0)))
+    deep, huge = (
+        DenseArray("float32", shape, b"\0" * 4 * n) for shape, n in (((1,) * 65, 1), ((0, 2**62), 0))
+    )
     refused: list[Operation] = [
         *(ask(Datum(text_row(1).tokens, text_row(1).inputs | {"weights": one})) for one in (deep, huge)),
         *(OptimStep(learning_rate=rate) for rate in (1e300, 1e39, 1e6)),
@@ -326,7 +328,15 @@ def test_an_error_fails_its_operation_and_leaves_no_half_of_a_step(
     while models.do_next():
         pass
     found = [store.result("learning", seq_id) for seq_id in range(1, 8)]
-    assert [type(one) for one in found] == [Computed, Refused, Stepped, Refused, Computed, Stepped, Saved]
+    assert [type(one) for one in found] == [
+        Computed,
+        Refused,
+        Stepped,
+        Refused,
+        Computed,
+        Stepped,
+        WeightsSaved,
+    ]
     assert isinstance(found[1], Refused)
     assert (found[1].code, found[1].category) == ("operation_failed", "server")
     assert found[6].checkpoint.digest == plain[-1].checkpoint.digest  # type: ignore[union-attr]
@@ -455,7 +465,7 @@ def test_an_unloaded_model_is_gone_but_for_its_checkpoints(base: torch.nn.Module
     assert not store.models()
     assert [one.name for one in store.checkpoints("learning")] == ["a"]
     assert [spec.id for spec in store.runs()] == ["learning"]
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(UnknownLiveModelError):
         store.submit("learning", 3, STEP)
     store.remove("learning")
     assert not store.runs()
@@ -471,11 +481,11 @@ def test_a_loaded_checkpoint_goes_on_as_the_model_that_was_saved(
     go_on = [ask(text_row(9, 3)), STEP, Save(name="end", kind="weights")]
     whole = done(base, tmp_path / "a", dict(enumerate([*begin, *go_on], start=1)), LEARNING)
     folder = whole[4].checkpoint.folder
-    again = ModelSpec(id="again", rank=8, seed=77, start=Start(folder, optimizer=True))
+    again = ModelSpec(id="again", rank=8, seed=77, start=StartingWeights(folder, optimizer=True))
     other = done(base, tmp_path / "b", dict(enumerate(go_on, start=1)), again)
     assert other[-1].checkpoint.digest == whole[-1].checkpoint.digest
     assert other[1].step == 3
-    weights_only = ModelSpec(id="weights", rank=8, start=Start(folder))
+    weights_only = ModelSpec(id="weights", rank=8, start=StartingWeights(folder))
     new = done(base, tmp_path / "b", dict(enumerate(go_on, start=1)), weights_only)
     assert new[1].step == 1
     assert new[-1].checkpoint.digest != whole[-1].checkpoint.digest
@@ -492,7 +502,7 @@ def test_a_checkpoint_is_a_peft_folder_with_the_trained_numbers(
     folder = Path(found[-1].checkpoint.folder)
     assert not (folder / "optimizer.safetensors").exists()
     trained = model_of(base)
-    trained.load(Start(str(folder)))
+    trained.load(StartingWeights(str(folder)))
     save_peft(trained._trainable.model, tmp_path / "peft", base="tiny", commit=None)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
@@ -524,7 +534,7 @@ def test_names_and_times_of_checkpoints(base: torch.nn.Module, tmp_path: Path) -
         4: Save(name="a", kind="sampler"),
     }
     found = done(base, tmp_path, asked, LEARNING)
-    assert [type(result) for result in found] == [Saved, Refused, Saved, Saved]
+    assert [type(result) for result in found] == [WeightsSaved, Refused, WeightsSaved, WeightsSaved]
     store = LiveStore(tmp_path)
     kept = store.checkpoint("learning", "weights", "a")
     assert kept.expires == pytest.approx(kept.created + 100)
@@ -668,7 +678,7 @@ def test_models_of_another_base_are_neither_trained_nor_read_and_stay(
         other.submit("learning", 3, STEP)
     with pytest.raises(OtherBaseError):
         other.check_base(checkpoint)
-    other.create(ModelSpec(id="new", rank=8, start=Start(checkpoint.folder)))
+    other.create(ModelSpec(id="new", rank=8, start=StartingWeights(checkpoint.folder)))
     train(other)
     assert (made := other.made("new")) is not None
     assert "made on another base" in made.refused

@@ -25,7 +25,7 @@ from onebase_training.events import Interrupted, OpenGate
 from onebase_training.graders import LARGEST_REWARD, Graded, Grader, grade, parse_grader
 from onebase_training.recipe import MOST_REPLY_TOKENS, RecipeError, parse_recipe
 from onebase_training.reinforcement import advantages, figures, rollout_parts
-from onebase_training.rollouts import Prompt, Reply, Rollout, item_of
+from onebase_training.rollouts import RewardedReply, RolloutOrder, RolloutPrompt, item_of
 from onebase_training.run import TrainingRequest, load_tokenizer, train
 
 GRADER = {
@@ -58,7 +58,7 @@ class LocalRollouts:
         self._base, self._tokenizer, self._grader = base, tokenizer, grader
         self._pause_at, self._draws = pause_at, 0
 
-    def draw(self, rollout: Rollout) -> list[list[Reply]]:
+    def draw(self, rollout: RolloutOrder) -> list[list[RewardedReply]]:
         self._draws += 1
         if self._draws == self._pause_at:
             raise Interrupted("pause")
@@ -86,7 +86,7 @@ class LocalRollouts:
             for place, one in enumerate(rollout.prompts)
         ]
 
-    def _reply(self, tokens: list[int], item: str) -> Reply:
+    def _reply(self, tokens: list[int], item: str) -> RewardedReply:
         async def text(work: Callable[[], float]) -> float:
             return work()
 
@@ -95,7 +95,7 @@ class LocalRollouts:
         found = asyncio.run(
             grade(self._grader, Graded(said, item_of(item)), judge=given, python=given, text=text)
         )
-        return Reply(tokens=tokens, logprobs=[], text=said, reward=found.reward, errors=found.errors)
+        return RewardedReply(tokens=tokens, logprobs=[], text=said, reward=found.reward, errors=found.errors)
 
 
 @pytest.fixture(scope="module")
@@ -222,19 +222,19 @@ def test_the_largest_rewards_have_finite_advantages() -> None:
 
 
 def test_a_group_is_even_in_the_figures_if_it_teaches_nothing() -> None:
-    def group(*rewards: float) -> list[Reply]:
-        return [Reply(tokens=[1], logprobs=[0.0], text="", reward=one) for one in rewards]
+    def group(*rewards: float) -> list[RewardedReply]:
+        return [RewardedReply(tokens=[1], logprobs=[0.0], text="", reward=one) for one in rewards]
 
     assert figures([group(0.1 + 0.2, 0.3), group(0.0, 1.0)])["even"] == 0.5
 
 
 def test_a_rollout_has_no_more_tokens_than_a_message_holds() -> None:
-    prompts = [Prompt([1], "{}", one, MOST_REPLY_TOKENS // 20) for one in range(7)]
+    prompts = [RolloutPrompt([1], "{}", one, MOST_REPLY_TOKENS // 20) for one in range(7)]
     parts = rollout_parts(prompts, 8)
     assert [len(part) for part in parts] == [2, 2, 2, 1]
     assert [one for part in parts for one in part] == prompts
-    assert [len(part) for part in rollout_parts([Prompt([1], "{}", 0, 1)] * 100, 8)] == [64, 36]
-    rows = [Prompt([1], "x" * (9 << 20), 0, 1)] * 2
+    assert [len(part) for part in rollout_parts([RolloutPrompt([1], "{}", 0, 1)] * 100, 8)] == [64, 36]
+    rows = [RolloutPrompt([1], "x" * (9 << 20), 0, 1)] * 2
     assert [len(part) for part in rollout_parts(rows, 8)] == [1, 1]
 
 

@@ -17,7 +17,7 @@ import httpx2
 
 from ._core import parse
 from ._core.config import ClientOptions, Timeout, sdk_version
-from ._core.requests import Call, Form, Sent
+from ._core.requests import Call, Sent, UploadForm
 from ._core.retry import parse_retry_after
 from .errors import APIConnectionError, APIStatusError, APITimeoutError, InvalidResponseError, status_error
 
@@ -78,7 +78,7 @@ def prepared(pool: Pool | AsyncPool, call: Call, options: ClientOptions) -> Iter
     headers = {"User-Agent": f"onebase-python/{sdk_version()}", **dict(call.headers)}
     timeout = _timeout(options.timeout)
     with ExitStack() as stack:
-        if isinstance(call.body, Form):
+        if isinstance(call.body, UploadForm):
             form = call.body
             opened = [stack.enter_context(_AnnouncedFile(path)) for path in form.files]
             files = [

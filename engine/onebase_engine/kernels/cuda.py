@@ -455,7 +455,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-class SlotTable:
+class SlotFacts:
     """Facts of the slots of up to LAYERS layers, in host memory and on the device.
 
     Slots that have changed are copied before they are read, each with all of its layers.
@@ -1514,12 +1514,12 @@ class CudaKernels(CudaRecurrence):
         """Memory pool that all graphs share, since only one runs at a time. It is freed with the last one."""
         self._captured: WeakSet[Any] = WeakSet()
         self._abandoned: list[Any] = []
-        self._tables: WeakSet[SlotTable] = WeakSet()
+        self._tables: WeakSet[SlotFacts] = WeakSet()
 
-    def place_in_slots(self, slots: int, device: torch.device) -> tuple[SlotTable, int]:
+    def place_in_slots(self, slots: int, device: torch.device) -> tuple[SlotFacts, int]:
         """Return a table of `slots` slots, and the place of one more layer in it."""
         roomy = (table for table in self._tables if table.fits(slots, device))
-        table = next(roomy, None) or SlotTable(slots, device)
+        table = next(roomy, None) or SlotFacts(slots, device)
         self._tables.add(table)
         table.layers += 1
         return table, table.layers - 1

@@ -101,7 +101,7 @@ def is_refusal(text: str, phrases: tuple[str, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class Metric:
+class RolloutMetric:
     """One metric. kind: `share` of requests (0 or 1 each), `score` from 0 to 1, or a `ratio` of positive
     numbers, whose logarithms are summed. sign: -1 if lower is worse."""
 
@@ -111,13 +111,13 @@ class Metric:
 
 
 METRICS = (
-    Metric("errors", "share"),
-    Metric("first_token", "ratio"),
-    Metric("per_token", "ratio"),
-    Metric("tokens", "ratio"),
-    Metric("refusals", "share"),
-    Metric("feedback", "score", -1),
-    Metric("judge", "share", -1),
+    RolloutMetric("errors", "share"),
+    RolloutMetric("first_token", "ratio"),
+    RolloutMetric("per_token", "ratio"),
+    RolloutMetric("tokens", "ratio"),
+    RolloutMetric("refusals", "share"),
+    RolloutMetric("feedback", "score", -1),
+    RolloutMetric("judge", "share", -1),
 )
 _OF_SHADOWS = ("errors", "tokens", "refusals", "judge")
 """Metrics of copies: they wait for others, so that their times say nothing, and nobody sees them."""
@@ -159,7 +159,7 @@ class _Sample:
         return self.deviation * math.sqrt(2 * grown / (n**2 * rho) * math.log(math.sqrt(grown) / alpha))
 
 
-def _sample(metric: Metric, sums: Mapping[str, float], *, clustered: bool) -> _Sample:
+def _sample(metric: RolloutMetric, sums: Mapping[str, float], *, clustered: bool) -> _Sample:
     n = round(sums.get(f"{metric.name}.n", 0.0))
     if n == 0:
         return _Sample(0, 0.0, 0.0, 0.0)
@@ -181,7 +181,7 @@ def _sample(metric: Metric, sums: Mapping[str, float], *, clustered: bool) -> _S
     return replace(sample, effective=n / design_effect, clusters=clusters)
 
 
-def _cluster_variance(metric: Metric, sums: Mapping[str, float], mean: float) -> tuple[int, float]:
+def _cluster_variance(metric: RolloutMetric, sums: Mapping[str, float], mean: float) -> tuple[int, float]:
     """Return the number of clusters with values, and the variance of the mean between them: values of one
     cluster may depend on each other."""
     sizes = {one: sums.get(f"{metric.name}.n.{one}", 0.0) for one in range(CLUSTERS)}
@@ -218,7 +218,7 @@ def compare(figures: RolloutFigures, settings: RolloutSettings) -> list[RolloutC
 
 
 def _compare(
-    metric: Metric,
+    metric: RolloutMetric,
     side: Literal["candidate", "shadow"],
     active: Mapping[str, float],
     other: Mapping[str, float],
@@ -262,7 +262,7 @@ def _verdict(low: float, high: float, margin: float) -> Verdict:
     return "not_worse" if high <= margin else "undecided"
 
 
-def _shown(metric: Metric, sample: _Sample, width: float) -> SideFigure:
+def _shown(metric: RolloutMetric, sample: _Sample, width: float) -> SideFigure:
     if sample.n == 0:
         return SideFigure(0, None)
     mean, low, high = (
@@ -298,7 +298,7 @@ def side_counts(rollout: RolloutRecord) -> tuple[RolloutSideCounts, ...]:
 
 
 @dataclass(frozen=True)
-class Decision:
+class RolloutDecision:
     """Decision that a rollout's figures ask for: its end and the reason, or what a promotion waits for."""
 
     state: Literal["promoted", "rolled_back"] | None = None
@@ -306,7 +306,7 @@ class Decision:
     waits_for: tuple[str, ...] = ()
 
 
-def decide(rollout: RolloutRecord, settings: RolloutSettings) -> Decision:
+def decide(rollout: RolloutRecord, settings: RolloutSettings) -> RolloutDecision:
     """Return what the figures of a running rollout ask for.
 
     Worse by one metric's margin rolls back. A promotion needs the rules' number of answers, and each metric
@@ -317,7 +317,7 @@ def decide(rollout: RolloutRecord, settings: RolloutSettings) -> Decision:
     ruled = [one for one in comparisons if one.margin is not None]
     for one in ruled:
         if one.verdict == "worse":
-            return Decision("rolled_back", _words(one))
+            return RolloutDecision("rolled_back", _words(one))
     answered = round(rollout.figures.get("candidate", {}).get("errors.n", 0.0))
     waits = []
     if answered < settings.rules.requests:
@@ -327,8 +327,8 @@ def decide(rollout: RolloutRecord, settings: RolloutSettings) -> Decision:
     if undecided := [_name(one) for one in ruled if one.verdict == "undecided"]:
         waits.append(f"not decided: {', '.join(undecided)}")
     if waits or not settings.promote:
-        return Decision(waits_for=tuple(waits))
-    return Decision("promoted", f"not worse by any margin after {answered} requests")
+        return RolloutDecision(waits_for=tuple(waits))
+    return RolloutDecision("promoted", f"not worse by any margin after {answered} requests")
 
 
 def _lacking(rollout: RolloutRecord, settings: RolloutSettings) -> list[str]:

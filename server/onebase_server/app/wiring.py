@@ -60,7 +60,7 @@ from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.storage.calls import RegistryThreads
 from onebase_server.storage.opening import Storage, host_memory, prefix_memory
 from onebase_server.telemetry.history import LoadRecorder
-from onebase_server.telemetry.machine import Machine
+from onebase_server.telemetry.machine import MachineReader
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing
@@ -300,7 +300,7 @@ def assemble(
             answers,
             supervisor.client.total,
             lambda: supervisor.client.stats,
-            Machine(wants_gpu=settings.device != "cpu"),
+            MachineReader(wants_gpu=settings.device != "cpu"),
         ),
         pacer=RequestPacer(),
         reading=reading,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -60,7 +60,7 @@ from onebase_server.jobs.folders import JobFolders
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.peers import Peers
-from onebase_server.tenancy.quotas import Limiter, QuotaReservation
+from onebase_server.tenancy.quotas import InnerAnswer, InnerPost, Limiter, QuotaReservation
 
 MOST_RUNS = 32
 """Largest number of batches, and of one tenant's, with rows in the engine by turns; further ones wait."""
@@ -91,23 +91,6 @@ _WAITS = ("rate_limit_exceeded", "queue_full", "server_stopping", "engine_starti
 """Codes of answers that count as no try: it was not the row's turn."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Answer of a route. headers: by their names in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class Post(Protocol):
-    """Function that has a route answer; see InnerRequests."""
-
-    async def __call__(
-        self, path: str, body: bytes, request_id: str, caller: Caller, reservation: QuotaReservation
-    ) -> Answer: ...
 
 
 class BatchFolders:
@@ -146,7 +129,7 @@ class Parts:
     max_body: int
     most: int
     """Rows at once; 0: as many as the engine has places."""
-    post: Post | None = None
+    post: InnerPost | None = None
     answered: Counter[str] = field(default_factory=Counter)
     """Rows that were kept since the start, as `completed` and `failed`."""
 
@@ -267,7 +250,7 @@ class BatchRun:
         return await files.disk.run_blocking(files.content, file, folder / "input.jsonl")
 
     async def _answer_rows(self) -> None:
-        """Answer rows until each has a record, or the batch is to end without. Raises OSError, ..."""
+        """InnerAnswer rows until each has a record, or the batch is to end without. Raises OSError, ..."""
         disk, folder, batch = self._parts.disk, self._parts.folders.of(self.batch.id), self.batch
         self._rows = await disk.run_blocking(RowFile, await self._input())
         self._results = results = await disk.run_blocking(Results, folder, batch.total)
@@ -460,7 +443,7 @@ class BatchRun:
         else:
             self._take(turn, await self._post(turn, caller, reservation))
 
-    async def _post(self, turn: _Turn, caller: Caller, reservation: QuotaReservation) -> Answer:
+    async def _post(self, turn: _Turn, caller: Caller, reservation: QuotaReservation) -> InnerAnswer:
         if self._parts.post is None:
             raise RuntimeError("rows run before the app is there")
         request_id = record_id(self.batch.id, turn.number)
@@ -476,7 +459,7 @@ class BatchRun:
             raise InsufficientScopeError("generate", caller.key)
         return replace(caller, background=True)
 
-    def _take(self, turn: _Turn, answer: Answer) -> None:
+    def _take(self, turn: _Turn, answer: InnerAnswer) -> None:
         """Store an answer, or have the row answered again if the server could not answer it."""
         code, message = _error(answer) if answer.status >= 400 else (None, "")
         if code in _WAITS:
@@ -570,7 +553,7 @@ class BatchRunner:
         """Rows that are being answered."""
         return sum(len(run.flying) for run, _ in self._runs.values())
 
-    async def follow(self, post: Post) -> None:
+    async def follow(self, post: InnerPost) -> None:
         """Do what the registry says, whatever fails, until cancelled. post: has routes answer."""
         self._parts.post = post
         while not self._own():
@@ -693,11 +676,11 @@ def _in_turn(batches: Sequence[BatchRecord]) -> list[BatchRecord]:
     return [batch for *_, batch in sorted(placed, key=lambda one: one[:3])]
 
 
-def _refusal(error: ApiError) -> Answer:
-    return Answer(status_of(error)[0], {}, msgspec.json.encode(error_body(error)))
+def _refusal(error: ApiError) -> InnerAnswer:
+    return InnerAnswer(status_of(error)[0], {}, msgspec.json.encode(error_body(error)))
 
 
-def _error(answer: Answer) -> tuple[str | None, str]:
+def _error(answer: InnerAnswer) -> tuple[str | None, str]:
     """Return the code and the message of an answer that is an error."""
     try:
         error = msgspec.json.decode(answer.body)["error"]

@@ -17,7 +17,6 @@ from onebase_edge.errors import ApiError, BodyTooLargeError, error_dict
 from onebase_edge.refusals import ErrorAnswer, refusal
 from onebase_edge.request_id import request_id
 from onebase_engine.logs import REQUEST
-from onebase_server.batches.runner import Answer
 from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload, longest_body
 from onebase_server.http.deps import (
     ARRIVED,
@@ -54,7 +53,7 @@ from onebase_server.http.routes import (
     vllm,
 )
 from onebase_server.tenancy.access import Caller
-from onebase_server.tenancy.quotas import QuotaReservation
+from onebase_server.tenancy.quotas import InnerAnswer, QuotaReservation
 
 _log = logging.getLogger(__name__)
 SLOWLY_REFUSED = frozenset({"queue_full", "too_many_values"})
@@ -133,7 +132,7 @@ class InnerRequests:
 
     async def post(
         self, path: str, body: bytes, request_id: str, caller: Caller, reservation: QuotaReservation
-    ) -> Answer:
+    ) -> InnerAnswer:
         """Return what POST `path` answers. request_id: for its `x-request-id`."""
         scope = {
             "type": "http",
@@ -187,7 +186,7 @@ class InnerRequests:
                 raise
         finally:
             REQUEST.reset(of_request)
-        return Answer(status, told, b"".join(pieces))
+        return InnerAnswer(status, told, b"".join(pieces))
 
 
 class BodyLimit:

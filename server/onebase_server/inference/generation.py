@@ -33,7 +33,7 @@ from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, TokenInf
 from onebase_server.inference.thoughts import Thinking
 from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.inference.tool_call_parser import CallFormat
-from onebase_server.inference.transcript import Ended, Opening, Record, Transcript, line, refused
+from onebase_server.inference.transcript import AnswerEnd, Opening, Record, Transcript, line, refused
 from onebase_server.processes.inflight import Inflight, prompt_tokens
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.telemetry.measurements import RequestTimestamps, TokenUsage
@@ -430,7 +430,7 @@ class GenerationRun(RequestRun):
         self._transcript_number = transcript_number
         self._on_cut = on_cut
         self._records: list[Record] = []
-        self.ended: Ended | None = None if transcript is None else transcript.ended
+        self.ended: AnswerEnd | None = None if transcript is None else transcript.ended
         """Figures of the answer's end, set with the last piece."""
         if transcript is None:
             self._record(opening(request))
@@ -493,7 +493,7 @@ class GenerationRun(RequestRun):
                 if pieces := [piece for one in made for piece in self._feed(one, self._prompt_of[one.id])]:
                     yield pieces
             if self.ended is None:
-                self.ended = Ended(**vars(self.timing), at=int(time.time()))
+                self.ended = AnswerEnd(**vars(self.timing), at=int(time.time()))
                 self._record(self.ended)
 
     async def collect(self) -> list[OutputPiece]:

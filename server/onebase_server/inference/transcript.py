@@ -35,7 +35,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="opening"):
     """`name@digest` of each term."""
 
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
+class AnswerEnd(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
     """Figures of an answer's end, recorded after its last token."""
 
     queue_s: float
@@ -44,7 +44,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
     at: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 
 
-Record = Opening | Ended | list[SequenceOutput]
+Record = Opening | AnswerEnd | list[SequenceOutput]
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(list[Record])
 
@@ -71,7 +71,7 @@ class Transcript:
 
     opening: Opening
     outputs: list[list[SequenceOutput]] = field(default_factory=list)
-    ended: Ended | None = None
+    ended: AnswerEnd | None = None
 
     def check_outputs(
         self, prompts: Sequence[int], n: int, vocabulary: int, logprobs: bool, scores: bool
@@ -132,7 +132,7 @@ def read(data: bytes) -> tuple[dict[int, Transcript], list[int]]:
                 found[number] = Transcript(record)
             elif known is None or known.ended is not None or isinstance(record, Opening):
                 raise refused("has a record where none may be")
-            elif isinstance(record, Ended):
+            elif isinstance(record, AnswerEnd):
                 known.ended = record
             else:
                 known.outputs.append(record)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -31,14 +31,14 @@ from onebase_edge.errors import (
 from onebase_edge.settings import PythonGraders
 from onebase_server.processes.helper import HelperProcess, TookTooMuchError
 from onebase_server.tenancy.access import Caller
-from onebase_server.tenancy.quotas import Limiter, QuotaReservation
+from onebase_server.tenancy.quotas import InnerAnswer, InnerPost, Limiter
 from onebase_training.graders import (
     Grade,
     Graded,
     Grader,
     GraderError,
     GradingError,
-    Judgement,
+    JudgedScore,
     PythonGrader,
     ScoreModel,
     encodable,
@@ -74,25 +74,6 @@ PASSING = (EngineRestartedError, QueueFullError, QuotaSpentError, UnavailableErr
 
 _COMMAND = (sys.executable, "-P", "-m", "onebase_server.jobs.python_grader")
 _WAITS = (429, 503)
-
-
-class JudgeAnswer(Protocol):
-    """Answer of a route. headers: by their names in lower case."""
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-    @property
-    def body(self) -> bytes: ...
-
-
-class Post(Protocol):
-    """Function that has a route answer; see InnerRequests."""
-
-    async def __call__(
-        self, path: str, body: bytes, request_id: str, caller: Caller, reservation: QuotaReservation
-    ) -> Any: ...
 
 
 class PythonProcess:
@@ -282,7 +263,7 @@ class Grading:
         self._python = python
         self._pool = GraderPool(confined=python != "unconfined")
         self._threads = Threads("graders", GRADER_THREADS, each=1)
-        self.post: Post | None = None
+        self.post: InnerPost | None = None
         """Function that has a route answer; set once the app is there."""
 
     def check(self, grader: Grader | str | Mapping[str, Any], param: str) -> Grader:
@@ -321,7 +302,7 @@ class Grading:
         caller: Caller,
         processes: GraderProcesses,
         name: str,
-        waiting: Waiting | None = None,
+        waiting: RoomWait | None = None,
     ) -> Grade:
         """Return a reply's reward.
 
@@ -339,7 +320,7 @@ class Grading:
         async def python(part: PythonGrader, of: Graded) -> float:
             return await run_for(caller.tenant, processes.grade, part, of)
 
-        async def judge(part: ScoreModel, messages: Sequence[tuple[str, str]]) -> Judgement:
+        async def judge(part: ScoreModel, messages: Sequence[tuple[str, str]]) -> JudgedScore:
             return await self._judge(part, messages, caller, name, waiting)
 
         return await grade(grader, graded, judge=judge, python=python, text=text)
@@ -350,8 +331,8 @@ class Grading:
         messages: Sequence[tuple[str, str]],
         caller: Caller,
         name: str,
-        waiting: Waiting | None,
-    ) -> Judgement:
+        waiting: RoomWait | None,
+    ) -> JudgedScore:
         """Ask a judge, as often as it takes until there is room. Raises GradingError, ApiError."""
         body = await self._threads.run_for(caller.tenant, _question_bytes, grader, messages)
         for pause in AGAIN.pauses():
@@ -365,15 +346,13 @@ class Grading:
             await asyncio.sleep(pause)
         raise RuntimeError("pauses have no end")
 
-    async def _ask_once(self, grader: ScoreModel, body: bytes, caller: Caller, name: str) -> Judgement:
+    async def _ask_once(self, grader: ScoreModel, body: bytes, caller: Caller, name: str) -> JudgedScore:
         """Raises GradingError, ApiError; those of PASSING where there is no room now."""
         reservation = self._limiter.enter(caller)
         try:
             if self.post is None:
                 raise RuntimeError("judges are asked before the app is there")
-            answer: JudgeAnswer = await self.post(
-                "/v1/chat/completions", body, f"{name}-judge", caller, reservation
-            )
+            answer = await self.post("/v1/chat/completions", body, f"{name}-judge", caller, reservation)
             if answer.status in _WAITS:
                 reservation.refund_request()
         finally:
@@ -381,7 +360,7 @@ class Grading:
         return _judgement(grader, answer)
 
 
-class Waiting:
+class RoomWait:
     """Time for which one job has waited for room. Says so once, after WAIT_SECONDS, and again after room."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -435,7 +414,7 @@ def _question(grader: ScoreModel, messages: Sequence[tuple[str, str]]) -> dict[s
     return body
 
 
-def _judgement(grader: ScoreModel, answer: JudgeAnswer) -> Judgement:
+def _judgement(grader: ScoreModel, answer: InnerAnswer) -> JudgedScore:
     """Return what a judge said. Raises GradingError; ApiError: it would be refused each time, or for now."""
     try:
         told = json.loads(answer.body)
@@ -448,10 +427,10 @@ def _judgement(grader: ScoreModel, answer: JudgeAnswer) -> Judgement:
         reward = number_of(json.loads(told["choices"][0]["message"]["content"])["result"])
     except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise GradingError("model_grader_parse_error", "the judge gave no number") from error
-    return Judgement(reward, tokens, grader.model)
+    return JudgedScore(reward, tokens, grader.model)
 
 
-def _refusal(grader: ScoreModel, answer: JudgeAnswer, told: Any) -> Exception:
+def _refusal(grader: ScoreModel, answer: InnerAnswer, told: Any) -> Exception:
     """Return the error that an answer of a status from 400 on is."""
     error = told.get("error") if isinstance(told, dict) else None
     error = error if isinstance(error, dict) else {}

@@ -60,7 +60,7 @@ from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
-    Drawn,
+    DrawnReplies,
     Failed,
     FilesChecked,
     NotDrawn,
@@ -73,7 +73,7 @@ from onebase_server.processes.trainer_protocol import (
 from onebase_server.telemetry.traces import Tracing, failed
 from onebase_server.tenancy.usage import TenantUsageRecorder
 from onebase_training.events import Event, Notice, Reason, StepDone
-from onebase_training.rollouts import Rollout
+from onebase_training.rollouts import RolloutOrder
 
 RunKind = Literal["check", "train"]
 
@@ -459,7 +459,7 @@ class JobRun:
             self._released.set()  # what is left to write must not keep an engine waiting
             await self._record.close()
 
-    async def _draw(self, rollout: Rollout) -> Drawn | NotDrawn:
+    async def _draw(self, rollout: RolloutOrder) -> DrawnReplies | NotDrawn:
         """Return a rollout's replies with their rewards, on behalf of the job's key."""
         if self._pool.sampler is None:
             return NotDrawn("no_samples", "This server samples nothing for jobs.")

@@ -35,15 +35,15 @@ from onebase_server.inference.generation import (
 )
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.tokenization import BaseTokenizer
-from onebase_server.jobs.grading import AGAIN, MOST_JUDGED, PASSING, GraderProcesses, Grading, Waiting
+from onebase_server.jobs.grading import AGAIN, MOST_JUDGED, PASSING, GraderProcesses, Grading, RoomWait
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.processes.trainer_protocol import Drawn, NotDrawn
+from onebase_server.processes.trainer_protocol import DrawnReplies, NotDrawn
 from onebase_server.requests.planner import Planner
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 from onebase_training import rollouts
 from onebase_training.graders import Graded, Grader, encodable, floor_of
-from onebase_training.rollouts import LiveWeights, Reply, Rollout, item_of
+from onebase_training.rollouts import LiveWeights, RewardedReply, RolloutOrder, item_of
 
 MOST_GROUPS = 16
 """Largest number of prompts of one job whose replies the engine has at once."""
@@ -61,7 +61,7 @@ class _Run:
     """Graders' processes and newest weights of one job."""
 
     processes: GraderProcesses
-    waiting: Waiting
+    waiting: RoomWait
     weights: LiveWeights | None = None
     judged: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_JUDGED))
 
@@ -99,7 +99,9 @@ class JobSampler:
         self._recorder = recorder
         self._runs: dict[str, _Run] = {}
 
-    async def draw(self, job: TrainingJob, rollout: Rollout, say: Callable[[str], None]) -> Drawn | NotDrawn:
+    async def draw(
+        self, job: TrainingJob, rollout: RolloutOrder, say: Callable[[str], None]
+    ) -> DrawnReplies | NotDrawn:
         """Return the replies to a rollout's prompts with their rewards, or why there are none.
 
         Args:
@@ -107,7 +109,7 @@ class JobSampler:
         """
         run = self._runs.get(job.id)
         if run is None:
-            run = self._runs[job.id] = _Run(self._grading.processes(job.tenant), Waiting(say))
+            run = self._runs[job.id] = _Run(self._grading.processes(job.tenant), RoomWait(say))
         try:
             caller = await self._caller(job)
             grader = self._grading.check(str(job.settings["grader"]), "grader")
@@ -118,7 +120,7 @@ class JobSampler:
                 self._group(job, run, grader, caller, choice, rollout, prompt, limit)
                 for prompt in rollout.prompts
             )
-            return Drawn(await _together(groups))
+            return DrawnReplies(await _together(groups))
         except ApiError as error:
             _log.warning("job %s gets no samples: %s", job.id, error.message)
             hint = _QUOTA_HINT if isinstance(error, QuotaExceededError) else ""
@@ -160,16 +162,16 @@ class JobSampler:
         grader: Grader,
         caller: Caller,
         choice: AdapterChoice,
-        rollout: Rollout,
-        prompt: rollouts.Prompt,
+        rollout: RolloutOrder,
+        prompt: rollouts.RolloutPrompt,
         limit: asyncio.Semaphore,
-    ) -> list[Reply]:
+    ) -> list[RewardedReply]:
         """Return the replies to one prompt. Raises ApiError."""
         try:
             async with limit:
                 choices = await self._sampled(caller, run, choice, rollout, prompt)
         except (ContextLengthError, SequenceFailedError) as error:  # the other prompts are as good as before
-            failed = Reply(
+            failed = RewardedReply(
                 tokens=[],
                 logprobs=[],
                 text="",
@@ -179,14 +181,14 @@ class JobSampler:
             return [failed] * rollout.n
         item = item_of(prompt.item)
 
-        async def graded(piece: OutputPiece) -> Reply:
+        async def graded(piece: OutputPiece) -> RewardedReply:
             async with run.judged:
                 found = await self._grading.grade(
                     grader, Graded(piece.text, item), caller, run.processes, job.id, run.waiting
                 )
                 run.waiting.admitted()
             logprobs = [0.0 if one.logprob is None else one.logprob for one in piece.tokens]
-            return Reply(
+            return RewardedReply(
                 tokens=piece.ids,
                 logprobs=logprobs,
                 text=piece.text,
@@ -198,7 +200,12 @@ class JobSampler:
         return await _together(map(graded, choices))
 
     async def _sampled(
-        self, caller: Caller, run: _Run, choice: AdapterChoice, rollout: Rollout, prompt: rollouts.Prompt
+        self,
+        caller: Caller,
+        run: _Run,
+        choice: AdapterChoice,
+        rollout: RolloutOrder,
+        prompt: rollouts.RolloutPrompt,
     ) -> list[OutputPiece]:
         """Return the choices of one prompt, once the engine and the quotas have room. Raises ApiError."""
         longest = await self._longest(run)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from onebase_edge.errors import BodyTooLargeError, InvalidRequestError
-from onebase_training.live_operations import Computed, Datum, ForwardBackward, Tensor
+from onebase_training.live_operations import Computed, Datum, DenseArray, ForwardBackward
 
 MEDIA_TYPE = "application/x-protobuf"
 MISSING_LOGPROB = -99999.0
@@ -147,7 +147,7 @@ def _datum(wire: Any, index: int, message: Any, room: _Room) -> Datum:
     return Datum(tokens=b"".join(tokens), inputs=inputs)
 
 
-def _tensor(wire: Any, place: str, message: Any, room: _Room) -> Tensor:
+def _tensor(wire: Any, place: str, message: Any, room: _Room) -> DenseArray:
     kinds: dict[int, Literal["float32", "int64"]] = {wire.DTYPE_FLOAT32: "float32", wire.DTYPE_INT64: "int64"}
     kind, shape = kinds.get(message.dtype), tuple(message.shape)
     if kind is None:
@@ -167,13 +167,13 @@ def _tensor(wire: Any, place: str, message: Any, room: _Room) -> Tensor:
         data = bytearray(shape[0] * shape[1] * width)
         for number, cell in enumerate(cells):
             data[cell * width : (cell + 1) * width] = csr.values[number * width : (number + 1) * width]
-        return Tensor(dtype=kind, shape=shape, data=bytes(data))
+        return DenseArray(dtype=kind, shape=shape, data=bytes(data))
     count = len(message.dense) // _WIDTH[kind]
     shape = shape or (count,)
     fits = min(shape) >= 0 and math.prod(shape) * _WIDTH[kind] == len(message.dense)
     if not fits or (not count and any(shape)):
         raise RefusedOperationError(f"{place}: its shape {list(shape)} does not fit its {count} values.")
-    return Tensor(dtype=kind, shape=shape, data=message.dense)
+    return DenseArray(dtype=kind, shape=shape, data=message.dense)
 
 
 def dense_cells(place: str, shape: Sequence[int], crow: Sequence[int], columns: Sequence[int]) -> list[int]:
@@ -218,11 +218,11 @@ def write_pass(computed: Computed) -> bytes:
     return encoded
 
 
-def _form(output: Mapping[str, Tensor]) -> list[tuple[str, str, tuple[int, ...]]]:
+def _form(output: Mapping[str, DenseArray]) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(name, tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in output.items()]
 
 
-class Sampled(msgspec.Struct, frozen=True):
+class SampledSequence(msgspec.Struct, frozen=True):
     """One sampled sequence. top: the most likely tokens at each place, if they were asked for."""
 
     tokens: list[int]
@@ -235,7 +235,7 @@ class SampleResult(msgspec.Struct, frozen=True):
     """Result of a sample. prompt_logprobs: one for each of the prompt's tokens, None where there is none;
     targets: those of named tokens, as a tensor of the form that was asked for."""
 
-    sequences: list[Sampled]
+    sequences: list[SampledSequence]
     cached: int = 0
     prompt_logprobs: list[float | None] | None = None
     prompt_top: list[list[tuple[int, float]]] | None = None

@@ -31,7 +31,13 @@ from onebase_server.adapters.residency import Residency
 from onebase_server.inference.generation import GenerationRequest, GenerationRun, Prompt, UsageRecorder
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.tokenization import BaseTokenizer
-from onebase_server.live.codec import RefusedOperationError, Sampled, SampleResult, dense_cells, write_sample
+from onebase_server.live.codec import (
+    RefusedOperationError,
+    SampledSequence,
+    SampleResult,
+    dense_cells,
+    write_sample,
+)
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.requests.planner import Planner, check_prompts
 from onebase_server.requests.request_log import RequestEntry, RequestLog
@@ -64,7 +70,7 @@ Wanted = dict[int, list[int]]
 _log = logging.getLogger(__name__)
 
 
-class Targets(msgspec.Struct, frozen=True):
+class PlaceTargets(msgspec.Struct, frozen=True):
     """Tokens whose log-probabilities are wanted at each place of a prompt after its first, [places, K].
 
     tokens: their ids, -1 where none is wanted: all, or those at `columns` of the rows that `crow` delimits.
@@ -119,7 +125,7 @@ class SampleOrder(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     prompt_top: int = 0
     last_n: int | None = None
-    targets: Targets | None = None
+    targets: PlaceTargets | None = None
 
     @property
     def scores_prompt(self) -> bool:
@@ -517,7 +523,7 @@ def _check_last(order: SampleOrder) -> None:
         )
 
 
-def _named(targets: Targets, length: int, vocabulary: int) -> Wanted:
+def _named(targets: PlaceTargets, length: int, vocabulary: int) -> Wanted:
     """Return the named tokens of a prompt of that length, by place. Raises InvalidRequestError."""
     if targets.shape[0] != length - 1:
         raise _bad_targets(f"has {targets.shape[0]} rows, and the prompt {length - 1} tokens to score")
@@ -537,7 +543,7 @@ def _result(
     order: SampleOrder, choices: Sequence[OutputPiece], scores: Sequence[ScoredToken], cached: int
 ) -> SampleResult:
     sequences = [
-        Sampled(
+        SampledSequence(
             tokens=choice.ids,
             logprobs=[0.0 if info.logprob is None else info.logprob for info in choice.tokens],
             stopped=choice.finish_reason == "stop",
@@ -564,7 +570,7 @@ def _result(
     )
 
 
-def _targets(targets: Targets, scores: Sequence[ScoredToken]) -> Mapping[str, Any]:
+def _targets(targets: PlaceTargets, scores: Sequence[ScoredToken]) -> Mapping[str, Any]:
     """Return the log-probabilities of named tokens, in the order and the form of their ids."""
     values, width = [], targets.shape[1]
     left = {place: iter(score.named) for place, score in enumerate(scores)}

@@ -48,7 +48,7 @@ from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.usage import TenantUsageRecorder
 from onebase_training.live_operations import (
     CHECKPOINT_NAME,
-    Checkpoint,
+    CheckpointFolder,
     Computed,
     Kind,
     Loaded,
@@ -57,9 +57,9 @@ from onebase_training.live_operations import (
     Refused,
     Result,
     Save,
-    Saved,
-    Start,
+    StartingWeights,
     Stepped,
+    WeightsSaved,
 )
 from onebase_training.live_store import (
     MOST_MODELS,
@@ -70,7 +70,7 @@ from onebase_training.live_store import (
     OtherBaseError,
     SequenceConflictError,
     UnknownCheckpointError,
-    UnknownModelError,
+    UnknownLiveModelError,
 )
 
 LIVE = "live"
@@ -126,7 +126,7 @@ class Place:
         return self.kind == "sampler" and _OF_STEP.fullmatch(self.name) is not None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Place:
+    def of(cls, checkpoint: CheckpointFolder) -> Place:
         return cls(checkpoint.model, checkpoint.kind, checkpoint.name)
 
     @classmethod
@@ -273,7 +273,7 @@ class LiveTraining:
         seed: int | None,
         train: Mapping[str, bool],
         metadata: Mapping[str, Any] | None,
-        start: Start | None = None,
+        start: StartingWeights | None = None,
     ) -> str:
         """Create a run of a session, which the trainer then makes. Return its id. Raises
         InvalidRequestError."""
@@ -347,14 +347,14 @@ class LiveTraining:
             seed=parent.seed,
             train={name: getattr(found, name) for name in ("train_mlp", "train_attn", "train_unembed")},
             metadata=metadata,
-            start=Start(folder=found.folder, optimizer=optimizer),
+            start=StartingWeights(folder=found.folder, optimizer=optimizer),
         )
 
     async def run(self, caller: Caller, run: str, param: str = "model_id") -> ModelSpec:
         """Return a run of the caller's tenant."""
         try:
             spec = await self._disk(self._store().spec, run)
-        except UnknownModelError as error:
+        except UnknownLiveModelError as error:
             raise LiveNotFoundError("run", run, param) from error
         if spec.owner != caller.tenant:
             raise LiveNotFoundError("run", run, param)
@@ -373,7 +373,7 @@ class LiveTraining:
         await self._disk(self._check_waiting, caller.tenant, run, number, operation)
         try:
             await self._on_disk(self._training().submit(run, number, operation))
-        except UnknownModelError as error:
+        except UnknownLiveModelError as error:
             raise LiveNotFoundError("run", run, "model_id") from error
         except SequenceConflictError as error:
             raise InvalidRequestError(
@@ -456,7 +456,7 @@ class LiveTraining:
         """Return the base's runs that have a folder, oldest first. Blocks."""
         store, known, found = self._store(), self._specs, {}
         for name in os.listdir(store.root) if store.root.is_dir() else ():
-            with suppress(UnknownModelError):
+            with suppress(UnknownLiveModelError):
                 found[name] = known.get(name) or store.spec(name)
         self._specs = found
         own = [spec for spec in found.values() if spec.base_id == store.base_id]
@@ -524,7 +524,7 @@ class LiveTraining:
         like = [one.bytes for one in kept if one.model == run][-1:]
         await self._check_room(caller, sum(one.bytes for one in kept) + sum(like))
 
-    def _named(self, tenant: str) -> list[Checkpoint]:
+    def _named(self, tenant: str) -> list[CheckpointFolder]:
         """Return a tenant's named checkpoints. Blocks."""
         store = self._store()
         found = [one for spec in self._runs() if spec.owner == tenant for one in store.checkpoints(spec.id)]
@@ -532,20 +532,20 @@ class LiveTraining:
 
     # ---- checkpoints -------------------------------------------------------------------------
 
-    async def checkpoint(self, caller: Caller, path: str, param: str) -> Checkpoint:
+    async def checkpoint(self, caller: Caller, path: str, param: str) -> CheckpointFolder:
         """Return a checkpoint by its path. Raises InvalidRequestError."""
         place = Place.read(path, param)
         try:
             spec = await self._disk(self._store().spec, place.run)
             found = await self._disk(self._store().checkpoint, place.run, place.kind, place.name)
-        except (UnknownModelError, UnknownCheckpointError) as error:
+        except (UnknownLiveModelError, UnknownCheckpointError) as error:
             raise LiveNotFoundError("checkpoint", path, param) from error
         if spec.owner != caller.tenant or _has_expired(found):
             raise LiveNotFoundError("checkpoint", path, param)
         _check_base(self._store(), found, param)
         return found
 
-    async def checkpoints(self, run: str) -> list[Checkpoint]:
+    async def checkpoints(self, run: str) -> list[CheckpointFolder]:
         """Return the named checkpoints of a run, oldest first."""
         found = await self._disk(self._store().checkpoints, run)
         return [one for one in found if not Place.of(one).is_of_step and not _has_expired(one)]
@@ -564,7 +564,7 @@ class LiveTraining:
         self._looked.pop(found.model, None)
         await self._note("checkpoint.changed", caller.tenant, path, {"ttl_seconds": ttl})
 
-    async def _delete(self, checkpoint: Checkpoint) -> None:
+    async def _delete(self, checkpoint: CheckpointFolder) -> None:
         self._looked.pop(checkpoint.model, None)
         self._residency.forget(self._files.drop_live(Path(checkpoint.folder)))
         for times in (self._sampled, self._prove_after):
@@ -625,11 +625,11 @@ class LiveTraining:
         found = None if sampler.path is None else await self._weights(sampler.path)
         return None if found is None else found.packed
 
-    async def _weights(self, path: str) -> Checkpoint | None:
+    async def _weights(self, path: str) -> CheckpointFolder | None:
         place = Place.read(path, "sampling_session_id")
         try:
             return await self._disk(self._store().checkpoint, place.run, place.kind, place.name)
-        except (UnknownModelError, UnknownCheckpointError):
+        except (UnknownLiveModelError, UnknownCheckpointError):
             return None
 
     # ---- named checkpoints become versions ---------------------------------------------------
@@ -641,10 +641,10 @@ class LiveTraining:
             is_live = await self._disk(trainer.store.is_live, run)
             if not is_live or await trainer.expired(run, number):
                 return
-        if isinstance(result, Saved):
+        if isinstance(result, WeightsSaved):
             await self._prove(tenant, result.checkpoint)
 
-    async def _prove(self, tenant: str, checkpoint: Checkpoint) -> None:
+    async def _prove(self, tenant: str, checkpoint: CheckpointFolder) -> None:
         """Register a checkpoint as a version, which is proved then, and mark it with that."""
         path = Place.of(checkpoint).path
         if path in self._proving or self._prove_after.get(path, 0.0) > time.monotonic():
@@ -663,7 +663,7 @@ class LiveTraining:
         with suppress(OSError):  # it was deleted meanwhile
             await self._disk(_write, Path(checkpoint.folder) / _PROVED, msgspec.json.encode(mark))
 
-    async def _added(self, tenant: str, checkpoint: Checkpoint) -> str:
+    async def _added(self, tenant: str, checkpoint: CheckpointFolder) -> str:
         """Return the digest of the version that a checkpoint is. Raises ApiError, StoreError, OSError."""
         place = Place.of(checkpoint)
         with storage_errors():
@@ -673,7 +673,7 @@ class LiveTraining:
         source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
         try:
             spec = await self._disk(self._store().spec, checkpoint.model)
-        except UnknownModelError as error:
+        except UnknownLiveModelError as error:
             raise FileNotFoundError(f"the run {place.run} was deleted") from error
         with acting(Origin(spec.key, actor="live training")):
             version = await self._library.add(
@@ -681,7 +681,7 @@ class LiveTraining:
             )
         return version.digest
 
-    async def proved_as(self, tenant: str, checkpoint: Checkpoint) -> tuple[str, str] | None:
+    async def proved_as(self, tenant: str, checkpoint: CheckpointFolder) -> tuple[str, str] | None:
         """Return the adapter and the version that a checkpoint is, or is to be, proved as."""
         mark = await self._disk(_read_mark, Path(checkpoint.folder))
         name = adapter_name(checkpoint.model)
@@ -733,7 +733,7 @@ class LiveTraining:
 
     async def _tidy_checkpoints(
         self, spec: ModelSpec, is_open: bool, in_use: Collection[str], now: float
-    ) -> list[Checkpoint]:
+    ) -> list[CheckpointFolder]:
         """Delete a run's checkpoints whose time is over and its steps' weights that nobody samples from,
         prove the others, and return them."""
         found = await self._disk(self._store().checkpoints, spec.id)
@@ -836,7 +836,7 @@ def adapter_name(run: str) -> str:
     return f"run-{session[:8]}-{number}"
 
 
-def sampler_of(checkpoint: Checkpoint, session: str) -> str | None:
+def sampler_of(checkpoint: CheckpointFolder, session: str) -> str | None:
     """Return the id of the sampling session that a step's weights are for; None for a named checkpoint."""
     found = _OF_STEP.fullmatch(checkpoint.name) if checkpoint.kind == "sampler" else None
     return None if found is None else f"{session}:sample:{found[1]}"
@@ -854,7 +854,7 @@ def answer_of(spec: ModelSpec, number: int, result: Result) -> Mapping[str, Any]
         return {"metrics": result.metrics}
     if isinstance(result, Loaded):
         return {"path": Place.of(result.checkpoint).path, "model_id": spec.id, "type": "load_weights"}
-    if not isinstance(result, Saved):
+    if not isinstance(result, WeightsSaved):
         raise TypeError(f"{type(result).__name__} is not sent as JSON")
     saved = result.checkpoint
     if saved.kind == "weights":
@@ -864,7 +864,7 @@ def answer_of(spec: ModelSpec, number: int, result: Result) -> Mapping[str, Any]
     return where | {"type": "save_weights_for_sampler"}
 
 
-def _check_base(store: LiveStore, found: ModelSpec | Checkpoint, param: str) -> None:
+def _check_base(store: LiveStore, found: ModelSpec | CheckpointFolder, param: str) -> None:
     """Raise InvalidRequestError for a run or a checkpoint of another base."""
     try:
         store.check_base(found)
@@ -889,5 +889,5 @@ def _read_mark(folder: Path) -> _Mark | None:
         return None
 
 
-def _has_expired(checkpoint: Checkpoint) -> bool:
+def _has_expired(checkpoint: CheckpointFolder) -> bool:
     return checkpoint.expires is not None and checkpoint.expires <= time.time()

@@ -32,7 +32,7 @@ from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
     Active,
     Check,
-    Drawn,
+    DrawnReplies,
     EndAfter,
     Failed,
     FileProblem,
@@ -57,7 +57,7 @@ from onebase_training.events import Interrupted, Reason
 from onebase_training.loop import TrainingDivergedError
 from onebase_training.parent import ActiveVersion, Parent
 from onebase_training.recipe import RecipeError, parse_recipe
-from onebase_training.rollouts import Reply, Rollout, RolloutError
+from onebase_training.rollouts import RewardedReply, RolloutError, RolloutOrder
 from onebase_training.run import DoesNotFitError, TrainingRequest, prepare, train
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Work:
         self._reason: Reason | None = None
         self._last_step: int | None = None
         self._active: Active | None = None
-        self._drawn: Drawn | NotDrawn | None = None
+        self._drawn: DrawnReplies | NotDrawn | None = None
 
     def do(self) -> int:
         message = self._channel.receive()
@@ -202,7 +202,7 @@ class Work:
             self._last_step = message.step
         elif isinstance(message, Active):
             self._active = message
-        elif isinstance(message, Drawn | NotDrawn):
+        elif isinstance(message, DrawnReplies | NotDrawn):
             self._drawn = message
 
     def _newest_last_step(self) -> int | None:
@@ -220,7 +220,7 @@ class Work:
             return None
         return ActiveVersion(active.label, active.digest, _parent(active.files), active.problem)
 
-    def draw(self, rollout: Rollout) -> list[list[Reply]]:
+    def draw(self, rollout: RolloutOrder) -> list[list[RewardedReply]]:
         """Have the server sample replies and grade them. Raises RolloutError, Interrupted."""
         self._drawn = None
         self._channel.send(rollout)

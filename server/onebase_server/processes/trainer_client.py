@@ -15,7 +15,7 @@ from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
-    Drawn,
+    DrawnReplies,
     EndAfter,
     Failed,
     FilesChecked,
@@ -30,7 +30,7 @@ from onebase_server.processes.trainer_protocol import (
     from_trainer_decoder,
 )
 from onebase_training.events import Event, Reason
-from onebase_training.rollouts import Rollout
+from onebase_training.rollouts import RolloutOrder
 
 TRAINER_COMMAND = (sys.executable, "-m", "onebase_server.processes", "trainer")
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
@@ -58,7 +58,7 @@ async def _none_active() -> Active:
     return Active()
 
 
-async def _no_samples(rollout: Rollout) -> Drawn | NotDrawn:
+async def _no_samples(rollout: RolloutOrder) -> DrawnReplies | NotDrawn:
     """Return that nothing samples: there is no engine."""
     return NotDrawn("no_samples", "This server samples nothing for jobs.")
 
@@ -79,7 +79,7 @@ class TrainerClient:
         fds: Mapping[str, int],
         on_event: Callable[[Event], None],
         find_active: Callable[[], Awaitable[Active]] = _none_active,
-        draw: Callable[[Rollout], Awaitable[Drawn | NotDrawn]] = _no_samples,
+        draw: Callable[[RolloutOrder], Awaitable[DrawnReplies | NotDrawn]] = _no_samples,
     ) -> TrainerClient:
         """Start a trainer; `command` gets `--fd N` and an option for each of `fds` appended.
 
@@ -95,9 +95,9 @@ class TrainerClient:
                 on_event(message.event)
             elif isinstance(message, FindActive):
                 client._answering = asyncio.get_running_loop().create_task(client._answer(find_active))
-            elif isinstance(message, Rollout):
+            elif isinstance(message, RolloutOrder):
                 client._answering = asyncio.get_running_loop().create_task(client._draw(draw, message))
-            return isinstance(message, RunEvent | FindActive | Rollout)
+            return isinstance(message, RunEvent | FindActive | RolloutOrder)
 
         environment = ENVIRONMENT | behind_serving()
         process = await AskedProcess.spawn(
@@ -129,7 +129,9 @@ class TrainerClient:
             active = Active(label="The active version", digest=UNKNOWN, problem=problem)
         self._process.notify(active)
 
-    async def _draw(self, draw: Callable[[Rollout], Awaitable[Drawn | NotDrawn]], rollout: Rollout) -> None:
+    async def _draw(
+        self, draw: Callable[[RolloutOrder], Awaitable[DrawnReplies | NotDrawn]], rollout: RolloutOrder
+    ) -> None:
         """Send the trainer its replies. It waits for them, whatever fails here."""
         try:
             frame = encode(await draw(rollout))
@@ -153,6 +155,6 @@ class TrainerClient:
         finally:
             if self._answering is not None:
                 self._answering.cancel()
-        if answer is None or isinstance(answer, RunEvent | FindActive | Rollout):
+        if answer is None or isinstance(answer, RunEvent | FindActive | RolloutOrder):
             return Died(how)
         return answer

@@ -3,7 +3,7 @@
 `Check` → `RunEvent`… → `FilesChecked`, `Stopped` or `Failed`;
 `Train` → `RunEvent`…, `FindActive`, `RunEvent`… → `Trained`, `Stopped` or `Failed`.
 One process does one of them and ends; `Stop` may come at any time, `EndAfter` while it trains. `Active`
-answers `FindActive`, and `Drawn` or `NotDrawn` a `Rollout` of a run that learns from rewards.
+answers `FindActive`, and `DrawnReplies` or `NotDrawn` a `RolloutOrder` of a run that learns from rewards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 from onebase_engine.engine.messages import EngineConfig
 from onebase_training.events import AnyEvent, Reason
-from onebase_training.rollouts import Reply, Rollout
+from onebase_training.rollouts import RewardedReply, RolloutOrder
 
 MAX_PROBLEMS = 10_000
 """Largest number of bad lines that are listed; all of them are counted."""
@@ -101,10 +101,10 @@ class Active(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     problem: str = ""
 
 
-class Drawn(msgspec.Struct, frozen=True, tag=True):
+class DrawnReplies(msgspec.Struct, frozen=True, tag=True):
     """The replies to each prompt of a rollout, with their rewards."""
 
-    groups: list[list[Reply]]
+    groups: list[list[RewardedReply]]
 
 
 class NotDrawn(msgspec.Struct, frozen=True, tag=True):
@@ -115,7 +115,7 @@ class NotDrawn(msgspec.Struct, frozen=True, tag=True):
     param: str | None = None
 
 
-ToTrainer = Check | Train | Stop | EndAfter | Active | Drawn | NotDrawn
+ToTrainer = Check | Train | Stop | EndAfter | Active | DrawnReplies | NotDrawn
 
 
 # ---- trainer -> api --------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     problem_count: int = 0
 
 
-FromTrainer = RunEvent | FindActive | Rollout | FilesChecked | Trained | Stopped | Failed
+FromTrainer = RunEvent | FindActive | RolloutOrder | FilesChecked | Trained | Stopped | Failed
 
 
 def to_trainer_decoder() -> msgspec.msgpack.Decoder[ToTrainer]:

@@ -68,7 +68,7 @@ class Begun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="
     body: msgspec.Raw = msgspec.Raw(b"")
 
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="ended"):
+class RequestEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="ended"):
     """Line of a request that has ended."""
 
     id: str
@@ -87,7 +87,7 @@ class Dropped(msgspec.Struct, frozen=True, kw_only=True, tag="dropped"):
     lines: int
 
 
-_Line = Begun | Ended | Dropped
+_Line = Begun | RequestEnd | Dropped
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(_Line).decode
 
@@ -205,7 +205,7 @@ class RequestEntry:
         body = {} if self.body is None else {"body": msgspec.Raw(_one_body(*self.body))}
         return Begun(request=logged, boot=log.boot, tokens=tokens, **body)
 
-    def end_line(self, key: bytes, mode: LogMode) -> Ended:
+    def end_line(self, key: bytes, mode: LogMode) -> RequestEnd:
         finished = self.finished or Counter()
         state = next((_ENDED[one] for one in ("error", "abort") if finished[one]), "done")
         answers = []
@@ -222,7 +222,7 @@ class RequestEntry:
                 )
             )
         user = self.request.user
-        return Ended(
+        return RequestEnd(
             id=self.request.id,
             user=None if user is None else user_hash(key, user),
             completion_tokens=self._tokens,
@@ -519,10 +519,10 @@ class RequestLog:
 
     def _requests(
         self, tenant: str, since: float | None, containing: bytes = b""
-    ) -> Iterator[tuple[Begun, Ended | None]]:
+    ) -> Iterator[tuple[Begun, RequestEnd | None]]:
         """Yield the first and the last line of each request, the last that began first. containing: of lines
         without it none is yielded."""
-        ends: dict[str, Ended] = {}
+        ends: dict[str, RequestEnd] = {}
         for segment in sorted(self._place(tenant).glob("*.jsonl"), reverse=True):
             try:
                 if since is not None and segment.stat().st_mtime < since:
@@ -537,12 +537,12 @@ class RequestLog:
                     line = _decode(data)
                 except (msgspec.DecodeError, UnicodeDecodeError):
                     continue  # a line that a crash of the machine has cut
-                if isinstance(line, Ended):
+                if isinstance(line, RequestEnd):
                     ends[line.id] = line
                 elif isinstance(line, Begun):
                     yield line, ends.pop(line.request.id, None)
 
-    def _told(self, line: Begun, end: Ended | None, *, with_text: bool) -> LoggedRequest:
+    def _told(self, line: Begun, end: RequestEnd | None, *, with_text: bool) -> LoggedRequest:
         request = line.request
         if with_text and line.body:
             request = msgspec.structs.replace(request, body=line.body)

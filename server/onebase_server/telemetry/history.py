@@ -13,7 +13,7 @@ from onebase_edge.background import Threads
 from onebase_engine.engine.messages import Stats
 from onebase_protocol.serving import LoadPoint, MachineLoad
 from onebase_server.telemetry.histogram import quantile
-from onebase_server.telemetry.machine import Machine, MachineReading
+from onebase_server.telemetry.machine import MachineReader, MachineReading
 from onebase_server.telemetry.measurements import FIRST_TOKEN_SECONDS, RequestMeasurements
 
 SECONDS = 60.0
@@ -55,7 +55,7 @@ class LoadRecorder:
         answers: Counter[tuple[str, int]],
         total: Callable[[str], int],
         stats: Callable[[], Stats | None],
-        machine: Machine,
+        machine: MachineReader,
     ) -> None:
         """total: returns one of the engine's totals over its restarts, by its name. stats: the engine's."""
         self._measured = measured

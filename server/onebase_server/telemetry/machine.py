@@ -100,7 +100,7 @@ class Gpu:
 
 
 @dataclass
-class Machine:
+class MachineReader:
     """Reader of the machine, for any one thread at a time. wants_gpu: whether the base may be on a GPU."""
 
     wants_gpu: bool = True

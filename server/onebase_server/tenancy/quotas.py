@@ -17,9 +17,9 @@ import heapq
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 from weakref import WeakValueDictionary
 
 from onebase_adapters.registry import Quotas, QuotaUse
@@ -466,6 +466,24 @@ class QuotaReservation:
             error = QuotaSpentError(said, of, retry_after=wait)
         error.headers = {**error.headers, **self.headers()}
         return error
+
+
+@dataclass(frozen=True)
+class InnerAnswer:
+    """Answer of a route to a request without a connection. headers: by their names in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class InnerPost(Protocol):
+    """Function that has a route answer a request without a connection, whose caller is known and whose quota
+    is reserved already."""
+
+    async def __call__(
+        self, path: str, body: bytes, request_id: str, caller: Caller, reservation: QuotaReservation
+    ) -> InnerAnswer: ...
 
 
 def duration(seconds: float) -> str:

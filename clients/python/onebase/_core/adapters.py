@@ -32,7 +32,7 @@ from ..adapter_types import (
 from ..errors import AdapterRejectedError, InvalidResponseError, UnprocessableError
 from ..types import AdapterWeight
 from .config import UNSET, Unset
-from .requests import Body, Call, Form, encode
+from .requests import Body, Call, UploadForm, encode
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -282,7 +282,7 @@ def upload(
     """
     flags = _flags(activate=activate, allow_noop=allow_noop, any_base=any_base)
     own = {"defaults": encode(dict(defaults)).decode()} if defaults else {}
-    form = Form(
+    form = UploadForm(
         {"name": name} | own | dict.fromkeys(flags, "true"),
         "files",
         folder.files,

@@ -27,7 +27,7 @@ _ON_THE_WIRE: Final = {
 
 
 @dataclass(frozen=True)
-class Form:
+class UploadForm:
     """A form with files. They are read from disk while it is sent, and opened again for each attempt."""
 
     fields: Mapping[str, str]
@@ -43,7 +43,7 @@ class Call:
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
-    body: bytes | Form | None = None
+    body: bytes | UploadForm | None = None
     """JSON, or a form with files."""
     idempotent: bool = False
     """Whether doing it twice has the effect of doing it once. Every GET is so without this flag."""

@@ -26,7 +26,7 @@ from ..training_types import (
     TrainingSettings,
 )
 from ..types import Model
-from .requests import Body, Call, Form, encode
+from .requests import Body, Call, UploadForm, encode
 
 FILES: Final = "/v1/files"
 JOBS: Final = "/v1/fine_tuning/jobs"
@@ -92,7 +92,7 @@ def upload(path: Path, purpose: Purpose, progress: ProgressCallback | None) -> C
         if progress is not None:
             progress(Progress("uploading", done / total, done, total, path.name))
 
-    return Call("POST", FILES, Form({"purpose": purpose}, "file", (path,), sent))
+    return Call("POST", FILES, UploadForm({"purpose": purpose}, "file", (path,), sent))
 
 
 def list_files(purpose: str | None, after: str | None, limit: int) -> Call:

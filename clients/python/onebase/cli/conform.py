@@ -104,7 +104,7 @@ def run(command: str, argv: list[str]) -> int:
     if (args.url is None) == (args.write is None):
         made.error("give the URL of a server, or --write FOLDER")
     try:
-        from .conform_adapters import Adapters, Base, BaseError
+        from .conform_adapters import Adapters, Base, UnreadableBaseError
     except ModuleNotFoundError as error:
         if error.name != "numpy":
             raise
@@ -116,7 +116,7 @@ def run(command: str, argv: list[str]) -> int:
         if args.write is not None:
             return _write(base, adapters, args.write)
         return _conform(base, adapters, args)
-    except BaseError as error:
+    except UnreadableBaseError as error:
         made.error(f"--base: {error}")
 
 
@@ -161,13 +161,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _write(base: Base, adapters: Adapters, folder: Path) -> int:
-    from .conform_adapters import GGUF_FILE, BaseError, write_gguf
+    from .conform_adapters import GGUF_FILE, UnreadableBaseError, write_gguf
 
     folder.mkdir(parents=True, exist_ok=True)
     options = []
     for crafted in Specimens.of(adapters).all():
         target = crafted.write(folder)
-        with suppress(BaseError, KeyError):
+        with suppress(UnreadableBaseError, KeyError):
             write_gguf(crafted, base, target / GGUF_FILE)
             options.append(f"--lora {target / GGUF_FILE}")
     show(" ".join(["llama-server --lora-init-without-apply", *options]) + "\n")
@@ -180,7 +180,7 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
         BrokenError,
         DeniedError,
         NotOfferedError,
-        RefusedError,
+        ServerRefusedError,
         UnreachableError,
         recognized,
     )
@@ -198,12 +198,12 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="onebase-conform-") as temporary:
             folder = args.adapters or Path(temporary)
-            trial = Trial(server, Specimens.of(adapters), folder.absolute(), args.seed, args.base)
+            trial = ConformRun(server, Specimens.of(adapters), folder.absolute(), args.seed, args.base)
             findings = list(trial.findings())
     except UnreachableError as error:
         note(f"onebase: {error}")
         return NO_SERVER
-    except (RefusedError, NotOfferedError, DeniedError, BrokenError) as error:
+    except (ServerRefusedError, NotOfferedError, DeniedError, BrokenError) as error:
         note(f"onebase: {server.url}: {error}")
         return FAILED
     finally:
@@ -244,16 +244,16 @@ class Specimens:
 
     @classmethod
     def of(cls, adapters: Adapters) -> Specimens:
-        from .conform_adapters import BaseError
+        from .conform_adapters import UnreadableBaseError
 
         def made(make: Callable[[str], Crafted], name: str) -> Crafted | None:
             try:
                 return make(name)
-            except BaseError:
+            except UnreadableBaseError:
                 return None
 
         marking = None
-        with suppress(BaseError):
+        with suppress(UnreadableBaseError):
             marking = adapters.marking("mark", "other-mark")
         ordinary = [one for name in ("ordinary", "ordinary-2") if (one := made(adapters.ordinary, name))]
         special = {
@@ -278,7 +278,7 @@ class Specimens:
         yield from (one for one in self.special.values() if one is not None)
 
 
-class Trial:
+class ConformRun:
     """One run against one server. folder: where adapters are written. base: the base's folder."""
 
     def __init__(self, server: LoraServer, specimens: Specimens, folder: Path, seed: int, base: Path) -> None:
@@ -327,12 +327,12 @@ class Trial:
             BrokenError,
             DeniedError,
             NotOfferedError,
-            RefusedError,
+            ServerRefusedError,
             UnreachableError,
         )
 
         for name in sorted(self._names):
-            with suppress(RefusedError, NotOfferedError, UnreachableError, DeniedError, BrokenError):
+            with suppress(ServerRefusedError, NotOfferedError, UnreachableError, DeniedError, BrokenError):
                 self._server.unload(name)
 
     # ---- checks: each returns what was asked, or raises WrongError ------------------------------
@@ -460,13 +460,13 @@ class Trial:
         return self._prefix + adapter.name
 
     def _load(self, adapter: Crafted) -> None:
-        from .conform_servers import RefusedError
+        from .conform_servers import ServerRefusedError
 
         name, folder = self._name(adapter), adapter.write(self._folder)
         self._names.add(name)
         try:
             self._server.load(name, folder)
-        except RefusedError as error:
+        except ServerRefusedError as error:
             if "already" not in str(error):
                 raise
             # It is left from a run that was cut off.
@@ -580,13 +580,13 @@ _DEAD: Final = "the server stopped answering: "
 
 
 def _finding(name: str, check: Callable[[], str]) -> Finding:
-    from .conform_servers import BrokenError, NotOfferedError, RefusedError, UnreachableError
+    from .conform_servers import BrokenError, NotOfferedError, ServerRefusedError, UnreachableError
 
     try:
         return Finding(name, RIGHT, check())
     except (WrongError, BrokenError) as error:
         return Finding(name, WRONG, str(error))
-    except RefusedError as error:
+    except ServerRefusedError as error:
         return Finding(name, REFUSED, str(error))
     except NotOfferedError as error:
         return Finding(name, NOT_OFFERED, str(error))

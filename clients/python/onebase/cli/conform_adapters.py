@@ -46,12 +46,12 @@ _ROWS: Final = 8192
 _DTYPES: Final[Mapping[str, Any]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
-class BaseError(ValueError):
+class UnreadableBaseError(ValueError):
     """The base's folder cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpan:
     """Place of a tensor in a safetensors file. start: in bytes from the file's beginning."""
 
     file: Path
@@ -63,7 +63,7 @@ class Tensor:
         """Yield the tensor in fp32, `step` rows at a time."""
         dtype = _DTYPES.get(self.dtype)
         if dtype is None:
-            raise BaseError(f"{self.file} holds {self.dtype}, and F32, F16 or BF16 is needed")
+            raise UnreadableBaseError(f"{self.file} holds {self.dtype}, and F32, F16 or BF16 is needed")
         mapped = np.memmap(self.file, dtype, "r", self.start, self.shape)
         for first in range(0, self.shape[0], step):
             part = np.asarray(mapped[first : first + step])
@@ -99,7 +99,7 @@ class Base:
     folder: config.json, tokenizer.json and safetensors files, as transformers saves them.
 
     Raises:
-        BaseError: a file is missing, or the base has another structure than Llama's.
+        UnreadableBaseError: a file is missing, or the base has another structure than Llama's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,7 +110,7 @@ class Base:
             self.tensors = _tensors(folder)
             self._vocabulary = _vocabulary(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BaseError(
+            raise UnreadableBaseError(
                 f"{folder} is no folder of a base with config.json, tokenizer.json and safetensors: {error}"
             ) from error
         self.layer, self.prefix = self._last_layer()
@@ -120,13 +120,13 @@ class Base:
         found = [re.fullmatch(r"(.*\.layers)\.(\d+)\.mlp\.down_proj\.weight", name) for name in self.tensors]
         layers = [(int(one[2]), f"{one[1]}.{one[2]}") for one in found if one]
         if not layers:
-            raise BaseError(
+            raise UnreadableBaseError(
                 f"{self.folder} has no mlp.down_proj, as Llama, Mistral and Qwen have: adapters with a "
                 "sure effect cannot be made for it"
             )
         last = max(layers)
         if f"{last[1]}.post_feedforward_layernorm.weight" in self.tensors:
-            raise BaseError(
+            raise UnreadableBaseError(
                 f"{self.folder} normalizes what its MLP adds, so that no adapter on it outweighs the rest: "
                 "adapters with a sure effect cannot be made for it"
             )
@@ -140,7 +140,7 @@ class Base:
         """Return (out, in) of a linear module, by its whole name."""
         tensor = self.tensors.get(f"{module}.weight")
         if tensor is None or len(tensor.shape) != 2:
-            raise BaseError(f"{self.folder} has no {module}.weight")
+            raise UnreadableBaseError(f"{self.folder} has no {module}.weight")
         return tensor.shape[0], tensor.shape[1]
 
     @cached_property
@@ -148,12 +148,12 @@ class Base:
         return self.shape(self.module("mlp.down_proj"))[0]
 
     @cached_property
-    def head(self) -> Tensor:
+    def head(self) -> TensorSpan:
         """The output head, which may be the embedding."""
         own = [self.tensors[name] for name in self.tensors if re.fullmatch(r"(.*\.)?lm_head\.weight", name)]
         tied = [self.tensors[name] for name in self.tensors if name.endswith("embed_tokens.weight")]
         if not own and not tied:
-            raise BaseError(f"{self.folder} has neither lm_head.weight nor embed_tokens.weight")
+            raise UnreadableBaseError(f"{self.folder} has neither lm_head.weight nor embed_tokens.weight")
         return (own or tied)[0]
 
     @cached_property
@@ -162,7 +162,7 @@ class Base:
         stem = self.prefix.rpartition(".layers.")[0]
         tensor = self.tensors.get(f"{stem}.norm.weight")
         if tensor is None:
-            raise BaseError(f"{self.folder} has no {stem}.norm.weight")
+            raise UnreadableBaseError(f"{self.folder} has no {stem}.norm.weight")
         gain = tensor.read()
         return gain + 1 if str(self.config.get("model_type", "")).startswith("gemma") else gain
 
@@ -174,13 +174,13 @@ class Base:
         dimensions: those of the residual stream that a direction may use.
 
         Raises:
-            BaseError: the vocabulary has too few words.
+            UnreadableBaseError: the vocabulary has too few words.
         """
         candidates = sorted(
             (token, match[1]) for text, token in self._vocabulary.items() if (match := _WORD.fullmatch(text))
         )
         if len(candidates) < 2 * _POOL:
-            raise BaseError(f"the vocabulary of {self.folder} has too few words of one token")
+            raise UnreadableBaseError(f"the vocabulary of {self.folder} has too few words of one token")
         rng = np.random.default_rng(seed)
         picked = rng.permutation(len(candidates))[: 2 * _POOL]
         pairs = [(candidates[one], candidates[other]) for one, other in picked.reshape(_POOL, 2)]
@@ -195,7 +195,9 @@ class Base:
         margins = self._margins(made, chosen)
         order = [int(number) for number in np.argsort(-margins) if margins[number] > 0][:count]
         if len(order) < count:
-            raise BaseError(f"the head of {self.folder} has too few words that an adapter can force")
+            raise UnreadableBaseError(
+                f"the head of {self.folder} has too few words that an adapter can force"
+            )
         return [
             Words(
                 pairs[number][0][1], pairs[number][1][1], made[number], (chosen[number][0], chosen[number][1])
@@ -230,8 +232,8 @@ class Base:
         return least
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _tensors(folder: Path) -> dict[str, TensorSpan]:
+    found: dict[str, TensorSpan] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -239,7 +241,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         for name, one in header.items():
             if name != "__metadata__":
                 start = 8 + length + one["data_offsets"][0]
-                found[name] = Tensor(file, one["dtype"], tuple(one["shape"]), start)
+                found[name] = TensorSpan(file, one["dtype"], tuple(one["shape"]), start)
     return found
 
 
@@ -309,7 +311,7 @@ class Adapters:
                 b = self._rng.normal(0.0, _ORDINARY_STD, (rows, _ORDINARY_RANK))
                 tensors |= _pair(module, a, b)
         if not tensors:
-            raise BaseError("the base has no q_proj and v_proj")
+            raise UnreadableBaseError("the base has no q_proj and v_proj")
         config = _config(["q_proj", "v_proj"], _ORDINARY_RANK, 2.0 * _ORDINARY_RANK)
         return Crafted(name, tensors, config, NO_WORDS, {})
 
@@ -318,7 +320,7 @@ class Adapters:
         made = self.plain(name)
         tensors = {key.replace(".model.model.", ".model.", 1): value for key, value in made.tensors.items()}
         if tensors.keys() == made.tensors.keys():
-            raise BaseError("the base's layers are not below `model.`")
+            raise UnreadableBaseError("the base's layers are not below `model.`")
         config = _config([f"layers.{self.base.layer}.mlp.down_proj"], 1, 1.0)
         return Crafted(name, tensors, config, made.says, {})
 
@@ -414,7 +416,7 @@ class Adapters:
         """Return the tensors of one module, with a random A. b: [out, rank]."""
         rows, columns = self.base.shape(module)
         if rows != len(b):
-            raise BaseError(f"{module} has {rows} rows, and {len(b)} were expected")
+            raise UnreadableBaseError(f"{module} has {rows} rows, and {len(b)} were expected")
         return _pair(module, self._a(b.shape[1], columns), b)
 
     def _a(self, rank: int, columns: int) -> Matrix:
@@ -473,11 +475,11 @@ def write_gguf(crafted: Crafted, base: Base, file: Path) -> None:
     """Write an adapter as llama.cpp reads it: GGUF version 3, fp32.
 
     Raises:
-        BaseError: a LoRA in GGUF cannot hold it.
+        UnreadableBaseError: a LoRA in GGUF cannot hold it.
     """
     config = crafted.config
     if config.get("use_dora") or config.get("rank_pattern"):
-        raise BaseError("a LoRA in GGUF has neither magnitudes nor patterns")
+        raise UnreadableBaseError("a LoRA in GGUF has neither magnitudes nor patterns")
     tensors = {_gguf_name(key, base): _gguf_rows(key, value, base) for key, value in crafted.tensors.items()}
     fields = (
         ("general.architecture", str(base.config["model_type"])), ("general.type", "adapter"),
@@ -507,7 +509,7 @@ def _gguf_name(key: str, base: Base) -> str:
         return f"{'token_embd' if tied else 'output'}.weight.{ending}"
     found = re.search(r"\.layers\.(\d+)\.(.+)$", module)
     if found is None or found[2] not in _GGUF_NAMES:
-        raise BaseError(f"GGUF has no name for {module}")
+        raise UnreadableBaseError(f"GGUF has no name for {module}")
     return f"blk.{found[1]}.{_GGUF_NAMES[found[2]]}.weight.{ending}"
 
 

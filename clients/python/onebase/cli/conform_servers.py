@@ -19,7 +19,7 @@ _NO_NUMBER: Final = 10_000
 """A number that no adapter of llama.cpp has."""
 
 
-class RefusedError(Exception):
+class ServerRefusedError(Exception):
     """The server refused a request; the message is its own."""
 
 
@@ -45,7 +45,7 @@ class LoraServer:
     url: its address, with or without `/v1`. model: the name of its base in requests; None: the first model
     that it lists.
 
-    All methods raise RefusedError, NotOfferedError, UnreachableError, DeniedError and BrokenError.
+    All methods raise ServerRefusedError, NotOfferedError, UnreachableError, DeniedError and BrokenError.
     """
 
     kind = "openai"
@@ -115,7 +115,7 @@ class LoraServer:
                     continue
                 event = json.loads(data)
                 if event.get("error"):
-                    raise RefusedError(str(event["error"]))
+                    raise ServerRefusedError(str(event["error"]))
                 yield from (str(one.get("text") or "") for one in event.get("choices", ()))
 
     def _request(self, name: str | None, prompt: str, tokens: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _failure(response: httpx2.Response) -> Exception:
     said = _said(response)
     if response.status_code in (401, 403, 429):
         return DeniedError(said)
-    return BrokenError(said) if response.status_code >= 500 else RefusedError(said)
+    return BrokenError(said) if response.status_code >= 500 else ServerRefusedError(said)
 
 
 def _said(response: httpx2.Response) -> str:
@@ -206,7 +206,7 @@ class VllmServer(LoraServer):
         body = {"lora_name": name, "lora_path": str(folder), **more}
         try:
             self.call("POST", "/v1/load_lora_adapter", json=body)
-        except RefusedError as error:
+        except ServerRefusedError as error:
             if str(error).startswith(("HTTP 404: Not Found", "HTTP 404: {'detail'")):
                 raise NotOfferedError(
                     "vLLM takes adapters only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
@@ -225,7 +225,7 @@ class SglangServer(LoraServer):
     def load(self, name: str, folder: Path) -> None:
         answer = self.call("POST", "/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
         if isinstance(answer, dict) and answer.get("success") is False:
-            raise RefusedError(str(answer.get("error_message")))
+            raise ServerRefusedError(str(answer.get("error_message")))
 
     def stage(self, name: str, folder: Path) -> Callable[[], None]:
         def switch() -> None:
@@ -313,7 +313,7 @@ def recognized(url: str, key: str | None) -> str:
     try:
         models = server.call("GET", "/v1/models")
         owner = str(models["data"][0].get("owned_by", "")) if models.get("data") else ""
-    except RefusedError as error:
+    except ServerRefusedError as error:
         raise UnreachableError(f"{server.url}/v1/models: {error}") from error
     except (AttributeError, LookupError, TypeError) as error:
         raise UnreachableError(f"{server.url} is no OpenAI-compatible server: {error!r}") from error

@@ -74,7 +74,7 @@ class JobLoad:
 
 
 @dataclass(frozen=True)
-class TenantLoad:
+class TenantRates:
     """A tenant's sequences now, and its tokens a second and waits in requests that ended."""
 
     tenant: str
@@ -116,7 +116,7 @@ class Frame:
     jobs_by_state: dict[str, int]
     adapters: tuple[AdapterLoad, ...]
     jobs: tuple[JobLoad, ...]
-    tenants: tuple[TenantLoad, ...]
+    tenants: tuple[TenantRates, ...]
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -352,12 +352,12 @@ def _jobs(now: Metrics) -> list[JobLoad]:
     ]
 
 
-def _tenants(before: Metrics, now: Metrics, passed: float, waits_before: Metrics) -> list[TenantLoad]:
+def _tenants(before: Metrics, now: Metrics, passed: float, waits_before: Metrics) -> list[TenantRates]:
     sequences = now.by("onebase_tenant_sequences", "tenant")
     earlier = before.by("onebase_adapter_generation_tokens_total", "tenant")
     tokens = now.by("onebase_adapter_generation_tokens_total", "tenant")
     found = [
-        TenantLoad(
+        TenantRates(
             tenant,
             int(sequences.get(tenant, 0)),
             _grown(earlier.get(tenant, 0.0), tokens.get(tenant, 0.0)) / passed,
@@ -484,7 +484,7 @@ _ADAPTERS: Final[tuple[Column[AdapterLoad], ...]] = (
     Column("requests/s", lambda one: f"{one.requests:.1f}", right=True),
     Column("tokens/s", lambda one: f"{one.tokens:,.0f}", right=True),
 )
-_TENANTS: Final[tuple[Column[TenantLoad], ...]] = (
+_TENANTS: Final[tuple[Column[TenantRates], ...]] = (
     Column("tenant", lambda one: one.tenant, shrink=True),
     Column("sequences", lambda one: str(one.sequences), right=True),
     Column("tokens/s", lambda one: f"{one.tokens:,.0f}", right=True),

@@ -56,12 +56,12 @@ from onebase_server.http.schemas.tinker import (
     WeightsInfoRequest,
 )
 from onebase_server.live import codec
-from onebase_server.live.sampling import SampleOrder, Targets
+from onebase_server.live.sampling import PlaceTargets, SampleOrder
 from onebase_server.live.service import Place, answer_of
 from onebase_server.requests.schemas.generation import SEED_BITS
 from onebase_server.tenancy.access import Caller
 from onebase_training.live_operations import (
-    Checkpoint,
+    CheckpointFolder,
     Computed,
     Load,
     ModelSpec,
@@ -490,7 +490,7 @@ def _order(body: SampleRequest) -> SampleOrder:
         last_n=body.prompt_logprobs_last_n,
         targets=None
         if targets is None
-        else Targets(
+        else PlaceTargets(
             targets.data,
             (targets.shape[0], targets.shape[1]),
             targets.sparse_crow_indices,
@@ -657,7 +657,9 @@ async def weights_info(body: WeightsInfoRequest, services: Provided, caller: Cal
     )
 
 
-async def _checkpoint_answer(services: Services, tenant: str, checkpoint: Checkpoint) -> wire.LiveCheckpoint:
+async def _checkpoint_answer(
+    services: Services, tenant: str, checkpoint: CheckpointFolder
+) -> wire.LiveCheckpoint:
     place = Place.of(checkpoint)
     adapter, version = await services.live_training.proved_as(tenant, checkpoint) or (None, None)
     return wire.LiveCheckpoint(

@@ -27,19 +27,19 @@ CheckpointPath = Annotated[str, Field(max_length=500, description="tinker://RUN/
 Chosen = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Message(Tolerant):
+class TinkerRequest(Tolerant):
     """A request of the client. Its `type` repeats what its route says."""
 
     ignored: ClassVar = frozenset({"type"})
 
 
-class ClientConfigRequest(Message):
+class ClientConfigRequest(TinkerRequest):
     """Body of POST /api/v1/client/config."""
 
     sdk_version: Annotated[str, Field(max_length=100)]
 
 
-class CreateSessionRequest(Message):
+class CreateSessionRequest(TinkerRequest):
     """Body of POST /api/v1/create_session."""
 
     tags: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100, default_factory=list)]
@@ -57,13 +57,13 @@ class CreateSessionRequest(Message):
         return self
 
 
-class HeartbeatRequest(Message):
+class HeartbeatRequest(TinkerRequest):
     """Body of POST /api/v1/session_heartbeat."""
 
     session_id: LiveId
 
 
-class FinishSessionRequest(Message):
+class FinishSessionRequest(TinkerRequest):
     """Body of POST /api/v1/sessions/{id}/finish."""
 
     ignored: ClassVar = frozenset({"type", "reason", "status", "detail"})
@@ -93,7 +93,7 @@ class OptimizerSettings(Tolerant):
         return self
 
 
-class CreateModelRequest(Message):
+class CreateModelRequest(TinkerRequest):
     """Body of POST /api/v1/create_model."""
 
     session_id: LiveId
@@ -104,7 +104,7 @@ class CreateModelRequest(Message):
     optimizer_config: OptimizerSettings = OptimizerSettings()
 
 
-class OfModelRequest(Message):
+class OfModelRequest(TinkerRequest):
     """Body of a request about one run."""
 
     model_id: LiveId
@@ -121,7 +121,7 @@ class AdamParams(Tolerant):
     grad_clip_norm: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
-class OptimStepRequest(Message):
+class OptimStepRequest(TinkerRequest):
     """Body of POST /api/v1/optim_step."""
 
     ignored: ClassVar = frozenset({"type"})
@@ -132,7 +132,7 @@ class OptimStepRequest(Message):
     seq_id: SequenceNumber
 
 
-class SaveWeightsRequest(Message):
+class SaveWeightsRequest(TinkerRequest):
     """Body of POST /api/v1/save_weights."""
 
     model_id: LiveId
@@ -143,7 +143,7 @@ class SaveWeightsRequest(Message):
     user_metadata: UserMetadata | None = None
 
 
-class SaveExternalRequest(Message):
+class SaveExternalRequest(TinkerRequest):
     """Body of POST /api/v1/save_weights_external."""
 
     ignored: ClassVar = frozenset({"type", "path", "ttl_seconds", "age_encryption_recipients"})
@@ -151,7 +151,7 @@ class SaveExternalRequest(Message):
     seq_id: SequenceNumber
 
 
-class SaveForSamplerRequest(Message):
+class SaveForSamplerRequest(TinkerRequest):
     """Body of POST /api/v1/save_weights_for_sampler: a name, or the number of a sampling session."""
 
     model_id: LiveId
@@ -169,7 +169,7 @@ class SaveForSamplerRequest(Message):
         return self
 
 
-class LoadWeightsRequest(Message):
+class LoadWeightsRequest(TinkerRequest):
     """Body of POST /api/v1/load_weights: into a run, or into a new one of a session."""
 
     model_id: LiveId | None = None
@@ -196,14 +196,14 @@ class LoadWeightsRequest(Message):
         return self
 
 
-class WeightsInfoRequest(Message):
+class WeightsInfoRequest(TinkerRequest):
     """Body of POST /api/v1/weights_info."""
 
     ignored: ClassVar = frozenset({"type", "weights_access_token"})
     tinker_path: CheckpointPath
 
 
-class CreateSamplingSessionRequest(Message):
+class CreateSamplingSessionRequest(TinkerRequest):
     """Body of POST /api/v1/create_sampling_session: a checkpoint's path, or the base."""
 
     session_id: LiveId
@@ -218,7 +218,7 @@ class CreateSamplingSessionRequest(Message):
         return self
 
 
-class JoinSamplingSessionRequest(Message):
+class JoinSamplingSessionRequest(TinkerRequest):
     """Body of POST /api/v1/join_sampling_session."""
 
     sampling_session_id: LiveId
@@ -276,7 +276,7 @@ class TargetTokens(Tolerant):
     sparse_col_indices: list[int] | None = None
 
 
-class SampleRequest(Message):
+class SampleRequest(TinkerRequest):
     """Body of POST /api/v1/asample."""
 
     num_samples: Annotated[int, Field(ge=1)] = 1
@@ -317,26 +317,26 @@ class SampleRequest(Message):
         return [token for chunk in self.prompt.chunks for token in chunk.tokens or ()]
 
 
-class RetrieveFutureRequest(Message):
+class RetrieveFutureRequest(TinkerRequest):
     """Body of POST /api/v1/retrieve_future."""
 
     ignored: ClassVar = frozenset({"type", "allow_metadata_only", "model_id"})
     request_id: LiveId
 
 
-class CancelFutureRequest(Message):
+class CancelFutureRequest(TinkerRequest):
     """Body of POST /api/v1/cancel_future."""
 
     request_id: LiveId
 
 
-class TtlRequest(Message):
+class TtlRequest(TinkerRequest):
     """Body of PUT /api/v1/training_runs/{id}/checkpoints/{id}/ttl; null keeps the checkpoint."""
 
     ttl_seconds: Ttl | None = None
 
 
-class TelemetryRequest(Message):
+class TelemetryRequest(TinkerRequest):
     """Body of POST /api/v1/telemetry, of which nothing is kept."""
 
     ignored: ClassVar = frozenset({"type", "events", "platform", "sdk_version", "session_id", "process_uuid"})

@@ -167,17 +167,17 @@ def span(values: Iterable[object]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ModulePlace:
     """Place of a module: its layer, None outside of the layers, and its target name."""
 
     layer: int | None
     target: str
 
 
-def place(name: str) -> Place:
+def place(name: str) -> ModulePlace:
     """`model.layers.3.self_attn.q_proj` is `q_proj` in layer 3; `lm_head` is in none."""
     found = _LAYER.search(name)
-    return Place(int(found[1]) if found else None, name.rpartition(".")[2])
+    return ModulePlace(int(found[1]) if found else None, name.rpartition(".")[2])
 
 
 def layer_norms(modules: Iterable[ModuleReport]) -> dict[str, float]:
