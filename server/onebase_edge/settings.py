@@ -373,8 +373,8 @@ class Settings:
     max_slots: int = setting(
         0,
         "adapters",
-        "adapters in the accelerator's memory at once; 0: on a GPU as many as --max-sequences, within "
-        "--slot-memory, else 8",
+        "adapters in slots, which one step can use; 0: as many as --max-sequences, on a GPU within "
+        "--slot-memory, else at least 16",
         low=0,
         high=1024,
     )

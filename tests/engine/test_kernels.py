@@ -17,7 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine import recurrent_layers
-from tests.engine.harness import Lab, Request, requests, run
+from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.engine.layers import (
     IN,
     OUT,
@@ -37,6 +37,7 @@ from tests.rows import row_map
 from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import fusion
@@ -733,6 +734,55 @@ def test_steps_of_few_rows_are_one_call_until_somebody_looks_at_the_norm_or_the_
     assert run(plain, alone) == text
     assert all(torch.equal(one, other) for one, other in zip(seen, others, strict=True))
     assert run(plain, asked) == expected
+
+
+class Made(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+    """Collects the names of PyTorch's operators that make numbers, and how many each makes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view and "empty" not in func.name():
+            self.seen.append((func.name(), result.numel()))
+        return result
+
+
+@pytest.mark.parametrize("count", [1, fusion.MOST_ENDED, fusion.MOST_ENDED + 2])
+def test_nothing_between_the_kernels_calls_wakes_the_threads_of_pytorch(lab: Lab, count: int) -> None:
+    engine = lab.engine()
+    if not engine.model._recorded:
+        pytest.skip("the kernels in C do not compute here")
+    for number in range(count):
+        engine.submit(submission(str(number), Request(tuple(range(3 + number, 9 + number)), None, 6)))
+    engine.step()
+    assert all(sequence.generated == 1 for sequence in engine.scheduler.running)
+    with Made() as made:
+        engine.step()
+    assert made.seen, "rows of the embedding are made by PyTorch"
+    # `index` by tensors takes threads from 3,000 numbers on, most others from 32,768 on, as logits are.
+    assert "aten::index.Tensor" not in dict(made.seen)
+    words = engine.model._view.config.get_text_config().vocab_size
+    assert max(numbers for _, numbers in made.seen) < count * words
+
+
+def test_logits_are_not_overwritten_by_the_next_pass(lab: Lab) -> None:
+    engine = lab.engine()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    forward = engine.model.forward
+
+    def keep(batch: Any) -> Any:
+        found = forward(batch)
+        kept.append((found.logits, found.logits.clone()))
+        return found
+
+    engine.model.forward = keep
+    run(engine, [Request(tuple(range(3, 9)), None, 5, 0)])
+    assert len(kept) == 5
+    assert all(torch.equal(logits, before) for logits, before in kept)
+    assert not torch.equal(kept[1][0], kept[2][0])
 
 
 def test_rotations_that_are_stored_are_those_of_each_position_alone(lab: Lab) -> None:

@@ -46,7 +46,7 @@ from onebase_engine.engine.memory_budget import (
     staging_bytes,
     verifier_bytes,
 )
-from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, EngineConfig
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.recurrence import Recurrence
 from onebase_engine.engine.sampling import _adjusts
@@ -331,11 +331,17 @@ def test_what_jobs_may_take_is_left_free_for_them_where_no_setting_says_how_much
     assert set_aside["jobs (--train-memory)"] == 7
 
 
-@pytest.mark.parametrize(("device", "asked", "slots"), [("cpu", 0, 8), ("cuda", 0, 48), ("cuda", 3, 3)])
-def test_on_an_accelerator_each_sequence_of_a_step_may_have_a_slot_unless_told_otherwise(
-    device: str, asked: int, slots: int
+@pytest.mark.parametrize(
+    ("device", "sequences", "asked", "slots"),
+    [
+        ("cpu", 48, 0, 48), ("cpu", 4, 0, MAX_ADAPTER_TERMS), ("cpu", 48, 3, 3), ("cuda", 48, 0, 48),
+        ("cuda", 4, 0, 4), ("cuda", 48, 3, 3),
+    ],
+)  # fmt: skip
+def test_each_sequence_of_a_step_may_have_a_slot_unless_told_otherwise(
+    device: str, sequences: int, asked: int, slots: int
 ) -> None:
-    config = EngineConfig(base_folder="", max_slots=asked, max_sequences=48)
+    config = EngineConfig(base_folder="", max_slots=asked, max_sequences=sequences)
     assert process._slot_count(config, torch.device(device)) == slots
 
 

@@ -12,6 +12,7 @@ the call. Each fusion is used only if a pass of the whole model gives the same b
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -553,6 +554,14 @@ def _straight(
         yield straight.switch(norm.module, head.module, rows)
 
 
+def _copied(logits: torch.Tensor) -> torch.Tensor:
+    """Return a copy that this thread makes alone. For `clone` PyTorch wakes its own threads, which by default
+    then spin on the cores that the kernels' threads need."""
+    copy = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    ctypes.memmove(copy.data_ptr(), logits.data_ptr(), logits.nbytes)
+    return copy
+
+
 def _place(among: Any, tensor: torch.Tensor) -> int | None:
     """Return the number of a tensor in a tuple; None if it is not in it."""
     return next((number for number, one in enumerate(among) if one is tensor), None)
@@ -603,9 +612,9 @@ class _Straight:
                 if program is not None:
                     given = self._given(input_ids, position_ids)
                     # The next pass overwrites the result.
-                    return _Logits(program.run_calls(given, rows.tokens, step).clone())
+                    return _Logits(_copied(program.run_calls(given, rows.tokens, step)))
             hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)[0]
-            return _Logits(head(hidden[:, logits_to_keep]))
+            return _Logits(head(hidden.index_select(1, logits_to_keep)))
 
         def on() -> None:
             decoder.forward, model.forward = body, whole

@@ -32,7 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     max_rank: int = 256
     max_slots: int = 8
-    """Number of versions in slots; 0: 8 on the CPU, and on an accelerator as many as `max_sequences`."""
+    """Number of versions in slots; 0: as many as `max_sequences`, on the CPU at least MAX_ADAPTER_TERMS."""
     slot_memory: int = 0
     """Bytes of the versions in slots; 0: a quarter of what is free on an accelerator, no limit on the CPU."""
     max_sequences: int = 64

@@ -51,7 +51,7 @@ from onebase_engine.engine.memory_budget import (
     state_place_count,
     verifier_bytes,
 )
-from onebase_engine.engine.messages import EngineConfig, SequenceOutput
+from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, EngineConfig, SequenceOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import NeverFitsError, SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
@@ -72,8 +72,6 @@ CHECK_STEPS = 256
 """Number of steps between two checks that the base is unchanged."""
 SLOT_SHARE = 0.25
 """Part of an accelerator's free memory that versions in slots may take by default."""
-CPU_SLOTS = 8
-"""Number of slots on the CPU by default; on an accelerator each sequence of a step may have its own."""
 MAX_FAILED_STEPS = 5
 """Number of consecutive failed steps after which the process ends, to be restarted."""
 DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -433,8 +431,14 @@ def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, 
 
 
 def _slot_count(config: EngineConfig, device: torch.device) -> int:
-    """Return the number of slots: on an accelerator by default as many as sequences, within their memory."""
-    return config.max_slots or (CPU_SLOTS if device.type == "cpu" else config.max_sequences)
+    """Return the number of slots: by default one for each sequence of a step, on an accelerator within their
+    memory.
+
+    On the CPU a slot points at what host memory holds, so there are at least as many as a request may name.
+    """
+    if config.max_slots:
+        return config.max_slots
+    return max(config.max_sequences, MAX_ADAPTER_TERMS if device.type == "cpu" else 1)
 
 
 def _device(name: str) -> torch.device:
