@@ -70,19 +70,15 @@ SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
 HEADS = (64, 128, 256, 512)
 """Sizes of heads."""
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
-    *(
-        (cuda._products, {"NF4": nf4, "ROWS": rows, "SIZE": 64})
-        for nf4 in (True, False)
-        for rows in cuda.STAGES
-    ),
-    (cuda._products, {"NF4": False, "ROWS": 128, "SIZE": cuda.WIDE}),
+    *((cuda._products, {"NF4": nf4, "ROWS": rows, "SIZE": 64}) for nf4 in (1, 2, 0) for rows in cuda.STAGES),
+    (cuda._products, {"NF4": 0, "ROWS": 128, "SIZE": cuda.WIDE}),
     *(
         (cuda._expert_products, {"NF4": nf4, "ROWS": rows, "SIZE": 64})
-        for nf4, rows in [(True, 16), (True, 64), (True, 128), (False, 128)]
+        for nf4, rows in [(1, 16), (1, 64), (1, 128), (0, 128)]
     ),
     (cuda._expert_shrink, {}),
     *((cuda._expert_finish, {"QUANTIZED": quantized}) for quantized in (True, False)),
-    (cuda._unpack, {}),
+    *((cuda._unpack, {"NF4": way}) for way in (1, 2)),
     (cuda._shrink, {}),
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated, "ONTO": not gated}) for gated in (False, True)),
     *(

@@ -110,6 +110,14 @@ STAGES = {FEW_ROWS: 6, MANY_ROWS: 4, MOST_ROWS: 3}
 WIDE = 2 * OUTPUTS.value
 """Number of outputs of a program from PROMPT_ROWS rows on, which leave enough programs for a whole device."""
 PROMPT_ROWS = 512
+ROWS_IN_TURN = 8
+"""Number of rows whose LoRAs a program computes, one after the other, from PROMPT_ROWS rows on. Neighbours of
+a prompt have the same A and B, which come from the multiprocessor's own cache then."""
+GATHERED, PERMUTED = tl.constexpr(1), tl.constexpr(2)
+"""Ways to unpack 4-bit weights, with the same bits: from shared memory, and from registers. `NF4` of a kernel
+is one of them, or 0 if weights are bf16."""
+UNPACKED_BY = 2 if os.environ.get("ONEBASE_KERNELS_UNPACK") == "permute" else 1
+"""Way that is used. Which is faster only a GPU can tell."""
 FORM_ROWS = (1, FEW_ROWS + 1, MANY_ROWS + 1, UNPACKED_ROWS + 1, PROMPT_ROWS)
 """Number of rows of a step for each set of forms."""
 LAYERS = tl.constexpr(256)
@@ -157,20 +165,92 @@ def _layer_of(block, second, third):
     return layer, tl.where(layer == 0, 0, tl.where(layer == 1, second, third))
 
 
+_PLANES = tl.constexpr(
+    "{\n.reg .b32 p<8>;\n"
+    + "".join(f"cvt.rn.bf16x2.f32 p{n}, ${9 + 2 * n}, ${8 + 2 * n};\n" for n in range(8))
+    + "".join(f"prmt.b32 ${n}, p{2 * n}, p{2 * n + 1}, 0x6420;\n" for n in range(4))
+    + "".join(f"prmt.b32 ${n + 4}, p{2 * n}, p{2 * n + 1}, 0x7531;\n" for n in range(4))
+    + "}"
+)
+"""PTX: 16 numbers, rounded to bf16, become four words of their low bytes and four of their high bytes."""
+_LOOKED_UP = tl.constexpr(
+    "{\n.reg .b32 s, t, a, b, l, h, x<4>;\n"
+    # Three bits of each of the word's eight numbers, and from which half of the table each takes its byte.
+    "and.b32 s, $8, 0x77777777;\nand.b32 t, $8, 0x88888888;\nshr.u32 t, t, 1;\nor.b32 t, t, 0x32103210;\n"
+    + "shr.u32 s, s, 16;\nshr.u32 t, t, 16;\n".join(
+        "prmt.b32 a, $9, $10, s;\nprmt.b32 b, $11, $12, s;\nprmt.b32 l, a, b, t;\n"
+        "prmt.b32 a, $13, $14, s;\nprmt.b32 b, $15, $16, s;\nprmt.b32 h, a, b, t;\n"
+        # The upper half of a byte is the first of its two weights.
+        f"prmt.b32 x{n}, l, h, 0x4051;\nprmt.b32 x{n + 1}, l, h, 0x6273;\n"
+        for n in (0, 2)
+    )
+    + "".join(f"mov.b32 {{${2 * n}, ${2 * n + 1}}}, x{n};\n" for n in range(4))
+    + "}"
+)
+"""PTX: eight weights of a word, looked up in the planes of their block's table."""
+_OF_PLANES = tl.constexpr(",".join(["=&r"] * 8 + ["f"] * 16))
+_OF_LOOKED_UP = tl.constexpr(",".join(["=&h"] * 8 + ["r"] * 9))
+
+
 @triton.jit
-def _unpacked(weight, absmax, code, out, first, there, size_in, shift):
+def _permuted(weight, scale, code, out, first, there, size_in):
+    """Return the weights as `_unpacked` does, by a table of 16 numbers for each block in registers.
+
+    PRMT picks bytes of a table by the packed numbers themselves: neither shared memory nor a product for each
+    weight.
+    """
+    c = scale
+    planes = tl.inline_asm_elementwise(
+        _PLANES, _OF_PLANES,
+        [
+            tl.load(code) * c, tl.load(code + 1) * c, tl.load(code + 2) * c, tl.load(code + 3) * c,
+            tl.load(code + 4) * c, tl.load(code + 5) * c, tl.load(code + 6) * c, tl.load(code + 7) * c,
+            tl.load(code + 8) * c, tl.load(code + 9) * c, tl.load(code + 10) * c, tl.load(code + 11) * c,
+            tl.load(code + 12) * c, tl.load(code + 13) * c, tl.load(code + 14) * c, tl.load(code + 15) * c,
+        ],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    eighth = tl.multiple_of(first // 8, STEP // 8) + tl.arange(0, STEP // 8)
+    own = out[:, None] * tl.multiple_of(size_in // 8, STEP // 8)
+    packed = tl.multiple_of(weight.to(tl.pointer_type(tl.int32)), 16)
+    words = tl.load(packed + own + eighth[None, :], mask=there[:, None], other=0)
+    w = tl.inline_asm_elementwise(
+        _LOOKED_UP, _OF_LOOKED_UP,
+        [
+            words, planes[0][:, None], planes[1][:, None], planes[2][:, None], planes[3][:, None],
+            planes[4][:, None], planes[5][:, None], planes[6][:, None], planes[7][:, None],
+        ],
+        dtype=(
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+        ),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
+    odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
+    return tl.reshape(tl.join(even, odd), [OUTPUTS, STEP])
+
+
+@triton.jit
+def _unpacked(weight, absmax, code, numbers, out, first, there, size_in, shift, NF4: tl.constexpr):
     """Unpack the weights [OUTPUTS, STEP] of the outputs `out` and the terms from `first` on, bf16.
 
-    `code` [16] is in registers: looked up in memory, each weight would be a copy of four bytes.
+    `numbers` [16] are those of `code`, in registers: looked up in memory, each weight would be a copy of four
+    bytes.
     """
-    # Triton loads 16 bytes at a time where it is told that they lie so.
-    half = tl.multiple_of(first // 2, STEP // 2) + tl.arange(0, STEP // 2)
-    own = out[:, None] * tl.multiple_of(size_in // 2, STEP // 2)
-    both = tl.load(weight + own + half[None, :], mask=there[:, None], other=0)
-    index = tl.interleave(both >> 4, both & 15).to(tl.int32)
     scale = tl.load(absmax + ((out * size_in + first) >> shift), mask=there, other=0.0)
-    found = tl.reshape(tl.gather(code, tl.reshape(index, [OUTPUTS * STEP]), 0), [OUTPUTS, STEP])
-    return (found * scale[:, None]).to(tl.bfloat16)
+    if NF4 == PERMUTED:
+        w = _permuted(weight, scale, code, out, first, there, size_in)
+    else:
+        # Triton loads 16 bytes at a time where it is told that they lie so.
+        half = tl.multiple_of(first // 2, STEP // 2) + tl.arange(0, STEP // 2)
+        own = out[:, None] * tl.multiple_of(size_in // 2, STEP // 2)
+        both = tl.load(weight + own + half[None, :], mask=there[:, None], other=0)
+        index = tl.interleave(both >> 4, both & 15).to(tl.int32)
+        found = tl.reshape(tl.gather(numbers, tl.reshape(index, [OUTPUTS * STEP]), 0), [OUTPUTS, STEP])
+        w = (found * scale[:, None]).to(tl.bfloat16)
+    return w
 
 
 @triton.jit
@@ -178,16 +258,18 @@ def _summed(
     x, facts, row, wanted, out, there, size_in, NF4: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
     """Return the products of rows of x with one layer's weights, fp32 [SIZE, ROWS]."""
-    code = tl.zeros((16,), dtype=tl.float32)
+    numbers = tl.zeros((16,), dtype=tl.float32)
     if NF4:
-        code = tl.load(tl.load(facts + CODE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 16))
+        numbers = tl.load(tl.load(facts + CODE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 16))
     total = tl.zeros((SIZE, ROWS), dtype=tl.float32)
     for first in range(0, size_in, STEP):
         term = first + tl.arange(0, STEP)
         if NF4:
             weight = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.uint8)), 16)
             absmax = tl.load(facts + ABSMAX).to(tl.pointer_type(tl.float32))
-            w = _unpacked(weight, absmax, code, out, first, there, size_in, tl.load(facts + SHIFT))
+            code = tl.load(facts + CODE).to(tl.pointer_type(tl.float32))
+            shift = tl.load(facts + SHIFT)
+            w = _unpacked(weight, absmax, code, numbers, out, first, there, size_in, shift, NF4)
         else:
             plain = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.bfloat16)), 16)
             w = tl.load(plain + out[:, None] * size_in + term[None, :], mask=there[:, None], other=0.0)
@@ -220,12 +302,12 @@ def _products(
 
 
 @triton.jit(do_not_specialize=["shift", "size_out"])
-def _unpack(weight, absmax, code, plain, size_in, shift, size_out):
+def _unpack(weight, absmax, code, plain, size_in, shift, size_out, NF4: tl.constexpr):
     """Unpack a 4-bit weight into plain[out, in], bf16."""
     out = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     first, there = tl.program_id(1) * STEP, out < size_out
-    some = tl.load(code + tl.arange(0, 16))
-    w = _unpacked(weight, absmax, some, out, first, there, size_in, shift)
+    numbers = tl.load(code + tl.arange(0, 16))
+    w = _unpacked(weight, absmax, code, numbers, out, first, there, size_in, shift, NF4)
     place = out[:, None] * size_in + first + tl.arange(0, STEP)[None, :]
     tl.store(plain + place, w, mask=there[:, None])
 
@@ -263,26 +345,29 @@ def _shrunk(x, own, row, rank, inside, size_in, part, pieces):
 
 
 @triton.jit(
-    do_not_specialize=["terms", "pieces", "most_rank"], do_not_specialize_on_alignment=["row_of", "slot_of"]
+    do_not_specialize=["terms", "pieces", "most_rank", "each"],
+    do_not_specialize_on_alignment=["row_of", "slot_of"],
 )
-def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_rank):
+def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_rank, each):
     """Compute hidden[layer, part, term, rank] = x32 @ A.T over the `pieces` pieces of each part.
 
-    A program computes one row and one slot.
+    A program computes `each` terms, a row and a slot each, one after the other: those of a prompt have one
+    slot, whose matrix is read once.
     """
-    term, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    first, part = tl.program_id(0) * each, tl.program_id(2)
     blocks = tl.cdiv(most_rank, RANKS)
     layer, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
     slots = tl.load(layers + layer * FACTS + SLOTS).to(tl.pointer_type(tl.int64))
-    own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
-    size = tl.load(own + RANK)
-    if block * RANKS < size:
-        rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
-        inside = rank < size
-        row = tl.load(row_of + term).to(tl.int64)
-        total = _shrunk(x, own, row, rank, inside, size_in, part, pieces)
-        place = ((layer * tl.num_programs(2) + part).to(tl.int64) * terms + term) * most_rank + rank
-        tl.store(hidden + place, total, mask=inside)
+    for term in range(first, tl.minimum(first + each, terms)):
+        own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
+        size = tl.load(own + RANK)
+        if block * RANKS < size:
+            rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
+            inside = rank < size
+            row = tl.load(row_of + term).to(tl.int64)
+            total = _shrunk(x, own, row, rank, inside, size_in, part, pieces)
+            place = ((layer * tl.num_programs(2) + part).to(tl.int64) * terms + term) * most_rank + rank
+            tl.store(hidden + place, total, mask=inside)
 
 
 @triton.jit
@@ -336,8 +421,8 @@ def _output(
     for term in range(tl.load(starts + source), tl.load(starts + source + 1)):
         own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
         if tl.load(own + RANK) > 0:
-            place = tl.cast(term, tl.int64) * each + row % each
-            some = _added(hidden, own, out, there, terms * each, place, first_part, hidden_parts, most_rank)
+            number = tl.cast(term, tl.int64) * each + row % each
+            some = _added(hidden, own, out, there, terms * each, number, first_part, hidden_parts, most_rank)
             delta += some * tl.load(weight_of + term)
             acting += 1
             wide += tl.load(own + ADDS_WIDE)
@@ -349,36 +434,38 @@ def _output(
 
 
 @triton.jit(
-    do_not_specialize=["terms", "hidden_parts", "most_rank", "second", "third"],
+    do_not_specialize=["rows", "terms", "hidden_parts", "most_rank", "second", "third", "each"],
     do_not_specialize_on_alignment=["starts", "slot_of", "weight_of"],
 )
 def _finish(
-    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, width, terms, hidden_parts,
-    most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
+    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, rows, width, terms, hidden_parts,
+    most_rank, second, third, each, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
     """Store each layer's outputs: the base's sum plus the row's adapters.
 
-    The result of a single layer is added to `onto`.
+    The result of a single layer is added to `onto`. A program has `each` rows, as in `_shrink`.
     """
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin_row, block = tl.program_id(0).to(tl.int64) * each, tl.program_id(1)
     layer, begin = _layer_of(block, second, third)
-    y = _output(
-        sums, layers + layer * FACTS, hidden, starts, slot_of, weight_of, row, width, terms,
-        tl.cast(layer, tl.int64) * hidden_parts, hidden_parts, most_rank, begin, block - begin, 1, QUANTIZED,
-    )  # fmt: skip
-    if GATED:
-        up = _output(
-            sums, layers + FACTS, hidden, starts, slot_of, weight_of, row, width, terms,
-            tl.cast(hidden_parts, tl.int64), hidden_parts, most_rank, second, block, 1, QUANTIZED,
-        )  # fmt: skip
-        y = _gated(y, up)
     size_out = tl.load(layers + layer * FACTS + SIZE_OUT)
     out = (block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)
-    if ONTO:
-        before = tl.load(onto + row * size_out + out, mask=out < size_out, other=0.0)
-        y = (before.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
     to = tl.where(layer == 0, y_1, tl.where(layer == 1, y_2, y_3))
-    tl.store(to + row * size_out + out, y, mask=out < size_out)
+    for row in range(begin_row, tl.minimum(begin_row + each, rows)):
+        y = _output(
+            sums, layers + layer * FACTS, hidden, starts, slot_of, weight_of, row, width, terms,
+            tl.cast(layer, tl.int64) * hidden_parts, hidden_parts, most_rank, begin, block - begin, 1,
+            QUANTIZED,
+        )  # fmt: skip
+        if GATED:
+            up = _output(
+                sums, layers + FACTS, hidden, starts, slot_of, weight_of, row, width, terms,
+                tl.cast(hidden_parts, tl.int64), hidden_parts, most_rank, second, block, 1, QUANTIZED,
+            )  # fmt: skip
+            y = _gated(y, up)
+        if ONTO:
+            before = tl.load(onto + row * size_out + out, mask=out < size_out, other=0.0)
+            y = (before.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
+        tl.store(to + row * size_out + out, y, mask=out < size_out)
 
 
 @triton.jit
@@ -595,8 +682,8 @@ class _ExpertMatrices:
         sums = torch.empty(count, width, dtype=torch.float32, device=x.device)
         _expert_products[(len(pairs.owners), blocks)](
             x, self._facts, pairs.order, pairs.bounds, pairs.owners, pairs.ends, sums, one.size_in, width,
-            len(self.layers), count // len(x), NF4=one.nf4, ROWS=pairs.rows, SIZE=OUTPUTS.value,
-            num_stages=STAGES[pairs.rows], **PLAIN,
+            len(self.layers), count // len(x), NF4=UNPACKED_BY if one.nf4 else 0, ROWS=pairs.rows,
+            SIZE=OUTPUTS.value, num_stages=STAGES[pairs.rows], **PLAIN,
         )  # fmt: skip
         return sums
 
@@ -832,15 +919,18 @@ class CudaLayers:
         numbers = len(self._layers) * terms.count * most
         own_parts = self._pieces if numbers * self._pieces <= HIDDEN else 1
         hidden = torch.empty(numbers * own_parts, dtype=torch.float32, device=x.device)
+        each = ROWS_IN_TURN if count >= PROMPT_ROWS else 1
         if numbers:
-            grid = terms.count, len(self._layers) * triton.cdiv(most, RANKS.value), own_parts
+            grid = (
+                triton.cdiv(terms.count, each), len(self._layers) * triton.cdiv(most, RANKS.value), own_parts
+            )  # fmt: skip
             _shrink[grid](
                 x, told, terms.row, terms.slot, hidden, terms.count, size_in, self._pieces // own_parts, most,
-                **PLAIN,
+                each, **PLAIN,
             )  # fmt: skip
-        _finish[(count, self._finished)](
-            sums, told, hidden, terms.starts, terms.slot, terms.weight, *to, sums.shape[1], terms.count,
-            own_parts, most, *self._starts, QUANTIZED=nf4, **how,
+        _finish[(triton.cdiv(count, each), self._finished)](
+            sums, told, hidden, terms.starts, terms.slot, terms.weight, *to, count, sums.shape[1],
+            terms.count, own_parts, most, *self._starts, each, QUANTIZED=nf4, **how,
         )  # fmt: skip
         return ys
 
@@ -860,8 +950,8 @@ class CudaLayers:
         wide = WIDE // OUTPUTS.value if count >= PROMPT_ROWS else 1
         blocks, *starts = (number // wide for number in (self._blocks, *self._starts))
         _products[(triton.cdiv(count, size), blocks)](
-            x, told, sums, count, size_in, width, *starts, NF4=nf4 and not unpacked, ROWS=size,
-            SIZE=OUTPUTS.value * wide, num_warps=4 * wide, num_stages=STAGES[size], **PLAIN,
+            x, told, sums, count, size_in, width, *starts, NF4=UNPACKED_BY if nf4 and not unpacked else 0,
+            ROWS=size, SIZE=OUTPUTS.value * wide, num_warps=4 * wide, num_stages=STAGES[size], **PLAIN,
         )  # fmt: skip
         return told, sums
 
@@ -1838,7 +1928,7 @@ class CudaKernels(CudaRecurrence):
         grid = triton.cdiv(layer.size_out, OUTPUTS.value), layer.size_in // STEP.value
         _unpack[grid](
             layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.shift, layer.size_out,
-            **PLAIN,
+            NF4=UNPACKED_BY, **PLAIN,
         )  # fmt: skip
         return held
 
