@@ -6,19 +6,24 @@ Under Triton's interpreter, on the CPU, it runs too, and times nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from bench import random_base as bases
 from bench.gpu_parts import BLOCK, bandwidth, own_kernels
 from bench.gpu_report import Findings, Setup, run_part
+from onebase_engine.base.experts import compute_experts, matrix_names, place_stacks, quantize_stack
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import (
     AttentionSettings,
@@ -109,6 +114,7 @@ def kernels(setup: Setup, found: Findings) -> None:
     products = Products(setup, found, own, draw)
     for name, layer in layers.items():
         found.trying(name, products.measure, name, layer)
+    found.trying("experts", _experts, setup, found, own, products.watch, draw)
     found.trying("joined layers", _join, setup, found, own, draw)
     found.trying("attention", _attention, setup, found, own, products.watch, products.per_second)
     found.trying("a norm", _norm, setup, found, own, products.watch, draw)
@@ -129,7 +135,15 @@ class Products:
         found.figure("a large copy, read and written", self.per_second / 1e9, "GB/s")
         self.watch = Stopwatch(setup, found)
         self._timed = self._counts if setup.interpreted else (1, 2, 4, 8, 16, 32, 64, 65, 128, 256, 512, 2048)
-        headings = ["layer", "rows", "ours", "with adapters", "bitsandbytes, cuBLAS", "floor", "ours / floor"]
+        headings = [
+            "layer",
+            "rows",
+            "ours",
+            "unpacked the other way",
+            "with adapters",
+            "bitsandbytes, cuBLAS",
+        ]
+        headings += ["floor", "ours / floor"]
         title = f"Products, microseconds, with adapters: rank {rank}, up to {self._slots}"
         self._add = found.table(title, headings)
 
@@ -149,7 +163,14 @@ class Products:
             read = weights + 2 * count * (layer.in_features + layer.out_features)
             floor = read / self.per_second * 1e6
             times = self.watch(own, some, NOBODY), self.watch(own, some, rows), self.watch(layer, some)
-            self._add(name, count, *times, *_beside_floor(times[0], floor))
+            with _other_way():
+                other_way = self.watch(own, some, NOBODY) if own.nf4 else None
+            self._add(name, count, times[0], other_way, *times[1:], *_beside_floor(times[0], floor))
+        if own.nf4:
+            sums = own.sums(x[:65])
+            with _other_way():
+                same = torch.equal(own.sums(x[:65]), sums)
+            self._found.check(f"{name}: weights have the same bits by both ways to unpack them", same)
 
     def _compare(self, name: str, layer: Any, own: Any, other: Any, x: torch.Tensor) -> None:
         """Compare with and without adapters: errors against fp64, and the bits of the first and the last row
@@ -173,6 +194,17 @@ class Products:
 
     def _normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self._setup.device, generator=self._draw)
+
+
+@contextmanager
+def _other_way() -> Iterator[None]:
+    """Unpack 4-bit weights the other way than usual."""
+    usual = cuda.UNPACKED_BY
+    cuda.UNPACKED_BY = cuda.GATHERED.value + cuda.PERMUTED.value - usual
+    try:
+        yield
+    finally:
+        cuda.UNPACKED_BY = usual
 
 
 def _beside_floor(taken: float | None, floor: float) -> tuple[float | None, float | None]:
@@ -209,6 +241,42 @@ def _error(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, reference: 
         error = (got[:, part].double() - exact).abs() / bound.clamp(min=1e-12)
         largest = max(largest, float(error.nan_to_num(nan=float("inf")).max()))
     return largest
+
+
+def _experts(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, draw: torch.Generator) -> None:
+    """Compare a mixture's experts at once with those of the modelling code, one after the other."""
+    hidden, inner, count, each = (64, 64, 4, 2) if setup.interpreted else (2048, 768, 64, 8)
+    config = MixtralConfig(
+        hidden_size=hidden, intermediate_size=inner, num_local_experts=count, num_experts_per_tok=each
+    )
+    module = MixtralExperts(config).to(setup.device, torch.bfloat16).requires_grad_(False)
+    for name in matrix_names(module):
+        parameter = getattr(module, name)
+        parameter.data = torch.randn(parameter.shape, device=setup.device, generator=draw).bfloat16() * 0.05
+        stack = quantize_stack(parameter.data, transposed=False, blocksize=64, double_quant=True)
+        place_stacks(module, {name: stack})
+    at_once = own.experts(module, 1)
+    found.check("experts are a kernel's, with the bits of each layer", at_once is not None)
+    if at_once is None:
+        return
+    title = f"{count} experts of {hidden} by {inner}, {each} a row, microseconds"
+    add = found.table(title, ("rows", "at once", "one by one"))
+    one_by_one = partial(compute_experts, module)
+    for rows in (1, 5) if setup.interpreted else (1, 16, 64, 512, 2048):
+        x = torch.randn(rows, hidden, device=setup.device, generator=draw).to(torch.bfloat16)
+        chosen = torch.rand(rows, count, device=setup.device, generator=draw).topk(each).indices
+        weights = torch.rand(rows, each, device=setup.device, generator=draw)
+        got, alone = at_once(x, chosen, weights, NOBODY), at_once(x[-1:], chosen[-1:], weights[-1:], NOBODY)
+        found.check(
+            f"experts: a row alone has the bits that it has among {rows}", torch.equal(got[-1:], alone)
+        )
+        wanted = one_by_one(x, chosen, weights).float()
+        error = float((got.float() - wanted).abs().max() / wanted.abs().max())
+        found.check(
+            f"experts: what modelling code gives {rows} rows", error < 0.05, f"{error:.3g} of the most"
+        )
+        times = watch(at_once, x, chosen, weights, NOBODY), watch(one_by_one, x, chosen, weights)
+        add(rows, *times)
 
 
 def _join(setup: Setup, found: Findings, own: Kernels, draw: torch.Generator) -> None:

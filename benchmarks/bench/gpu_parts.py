@@ -31,12 +31,13 @@ from onebase_engine.base.view import peft_view
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.forms import capture_steps
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.memory_budget import measured_on
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.interface import Draws, Kernels
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.kernels.weights import weights_bytes
 from onebase_server.processes.engine import sizes
@@ -288,18 +289,22 @@ def engine(setup: Setup, found: Findings) -> None:
     for place, count in measured.places.most_common(12):
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
-    seconds = 0.0
-    for repeat in range(2):
-        finish(setup)
-        began = time.perf_counter()
-        serve(running, [Asked("prefill", words(setup, length, 7 + repeat), 1, logprobs=None)])
-        finish(setup)
-        seconds = time.perf_counter() - began
+    for title, terms in (("", ()), (", an adapter on all linear layers", ((max(sizes), 1.0),))):
+        seconds = 0.0
+        for repeat in range(2):
+            finish(setup)
+            began = time.perf_counter()
+            serve(running, [Asked("prefill", words(setup, length, 7 + repeat), 1, terms, logprobs=None)])
+            finish(setup)
+            seconds = time.perf_counter() - began
+        if not setup.interpreted:
+            found.figure(f"a prefill of {length} tokens{title}", length / seconds, "tokens/s")
     if not setup.interpreted:
-        found.figure(f"a prefill of {length} tokens", length / seconds, "tokens/s")
         found.figure("most memory allocated", torch.cuda.max_memory_allocated() / 1e9, "GB")
     ledger(setup, found, "with captured steps")
+    found.trying("draws", _draws, setup, found, running)
     found.trying("stalls", _stalls, setup, found, running, sizes)
+    found.trying("captures", _captures, setup, found, running)
     running.check_base()
     found.check("nothing wrote to the base", True)
 
@@ -313,6 +318,43 @@ def step(setup: Setup, found: Findings) -> None:
     prompts = ((5, ()), (9, (("a", 1.0),)), (3, (("a", 0.5),)))
     served = serve(running, [Asked(str(n), words(setup, n, n), 3, terms) for n, terms in prompts])
     found.check("each row has its tokens", all(len(one) == 3 for one in served.values()))
+
+
+def _draws(setup: Setup, found: Findings, running: Engine) -> None:
+    """Time what draws the next tokens of a step, by how they are drawn."""
+    add = found.table("Draws, milliseconds", ("rows", "how", "host", "until they are read"))
+    words_of_base = running.model._view.config.get_text_config().vocab_size
+    for rows in (2,) if setup.interpreted else (1, 64):
+        logits = torch.randn(rows, words_of_base, device=setup.device).to(torch.bfloat16)
+        for how, temperature, top_p in (("greedy", 0.0, 1.0), ("temperature", 0.7, 1.0), ("top_p", 0.7, 0.9)):
+            columns = [np.full(rows, one, dtype=np.float32) for one in (temperature, top_p, 0.0)]
+            none, random = np.zeros(rows, dtype=np.int64), np.linspace(0, 0.99, rows)
+            draws = Draws(columns[0], none, columns[1], columns[2], random)
+            host = whole = 0.0
+            for _ in range(2 if setup.interpreted else 5):
+                finish(setup)
+                began = time.perf_counter()
+                drawing = running.model.kernels.draw(list(logits), draws, [None] * rows)
+                host = time.perf_counter() - began
+                tokens = drawing()
+                whole = time.perf_counter() - began
+            found.check(f"{rows} rows have tokens, {how}", None not in tokens)
+            add(rows, how, *((None, None) if setup.interpreted else (host * 1e3, whole * 1e3)))
+
+
+def _captures(setup: Setup, found: Findings, running: Engine) -> None:
+    """Time the captures of a start, and see what they take of the driver's memory."""
+    graphs = running.model._graphs
+    if graphs is None or setup.interpreted:
+        return
+    before = len(graphs._graphs)
+    free, reserved, began = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved(), time.perf_counter()
+    capture_steps(running)
+    finish(setup)
+    found.figure("captures of a start", time.perf_counter() - began, "s")
+    found.figure("captured passes", len(graphs._graphs) - before, f"beside {before}")
+    own = free - torch.cuda.mem_get_info()[0] - (torch.cuda.memory_reserved() - reserved)
+    found.figure("memory of the driver for them, beside PyTorch's", own / 1e6, "MB")
 
 
 def _stalls(setup: Setup, found: Findings, running: Engine, sizes: Mapping[str, int]) -> None:
@@ -343,6 +385,10 @@ def _stalls(setup: Setup, found: Findings, running: Engine, sizes: Mapping[str, 
     slot = 0
     timed("an adapter into a slot", lambda: model.move_slots({slot: largest}, lambda _: weights))
     timed("an adapter out of a slot", lambda: model.move_slots({slot: None}, lambda _: {}))
+    for _ in range(2 if setup.interpreted else 50):
+        model.move_slots({slot: largest}, lambda _: weights)
+        model.move_slots({slot: None}, lambda _: {})
+    ledger(setup, found, "after 50 adapters in and out of a slot")
     counts = (2, 5) if setup.interpreted else (1, 16, 17, 64, 65, 76, 128, 129, 256, 257, 512)
     for count in counts:
         for tenant in ("first", "second"):  # the first time compiles and captures

@@ -82,6 +82,24 @@ def test_a_pass_is_captured_when_its_size_comes_again_and_gives_each_steps_own(
         torch.testing.assert_close(got[0][: len(ids)], hidden @ WORDS.T)
 
 
+def test_contexts_that_grow_and_adapters_of_usual_ranks_ask_for_no_other_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, split = made(monkeypatch), cuda.SPLIT.value
+    for at, graph in (
+        (split, False),
+        (split, True),
+        (2 * split, True),
+        (4 * split - 1, True),
+        (4 * split, False),
+    ):
+        found.ranks[0] = 64 if at > split else 4
+        assert (found.run_graph(batch(1, slot=0, at=at)) is not None) == graph, at
+    assert found.run_graph(batch(1, slot=0, at=16 * split - 1)) is not None
+    found.ranks[0] = 65
+    assert found.run_graph(batch(1, slot=0, at=split)) is None
+
+
 def test_a_step_that_was_prepared_under_another_gives_what_its_tokens_give(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

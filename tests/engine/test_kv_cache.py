@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -410,23 +410,61 @@ def test_blocks_come_back_from_host_memory_bit_for_bit(
     assert torch.equal(keys[:, came], before[0].view(2, 2, 20, -1)[1, :, went]), "the layers have it"
 
 
-def test_host_memory_is_page_locked_until_nobody_has_it_and_its_copies_are_made(
-    monkeypatch: pytest.MonkeyPatch,
+class Locks:
+    """CUDA's runtime, as far as it locks pages of the host."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.fails_at = 0
+
+    def cudaHostRegister(self, place: int, size: int, flags: int) -> int:  # noqa: N802
+        self.calls.append(("lock", place, size))
+        return 2 if len(self.calls) == self.fails_at else 0
+
+    def cudaHostUnregister(self, place: int) -> None:  # noqa: N802
+        self.calls.append(("unlock", place))
+
+
+@pytest.fixture
+def locks(monkeypatch: pytest.MonkeyPatch) -> Locks:
+    found = Locks()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: found.calls.append("wait"))
+    return found
+
+
+def test_host_memory_is_page_locked_piece_by_piece_until_nobody_has_it_and_its_copies_are_made(
+    locks: Locks,
 ) -> None:
     """The next engine of a process may get memory at the same place."""
-    done: list[Any] = []
-    library = SimpleNamespace(
-        cudaHostRegister=lambda *given: done.append(("lock", *given)) or 0,
-        cudaHostUnregister=lambda place: done.append(("unlock", place, slab.sum().item())),
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
     slab = torch.ones(10, dtype=torch.uint8)
     place, owner = slab.data_ptr(), KVCache({}, 3, 1, torch.float32, torch.device("cpu"))
-    kv_cache._lock_pages(slab, torch.device("cuda"), owner)
-    assert done == [("lock", place, 10, 0)]
+    kv_cache._lock_pages(torch.split(slab, 4), torch.device("cuda"), owner)
+    assert locks.calls == [("lock", place, 4), ("lock", place + 4, 4), ("lock", place + 8, 2)]
     del owner
-    assert done[1:] == ["wait", ("unlock", place, 10)]
+    assert locks.calls[3:] == ["wait", *(("unlock", place + first) for first in (0, 4, 8))]
+
+
+def test_what_was_page_locked_before_a_piece_that_cannot_be_is_given_back(
+    locks: Locks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "ones", lambda *size, device: None)
+    slab = torch.zeros(10, dtype=torch.uint8)
+    locks.fails_at = 3
+    with pytest.raises(RuntimeError, match="page-locked: CUDA error 2"):
+        kv_cache._lock_pages(torch.split(slab, 4), torch.device("cuda"), slab)
+    assert locks.calls[3:] == ["wait", ("unlock", slab.data_ptr()), ("unlock", slab.data_ptr() + 4)]
+
+
+@pytest.mark.parametrize("size", [3, 2**12, 2_097_152, 2_129_920, 1 << 29])
+def test_a_piece_of_host_memory_is_whole_pages_and_no_copy_lies_in_two(size: int) -> None:
+    piece = kv_cache._blocks_of_a_piece(1 << 40, size)
+    assert piece * size % mmap.PAGESIZE == 0
+    assert piece * size <= max(kv_cache.LOCKED_BYTES, size * mmap.PAGESIZE)
+    assert kv_cache._blocks_of_a_piece(7, size) <= 7
+    moves = [(0, place) for place in (2, 3, 4, 5, 6, 9, 10)]
+    runs = [(one.start, one.stop) for one, _ in kv_cache._runs(moves, 5)]
+    assert runs == [(2, 5), (5, 7), (9, 10), (10, 11)]
 
 
 class Streams(TorchDispatchMode):

@@ -24,7 +24,7 @@ POINTERS = {
     "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
     "gate up y y_1 y_2 y_3 bias kept beta b c",
     "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats decay states dt a skip sinks",
-    "*i64": "layers targets",
+    "*i64": "layers targets chosen order bounds owners ends",
     "*i32": "row_of slot_of starts write tiles position table run_of read",
 }
 """Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for norms."""
@@ -55,22 +55,30 @@ UNALIGNED = (
     "most_rank",
     "heads",
     "each",
+    "shared",
+    "chosen",
+    "order",
+    "bounds",
+    "owners",
+    "ends",
     "beta_row",
     "decay_row",
     "dt_row",
 )
 """Numbers that are no multiple of 16; where others are, the launch finds that out."""
 SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
-HEADS = (64, 128, 256)
+HEADS = (64, 128, 256, 512)
 """Sizes of heads."""
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
+    *((cuda._products, {"NF4": nf4, "ROWS": rows, "SIZE": 64}) for nf4 in (1, 2, 0) for rows in cuda.STAGES),
+    (cuda._products, {"NF4": 0, "ROWS": 128, "SIZE": cuda.WIDE}),
     *(
-        (cuda._products, {"NF4": nf4, "ROWS": rows, "SIZE": 64})
-        for nf4 in (True, False)
-        for rows in cuda.STAGES
+        (cuda._expert_products, {"NF4": nf4, "ROWS": rows, "SIZE": 64})
+        for nf4, rows in [(1, 16), (1, 64), (1, 128), (0, 128)]
     ),
-    (cuda._products, {"NF4": False, "ROWS": 128, "SIZE": cuda.WIDE}),
-    (cuda._unpack, {}),
+    (cuda._expert_shrink, {}),
+    *((cuda._expert_finish, {"QUANTIZED": quantized}) for quantized in (True, False)),
+    *((cuda._unpack, {"NF4": way}) for way in (1, 2)),
     (cuda._shrink, {}),
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated, "ONTO": not gated}) for gated in (False, True)),
     *(
@@ -108,7 +116,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
                 "KEY_SIZE": size,
                 "VALUE_SIZE": size,
                 "BLOCK": 16,
-                "KEYS": 64 if size <= 128 else 32,
+                "KEYS": next(tile["KEYS"] for most, tile in cuda.ATTENTION if size <= most),
                 "GROUPS": 2,
                 "PADDED": 2,
                 "TURN": True,
@@ -180,11 +188,12 @@ def used(kernel: Any, constants: dict[str, Any], capability: int) -> Counter[str
         size = constants["KEY_SIZE"]
         tile = dict(next(options for most, options in cuda.ATTENTION if size <= most))
         options |= {name: value for name, value in tile.items() if name != "KEYS"}
-    if kernel is cuda._products:
+    if kernel in (cuda._products, cuda._expert_products):
         options["num_stages"] = cuda.STAGES[constants["ROWS"]]
     compiled = triton.compile(source, target=target, options=options)
     code = compiled.asm["ptx"]
     found = re.findall(r"\b(?:ld\.global|cp\.async|wgmma\.mma_async|mma\.sync)[.\w:]*|\bfma\.rn\.f32", code)
+    found += re.findall(r"kWidth = \d+", compiled.asm["ttgir"])
     return Counter(
         {"shared": compiled.metadata.shared, "cubin": len(compiled.asm["cubin"]), **Counter(found)}
     )

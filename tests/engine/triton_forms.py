@@ -1,6 +1,6 @@
 """Run as a program: which forms of Triton's kernels the engine asks for. It needs no GPU and compiles none.
 
-    python triton_forms.py FOLDER
+    python triton_forms.py FOLDER ARCHITECTURE
 
 Prints the forms that are compiled at a start and those that all kinds of steps ask for, as JSON.
 """
@@ -57,18 +57,22 @@ def steps() -> list[list[Segment]]:
     return found
 
 
-def main(folder: Path) -> dict[str, Any]:
+def main(folder: Path, architecture: str) -> dict[str, Any]:
     stand_in(90)
-    base = load_base(BaseSettings(save_base("llama", folder / "base", layers=1), quantization="nf4"))
+    layers = 1 if architecture == "llama" else None
+    base = load_base(
+        BaseSettings(save_base(architecture, folder / "base", layers=layers), quantization="nf4")
+    )
     # Nothing is computed: what trials compare would differ.
     cuda.norm_of = lambda module: (module.weight, 1e-5, False)
+    cuda.CudaExperts.differs = lambda self: False
     fusion._Trial.passes = lambda self, switches, *more, **named: [on() for on, _ in switches] or True
     with cuda.collecting():
         model = ServedModel(base, 4, kernels=CudaKernels())
         model.allocate_kv(RESERVED_BLOCKS + 8, BLOCK)
     wanted = forms.wanted_forms(model, adaptable_layers(base), LIMITS, BLOCK)
     model._graphs = None  # a capture is of a GPU
-    packer = Packer(BLOCK, model.row_multiple, model.groups, recurrent=False)
+    packer = Packer(BLOCK, model.row_multiple, model.groups, recurrent=model.state_bytes > 0)
     with cuda.collecting() as asked:
         for rank in (1, 4, 16, 40, 256):
             ranks = {slot: rank if slot else 8 for slot in range(4)}
@@ -77,6 +81,8 @@ def main(folder: Path) -> dict[str, Any]:
                     {slot: f"a{slot}"}, lambda _, own=own: thin_adapter(adaptable_layers(base), own)
                 )
             for plan in steps():
+                for own in plan:
+                    own.sequence.blocks *= len(model.groups)
                 plan = StepPlan(plan, [])
                 model.forward(packer.pack(plan, {f"a{slot}": slot for slot in range(4)}))
     return {
@@ -88,4 +94,4 @@ def main(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))

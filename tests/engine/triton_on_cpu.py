@@ -1,7 +1,7 @@
 """Triton's kernels on the CPU, by its interpreter; `tests/conftest.py` asks for it before Triton is imported.
 
 The interpreter keeps bf16 as the integers of its bits. It multiplies these integers, and cuts numbers off
-where a GPU rounds them to the nearest: both are mended here.
+where a GPU rounds them to the nearest: both are mended here. It has no PTX, which is run here.
 """
 
 from __future__ import annotations
@@ -74,6 +74,63 @@ def _init_tensor(self: Any, handle: Any, type: Any) -> None:
     self.shape, self.numel = _shape_of(type.shape if type.is_block() else ())
 
 
+def _bytes_picked(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """As PTX's prmt without a mode: each byte is the one of eight that four bits of the selector name."""
+    eight = np.stack([(word >> np.uint32(8 * n)) & np.uint32(255) for word in (a, b) for n in range(4)], -1)
+    result = np.zeros_like(a)
+    for n in range(4):
+        number = (selector >> np.uint32(4 * n)) & np.uint32(15)
+        picked = np.take_along_axis(eight, (number & 7)[..., None].astype(np.int64), -1)[..., 0]
+        sign = np.where(picked & np.uint32(128), np.uint32(255), np.uint32(0))
+        result |= np.where(number & np.uint32(8), sign, picked) << np.uint32(8 * n)
+    return result
+
+
+def _ptx(
+    asm: Any, constraints: Any, args: list[Any], dtype: tuple[Any, ...], is_pure: bool, pack: int
+) -> Any:
+    """Run the few instructions of PTX that the kernels have, on all elements."""
+    assert pack == 1
+    given = np.broadcast_arrays(*(one.handle.data for one in args))
+    known = {
+        f"${len(dtype) + number}": one.view(np.uint32) if one.dtype == np.float32 else one.astype(np.uint32)
+        for number, one in enumerate(map(np.ascontiguousarray, given))
+    }
+
+    def value(name: str) -> np.ndarray:
+        return known[name] if name in known else np.full(given[0].shape, int(name, 0), dtype=np.uint32)
+
+    for line in asm.value.strip("{}\n ").splitlines():
+        name, _, rest = line.rstrip(";").partition(" ")
+        if name == ".reg":
+            continue
+        if name == "mov.b32":
+            (low, high), word = rest[1:].partition("}")[0].split(", "), value(rest.rpartition(", ")[2])
+            known[low], known[high] = word & np.uint32(0xFFFF), word >> np.uint32(16)
+            continue
+        to, *names = rest.split(", ")
+        first, second, *more = map(value, names)
+        if name == "cvt.rn.bf16x2.f32":
+            high, low = (
+                _convert(one.view(np.float32), tl.float32, tl.bfloat16, None).astype(np.uint32)
+                for one in (first, second)
+            )
+            known[to] = high << np.uint32(16) | low
+        elif name == "prmt.b32":
+            known[to] = _bytes_picked(first, second, *more)
+        else:
+            operation = {"and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "shr.u32": np.right_shift}[name]
+            known[to] = operation(first, second)
+
+    def made(number: int, kind: Any) -> Any:
+        data = known[f"${number}"]
+        data = data.astype(np.uint16) if kind == tl.bfloat16 else data.view(np.int32)
+        return tl.tensor(interpreter.TensorHandle(data, kind), tl.block_type(kind, list(data.shape)))
+
+    return tuple(made(number, kind) for number, kind in enumerate(dtype))
+
+
+tl.inline_asm_elementwise = _ptx
 interpreter._convert_float = _convert
 interpreter._get_np_dtype = _dtype_of
 tl.tensor.__init__ = _init_tensor

@@ -79,7 +79,12 @@ class SlotExperts:
     @property
     def uncaptured(self) -> set[int]:
         """Slots whose effect a CUDA graph does not include."""
-        return self.filled
+        return set() if self.captures else self.filled
+
+    @property
+    def captures(self) -> bool:
+        """Whether a CUDA graph computes the experts, whichever are chosen."""
+        return self._kernel.captures
 
     def put(self, slot: int, weights: ModuleWeights | None) -> None:
         """Place matrices in a slot, or empty it with None.
@@ -111,6 +116,8 @@ def _shaped(hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
 
 class _OneByOne:
     """Experts computed by their modelling code, one after the other, with a kernel for each matrix."""
+
+    captures = False
 
     def __init__(self, module: Any, kernels: Kernels, slots: int) -> None:
         self._chosen: torch.Tensor | None = None

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 _ANY = "any"
 _RANK = 16
 """Rank of the adapter of these passes. No form depends on it."""
+CAPTURED_LENGTHS = 3
+"""Number of lengths of contexts with which passes are captured at the start: up to 512, 2,048 and 8,192
+tokens."""
 
 
 def compile_kernels(engine: Engine) -> None:
@@ -102,10 +105,15 @@ def _batches(model: ServedModel, limits: SchedulerLimits, block_size: int) -> It
 
 
 def capture_steps(engine: Engine) -> None:
-    """Decode with each number of rows, without an adapter and with one, until these passes are captured."""
+    """Compute passes over each number of rows, without an adapter and with one, until they are captured.
+
+    The rows are the ends of prompts, behind contexts of each length for which there is another graph, up to
+    CAPTURED_LENGTHS of them.
+    """
     if not engine.model.captures:
         return
-    from onebase_engine.engine.graphs import ROWS
+    from onebase_engine.engine import graphs
+    from onebase_engine.kernels import cuda
 
     mixes: list[list[AdapterRef]] = [[]]
     try:
@@ -113,18 +121,31 @@ def capture_steps(engine: Engine) -> None:
         mixes.append([AdapterRef(_ANY)])
     except NeverFitsError as error:
         logger.info("kernels: passes with an adapter are captured while sequences run: %s", error)
-    sampling = Sampling(temperature=0.0, max_tokens=3, ignore_eos=True)
+    block, began = engine.pool.block_size, time.monotonic()
+    lengths = [cuda.SPLIT.value * graphs.SPLITS_FACTOR**number for number in range(CAPTURED_LENGTHS - 1)]
     for adapters in mixes:
-        for rows in (count for count in ROWS if count <= engine.scheduler.limits.max_sequences):
-            for number in range(rows):
-                one = f"{rows} rows, {number}"
-                engine.submit(
-                    Submit(id=one, prompt=[0], sampling=sampling, adapters=adapters, tenant="warm-up")
-                )
-            while engine.busy:
-                engine.step()
-            engine.take_outputs()
+        for context in (0, *(-(-length // block) * block for length in lengths)):
+            counts = [
+                count
+                for count in graphs.ROWS
+                if count <= engine.scheduler.limits.step_tokens and context + count < engine.longest
+            ]
+            if counts and context:
+                _compute(engine, [0] * (context + 1), adapters)  # from now on a cached prefix
+            # Other tokens each time, of which no block is cached.
+            for number, count in enumerate(counts):
+                for token in (2 * number + 1, 2 * number + 2):
+                    _compute(engine, [0] * context + [token] * count, adapters)
     engine.unload_adapter(_ANY)
     # Nobody outside has heard of that version.
     engine.versions.take_dropped()
     engine.slots_changed()
+    logger.info("kernels: passes were captured in %.1f s", time.monotonic() - began)
+
+
+def _compute(engine: Engine, prompt: list[int], adapters: list[AdapterRef]) -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=1, ignore_eos=True)
+    engine.submit(Submit(id="capture", prompt=prompt, sampling=sampling, adapters=adapters, tenant="warm-up"))
+    while engine.busy:
+        engine.step()
+    engine.take_outputs()

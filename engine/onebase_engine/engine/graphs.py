@@ -32,7 +32,12 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 long prompt, whose rows would each read its keys again."""
 TERMS = (0, 1, 4)
 """Numbers of adapters of a row for which passes are captured."""
-MOST_GRAPHS = 64
+LEAST_RANK = 64
+"""Smallest largest rank for which passes are captured: programs for ranks that no adapter has end at once."""
+SPLITS_FACTOR = 4
+"""Factor between two lengths of contexts for which passes are captured, so that contexts that grow seldom ask
+for another one: programs for keys that no context has end at once."""
+MOST_GRAPHS = 96
 STALE = 4096
 """Age, in steps, at which an unused graph may be replaced once MOST_GRAPHS are captured."""
 MOST_BYTES, LEAST_BYTES = 1 << 30, 1 << 27
@@ -41,6 +46,9 @@ MOST_BYTES, LEAST_BYTES = 1 << 30, 1 << 27
 Passes beyond it are launched kernel by kernel. It becomes half of what the graphs had each time that memory
 is short.
 """
+EXECUTABLE_BYTES = 5 << 20
+"""Bytes that the driver takes for a graph itself, outside PyTorch's memory. An estimate for 500 nodes, not
+measured by us."""
 
 Pass = Callable[[FixedStep], tuple[torch.Tensor, torch.Tensor]]
 """A pass that returns the logits and hidden states of all rows of a step."""
@@ -201,8 +209,16 @@ class Graphs:
             return None
         rank = max((self.ranks.get(slot, 0) for slot in slots), default=0)
         splits = int(batch.contexts.position.max(initial=0)) // cuda.SPLIT.value + 1
-        rank = triton.next_power_of_2(max(rank, cuda.RANKS.value)) if terms else 0
-        return StepSize(rows, triton.next_power_of_2(splits), terms, rank)
+        rank = triton.next_power_of_2(max(rank, LEAST_RANK)) if terms else 0
+        return StepSize(rows, _rounded_up(splits), terms, rank)
+
+
+def _rounded_up(splits: int) -> int:
+    """Return the smallest power of SPLITS_FACTOR that is not smaller."""
+    rounded = 1
+    while rounded < splits:
+        rounded *= SPLITS_FACTOR
+    return rounded
 
 
 def _same(wanted: torch.Tensor, got: torch.Tensor) -> bool:

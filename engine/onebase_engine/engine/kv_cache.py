@@ -47,7 +47,9 @@ RESTORED = 2
 A token crosses the bus in about a tenth of the time in which it is computed."""
 STAGED_BLOCKS = 32
 """Largest number of blocks in flight between device and host; the device has staging room for them."""
-
+LOCKED_BYTES = 256 << 20
+"""About how many bytes of host memory are page-locked by one call. Linux 6.11 to 6.13 locks no more than 2 GB
+at once, and the driver's other callers wait for the end of each call (NVIDIA/TensorRT-LLM#17773)."""
 
 MOST_GROUPS = 16
 """Largest number of groups. Each has a table, which is built and sent for every step."""
@@ -534,6 +536,7 @@ class HostCache:
         rows = [(part.shape[0], part.shape[2]) for part in self._parts]
         size = sum(count * length for count, length in rows)
         self._slab = zeros((blocks, size), word, torch.device("cpu"))
+        self._piece = _blocks_of_a_piece(blocks, self._slab.stride(0) * word.itemsize)
         self._staged = torch.zeros((min(blocks, STAGED_BLOCKS), size), dtype=word, device=device)
         columns = torch.split(self._staged, [count * length for count, length in rows], dim=1)
         self._gathered = [one.view(-1, *row).transpose(0, 1) for one, row in zip(columns, rows, strict=True)]
@@ -541,7 +544,7 @@ class HostCache:
         self._stream = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            _lock_pages(self._slab, device, self)
+            _lock_pages(torch.split(self._slab, self._piece), device, self)
 
     def make(self, moves: Moves) -> None:
         """Copy blocks, before anything that the caller computes after this."""
@@ -550,11 +553,11 @@ class HostCache:
             for part, gathered in zip(self._parts, self._gathered, strict=True):
                 torch.index_select(part, 1, index, out=gathered[:, : len(group)])
             with self._copies():
-                for places, staged in _runs(group):
+                for places, staged in _runs(group, self._piece):
                     self._slab[places].copy_(self._staged[staged], non_blocking=True)
         for group, index in self._groups(moves.back):
             with self._copies():
-                for places, staged in _runs(group):
+                for places, staged in _runs(group, self._piece):
                     self._staged[staged].copy_(self._slab[places], non_blocking=True)
             self._wait_for_copies()
             for part, gathered in zip(self._parts, self._gathered, strict=True):
@@ -579,34 +582,50 @@ class HostCache:
             torch.cuda.current_stream(self._staged.device).wait_stream(self._stream)
 
 
-def _runs(moves: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """Yield runs of neighbouring places, and their positions among the moves: one copy per run."""
+def _blocks_of_a_piece(blocks: int, size: int) -> int:
+    """Return how many of the blocks, of `size` bytes, are page-locked at once: in whole pages."""
+    whole = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, size)
+    return min(blocks, max(LOCKED_BYTES // (size * whole), 1) * whole)
+
+
+def _runs(moves: Sequence[tuple[int, int]], piece: int) -> Iterator[tuple[slice, slice]]:
+    """Yield runs of neighbouring places, and their positions among the moves: one copy per run.
+
+    CUDA copies nothing that lies in two pieces of `piece` places, which were page-locked apart.
+    """
     start = 0
     for number in range(1, len(moves) + 1):
-        if number == len(moves) or moves[number][1] != moves[number - 1][1] + 1:
+        place = moves[number][1] if number < len(moves) else 0
+        if number == len(moves) or place != moves[number - 1][1] + 1 or place % piece == 0:
             first = moves[start][1]
             yield slice(first, first + number - start), slice(start, number)
             start = number
 
 
-def _lock_pages(slab: torch.Tensor, device: torch.device, owner: object) -> None:
-    """Page-lock memory in place for its owner's lifetime. Raises RuntimeError.
+def _lock_pages(pieces: Sequence[torch.Tensor], device: torch.device, owner: object) -> None:
+    """Page-lock memory in place, piece by piece, for its owner's lifetime. Raises RuntimeError.
 
     Tensors that PyTorch pins would take the next power of two.
     """
     cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    failed = int(cuda.cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
-    if failed:
-        with suppress(torch.AcceleratorError):
-            torch.ones(1, device=device)  # It would be raised by the next launch.
-        raise RuntimeError(
-            f"{slab.nbytes / 1e9:.1f} GB of host memory cannot be page-locked (CUDA error {failed})"
-        )
+    locked = list[torch.Tensor]()
 
     def unlock() -> None:
         torch.cuda.synchronize(device)  # copies may still be made
-        cuda.cudaHostUnregister(slab.data_ptr())
+        for piece in locked:
+            cuda.cudaHostUnregister(piece.data_ptr())
 
+    for piece in pieces:
+        failed = int(cuda.cudaHostRegister(piece.data_ptr(), piece.nbytes, 0))
+        if failed:
+            with suppress(torch.AcceleratorError):
+                torch.ones(1, device=device)  # It would be raised by the next launch.
+            unlock()
+            size, done = (sum(one.nbytes for one in some) / 1e9 for some in (pieces, locked))
+            raise RuntimeError(
+                f"{size:.1f} GB of host memory cannot be page-locked: CUDA error {failed} after {done:.1f} GB"
+            )
+        locked.append(piece)
     # Else CUDA would take what lies there next for these pages, and copy from and to them. It keeps the slab.
     weakref.finalize(owner, unlock).atexit = False
 

@@ -122,7 +122,7 @@ class ServedModel:
         adapted: dict[str, SlotModule | SlotExperts] = {**modules, **experts}
         self._slots = AdapterSlots(adapted, slots, self.device)
         self._modules = tuple(adapted.values())
-        self._routed = bool(experts)
+        self._waits_for_routers = not all(one.captures for one in experts.values())
         exact = [*(module.exact(0) for module in linear), *(one.exact(0) for one in experts.values())]
         named = "linear layers and mixtures" if experts else "linear layers"
         self.promise = _promise(self.kernels, exact, self.kv_dtype, named)
@@ -181,8 +181,9 @@ class ServedModel:
 
     @property
     def _captures(self) -> bool:
-        """Whether passes are captured as CUDA graphs. Which experts are computed is not the same in each."""
-        return self.kernels.captures and not self.state_bytes and not self._routed
+        """Whether passes are captured as CUDA graphs. Not where the host computes one expert after the other,
+        which are others in each pass."""
+        return self.kernels.captures and not self.state_bytes and not self._waits_for_routers
 
     @property
     def captures(self) -> bool:
@@ -194,9 +195,9 @@ class ServedModel:
         """Largest number of bytes that captured passes may take."""
         if not self._captures:
             return 0
-        from onebase_engine.engine.graphs import MOST_BYTES  # imports Triton
+        from onebase_engine.engine import graphs  # imports Triton
 
-        return MOST_BYTES
+        return graphs.MOST_BYTES + graphs.MOST_GRAPHS * graphs.EXECUTABLE_BYTES
 
     @property
     def drafts(self) -> bool:

@@ -738,6 +738,8 @@ class NativeExperts:
     Rows are sorted by expert. The gate and the up projection are the halves of one matrix.
     """
 
+    captures = False
+
     def __init__(
         self,
         kernels: CpuKernels,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -32,7 +32,9 @@ import triton
 import triton.language as tl
 from torch import nn
 from triton.language.extra import libdevice
+from triton.runtime.errors import OutOfResources
 
+from onebase_engine.base.experts import ExpertStack, is_usual, layer_of, matrix_names
 from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.base.load import import_bitsandbytes
 from onebase_engine.kernels.interface import (
@@ -49,7 +51,7 @@ from onebase_engine.kernels.interface import (
     StateRuns,
 )
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
-from onebase_engine.kernels.weights import LoraWeights
+from onebase_engine.kernels.weights import ExpertLora, LoraWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -74,10 +76,12 @@ SPLIT = tl.constexpr(512)
 """Number of a context's keys that one program attends to."""
 ATTENTION = (
     (128, {"KEYS": 64, "num_warps": 4, "num_stages": 3}),
-    (1 << 16, {"KEYS": 32, "num_warps": 8, "num_stages": 1}),
+    (256, {"KEYS": 32, "num_warps": 8, "num_stages": 1}),
+    (1 << 16, {"KEYS": 16, "num_warps": 8, "num_stages": 1}),
 )
 """Keys that a program attends to at a time, and its warps and stages, for heads up to a size: so that it fits
-into the shared memory of every card, 99 KB of some."""
+into the shared memory of every card, 99 KB of some. Where another Triton needs more of it, the next entry is
+used."""
 QUERIES = tl.constexpr(64)
 """Number of a program's queries: rows of one context, with all heads that share its keys."""
 CHANNELS = 256
@@ -106,6 +110,14 @@ STAGES = {FEW_ROWS: 6, MANY_ROWS: 4, MOST_ROWS: 3}
 WIDE = 2 * OUTPUTS.value
 """Number of outputs of a program from PROMPT_ROWS rows on, which leave enough programs for a whole device."""
 PROMPT_ROWS = 512
+ROWS_IN_TURN = 8
+"""Number of rows whose LoRAs a program computes, one after the other, from PROMPT_ROWS rows on. Neighbours of
+a prompt have the same A and B, which come from the multiprocessor's own cache then."""
+GATHERED, PERMUTED = tl.constexpr(1), tl.constexpr(2)
+"""Ways to unpack 4-bit weights, with the same bits: from shared memory, and from registers. `NF4` of a kernel
+is one of them, or 0 if weights are bf16."""
+UNPACKED_BY = 2 if os.environ.get("ONEBASE_KERNELS_UNPACK") == "permute" else 1
+"""Way that is used. Which is faster only a GPU can tell."""
 FORM_ROWS = (1, FEW_ROWS + 1, MANY_ROWS + 1, UNPACKED_ROWS + 1, PROMPT_ROWS)
 """Number of rows of a step for each set of forms."""
 LAYERS = tl.constexpr(256)
@@ -119,6 +131,8 @@ TRIAL_ROWS, TRIAL_OUTPUTS = (
     )
 )
 """Rows and outputs of the products of a trial at a start: each form, on both sides of where it ends."""
+EXPERT_TRIAL_ROWS = (3, 70, 300)
+"""Rows of the trial of a mixture's products, one for each number of rows of a program."""
 SUMMED_BYTES = 1 << 18
 """Bytes of the base in one program of a check."""
 
@@ -151,20 +165,117 @@ def _layer_of(block, second, third):
     return layer, tl.where(layer == 0, 0, tl.where(layer == 1, second, third))
 
 
+_PLANES = tl.constexpr(
+    "{\n.reg .b32 p<8>;\n"
+    + "".join(f"cvt.rn.bf16x2.f32 p{n}, ${9 + 2 * n}, ${8 + 2 * n};\n" for n in range(8))
+    + "".join(f"prmt.b32 ${n}, p{2 * n}, p{2 * n + 1}, 0x6420;\n" for n in range(4))
+    + "".join(f"prmt.b32 ${n + 4}, p{2 * n}, p{2 * n + 1}, 0x7531;\n" for n in range(4))
+    + "}"
+)
+"""PTX: 16 numbers, rounded to bf16, become four words of their low bytes and four of their high bytes."""
+_LOOKED_UP = tl.constexpr(
+    "{\n.reg .b32 s, t, a, b, l, h, x<4>;\n"
+    # Three bits of each of the word's eight numbers, and from which half of the table each takes its byte.
+    "and.b32 s, $8, 0x77777777;\nand.b32 t, $8, 0x88888888;\nshr.u32 t, t, 1;\nor.b32 t, t, 0x32103210;\n"
+    + "shr.u32 s, s, 16;\nshr.u32 t, t, 16;\n".join(
+        "prmt.b32 a, $9, $10, s;\nprmt.b32 b, $11, $12, s;\nprmt.b32 l, a, b, t;\n"
+        "prmt.b32 a, $13, $14, s;\nprmt.b32 b, $15, $16, s;\nprmt.b32 h, a, b, t;\n"
+        # The upper half of a byte is the first of its two weights.
+        f"prmt.b32 x{n}, l, h, 0x4051;\nprmt.b32 x{n + 1}, l, h, 0x6273;\n"
+        for n in (0, 2)
+    )
+    + "".join(f"mov.b32 {{${2 * n}, ${2 * n + 1}}}, x{n};\n" for n in range(4))
+    + "}"
+)
+"""PTX: eight weights of a word, looked up in the planes of their block's table."""
+_OF_PLANES = tl.constexpr(",".join(["=&r"] * 8 + ["f"] * 16))
+_OF_LOOKED_UP = tl.constexpr(",".join(["=&h"] * 8 + ["r"] * 9))
+
+
 @triton.jit
-def _unpacked(weight, absmax, code, out, first, there, size_in, shift):
+def _permuted(weight, scale, code, out, first, there, size_in):
+    """Return the weights as `_unpacked` does, by a table of 16 numbers for each block in registers.
+
+    PRMT picks bytes of a table by the packed numbers themselves: neither shared memory nor a product for each
+    weight.
+    """
+    c = scale
+    planes = tl.inline_asm_elementwise(
+        _PLANES, _OF_PLANES,
+        [
+            tl.load(code) * c, tl.load(code + 1) * c, tl.load(code + 2) * c, tl.load(code + 3) * c,
+            tl.load(code + 4) * c, tl.load(code + 5) * c, tl.load(code + 6) * c, tl.load(code + 7) * c,
+            tl.load(code + 8) * c, tl.load(code + 9) * c, tl.load(code + 10) * c, tl.load(code + 11) * c,
+            tl.load(code + 12) * c, tl.load(code + 13) * c, tl.load(code + 14) * c, tl.load(code + 15) * c,
+        ],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    eighth = tl.multiple_of(first // 8, STEP // 8) + tl.arange(0, STEP // 8)
+    own = out[:, None] * tl.multiple_of(size_in // 8, STEP // 8)
+    packed = tl.multiple_of(weight.to(tl.pointer_type(tl.int32)), 16)
+    words = tl.load(packed + own + eighth[None, :], mask=there[:, None], other=0)
+    w = tl.inline_asm_elementwise(
+        _LOOKED_UP, _OF_LOOKED_UP,
+        [
+            words, planes[0][:, None], planes[1][:, None], planes[2][:, None], planes[3][:, None],
+            planes[4][:, None], planes[5][:, None], planes[6][:, None], planes[7][:, None],
+        ],
+        dtype=(
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+        ),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
+    odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
+    return tl.reshape(tl.join(even, odd), [OUTPUTS, STEP])
+
+
+@triton.jit
+def _unpacked(weight, absmax, code, numbers, out, first, there, size_in, shift, NF4: tl.constexpr):
     """Unpack the weights [OUTPUTS, STEP] of the outputs `out` and the terms from `first` on, bf16.
 
-    `code` [16] is in registers: looked up in memory, each weight would be a copy of four bytes.
+    `numbers` [16] are those of `code`, in registers: looked up in memory, each weight would be a copy of four
+    bytes.
     """
-    # Triton loads 16 bytes at a time where it is told that they lie so.
-    half = tl.multiple_of(first // 2, STEP // 2) + tl.arange(0, STEP // 2)
-    own = out[:, None] * tl.multiple_of(size_in // 2, STEP // 2)
-    both = tl.load(weight + own + half[None, :], mask=there[:, None], other=0)
-    index = tl.interleave(both >> 4, both & 15).to(tl.int32)
     scale = tl.load(absmax + ((out * size_in + first) >> shift), mask=there, other=0.0)
-    found = tl.reshape(tl.gather(code, tl.reshape(index, [OUTPUTS * STEP]), 0), [OUTPUTS, STEP])
-    return (found * scale[:, None]).to(tl.bfloat16)
+    if NF4 == PERMUTED:
+        w = _permuted(weight, scale, code, out, first, there, size_in)
+    else:
+        # Triton loads 16 bytes at a time where it is told that they lie so.
+        half = tl.multiple_of(first // 2, STEP // 2) + tl.arange(0, STEP // 2)
+        own = out[:, None] * tl.multiple_of(size_in // 2, STEP // 2)
+        both = tl.load(weight + own + half[None, :], mask=there[:, None], other=0)
+        index = tl.interleave(both >> 4, both & 15).to(tl.int32)
+        found = tl.reshape(tl.gather(numbers, tl.reshape(index, [OUTPUTS * STEP]), 0), [OUTPUTS, STEP])
+        w = (found * scale[:, None]).to(tl.bfloat16)
+    return w
+
+
+@triton.jit
+def _summed(
+    x, facts, row, wanted, out, there, size_in, NF4: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Return the products of rows of x with one layer's weights, fp32 [SIZE, ROWS]."""
+    numbers = tl.zeros((16,), dtype=tl.float32)
+    if NF4:
+        numbers = tl.load(tl.load(facts + CODE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 16))
+    total = tl.zeros((SIZE, ROWS), dtype=tl.float32)
+    for first in range(0, size_in, STEP):
+        term = first + tl.arange(0, STEP)
+        if NF4:
+            weight = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.uint8)), 16)
+            absmax = tl.load(facts + ABSMAX).to(tl.pointer_type(tl.float32))
+            code = tl.load(facts + CODE).to(tl.pointer_type(tl.float32))
+            shift = tl.load(facts + SHIFT)
+            w = _unpacked(weight, absmax, code, numbers, out, first, there, size_in, shift, NF4)
+        else:
+            plain = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.bfloat16)), 16)
+            w = tl.load(plain + out[:, None] * size_in + term[None, :], mask=there[:, None], other=0.0)
+        xs = tl.load(x + row[None, :] * size_in + term[:, None], mask=wanted[None, :], other=0.0)
+        total = tl.dot(w, xs, total)
+    return total
 
 
 @triton.jit(do_not_specialize=["rows", "second", "third"])
@@ -185,32 +296,18 @@ def _products(
     there = out < tl.load(facts + SIZE_OUT)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     wanted = row < rows
-    code = tl.zeros((16,), dtype=tl.float32)
-    if NF4:
-        code = tl.load(tl.load(facts + CODE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 16))
-    total = tl.zeros((SIZE, ROWS), dtype=tl.float32)
-    for first in range(0, size_in, STEP):
-        term = first + tl.arange(0, STEP)
-        if NF4:
-            weight = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.uint8)), 16)
-            absmax = tl.load(facts + ABSMAX).to(tl.pointer_type(tl.float32))
-            w = _unpacked(weight, absmax, code, out, first, there, size_in, tl.load(facts + SHIFT))
-        else:
-            plain = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.bfloat16)), 16)
-            w = tl.load(plain + out[:, None] * size_in + term[None, :], mask=there[:, None], other=0.0)
-        xs = tl.load(x + row[None, :] * size_in + term[:, None], mask=wanted[None, :], other=0.0)
-        total = tl.dot(w, xs, total)
+    total = _summed(x, facts, row, wanted, out, there, size_in, NF4, ROWS, SIZE)
     place = row[None, :] * width + block * SIZE + tl.arange(0, SIZE)[:, None]
     tl.store(sums + place, total, mask=wanted[None, :] & there[:, None])
 
 
 @triton.jit(do_not_specialize=["shift", "size_out"])
-def _unpack(weight, absmax, code, plain, size_in, shift, size_out):
+def _unpack(weight, absmax, code, plain, size_in, shift, size_out, NF4: tl.constexpr):
     """Unpack a 4-bit weight into plain[out, in], bf16."""
     out = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     first, there = tl.program_id(1) * STEP, out < size_out
-    some = tl.load(code + tl.arange(0, 16))
-    w = _unpacked(weight, absmax, some, out, first, there, size_in, shift)
+    numbers = tl.load(code + tl.arange(0, 16))
+    w = _unpacked(weight, absmax, code, numbers, out, first, there, size_in, shift, NF4)
     place = out[:, None] * size_in + first + tl.arange(0, STEP)[None, :]
     tl.store(plain + place, w, mask=there[:, None])
 
@@ -228,41 +325,49 @@ def _matrix(address, place, mask, narrow):
     return found
 
 
+@triton.jit
+def _shrunk(x, own, row, rank, inside, size_in, part, pieces):
+    """Return the products of a row with one slot's A, summed over the pieces of a part, fp32 [RANKS]."""
+    a, narrow = tl.load(own + A), tl.load(own + NARROW)
+    total = tl.zeros((RANKS,), dtype=tl.float32)
+    for piece in range(part * pieces, (part + 1) * pieces):
+        sums = tl.zeros((RANKS, SHRUNK), dtype=tl.float32)
+        end = tl.minimum((piece + 1) * PIECE, size_in)
+        for first in range(piece * PIECE, end, SHRUNK):
+            some = first + tl.arange(0, SHRUNK)
+            known = some < end
+            xs = tl.load(x + row * size_in + some, mask=known, other=0.0).to(tl.float32)
+            w = _matrix(a, rank[:, None] * size_in + some[None, :], inside[:, None] & known[None, :], narrow)
+            sums += w * xs[None, :]
+        one = tl.sum(sums, axis=1)
+        total = tl.where(piece == part * pieces, one, total + one)
+    return total
+
+
 @triton.jit(
-    do_not_specialize=["terms", "pieces", "most_rank"], do_not_specialize_on_alignment=["row_of", "slot_of"]
+    do_not_specialize=["terms", "pieces", "most_rank", "each"],
+    do_not_specialize_on_alignment=["row_of", "slot_of"],
 )
-def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_rank):
+def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_rank, each):
     """Compute hidden[layer, part, term, rank] = x32 @ A.T over the `pieces` pieces of each part.
 
-    A program computes one row and one slot.
+    A program computes `each` terms, a row and a slot each, one after the other: those of a prompt have one
+    slot, whose matrix is read once.
     """
-    term, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    first, part = tl.program_id(0) * each, tl.program_id(2)
     blocks = tl.cdiv(most_rank, RANKS)
     layer, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
     slots = tl.load(layers + layer * FACTS + SLOTS).to(tl.pointer_type(tl.int64))
-    own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
-    size = tl.load(own + RANK)
-    if block * RANKS < size:
-        rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
-        inside = rank < size
-        a, narrow = tl.load(own + A), tl.load(own + NARROW)
-        row = tl.load(row_of + term).to(tl.int64)
-        total = tl.zeros((RANKS,), dtype=tl.float32)
-        for piece in range(part * pieces, (part + 1) * pieces):
-            sums = tl.zeros((RANKS, SHRUNK), dtype=tl.float32)
-            end = tl.minimum((piece + 1) * PIECE, size_in)
-            for first in range(piece * PIECE, end, SHRUNK):
-                some = first + tl.arange(0, SHRUNK)
-                known = some < end
-                xs = tl.load(x + row * size_in + some, mask=known, other=0.0).to(tl.float32)
-                w = _matrix(
-                    a, rank[:, None] * size_in + some[None, :], inside[:, None] & known[None, :], narrow
-                )
-                sums += w * xs[None, :]
-            one = tl.sum(sums, axis=1)
-            total = tl.where(piece == part * pieces, one, total + one)
-        place = ((layer * tl.num_programs(2) + part).to(tl.int64) * terms + term) * most_rank + rank
-        tl.store(hidden + place, total, mask=inside)
+    for term in range(first, tl.minimum(first + each, terms)):
+        own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
+        size = tl.load(own + RANK)
+        if block * RANKS < size:
+            rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
+            inside = rank < size
+            row = tl.load(row_of + term).to(tl.int64)
+            total = _shrunk(x, own, row, rank, inside, size_in, part, pieces)
+            place = ((layer * tl.num_programs(2) + part).to(tl.int64) * terms + term) * most_rank + rank
+            tl.store(hidden + place, total, mask=inside)
 
 
 @triton.jit
@@ -294,12 +399,13 @@ def _exp(x):
 
 @triton.jit
 def _output(
-    sums, layers, hidden, starts, slot_of, weight_of, width, terms, hidden_parts, most_rank, layer, begin,
-    block, QUANTIZED: tl.constexpr,
+    sums, facts, hidden, starts, slot_of, weight_of, row, width, terms, first_part, hidden_parts, most_rank,
+    begin, block, each, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Return a block of one layer's outputs for a row, rounded in PEFT's order to bf16."""
-    row = tl.program_id(0).to(tl.int64)
-    facts = layers + layer * FACTS
+    """Return a block of one layer's outputs for a row, rounded in PEFT's order to bf16.
+
+    `each` rows of sums belong to one of the step, and so do as many of `hidden` to one of its terms.
+    """
     out = (block * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     there = out < tl.load(facts + SIZE_OUT)
     place = row * width + begin * OUTPUTS + out
@@ -311,11 +417,12 @@ def _output(
     slots = tl.load(facts + SLOTS).to(tl.pointer_type(tl.int64))
     delta = tl.zeros((OUTPUTS,), dtype=tl.float32)
     acting, wide = 0, tl.cast(0, tl.int64)
-    for term in range(tl.load(starts + row), tl.load(starts + row + 1)):
+    source = row // each
+    for term in range(tl.load(starts + source), tl.load(starts + source + 1)):
         own = slots + tl.load(slot_of + term).to(tl.int64) * (LAYERS * SLOT_FACTS)
         if tl.load(own + RANK) > 0:
-            first_part = tl.cast(layer, tl.int64) * hidden_parts
-            some = _added(hidden, own, out, there, terms, term, first_part, hidden_parts, most_rank)
+            number = tl.cast(term, tl.int64) * each + row % each
+            some = _added(hidden, own, out, there, terms * each, number, first_part, hidden_parts, most_rank)
             delta += some * tl.load(weight_of + term)
             acting += 1
             wide += tl.load(own + ADDS_WIDE)
@@ -327,36 +434,38 @@ def _output(
 
 
 @triton.jit(
-    do_not_specialize=["terms", "hidden_parts", "most_rank", "second", "third"],
+    do_not_specialize=["rows", "terms", "hidden_parts", "most_rank", "second", "third", "each"],
     do_not_specialize_on_alignment=["starts", "slot_of", "weight_of"],
 )
 def _finish(
-    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, width, terms, hidden_parts,
-    most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
+    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, rows, width, terms, hidden_parts,
+    most_rank, second, third, each, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
     """Store each layer's outputs: the base's sum plus the row's adapters.
 
-    The result of a single layer is added to `onto`.
+    The result of a single layer is added to `onto`. A program has `each` rows, as in `_shrink`.
     """
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin_row, block = tl.program_id(0).to(tl.int64) * each, tl.program_id(1)
     layer, begin = _layer_of(block, second, third)
-    y = _output(
-        sums, layers, hidden, starts, slot_of, weight_of, width, terms, hidden_parts, most_rank, layer, begin,
-        block - begin, QUANTIZED,
-    )  # fmt: skip
-    if GATED:
-        up = _output(
-            sums, layers, hidden, starts, slot_of, weight_of, width, terms, hidden_parts, most_rank, 1,
-            second, block, QUANTIZED,
-        )  # fmt: skip
-        y = _gated(y, up)
     size_out = tl.load(layers + layer * FACTS + SIZE_OUT)
     out = (block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)
-    if ONTO:
-        before = tl.load(onto + row * size_out + out, mask=out < size_out, other=0.0)
-        y = (before.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
     to = tl.where(layer == 0, y_1, tl.where(layer == 1, y_2, y_3))
-    tl.store(to + row * size_out + out, y, mask=out < size_out)
+    for row in range(begin_row, tl.minimum(begin_row + each, rows)):
+        y = _output(
+            sums, layers + layer * FACTS, hidden, starts, slot_of, weight_of, row, width, terms,
+            tl.cast(layer, tl.int64) * hidden_parts, hidden_parts, most_rank, begin, block - begin, 1,
+            QUANTIZED,
+        )  # fmt: skip
+        if GATED:
+            up = _output(
+                sums, layers + FACTS, hidden, starts, slot_of, weight_of, row, width, terms,
+                tl.cast(hidden_parts, tl.int64), hidden_parts, most_rank, second, block, 1, QUANTIZED,
+            )  # fmt: skip
+            y = _gated(y, up)
+        if ONTO:
+            before = tl.load(onto + row * size_out + out, mask=out < size_out, other=0.0)
+            y = (before.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
+        tl.store(to + row * size_out + out, y, mask=out < size_out)
 
 
 @triton.jit
@@ -440,6 +549,223 @@ def _acting(rows: RowMap, count: int) -> tuple[np.ndarray, np.ndarray]:
         numbers, slots, weights = zip(*flat, strict=True)
         columns[:] = numbers, slots, np.array(weights, dtype=np.float32).view(np.int32)
     return np.array([0, *accumulate(map(len, of_row))], dtype=np.int32), columns
+
+
+# ---- experts -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["each"], do_not_specialize_on_alignment=["order", "bounds", "owners", "ends"])
+def _expert_products(
+    x, layers, order, bounds, owners, ends, sums, size_in, width, count, each, NF4: tl.constexpr,
+    ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Compute sums[pair, outputs] = x[pair // each] @ weight of the pair's expert, as `_products` does.
+
+    A program has up to ROWS pairs of one expert, its tile's owner. `order`: numbers of the pairs, sorted by
+    expert. `bounds` [count + 1]: each expert's first place there; `ends` [count]: the end of its tiles.
+    """
+    tile, block = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(owners + tile)
+    if expert < count:
+        first, stop = tl.load(bounds + expert), tl.load(bounds + expert + 1)
+        begin = tl.load(ends + expert) - (stop - first + ROWS - 1) // ROWS
+        place = first + (tile - begin) * ROWS + tl.arange(0, ROWS)
+        wanted = place < stop
+        pair = tl.load(order + place, mask=wanted, other=0).to(tl.int64)
+        facts = layers + expert * FACTS
+        out = (block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+        there = out < tl.load(facts + SIZE_OUT)
+        total = _summed(x, facts, pair // each, wanted, out, there, size_in, NF4, ROWS, SIZE)
+        tl.store(sums + pair[None, :] * width + out[:, None], total, mask=wanted[None, :] & there[:, None])
+
+
+@triton.jit(
+    do_not_specialize=["terms", "pieces", "most_rank", "each", "shared"],
+    do_not_specialize_on_alignment=["chosen", "row_of", "slot_of"],
+)
+def _expert_shrink(
+    x, layers, chosen, row_of, slot_of, hidden, terms, size_in, pieces, most_rank, each, shared
+):  # fmt: skip
+    """Compute hidden[part, term * each + number, rank] as `_shrink` does, for each expert of a term's row.
+
+    shared: number of pairs that have one row of x.
+    """
+    term, part, block = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.program_id(1)
+    pair = tl.load(row_of + term // each).to(tl.int64) * each + term % each
+    facts = layers + tl.load(chosen + pair) * FACTS
+    slots = tl.load(facts + SLOTS).to(tl.pointer_type(tl.int64))
+    own = slots + tl.load(slot_of + term // each).to(tl.int64) * (LAYERS * SLOT_FACTS)
+    size = tl.load(own + RANK)
+    if block * RANKS < size:
+        rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
+        inside = rank < size
+        total = _shrunk(x, own, pair // shared, rank, inside, size_in, part, pieces)
+        place = (part.to(tl.int64) * terms * each + term) * most_rank + rank
+        tl.store(hidden + place, total, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["terms", "hidden_parts", "most_rank", "each"],
+    do_not_specialize_on_alignment=["chosen", "starts", "slot_of", "weight_of"],
+)
+def _expert_finish(
+    sums, layers, chosen, hidden, starts, slot_of, weight_of, y, width, size_out, terms, hidden_parts,
+    most_rank, each, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """Store a pair's outputs: the expert's sum plus the row's adapters."""
+    pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    facts = layers + tl.load(chosen + pair) * FACTS
+    given = _output(
+        sums, facts, hidden, starts, slot_of, weight_of, pair, width, terms, tl.cast(0, tl.int64),
+        hidden_parts, most_rank, 0, block, each, QUANTIZED,
+    )  # fmt: skip
+    out = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    tl.store(y + pair * size_out + out, given, mask=out < size_out)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a row and an expert that it has chosen, in tiles of one expert each, on the device."""
+
+    chosen: torch.Tensor
+    """Numbers of the experts, [pairs] int64."""
+    each: int
+    """Number of experts of a row."""
+    order: torch.Tensor
+    bounds: torch.Tensor
+    owners: torch.Tensor
+    """Expert of each tile; where there is none, the number of experts."""
+    ends: torch.Tensor
+    rows: int
+    """Largest number of a tile's pairs."""
+
+    @classmethod
+    def of(cls, chosen: torch.Tensor, count: int) -> _Pairs:
+        """Sort the pairs by expert, without waiting for the device. chosen: [rows, each] int64."""
+        few = len(chosen) <= MANY_ROWS
+        rows = FEW_ROWS if few else MANY_ROWS if len(chosen) <= UNPACKED_ROWS else MOST_ROWS
+        flat = chosen.reshape(-1).contiguous()
+        by_expert, order = torch.sort(flat, stable=True)
+        bounds = torch.searchsorted(by_expert, torch.arange(count + 1, device=flat.device))
+        ends = ((bounds[1:] - bounds[:-1] + rows - 1) // rows).cumsum(0)
+        tiles = min(len(flat), count) + len(flat) // rows
+        owners = torch.searchsorted(ends, torch.arange(tiles, device=flat.device), right=True)
+        return cls(flat, chosen.shape[1], order, bounds, owners, ends, rows)
+
+
+class _ExpertMatrices:
+    """The matrices of all experts for one parameter, plus the LoRAs in their slots."""
+
+    def __init__(self, layers: Sequence[CudaLinear]) -> None:
+        self.layers = tuple(layers)
+        self._facts = sent(np.array([layer.facts for layer in layers]), layers[0].weight.device)
+        self._tables = tuple({layer.table for layer in layers})
+        self._filled: set[int] = set()
+
+    def put(self, slot: int, weights: ExpertLora | None) -> None:
+        if weights is None and slot not in self._filled:
+            return
+        self._filled.discard(slot)
+        for number, layer in enumerate(self.layers):
+            layer.put(slot, None if weights is None else weights.of_expert(number))
+        if weights is not None:
+            self._filled.add(slot)
+
+    def sums(self, x: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
+        """Return each pair's product with its expert's weights as it is summed, fp32 [pairs, width].
+
+        x: a row for each pair, or for each row of the step; bf16, contiguous.
+        """
+        one, count = self.layers[0], len(pairs.chosen)
+        blocks = triton.cdiv(one.size_out, OUTPUTS.value)
+        width = blocks * OUTPUTS.value
+        sums = torch.empty(count, width, dtype=torch.float32, device=x.device)
+        _expert_products[(len(pairs.owners), blocks)](
+            x, self._facts, pairs.order, pairs.bounds, pairs.owners, pairs.ends, sums, one.size_in, width,
+            len(self.layers), count // len(x), NF4=UNPACKED_BY if one.nf4 else 0, ROWS=pairs.rows,
+            SIZE=OUTPUTS.value, num_stages=STAGES[pairs.rows], **PLAIN,
+        )  # fmt: skip
+        return sums
+
+    def __call__(self, x: torch.Tensor, pairs: _Pairs, rows: RowMap) -> torch.Tensor:
+        """Compute x, as for `sums` -> [pairs, out] bf16."""
+        one, each, sums = self.layers[0], pairs.each, self.sums(x, pairs)
+        terms = _terms_of(rows, len(pairs.chosen) // each, x.device)
+        if not terms.count or (not terms.most_rank and not self._filled):
+            return sums[:, : one.size_out].to(torch.bfloat16)
+        for table in self._tables:
+            table.commit()
+        most = terms.most_rank or max(layer.most_rank for layer in self.layers)
+        pieces = triton.cdiv(one.size_in, PIECE.value)
+        numbers = terms.count * each * most
+        parts = pieces if numbers * pieces <= HIDDEN else 1
+        hidden = torch.empty(numbers * parts, dtype=torch.float32, device=x.device)
+        _expert_shrink[(terms.count * each, triton.cdiv(most, RANKS.value), parts)](
+            x, self._facts, pairs.chosen, terms.row, terms.slot, hidden, terms.count, one.size_in,
+            pieces // parts, most, each, len(pairs.chosen) // len(x), **PLAIN,
+        )  # fmt: skip
+        y = x.new_empty(len(pairs.chosen), one.size_out)
+        _expert_finish[(len(y), triton.cdiv(one.size_out, OUTPUTS.value))](
+            sums, self._facts, pairs.chosen, hidden, terms.starts, terms.slot, terms.weight, y,
+            sums.shape[1], one.size_out, terms.count, parts, most, each, QUANTIZED=one.nf4, **PLAIN,
+        )  # fmt: skip
+        return y
+
+
+class CudaExperts:
+    """Experts of a mixture: one launch computes the products of all rows with their experts' matrices.
+
+    Which experts are chosen stays on the device, so that a CUDA graph has whatever they are.
+    """
+
+    captures = True
+
+    def __init__(
+        self, matrices: Mapping[str, Sequence[CudaLinear]], activation: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Take the layers of the matrices up, whose halves are the gate and the up projection, and down."""
+        self._by_name = {name: _ExpertMatrices(layers) for name, layers in matrices.items()}
+        self._up, self._down = self._by_name.values()
+        self._activation = activation
+
+    def __call__(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, rows: RowMap
+    ) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            raise TypeError(f"experts in bf16 got rows in {x.dtype}")
+        pairs = _Pairs.of(chosen, len(self._up.layers))
+        gate, up = self._up(x.contiguous(), pairs, rows).chunk(2, dim=-1)
+        given = self._down((self._activation(gate) * up).contiguous(), pairs, rows)
+        parts = (given.view(*chosen.shape, -1) * weights[..., None]).to(x.dtype)
+        ascending = chosen.argsort(dim=-1)
+        parts = parts.gather(1, ascending[..., None].expand_as(parts))
+        total = torch.zeros_like(x)
+        for part in parts.unbind(1):
+            total = total + part
+        return total
+
+    def put(self, name: str, slot: int, weights: ExpertLora | None) -> None:
+        self._by_name[name].put(slot, weights)
+
+    def exact(self, slot: int) -> bool:
+        return False
+
+    @torch.inference_mode()
+    def differs(self) -> bool:
+        """Return True if a row's sums have other bits than an expert's own layer gives, few rows or many."""
+        for matrices in (self._up, self._down):
+            layers = matrices.layers
+            draw = torch.Generator().manual_seed(0)
+            for count in EXPERT_TRIAL_ROWS:
+                x = torch.randn(count, layers[0].size_in, generator=draw)
+                x = x.to(layers[0].weight.device, torch.bfloat16)
+                number = torch.arange(count, device=x.device) % min(len(layers), 2)
+                sums = matrices.sums(x, _Pairs.of(number[:, None], len(layers)))[:, : layers[0].size_out]
+                for expert in range(min(len(layers), 2)):
+                    own = number == expert
+                    if not torch.equal(sums[own], layers[expert].sums(x[own])):
+                        return True
+        return False
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
@@ -593,15 +919,18 @@ class CudaLayers:
         numbers = len(self._layers) * terms.count * most
         own_parts = self._pieces if numbers * self._pieces <= HIDDEN else 1
         hidden = torch.empty(numbers * own_parts, dtype=torch.float32, device=x.device)
+        each = ROWS_IN_TURN if count >= PROMPT_ROWS else 1
         if numbers:
-            grid = terms.count, len(self._layers) * triton.cdiv(most, RANKS.value), own_parts
+            grid = (
+                triton.cdiv(terms.count, each), len(self._layers) * triton.cdiv(most, RANKS.value), own_parts
+            )  # fmt: skip
             _shrink[grid](
                 x, told, terms.row, terms.slot, hidden, terms.count, size_in, self._pieces // own_parts, most,
-                **PLAIN,
+                each, **PLAIN,
             )  # fmt: skip
-        _finish[(count, self._finished)](
-            sums, told, hidden, terms.starts, terms.slot, terms.weight, *to, sums.shape[1], terms.count,
-            own_parts, most, *self._starts, QUANTIZED=nf4, **how,
+        _finish[(triton.cdiv(count, each), self._finished)](
+            sums, told, hidden, terms.starts, terms.slot, terms.weight, *to, count, sums.shape[1],
+            terms.count, own_parts, most, *self._starts, each, QUANTIZED=nf4, **how,
         )  # fmt: skip
         return ys
 
@@ -621,8 +950,8 @@ class CudaLayers:
         wide = WIDE // OUTPUTS.value if count >= PROMPT_ROWS else 1
         blocks, *starts = (number // wide for number in (self._blocks, *self._starts))
         _products[(triton.cdiv(count, size), blocks)](
-            x, told, sums, count, size_in, width, *starts, NF4=nf4 and not unpacked, ROWS=size,
-            SIZE=OUTPUTS.value * wide, num_warps=4 * wide, num_stages=STAGES[size], **PLAIN,
+            x, told, sums, count, size_in, width, *starts, NF4=UNPACKED_BY if nf4 and not unpacked else 0,
+            ROWS=size, SIZE=OUTPUTS.value * wide, num_warps=4 * wide, num_stages=STAGES[size], **PLAIN,
         )  # fmt: skip
         return told, sums
 
@@ -1037,7 +1366,8 @@ class CudaAttention:
         }
         self._eight = cache.scales is not None
         largest = max(self._sizes.values())
-        self._tile = next(options for size, options in ATTENTION if largest <= size)
+        self._tiles = [options for size, options in ATTENTION if largest <= size]
+        """Tiles of decreasing size, of which the first is used."""
 
     def __call__(
         self,
@@ -1074,12 +1404,12 @@ class CudaAttention:
         out = q.new_empty(count, heads, value_dim)
         for one in chunks:
             if one.splits:
-                _attend[(one.tiles, kv_heads, one.splits)](
-                    q, *self._cache, part, stats, out, step.tiles, step.position, table, cosines, sines,
-                    sinks, q.stride(1), q.stride(0), one.first_tile, one.first_row, one.rows, heads,
-                    self._head_slots, table.shape[1], key_dim, value_dim, *self._numbers,
-                    BLOCK=self._block_size, GROUPS=groups, PADDED=padded, WHOLE=step.whole,
-                    SINKS=self._sinks is not None, **self._tile, **sizes, **PLAIN,
+                self._launch(
+                    (one.tiles, kv_heads, one.splits), q, *self._cache, part, stats, out, step.tiles,
+                    step.position, table, cosines, sines, sinks, q.stride(1), q.stride(0), one.first_tile,
+                    one.first_row, one.rows, heads, self._head_slots, table.shape[1], key_dim, value_dim,
+                    *self._numbers, BLOCK=self._block_size, GROUPS=groups, PADDED=padded, WHOLE=step.whole,
+                    SINKS=self._sinks is not None, **sizes, **PLAIN,
                 )  # fmt: skip
             if not step.whole:
                 _merge[(one.rows, heads)](
@@ -1087,6 +1417,18 @@ class CudaAttention:
                     VALUE_SIZE=sizes["VALUE_SIZE"], SINKS=self._sinks is not None, **PLAIN,
                 )  # fmt: skip
         return out
+
+    def _launch(self, grid: tuple[int, int, int], *given: Any, **constants: Any) -> None:
+        """Launch `_attend`, from now on with smaller tiles if the device has no shared memory for these."""
+        while True:
+            try:
+                _attend[grid](*given, **self._tiles[0], **constants)
+                return
+            except OutOfResources as error:
+                if len(self._tiles) == 1:
+                    raise
+                logger.warning("kernels: attention takes smaller tiles, and longer: %s", error)
+                self._tiles = self._tiles[1:]
 
 
 # ---- recurrent layers ----------------------------------------------------------------------------
@@ -1433,14 +1775,23 @@ def collecting() -> Iterator[list[Form]]:
 
 
 def compile_forms(forms: Sequence[Form], device: torch.device, threads: int) -> list[Any]:
-    """Compile forms side by side, and return Triton's compiled kernels in the same order."""
+    """Compile forms side by side, and return Triton's compiled kernels in the same order.
+
+    Each is loaded onto the device as well: its first launch would do so while a step waits.
+    """
 
     def enter() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
     with ThreadPoolExecutor(threads, "compile", enter) as pool:
-        return list(pool.map(Form.compiled, forms))
+        kernels = list(pool.map(Form.compiled, forms))
+    if device.type == "cuda":
+        for kernel in kernels:
+            # What is too large for the device says so again when it is launched.
+            with suppress(OutOfResources):
+                kernel.run  # noqa: B018 (a property that loads)
+    return kernels
 
 
 def warn_of_compiles() -> None:
@@ -1515,6 +1866,8 @@ class CudaKernels(CudaRecurrence):
         self._captured: WeakSet[Any] = WeakSet()
         self._abandoned: list[Any] = []
         self._tables: WeakSet[SlotFacts] = WeakSet()
+        self._experts_differ: dict[tuple[Any, ...], bool] = {}
+        """Whether experts of these shapes have other bits together than one by one."""
 
     def place_in_slots(self, slots: int, device: torch.device) -> tuple[SlotFacts, int]:
         """Return a table of `slots` slots, and the place of one more layer in it."""
@@ -1546,8 +1899,25 @@ class CudaKernels(CudaRecurrence):
             return None
         return CudaLayers(self, own, gated=gated)
 
-    def experts(self, module: Any, slots: int) -> None:
-        return None
+    def experts(self, module: Any, slots: int) -> CudaExperts | None:
+        """Return the experts' kernel if their code is Mixtral's and each matrix is a kernel's, else None."""
+        if not is_usual(type(module)):
+            return None
+        matrices: dict[str, list[CudaLinear]] = {}
+        for name in matrix_names(module):
+            held = getattr(module, name)
+            count = held.count if isinstance(held, ExpertStack) else len(held)
+            layers = [self.linear(layer_of(held, number), slots) for number in range(count)]
+            matrices[name] = [layer for layer in layers if isinstance(layer, CudaLinear)]
+            if len(matrices[name]) < count:
+                return None
+        found = CudaExperts(matrices, module.act_fn)
+        shapes = tuple((one[0].size_in, one[0].size_out, one[0].nf4) for one in matrices.values())
+        if shapes not in self._experts_differ:
+            self._experts_differ[shapes] = found.differs()
+            if self._experts_differ[shapes]:
+                logger.warning("kernels: experts one by one, which have other bits together")
+        return None if self._experts_differ[shapes] else found
 
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
         """Return the layer's weights in bf16, valid until the next call for a layer of this number."""
@@ -1558,7 +1928,7 @@ class CudaKernels(CudaRecurrence):
         grid = triton.cdiv(layer.size_out, OUTPUTS.value), layer.size_in // STEP.value
         _unpack[grid](
             layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.shift, layer.size_out,
-            **PLAIN,
+            NF4=UNPACKED_BY, **PLAIN,
         )  # fmt: skip
         return held
 

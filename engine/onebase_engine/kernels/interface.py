@@ -194,6 +194,9 @@ class ExpertsKernel(Protocol):
     """A mixture's experts, as transformers computes them one after the other (`MixtralExperts`), plus the
     LoRAs in their slots."""
 
+    captures: bool
+    """Whether a CUDA graph computes them, whichever are chosen, with the LoRAs, even those loaded later."""
+
     def __call__(
         self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, rows: RowMap
     ) -> torch.Tensor:
