@@ -118,8 +118,8 @@ class Threads:
     async def run_for(self, tenant: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the call's result, or raise what it raised, once it is the tenant's turn.
 
-        Cancelling stops the wait; the call itself continues. Raises RuntimeError also when the machine gives
-        no thread."""
+        Cancelling stops the wait; the call itself continues. Raises RuntimeError also when there is no thread
+        and the machine gives none."""
         await self._acquire(tenant)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
@@ -156,9 +156,17 @@ class Threads:
         return value
 
     def _start_thread(self) -> None:
-        """Start a thread unless there is one for each running call. Raises RuntimeError."""
-        if self._started < self._most - self._free:
+        """Start a thread unless there is one for each running call. If the machine gives none, the call waits
+        for one of the others. Raises RuntimeError if there are no others."""
+        if self._started >= self._most - self._free:
+            return
+        try:
             threading.Thread(target=self._run_calls, name=self._name, daemon=True).start()
+        except RuntimeError:
+            if not self._started:
+                raise
+            _log.warning("no thread could be started for %s: a call waits for another one", self._name)
+        else:
             self._started += 1
 
     def _run_calls(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.hub_standin import HubStandIn
 from tests.server.access import Keys, client_with
 from tests.server.support import CONFIG, Server, Starter, make_folder, pace, upload, upload_folder
 from tests.server.test_many_adapters import MODULES, REPORT, add, copies, register
+from tests.signing import make_key, sign, signing
 
 from onebase_adapters.registry import AdapterFiles
 from onebase_edge.settings import Settings
@@ -571,3 +573,83 @@ def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Loo
         expect(part.get_by_text("Rolled back", exact=True)).to_be_visible()
         expect(part.get_by_text("Start another")).to_be_visible()
         assert http.get(f"/v1/adapters/{name}").json()["version"] != new
+
+
+# ---- gates --------------------------------------------------------------------------------------
+
+
+def sign_in(visit: Visit, key: str, view: str) -> None:
+    visit.open(view)
+    visit.page.get_by_label("API key", exact=True).fill(key)
+    visit.page.keyboard.press("Enter")
+
+
+def test_a_version_says_which_gates_are_closed_until_another_key_approves_it(
+    keyed: Server, keys: Keys, look: Look
+) -> None:
+    ann, ben = keys.make("adapters", name="ann"), keys.make("adapters", name="ben")
+    admin = keys.make("admin")
+    with client_with(keyed, ann) as http, client_with(keyed, admin) as ruling:
+        keyed.wait_for(lambda: http.get("/v1/key").status_code == ruling.get("/v1/key").status_code == 200)
+        old = upload(http, "gated", b"gated old", query="wait=true&activate=true").json()["version"]
+        new = upload(http, "gated", b"gated new").json()["version"]
+        with look(keyed, errors=("401",)) as hers, look(keyed, errors=("401",)) as his:
+            sign_in(hers, ann, "#/adapters?name=gated")
+            activate = hers.page.get_by_role("button", name=f"Activate {new[:12]}")
+            expect(activate).to_be_enabled()
+            rule = {"name": "gated", "approvals": 1, "signature": ["acme"]}
+            ruling.post("/v1/gates", json=rule).raise_for_status()
+            expect(activate).to_have_attribute("title", "Closed by signature, approval")
+            expect(activate).to_have_accessible_description("Gates: closed by signature, approval")
+            activate.press("Enter")  # says why, and asks nothing
+            gates = hers.page.get_by_role("group").filter(
+                has_text=f"onebase adapters approve gated@{new[:12]}"
+            )
+            expect(gates.get_by_text("a signature of acme is needed")).to_be_visible()
+            expect(gates.get_by_text("1 person who neither made nor activate it")).to_be_visible()
+            expect(gates.get_by_text("Your key made this version")).to_be_visible()
+            assert hers.faults("phone", "narrow") == []
+            assert http.get("/v1/adapters/gated").json()["version"] == old
+
+            ruling.post("/v1/gates", json=rule | {"signature": []}).raise_for_status()
+            sign_in(his, ben, "#/adapters?name=gated")
+            his.page.get_by_text("Gates: closed by approval").click()
+            approve = his.page.get_by_role("button", name=f"Approve {new[:12]}")
+            approve.click()
+            expect(his.page.get_by_text(f"Approved by {keys.record(ben).id} (you)")).to_be_visible()
+            expect(his.page.get_by_text("counts when another person’s key activates")).to_be_visible()
+            expect(hers.page.get_by_text("Gates: open")).to_be_visible()
+            his.page.get_by_role("button", name=f"Withdraw the approval of {new[:12]}").click()
+            expect(hers.page.get_by_text("Gates: closed by approval")).to_be_visible()
+            approve.click()
+            expect(hers.page.get_by_text("Gates: open")).to_be_visible()
+
+            expect(activate).not_to_have_attribute("aria-disabled", "true")
+            activate.click()
+            keyed.wait_for(lambda: http.get("/v1/adapters/gated").json()["version"] == new)
+            expect(hers.page.get_by_text("Gates of its next activation: closed by approval")).to_be_visible()
+
+
+def test_a_version_says_who_signed_it_or_why_its_signature_was_refused(
+    serve_scripted: Starter, tmp_path: Path, look: Look
+) -> None:
+    signing()
+    acme, _ = make_key(tmp_path, "acme")
+    rules = [{"policy": "warn", "signers": ["acme"]}]
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": rules}))
+    with serve_scripted("words", "--signatures", str(policy)) as server, server.client() as http:
+        for name, private in (("signed", acme), ("unsigned", None)):
+            folder = make_folder(tmp_path, name)
+            if private is not None:
+                sign(folder, private)
+            files = [("files", (one.name, one.read_bytes())) for one in folder.iterdir()]
+            http.post("/v1/adapters?wait=true", data={"name": name}, files=files).raise_for_status()
+        with look(server) as visit:
+            visit.open("#/adapters?name=signed")
+            versions = visit.page.get_by_role("table", name="Versions")
+            expect(versions).to_contain_text("Signed by acme")
+            visit.open("#/adapters?name=unsigned")
+            expect(versions).to_contain_text("Its signature was refused, and the policy only warns:")
+            expect(versions).to_contain_text("model.sig")
+            assert visit.faults("phone", "narrow") == []

@@ -115,6 +115,54 @@ def test_the_view_is_not_shown_to_a_key_without_admin(keyed: Server, keys: Keys,
     assert not [one for one in visit.requests if one.url.endswith(("/status", "/v1/keys"))]
 
 
+def test_an_admin_makes_changes_and_deletes_gates(keyed: Server, keys: Keys, look: Look) -> None:
+    admin = keys.make("admin", name="boss")
+    with client_with(keyed, admin) as http:
+        keyed.wait_for(lambda: http.get("/v1/key").status_code == 200)
+        with look(keyed, errors=("401", "400", "422")) as visit:
+            page = visit.page
+            visit.open("#/server")
+            page.get_by_label("API key", exact=True).fill(admin)
+            page.keyboard.press("Enter")
+            part = page.get_by_role("region", name="Gates")
+            part.get_by_role("button", name="New rule").click()
+            dialog = page.get_by_role("dialog", name="Gates of an activation")
+            dialog.get_by_label("Names, as a pattern").fill("ruled-*")
+            dialog.get_by_role("button", name="Set the gates").click()
+            expect(dialog.get_by_role("alert")).to_contain_text("name one (signature, proof")
+            dialog.get_by_label("Signers, one a line").fill("acme\nreleases, inc")
+            dialog.get_by_label("Proof").select_option("exact")
+            dialog.get_by_label("People who must approve it").fill("1")
+            dialog.get_by_label("Not worse than the active version").check()
+            dialog.get_by_label("Margin of the score").fill("0.2")
+            dialog.get_by_label("Rows of a slice").fill("10")
+            dialog.get_by_label("Slices that must be judged").fill("en, us")
+            assert visit.faults("phone") == []
+            dialog.get_by_role("button", name="Set the gates").click()
+            row = part.get_by_role("row").filter(has_text="ruled-*")
+            expect(row).to_contain_text("signed by acme or releases, inc")
+            expect(row).to_contain_text("proved, bit for bit")
+            expect(row).to_contain_text("by boss")
+            assert visit.faults("phone", "narrow") == []
+            row.get_by_label("More for the gates of ruled-*, *").click()
+            page.get_by_role("button", name="Edit", exact=True).click()
+            expect(dialog).to_contain_text("takes the place of the rule with these patterns")
+            dialog.get_by_label("People who must approve it").fill("2")
+            dialog.get_by_role("button", name="Set the gates").click()
+            expect(row).to_contain_text("approved by 2")
+            (rule,) = (one for one in http.get("/v1/gates").json()["data"] if one["name"] == "ruled-*")
+            evaluation = rule["evaluation"]
+            assert (rule["signature"], rule["proof"]) == (["acme", "releases, inc"], "exact")
+            assert (evaluation["margin"], evaluation["confidence"], evaluation["rows"]) == (0.2, 0.95, 10)
+            assert (evaluation["slices"], rule["approvals"], rule["weights"]) == (["en, us"], 2, None)
+            row.get_by_label("More for the gates of ruled-*, *").click()
+            page.get_by_role("button", name="Delete", exact=True).click()
+            asked = page.get_by_role("dialog", name="Delete the gates of ruled-*")
+            asked.get_by_role("button", name="Delete").click()
+            expect(row).to_have_count(0)
+            assert not [one for one in http.get("/v1/gates").json()["data"] if one["name"] == "ruled-*"]
+
+
 def test_a_key_is_made_limited_and_revoked_and_tokens_have_a_price(
     keyed: Server, keys: Keys, look: Look
 ) -> None:

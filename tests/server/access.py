@@ -16,12 +16,12 @@ from .support import Server
 
 
 class Keys:
-    """The keys of the registry in a data folder, as `onebase keys` makes them."""
+    """The keys of a registry, as `onebase keys` makes them: of the one in a data folder, or of a URL."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, url: str | None = None) -> None:
         data_dir.mkdir(exist_ok=True)
         self.file = data_dir / "registry.db"
-        self.database = Database(f"sqlite:///{self.file}")
+        self.database = Database(url or f"sqlite:///{self.file}")
         self.database.migrate()
         self.registry = ApiKeys(self.database)
         self.tenants = Tenants(self.database)

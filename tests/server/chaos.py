@@ -61,6 +61,8 @@ DELETED = "adapter_deleted"
 STOPS = (0.3, 1.0, 2.0, 9.0)
 """Seconds for which a process stands still: the longest is longer than a lease."""
 SHORT = (0.3, 1.5, 4.0)
+DELAYS = (0.01, 0.05, 0.2)
+"""Seconds by which a disk, a database or a store is slower."""
 JUMPS = (-86400.0, -120.0, 120.0, 86400.0)
 _CODES_AWAY = ("registry_unavailable", "store_unavailable", "store_full", "registry_full")
 
@@ -283,6 +285,8 @@ class Chaos:
         self._ports = [lasting_port() for _ in range(servers)]
         self._clock = places.folder / "clock"
         self._clock.write_bytes(b"0.0")
+        self._disk = places.folder / "disk"
+        self._disk.write_bytes(b"0.0")
         self._changes = [Change(name, None, 0.0, 0.0) for name in NAMES]
         self._engines_died: list[float] = []
         self._faulted_at = 0.0
@@ -304,7 +308,7 @@ class Chaos:
         place = self._places.folder / f"server{number}"
         place.mkdir(exist_ok=True)
         environment = LEASE | self._places.environment
-        environment |= {"ONEBASE_TEST_CLOCK": str(self._clock)}
+        environment |= {"ONEBASE_TEST_CLOCK": str(self._clock), "ONEBASE_TEST_DISK": str(self._disk)}
         made = self._serve("words", *options, ready=False, data_dir=place, environment=environment)
         server = self._stack.enter_context(made)
         server.port, server.url = self._ports[number], f"http://127.0.0.1:{self._ports[number]}"
@@ -570,6 +574,12 @@ class Chaos:
         if pid is not None:
             self._limited(pid, resource.RLIMIT_DATA, 1 << 20)
 
+    def no_memory(self) -> None:
+        """A server and its engine get no more memory."""
+        pid = self._pick().process.pid
+        self._engines_died.append(time.monotonic())
+        self._limited(pid, resource.RLIMIT_DATA, 1 << 20)
+
     def _limited(self, pid: int, limit: int, most: int) -> None:
         with suppress(ProcessLookupError, PermissionError):
             before = resource.prlimit(pid, limit)
@@ -579,14 +589,20 @@ class Chaos:
 
     def jump_clock(self) -> None:
         """The clock of all servers jumps, and comes back."""
-        self._set_clock(self.chance.choice(JUMPS))
+        self._set(self._clock, self.chance.choice(JUMPS))
         time.sleep(self.chance.choice(self._short))
-        self._set_clock(0.0)
+        self._set(self._clock, 0.0)
 
-    def _set_clock(self, offset: float) -> None:
-        made = self._clock.with_suffix(".new")
-        made.write_text(str(offset))
-        made.rename(self._clock)
+    def slow_disk(self) -> None:
+        """Each step that the disk of all servers is asked for takes longer, and each commit of SQLite."""
+        self._set(self._disk, self.chance.choice(DELAYS))
+        time.sleep(self.chance.choice(self._short))
+        self._set(self._disk, 0.0)
+
+    def _set(self, place: Path, value: float) -> None:
+        made = place.with_suffix(".new")
+        made.write_text(str(value))
+        made.rename(place)
 
     def _cut(self, proxy: Proxy | None) -> None:
         if proxy is not None:
@@ -608,14 +624,14 @@ class Chaos:
 
     def _slow(self, proxy: Proxy | None) -> None:
         if proxy is not None:
-            proxy.delay = self.chance.choice((0.01, 0.05, 0.2))
+            proxy.delay = self.chance.choice(DELAYS)
             time.sleep(self.chance.choice(self._short))
             proxy.mend()
 
     def _ways(self) -> list[Callable[[], None]]:
         ways = [self.kill_server] * 2 + [self.kill_engine, self.kill_verifier, self.kill_trainer]
         ways += [self.stop_server, self.stop_engine, self.lock_database, self.fail_writes]
-        ways += [self.tight_memory, self.jump_clock]
+        ways += [self.slow_disk, self.tight_memory, self.no_memory, self.jump_clock]
         if self._places.remote:
             ways += [self.cut_database, self.cut_store, self.slow_database, self.slow_store]
         return ways

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.forks import Nursery
+from tests.postgres import PostgresServer, postgres_server
 from tests.training.runs import talking_base
 from transformers import AutoModelForCausalLM
 
@@ -66,6 +67,23 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
     made = Keys(tmp_path_factory.mktemp("data"))
     yield made
     made.close()
+
+
+REGISTRIES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.full)]
+"""Parameters of a fixture or a test that is to run on both; `registry_url` makes one."""
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    with postgres_server() as server:
+        yield server
+
+
+def registry_url(request: pytest.FixtureRequest, folder: Path, kind: str | None = None) -> str:
+    """Return the URL of an empty database of the kind that is the fixture's parameter, or is given."""
+    if (kind or request.param) == "sqlite":
+        return f"sqlite:///{folder / 'registry.db'}"
+    return str(request.getfixturevalue("postgres").database())
 
 
 @pytest.fixture(scope="session")

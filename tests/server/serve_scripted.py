@@ -25,6 +25,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Connection, Engine, event
+
 import onebase_server
 from onebase_adapters.registry.database import Database
 from onebase_edge.background import Backoff
@@ -56,6 +58,8 @@ def main(argv: list[str]) -> int:
     )
     if clock := os.environ.get("ONEBASE_TEST_CLOCK"):
         shift_clock(Path(clock))
+    if disk := os.environ.get("ONEBASE_TEST_DISK"):
+        slow_disk(Path(disk))
     onebase_server.__version__ = os.environ.get("ONEBASE_TEST_RELEASE", onebase_server.__version__)
     peers.LEASE_SECONDS = float(os.environ.get("ONEBASE_TEST_LEASE", peers.LEASE_SECONDS))
     Death.pause = property(lambda death: 0.0)  # type: ignore[assignment, method-assign]
@@ -73,6 +77,32 @@ def shift_clock(offset: Path) -> None:
         return at + known[1]
 
     time.time = shifted
+
+
+def slow_disk(seconds: Path) -> None:
+    """Have each step that a disk is asked for, and each commit of SQLite, take the seconds in a file longer,
+    which a test changes."""
+
+    def wait(*_: Any) -> None:
+        if delay := float(seconds.read_text()):
+            time.sleep(delay)
+
+    def slowed(step: Any) -> Any:
+        @functools.wraps(step)
+        def slow(*given: Any, **how: Any) -> Any:
+            wait()
+            return step(*given, **how)
+
+        return slow
+
+    for name in ("open", "fsync", "replace", "rename", "unlink"):
+        setattr(os, name, slowed(getattr(os, name)))
+
+    def commit(connection: Connection) -> None:
+        if connection.dialect.name == "sqlite":
+            wait()
+
+    event.listen(Engine, "commit", commit)
 
 
 def serve_forks(requests: socket.socket) -> int:

@@ -28,6 +28,28 @@ def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.Monk
     assert asyncio.run(run()) == 2
 
 
+def test_a_call_waits_for_another_one_while_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def run() -> tuple[set[int], set[int]]:
+        threads = Threads("test", 2)
+        await threads.run_blocking(threading.get_ident)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            first = {*await asyncio.gather(*(threads.run_blocking(threading.get_ident) for _ in range(4)))}
+        barrier = threading.Barrier(2)
+
+        def meet() -> int:
+            barrier.wait(30)
+            return threading.get_ident()
+
+        return first, {*await asyncio.gather(*(threads.run_blocking(meet) for _ in range(2)))}
+
+    few, more = asyncio.run(run())
+    assert (len(few), len(more)) == (1, 2)
+
+
 def test_calls_share_the_threads_that_are_there() -> None:
     def ident() -> int:
         barrier.wait(30)

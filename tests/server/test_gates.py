@@ -17,20 +17,22 @@ from onebase import Client, EvaluationGate, SliceScore
 from onebase.cli import main
 
 from .access import Keys, client_with
+from .conftest import REGISTRIES, registry_url
 from .support import Server, Starter, upload
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=REGISTRIES)
 def server(
-    serve_scripted: Starter, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, serve_scripted: Starter, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Server, dict[str, str]]]:
     folder = tmp_path_factory.mktemp("gated")
-    keys = Keys(folder)
+    url = registry_url(request, folder)
+    keys = Keys(folder, url)
     made = {name: keys.make("adapters", "generate") for name in ("ann", "ben")}
     made |= {"admin": keys.make("admin"), "stranger": keys.make("adapters", tenant="others")}
     made |= {f"id of {name}": keys.record(key).id for name, key in made.items()}
     keys.close()
-    with serve_scripted("words", data_dir=folder) as running:
+    with serve_scripted("words", "--registry", url, data_dir=folder) as running:
         yield running, made
 
 
@@ -209,8 +211,11 @@ def test_the_command_and_the_sdk_set_rules_approve_and_evaluate(
         client.adapters.send_evaluation("cli-a", version, None, "m", [score])
 
 
-def test_servers_of_one_registry_have_the_same_gates(serve_scripted: Starter, tmp_path: Path) -> None:
-    options = shared(tmp_path)
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_servers_of_one_registry_have_the_same_gates(
+    serve_scripted: Starter, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    options = shared(tmp_path, registry_url(request, tmp_path, kind))
     with (
         serve_scripted("words", *options) as first,
         serve_scripted("words", *options) as second,

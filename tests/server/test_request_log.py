@@ -14,7 +14,7 @@ import pytest
 from onebase.cli import main
 
 from .access import Keys, client_with
-from .conftest import Api
+from .conftest import REGISTRIES, Api, registry_url
 from .support import Server, Starter, one_server, pace, upload, upload_folder
 from .test_several_servers import shared
 
@@ -328,10 +328,11 @@ def test_a_request_that_was_erased_while_its_body_was_read_is_not_logged(
         assert not on_disk(tmp_path / "requests", 'marigold"')
 
 
+@pytest.mark.parametrize("kind", REGISTRIES)
 def test_what_one_server_erases_goes_from_the_others_of_its_registry_too(
-    serve_scripted: Starter, tmp_path: Path
+    serve_scripted: Starter, tmp_path: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
-    options = (*shared(tmp_path), "--request-log", "text")
+    options = (*shared(tmp_path, registry_url(request, tmp_path, kind)), "--request-log", "text")
     with (
         serve_scripted("words", *options) as one,
         serve_scripted("words", *options) as other,

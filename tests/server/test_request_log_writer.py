@@ -21,15 +21,17 @@ from onebase_server.inference.generation import GenerationRequest, Prompt
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.requests.request_log import RequestLog, part_sizes, user_hash
 
+from .conftest import REGISTRIES, registry_url
+
 SECONDS = 20.0
 
 
 class Logs:
     """Logs of one registry, each in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str) -> None:
         self.folder = folder
-        self.database = Database(f"sqlite:///{folder}/registry.db")
+        self.database = Database(url)
         self.database.migrate()
         self.records = RequestLogRecords(self.database)
         self.opened: list[RequestLog] = []
@@ -70,9 +72,9 @@ class Logs:
         self.database.close()
 
 
-@pytest.fixture
-def logs(tmp_path: Path) -> Iterator[Logs]:
-    made = Logs(tmp_path)
+@pytest.fixture(params=REGISTRIES)
+def logs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Logs]:
+    made = Logs(tmp_path, registry_url(request, tmp_path))
     yield made
     made.close()
 

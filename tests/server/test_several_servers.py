@@ -24,10 +24,10 @@ LEASE = {"ONEBASE_TEST_LEASE": "6"}
 """Where a lease must run out: short, and long enough for a server on a busy machine to renew it."""
 
 
-def shared(folder: Path) -> tuple[str, ...]:
-    """Options of servers that share all that is in a folder."""
+def shared(folder: Path, registry: str | None = None) -> tuple[str, ...]:
+    """Options of servers that share all that is in a folder, or the registry of a URL."""
     return (
-        "--registry", f"sqlite:///{folder / 'registry.db'}", "--store", str(folder / "store"),
+        "--registry", registry or f"sqlite:///{folder / 'registry.db'}", "--store", str(folder / "store"),
         "--sync-seconds", "0.1",
     )  # fmt: skip
 

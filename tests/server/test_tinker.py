@@ -19,6 +19,8 @@ import torch
 import zstandard
 from tinker import types
 
+from onebase.cli import main
+
 from .access import Keys
 from .support import PATIENCE, ROOT, Server, Starter
 
@@ -28,7 +30,9 @@ PROMPT = [504, 2920, 282, 4649, 314]
 
 @pytest.fixture(scope="module")
 def live(serve_real: Starter, small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path_factory.mktemp("live")) as server:
+    folder = tmp_path_factory.mktemp("live")
+    options = (*OPTIONS, "--signing-key", str(folder / "server.key"))
+    with serve_real("--base", str(small_base), *options, data_dir=folder) as server:
         yield server
 
 
@@ -441,6 +445,38 @@ def test_a_checkpoint_continues_a_run_and_becomes_a_version(
     rest.delete_checkpoint(training.model_id, "weights/state-1").result()
     left = rest.list_checkpoints(training.model_id).result().checkpoints
     assert [one.checkpoint_id for one in left] == ["sampler_weights/final"]
+
+
+def test_a_named_checkpoint_is_signed_with_what_it_was_made_of_and_exported_so(
+    client: tinker.ServiceClient, live: Server, tmp_path: Path
+) -> None:
+    model_signing = pytest.importorskip("model_signing")
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=7).result()
+    training.forward_backward([supervised(list(range(40, 60)))], "cross_entropy")
+    training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    training.save_weights_for_sampler("final").result()
+
+    def signed() -> dict[str, Any] | None:
+        shown = proved(http, training.model_id)
+        if shown is None:
+            return None
+        version = http.get(f"/v1/adapters/{shown['adapter']}/versions/{shown['version']}").json()
+        return version if version["signature"] else None
+
+    with live.client() as http:
+        version = wait_for(signed)
+    statement = version["signature"]["statement"]
+    assert (version["signature"]["status"], version["signature"]["signer"]) == ("verified", "server")
+    assert (statement["job"], statement["checkpoint"]) == (training.model_id, "final")
+    assert (statement["seed"], statement["steps"], statement["recipe"]["rank"]) == (7, 1, 4)
+    assert statement["base"]["name"]
+    assert statement["proof"]["base_unchanged"] is True
+    out = tmp_path / "export"
+    exported = ("adapters", "export", version["id"], "--format", "peft", "--out", str(out))
+    assert main([*exported, "--url", live.url]) == 0
+    model_signing.verifying.Config().use_elliptic_key_verifier(
+        public_key=live.data_dir / "server.key.pub"
+    ).verify(out, out / "model.sig")
 
 
 def proved(http: httpx2.Client, run: str) -> dict[str, Any] | None:

@@ -69,6 +69,17 @@ OPTIONS = "options"
 _ACTIVATED_SECONDS = 3.0
 """Time, in seconds after its proof, in which another server activates a version, if it does."""
 
+SIGNED_PROOF = (
+    "modules_compared",
+    "modules_exact",
+    "exact",
+    "kernels",
+    "texts",
+    "texts_changed",
+    "base_unchanged",
+)
+"""Fields of a proof that are signed."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -238,13 +249,18 @@ class AdapterService:
         return self._key is not None
 
     async def sign(self, version: VersionRecord, facts: Mapping[str, Any]) -> None:
-        """Sign a version that this server trained, if it has a key and nobody has signed the version.
+        """Sign a version that this server trained, with its base and its proof, if the server has a key and
+        nobody has signed the version.
+
+        facts: what else is signed about its training.
 
         Raises AdapterNotFoundError, UnavailableError.
         """
         if self._key is None or (version.source.get(SIGNATURE) or {}).get("status") == "verified":
             return
-        statement = {"base": self._base_facts, **facts}
+        proof = (version.report or {}).get("proof") or {}
+        proved = {name: proof[name] for name in SIGNED_PROOF if name in proof}
+        statement = {"base": self._base_facts, "proof": proved, **facts}
         sums = {file: version.files.of(file).sha256 for file in ADAPTER_FILES}
         bundle = self._key.sign(version.name, sums, statement)
         report = SignatureReport("verified", signer=OWN, statement=statement)

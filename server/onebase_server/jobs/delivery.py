@@ -54,16 +54,6 @@ PROOFS_WAITED = 6
 LOST = "adapter_lost"
 """The trained files are gone: the job has to be trained again."""
 _SHOWN = 5
-_PROVED = (
-    "modules_compared",
-    "modules_exact",
-    "exact",
-    "kernels",
-    "texts",
-    "texts_changed",
-    "base_unchanged",
-)
-"""Fields of a proof that are signed."""
 SIGNED_SETTINGS = (
     "method",
     "epochs",
@@ -189,7 +179,7 @@ class Delivery:
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
         await self._evaluated(job, version)
         if self._library.signs:
-            await self._library.sign(version, await self._facts(job, version, decision))
+            await self._library.sign(version, await self._facts(job, decision))
         problem = await self._activate(version, record, decision) if decision.activate else ""
         adapter = self._library.catalog.of(job.tenant).own(job.name)
         active = adapter is not None and adapter.active == version.digest
@@ -230,18 +220,14 @@ class Delivery:
                 data=held_out.get("sha256"),
             )
 
-    async def _facts(
-        self, job: TrainingJob, version: VersionRecord, decision: ActivationDecision
-    ) -> dict[str, Any]:
+    async def _facts(self, job: TrainingJob, decision: ActivationDecision) -> dict[str, Any]:
         """Return what is signed about the training of a version, before it is activated."""
-        report, proof = job.report or {}, (version.report or {}).get("proof") or {}
         parent = None if job.parent is None else {"name": job.parent.name, "version": job.parent.digest}
         return {
             "job": job.id,
             **await training_facts(job, self._files),
-            "steps": report.get("steps"),
+            "steps": (job.report or {}).get("steps"),
             "parent": parent,
-            "proof": {name: proof[name] for name in _PROVED if name in proof},
             "activation_decision": {
                 "rule": job.activate,
                 "activate": decision.activate,

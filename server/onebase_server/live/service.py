@@ -21,7 +21,15 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from onebase_adapters.registry import LiveRecords, LiveSampler, LiveSession, Origin, RegistryError, acting
+from onebase_adapters.registry import (
+    SIGNATURE,
+    LiveRecords,
+    LiveSampler,
+    LiveSession,
+    Origin,
+    RegistryError,
+    acting,
+)
 from onebase_adapters.registry.records import AuditAction
 from onebase_adapters.store.atomic_files import replace_synced
 from onebase_adapters.store.store import StoreError
@@ -140,6 +148,12 @@ class Place:
                 param=param,
             )
         return cls(parts[0], _KINDS[parts[1]], parts[2])
+
+
+def _recipe(spec: ModelSpec) -> dict[str, Any]:
+    """Return what is signed about how a run was set up. Its data is known to the client alone."""
+    names = ("rank", "alpha", "train_mlp", "train_attn", "train_unembed")
+    return {"recipe": {name: getattr(spec, name) for name in names}, "seed": spec.seed}
 
 
 class _Mark(msgspec.Struct, frozen=True):
@@ -662,6 +676,27 @@ class LiveTraining:
             self._proving.discard(path)
         with suppress(OSError):  # it was deleted meanwhile
             await self._disk(_write, Path(checkpoint.folder) / _PROVED, msgspec.json.encode(mark))
+        if mark.digest:
+            self._begin(self._sign(tenant, checkpoint, mark.digest))
+
+    async def _sign(self, tenant: str, checkpoint: Checkpoint, digest: str) -> None:
+        """Sign the version that a checkpoint is once it is proved, if the server has a key and nobody has
+        signed it. What fails is tried again by `tidy`."""
+        name = adapter_name(checkpoint.model)
+        adapter = self._library.catalog.of(tenant).own(name)
+        known = None if adapter is None else adapter.version(digest)
+        if not self._library.signs or (known is not None and SIGNATURE in known.source):
+            return
+        place = Place.of(checkpoint)
+        try:
+            spec = await self._disk(self._store().spec, checkpoint.model)
+            facts = {"job": place.run, "checkpoint": place.name, "steps": checkpoint.step, **_recipe(spec)}
+            with acting(Origin(spec.key, actor="live training")):
+                version = await self._library.wait(tenant, name, digest)
+                if version.state == "ready":
+                    await self._library.sign(version, facts)
+        except (ApiError, UnknownModelError, OSError) as error:
+            _log.error("checkpoint %s is not signed: %s", place.path, error)
 
     async def _added(self, tenant: str, checkpoint: CheckpointFolder) -> str:
         """Return the digest of the version that a checkpoint is. Raises ApiError, StoreError, OSError."""
@@ -735,7 +770,7 @@ class LiveTraining:
         self, spec: ModelSpec, is_open: bool, in_use: Collection[str], now: float
     ) -> list[CheckpointFolder]:
         """Delete a run's checkpoints whose time is over and its steps' weights that nobody samples from,
-        prove the others, and return them."""
+        prove and sign the others, and return them."""
         found = await self._disk(self._store().checkpoints, spec.id)
         newest = [one for one in found if Place.of(one).is_of_step][-1:] if is_open else []
         kept = []
@@ -749,8 +784,13 @@ class LiveTraining:
                 continue
             kept.append(one)
             is_served = one.kind == "sampler" and sampler is None
-            if is_served and await self._disk(_read_mark, Path(one.folder)) is None:
+            if not is_served:
+                continue
+            mark = await self._disk(_read_mark, Path(one.folder))
+            if mark is None:
                 await self._prove(spec.owner, one)
+            elif mark.digest:
+                await self._sign(spec.owner, one, mark.digest)
         return kept
 
     async def _charge(self, spec: ModelSpec) -> None:

@@ -13,6 +13,7 @@ export type Version = Schemas['VersionAnswer']
 export type Event = Schemas['HistoryAnswer']
 type Pull = paths['/v1/adapters']['post']['requestBody']['content']['application/json']
 export type Rollout = Schemas['Rollout']
+export type VersionGates = Schemas['VersionGates']
 type RolloutBody = paths['/v1/adapters/{name}/rollout']['post']['requestBody']['content']['application/json']
 /** What is asked for here; the rest is as the server has it. */
 type NewRollout = Pick<RolloutBody, 'version' | 'percent' | 'shadow' | 'promote'>
@@ -28,6 +29,8 @@ const LATER = 5000
 const ROLLOUT_MS = 2000
 /** Of an adapter with very many versions, the newest. */
 const MOST_JOBS = 20
+/** Of an adapter with very many versions, the newest have their gates looked at. */
+const MOST_GATED = 20
 const USAGE_MS = 60_000
 const DAYS = 7
 
@@ -75,6 +78,8 @@ class Adapters {
   history = $state.raw<Event[]>([])
   /** The rollout that runs, or else the latest; null if it never had one. */
   rollout = $state.raw<Rollout | null>(null)
+  /** Gates of its versions by digest, of those that have any. */
+  gates = $state.raw<Record<string, VersionGates>>({})
   usage = $state.raw<Usage | null>(null)
   /** By name, of those that were asked in the last seven days; null until that is known. */
   weeks = $state.raw<Map<string, Week> | null>(null)
@@ -158,6 +163,7 @@ class Adapters {
     this.versions = []
     this.history = []
     this.rollout = null
+    this.gates = {}
     this.usage = null
     this.problem = null
   }
@@ -176,8 +182,10 @@ class Adapters {
       // Of what another tenant shares, and of a name of which there are only pulls, there are none.
       const has = adapter.versions > 0 && adapter.tenant === session.caller?.tenant
       const rollouts = has ? (await data(api.GET('/v1/adapters/{name}/rollouts', { params }))).data : []
+      const gates = has ? await this.#gatesOf(versions.data) : {}
       if (name !== this.name) return LATER
       this.adapter = adapter
+      this.gates = gates
       this.versions = versions.data
       this.history = history.data
       this.rollout = rollouts[0] ?? null
@@ -220,6 +228,13 @@ class Adapters {
   /** End the rollout: the candidate becomes active, or answers nothing more. */
   async endRollout(promote: boolean): Promise<void> {
     await this.#change(promote ? api.POST('/v1/adapters/{name}/rollout/promote', { params: this.#params }) : api.POST('/v1/adapters/{name}/rollout/rollback', { params: this.#params }))
+  }
+
+  /** Approve a version for its next activation, or do so no longer. Throws ApiError. */
+  async approve(version: string, approved: boolean): Promise<void> {
+    const params = { path: { ...this.#params.path, version } }
+    const route = '/v1/adapters/{name}/versions/{version}/approval'
+    await this.#change(approved ? api.POST(route, { params }) : api.DELETE(route, { params }))
   }
 
   async deactivate(): Promise<void> {
@@ -289,6 +304,18 @@ class Adapters {
     // A sum of adapters counts for each, as in the weeks.
     const rows = answer.data.filter((row) => (row.adapter ?? '').split('+').includes(name))
     this.usage = rows.reduce((sum, row) => ({ ...sum, requests: sum.requests + row.requests, prompt_tokens: sum.prompt_tokens + row.prompt_tokens, completion_tokens: sum.completion_tokens + row.completion_tokens }), none)
+  }
+
+  /** The same rules hold for all versions of a name: where the newest has no gate, none has. */
+  async #gatesOf(versions: Version[]): Promise<Record<string, VersionGates>> {
+    const [first, ...others] = versions.filter(({ state }) => state === 'ready').slice(0, MOST_GATED)
+    const gatesOf = async ({ name, version }: Version) =>
+      [version, await data(api.GET('/v1/adapters/{name}/versions/{version}/gates', { params: { path: { name, version } } })).catch(() => null)] as const
+    if (!first) return {}
+    const newest = await gatesOf(first)
+    if (!newest[1]?.gates.length) return {}
+    const found = [newest, ...(await Promise.all(others.map(gatesOf)))]
+    return Object.fromEntries(found.filter((one): one is [string, VersionGates] => one[1] !== null))
   }
 
   #noted(error: unknown): ApiError {

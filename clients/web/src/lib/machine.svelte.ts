@@ -12,6 +12,7 @@ export type Tenant = Schemas['TenantAnswer']
 export type Key = Schemas['KeyAnswer']
 export type History = Schemas['LoadHistory']
 export type Used = Schemas['UsageRowAnswer']
+export type NewGate = Schemas['GateRequest']
 
 /** Quotas by the server's names. */
 export const KEY_QUOTAS = [
@@ -69,6 +70,8 @@ class Machine {
   status = $state.raw<Status | null>(null)
   tenants = $state.raw<Tenant[]>([])
   keys = $state.raw<Key[]>([])
+  /** Rules of what a version must pass before it answers; null until they are known. */
+  gates = $state.raw<Schemas['GateRule'][] | null>(null)
   problem = $state.raw<ApiError | null>(null)
   /** Of the last minutes: seconds by a clock that is never set, tokens a second, rows. */
   times = $state.raw<number[]>([])
@@ -178,6 +181,24 @@ class Machine {
   async setQuotas(tenant: string, quotas: Record<string, number | null>): Promise<void> {
     await data(api.POST('/v1/tenants/{tenant}', { params: { path: { tenant } }, body: { quotas } }))
     await this.loadPeople()
+  }
+
+  /** Learn the rules of activations. Returns when to look again, in milliseconds. */
+  async loadGates(): Promise<number> {
+    this.gates = (await data(api.GET('/v1/gates'))).data
+    return 10_000
+  }
+
+  /** Set a rule, in place of the one with the same patterns. Throws ApiError. */
+  async setGate(body: NewGate): Promise<void> {
+    await data(api.POST('/v1/gates', { body }))
+    await this.loadGates()
+  }
+
+  /** Throws ApiError. */
+  async deleteGate(gate_id: string): Promise<void> {
+    await data(api.DELETE('/v1/gates/{gate_id}', { params: { path: { gate_id } } }))
+    await this.loadGates()
   }
 
   /** Learn what was done, newest first: `further` is the page after what is shown, `again` as much as is shown. */
