@@ -6,6 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := all
 SHELL_SCRIPTS := .ci/run tools/setup.sh deploy/triton.sh
 
 # The console is built from clients/web when its sources are newer than what was built last.
@@ -20,6 +21,8 @@ NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(WEB)
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
+# Of the tools only what the demo needs, unless all are there already.
+demo: TOOLS := demo
 demo: base console ## Serve the base and two adapters, watch them answer at once, try your own requests
 	@exec $(BIN)/python examples/demo.py
 
@@ -124,7 +127,7 @@ format: setup ## Rewrite the sources in the project's style, and the synchronous
 	@$(BIN)/python tools/generate_sync.py
 
 setup: ## Create .venv and install into it (done by every other target when needed)
-	@tools/setup.sh $(VENV)
+	@tools/setup.sh $(VENV) $(TOOLS)
 
 base: setup ## Fetch the default base into the user's cache (done by demo and test when needed)
 	@echo "==> Default base model"

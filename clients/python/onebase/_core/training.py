@@ -88,9 +88,12 @@ def one_of(files: Sequence[TrainingFile], digest: str, filename: str) -> Trainin
 def upload(path: Path, purpose: Purpose, progress: ProgressCallback | None) -> Call:
     """Return the call that sends a file. It is not idempotent: sent twice, it makes two files."""
 
+    size = path.stat().st_size
+
     def sent(done: int, total: int) -> None:
         if progress is not None:
-            progress(Progress("uploading", done / total, done, total, path.name))
+            # What is sent has a form around the file, whose own bytes nobody asks for.
+            progress(Progress("uploading", done / total, min(done, size), size, path.name))
 
     return Call("POST", FILES, UploadForm({"purpose": purpose}, "file", (path,), sent))
 
