@@ -44,6 +44,7 @@ from onebase_engine.kernels.interface import (
     LayerCache,
     LinearKernel,
     Rotation,
+    Router,
     RowGroup,
     RowMap,
     StateRuns,
@@ -1548,6 +1549,9 @@ class CudaKernels(CudaRecurrence):
 
     def experts(self, module: Any, slots: int) -> None:
         return None
+
+    def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return choose(x)
 
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
         """Return the layer's weights in bf16, valid until the next call for a layer of this number."""
