@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import bitsandbytes.nn as bnb_nn
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -51,8 +53,9 @@ from onebase_engine.engine.base_check import check_base
 from onebase_engine.engine.base_proof import prove_base, rounded_once_more
 from onebase_engine.engine.experts import UnsupportedExpertsError, attach_experts
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.kernels.cpu import load_library
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.cpu import CpuKernels, load_library
+from onebase_engine.kernels.interface import Contexts, Kernels, RowMap
+from onebase_engine.kernels.recorded_calls import Arena, Fixed, Recording
 from onebase_engine.kernels.reference import ReferenceKernels
 
 KERNELS: dict[str, Callable[[], Kernels | None]] = {"torch": ReferenceKernels, "library": load_library}
@@ -221,6 +224,93 @@ def test_experts_have_the_bits_of_the_models_own_code(
                 with torch.inference_mode():
                     expected = own_code(own)(own, x, chosen, factors)
                     assert torch.equal(served.get_submodule(path)(x, chosen, factors), expected)
+
+
+def library() -> CpuKernels:
+    found = load_library()
+    if found is None:
+        pytest.skip("the library is not built")
+    return found
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_mixtures_layers_run_as_one_call_with_the_bits_of_single_ones(
+    quantization: Any, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library()
+    lab = Lab(load_base(BaseSettings(folders("mixtral"), quantization=quantization)), [], [], [])
+    asked = [Request(tuple(range(5 + at, 40 + 19 * at)), None, 8) for at in range(3)]
+    engine = lab.engine(step_tokens=60)
+    layers = engine.model._recorded
+    assert [len(layer.chain) for layer in layers] == [len(layers)] + [0] * (len(layers) - 1)
+    texts = run(engine, asked)
+    monkeypatch.setitem(sys.modules, "onebase_engine.engine.fusion", None)
+    plain = lab.engine(step_tokens=60)
+    assert not plain.model._recorded
+    assert run(plain, asked) == texts
+
+
+def test_recorded_calls_call_a_router_for_the_rows_of_each_step_and_raise_its_errors() -> None:
+    kernels = library()
+    asked: list[int] = []
+
+    def choose(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        asked.append(len(rows))
+        if rows.isnan().any():
+            raise ZeroDivisionError("no expert will do")
+        return rows.sum(-1), rows.argmax(-1, keepdim=True)
+
+    place = Fixed(torch.zeros(1, 8, 32, dtype=torch.bfloat16))
+    nothing = np.zeros(0, np.int32)
+    step = Contexts(nothing, nothing, nothing[None], nothing[None, None])
+    with Recording(kernels, Arena(), [place]) as recording:
+        sums, largest = kernels.route(choose, place.tensor[0])
+        program = recording.program(kernels.add(place.tensor, place.tensor))
+    for rows in (8, 3):
+        x = torch.randn(1, rows, 32).bfloat16()
+        some = program if rows == 8 else program.first_rows(rows)
+        assert torch.equal(some.run_calls([x], RowMap(), step), x + x)
+        assert torch.equal(sums[:rows], x[0].sum(-1))
+        assert torch.equal(largest[:rows], x[0].argmax(-1, keepdim=True))
+    with pytest.raises(ZeroDivisionError, match="no expert will do"):
+        program.run_calls([torch.full((1, 8, 32), torch.nan).bfloat16()], RowMap(), step)
+    assert torch.equal(
+        program.run_calls([torch.ones(1, 8, 32).bfloat16()], RowMap(), step)[0, 7, :1],
+        torch.tensor([2.0]).bfloat16(),
+    )
+    assert asked == [8, 8, 3, 8, 8]
+
+
+def test_an_expert_that_there_is_not_is_refused(folders: Callable[[str], Path]) -> None:
+    served = view(load_base(BaseSettings(folders("mixtral"))))
+    attach_experts(served, library())
+    path, _ = next(expert_modules(served))
+    x, weights = torch.zeros(3, 128).bfloat16(), torch.ones(3, 2)
+    for number in (-1, 6):
+        with pytest.raises(ValueError, match="an expert that there is not"):
+            served.get_submodule(path)(x, torch.tensor([[0, 1], [2, number], [4, 5]]), weights)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe"])
+def test_a_router_gives_each_row_what_it_gives_by_itself(
+    kind: str, folders: Callable[[str], Path], kernels: Kernels
+) -> None:
+    base = load_base(BaseSettings(folders(kind)))
+    served = view(base)
+    routers = [path for path, one in base.named_modules() if "router" in type(one).__name__.lower()]
+    attach_experts(served, kernels)
+    assert routers
+    draw = torch.Generator().manual_seed(0)
+    for path in routers:
+        for rows in (1, 31, 32, 70):
+            x = torch.randn(rows, 128, generator=draw).bfloat16()
+            tiles = torch.split(nn.functional.pad(x, (0, 0, 0, -rows % 32)), 32)
+            with torch.inference_mode():
+                expected = [
+                    torch.cat(some)[:rows] for some in zip(*map(base.get_submodule(path), tiles), strict=True)
+                ]
+                found = served.get_submodule(path)(x)
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("experts", [1, 2])

@@ -585,7 +585,7 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Lora) == 48
     assert ctypes.sizeof(cpu._Linear) == 16 * 8
     assert ctypes.sizeof(cpu._Attention) == 4 * 8 + 6 * 8 + 2 * 4 + 5 * 8
-    assert ctypes.sizeof(cpu.KernelCall) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
+    assert ctypes.sizeof(cpu.KernelCall) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8 + 6 * 8
     assert ctypes.sizeof(cpu._Draw) == 5 * 8 + 4 * 4
     assert ctypes.sizeof(cpu._Runs) == 4 * 8
     assert ctypes.sizeof(cpu._Convolution) == 8 * 8 + 3 * 8

@@ -3,11 +3,13 @@
 The modelling code of experts stays as it is: for each expert that a row has chosen, it multiplies the
 expert's rows by its matrices and adds up what they give, in the order of the experts. Here its matrices stand
 for the kernels' products. Back-ends that compute all experts at once do it in the same order. Routers are
-computed over TILE rows at a time on the CPU, where PyTorch's products depend on their number.
+computed over TILE rows at a time on the CPU, where PyTorch's products depend on their number; where a kernel
+has the bits of a router's product, it makes it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +32,8 @@ from onebase_engine.kernels.interface import TILE, ExpertsKernel, Kernels, Linea
 from onebase_engine.kernels.reference import rows_among
 from onebase_engine.kernels.weights import ExpertLora, ModuleWeights
 from onebase_engine.lora.module import StepRows
+
+logger = logging.getLogger(__name__)
 
 _NO_ROWS = RowMap()
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -63,7 +67,8 @@ def attach_experts(
     if kernels.tiled:
         for module in view.modules():
             if _routes(module):
-                module.forward = partial(_by_tiles, module.forward)
+                padded = not _use_kernel(module, kernels)
+                module.forward = partial(_route, kernels, module.forward, padded)
     return found
 
 
@@ -195,9 +200,11 @@ class _Matrices:
 
 
 class _Matrix:
-    """Stands for an expert's matrix in a product, which its kernel computes."""
+    """Stands for an expert's matrix, or a router's, in a product, which its kernel computes."""
 
-    def __init__(self, kernel: LinearKernel, transposed: bool, rows: RowMap) -> None:
+    def __init__(
+        self, kernel: Callable[[torch.Tensor, RowMap], torch.Tensor], transposed: bool, rows: RowMap
+    ) -> None:
         self._kernel = kernel
         self._transposed = transposed
         self._rows = rows
@@ -221,12 +228,62 @@ def _routes(module: nn.Module) -> bool:
     return wide and "router" in type(module).__name__.lower() and not is_linear(module)
 
 
-def _by_tiles(whole: Any, x: torch.Tensor, *args: Any, **named: Any) -> Any:
-    """Compute a router over TILE rows at a time: x [..., rows, hidden] -> tensors [rows, ...]."""
+@torch.inference_mode()
+def _use_kernel(router: Any, kernels: Kernels) -> bool:
+    """Let a kernel compute a router's logits, of any number of rows, if a trial gives PyTorch's bits."""
+    weight = router._parameters.get("weight")
+    if kernels.row_multiple > 1 or len(router._parameters) != 1 or weight is None or weight.dim() != 2:
+        return False
+    if weight.device.type != "cpu":
+        return False
+    x = torch.randn(TILE, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    kernel = kernels.linear(layer_of(weight[None], 0), 0)
+    if not kernel.exact(0):
+        return False
+    whole = router.forward
+    expected = whole(x)
+    del router._parameters["weight"]
+    router.__dict__["weight"] = _Matrix(partial(_multiply_tile, kernel), False, _NO_ROWS)
+    try:
+        for rows in (1, TILE):
+            found = whole(x[:rows])
+            if not all(torch.equal(a[:rows], b[:rows]) for a, b in zip(found, expected, strict=True)):
+                break
+        else:
+            return True
+    except Exception:  # it does something else with its weight
+        logger.debug("kernels: %s is computed by PyTorch", type(router).__name__, exc_info=True)
+    del router.__dict__["weight"]
+    router._parameters["weight"] = weight
+    return False
+
+
+def _multiply_tile(kernel: LinearKernel, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+    """Return the products of up to TILE rows, and zeros for the others of a tile.
+
+    What follows is computed by PyTorch, for TILE rows each time.
+    """
+    return functional.pad(kernel(x, rows), (0, 0, 0, TILE - len(x)))
+
+
+def _route(
+    kernels: Kernels, whole: Any, padded: bool, x: torch.Tensor, *args: Any, **named: Any
+) -> tuple[torch.Tensor, ...]:
+    return kernels.route(lambda rows: _by_tiles(whole, padded, rows, *args, **named), x)
+
+
+def _by_tiles(
+    whole: Any, padded: bool, x: torch.Tensor, *args: Any, **named: Any
+) -> tuple[torch.Tensor, ...]:
+    """Compute a router over TILE rows at a time: x [..., rows, hidden] -> tensors [rows, ...].
+
+    padded: whether it is given rows of zeros where there are fewer, which else it adds by itself.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    padded = functional.pad(flat, (0, 0, 0, -len(flat) % TILE))
+    more = -len(flat) % TILE if padded else 0
+    tiles = torch.split(functional.pad(flat, (0, 0, 0, more)) if more else flat, TILE)
     lead = [1] * (x.dim() - 2)
-    parts = [whole(tile.view(*lead, *tile.shape), *args, **named) for tile in torch.split(padded, TILE)]
+    parts = [whole(tile.view(*lead, *tile.shape), *args, **named) for tile in tiles]
     if not isinstance(parts[0], tuple):
         raise UnsupportedExpertsError("its router gives no weights and numbers of experts")
     if any(one.shape[0] != TILE for one in parts[0]):

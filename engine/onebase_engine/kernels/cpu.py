@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache, cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +35,7 @@ from onebase_engine.kernels.interface import (
     LayerCache,
     LinearKernel,
     Rotation,
+    Router,
     RowMap,
     StateRuns,
 )
@@ -53,7 +53,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, for instance with sanitizers."""
-ABI = 10
+ABI = 11
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
@@ -61,9 +61,9 @@ _MOST_BLOCKS = 64
 _BLOCKS = (1024, 512, 256, 4096)
 """Terms that a library may sum before it adds them to the rest, in the order in which they are tried."""
 _NF4, _BF16, _INT8 = range(3)
-_LINEAR, _NORM, _ATTEND, _ADD = range(4)
+_LINEAR, _NORM, _ATTEND, _ADD, ROUTE, _EXPERTS = range(6)
 _MOST_LAYERS = 3
-_OUT_OF_MEMORY = -1
+_OUT_OF_MEMORY, _NO_EXPERT, NOT_CHOSEN = -1, -3, -4
 _SILU = ("SiLU", "SiLUActivation")
 """Names of the classes of silu."""
 _READ = (torch.bfloat16, torch.float32)
@@ -123,6 +123,18 @@ class _Projected(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Mixture(ctypes.Structure):
+    _fields_ = (("experts", c_int64), ("layers", c_void_p))
+
+
+class _Choice(ctypes.Structure):
+    _fields_ = (("experts", c_void_p), ("weights", c_void_p), ("each", c_int64), ("wide", c_int64))
+
+
+RouteCallback = ctypes.CFUNCTYPE(c_int, c_int64)
+"""Function that makes the choice of so many rows; it returns 0 or NOT_CHOSEN."""
+
+
 class KernelCall(ctypes.Structure):
     """One call of the library, with all arguments that stay the same from step to step."""
 
@@ -130,7 +142,8 @@ class KernelCall(ctypes.Structure):
         ("kind", c_int64), ("rows", c_int64), ("count", c_int64), ("gated", c_int64), ("size", c_int64),
         ("eps", c_float), ("around_one", c_int32), ("layers", c_void_p * _MOST_LAYERS),
         ("ys", c_void_p * _MOST_LAYERS), ("x", c_void_p), ("other", c_void_p), ("weight", c_void_p),
-        ("attention", c_void_p), ("projected", _Projected),
+        ("attention", c_void_p), ("projected", _Projected), ("route", RouteCallback), ("mixture", c_void_p),
+        ("choice", _Choice),
     )  # fmt: skip
 
 
@@ -200,6 +213,8 @@ class Recorder(Protocol):
     def note(self, call: KernelCall, reads: Sequence[torch.Tensor]) -> None: ...
 
     def empty(self, *shape: int) -> torch.Tensor: ...
+
+    def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
 
 
 def _groups_of(rows: RowMap) -> int | None:
@@ -342,6 +357,8 @@ class CpuKernels(ReferenceRecurrence):
         self.threads = 0
         self.recorder: Recorder | None = None
         """Recorder of the calls, if they are being recorded."""
+        self.route_error: BaseException | None = None
+        """Error of a router that a recorded call has called."""
         self.use_threads()
 
     def run_call(
@@ -360,7 +377,14 @@ class CpuKernels(ReferenceRecurrence):
         """Make the `count` calls that lie at the address `calls`, one after the other, as `run_call` does."""
         terms = None if rows is None else _groups_of(rows)
         step = None if contexts is None else _contexts_of(contexts)
-        _check(self.library.onebase_run(calls, count, terms, step))
+        result = self.library.onebase_run(calls, count, terms, step)
+        error, self.route_error = self.route_error, None
+        if error is not None:
+            raise error
+        _check(result)
+
+    def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return choose(x) if self.recorder is None else self.recorder.route(choose, x)
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Return memory, bf16, for a call's result."""
@@ -733,9 +757,10 @@ class NativeLayers:
 
 
 class NativeExperts:
-    """Experts of a mixture by the library: two calls for each expert that is used, made at once.
+    """Experts of a mixture by the library: one call, or, if PyTorch computes the gate's activation, two for
+    each expert that is used.
 
-    Rows are sorted by expert. The gate and the up projection are the halves of one matrix.
+    The gate and the up projection are the halves of one matrix.
     """
 
     captures = False
@@ -775,6 +800,7 @@ class NativeExperts:
         fill = [_matrices_of(one) for one in stacks]
         self._base = [up, down, *stacks, *fill]
         self._layers = (_Linear * (3 * count))()
+        self._mixture = _Mixture(count, ctypes.addressof(self._layers))
         calls = (KernelCall * (2 * count))()
         for number in range(count):
             gate, second, last = (self._layers[3 * number + place] for place in range(3))
@@ -789,10 +815,8 @@ class NativeExperts:
                 matrix(structure, number, (half or 0) * structure.size_out)
             first, then = calls[2 * number], calls[2 * number + 1]
             first.kind = then.kind = _LINEAR
-            first.gated, then.count = activation is None, 1
-            first.count = 1 + first.gated
-            first.layers[0], first.layers[1] = ctypes.addressof(gate), ctypes.addressof(second)
-            then.layers[0] = ctypes.addressof(last)
+            first.count = then.count = 1
+            first.layers[0], then.layers[0] = ctypes.addressof(gate), ctypes.addressof(last)
         words = np.frombuffer(memoryview(calls).cast("B"), np.int64)
         self._calls = words.reshape(count, 2, -1).copy()
         """The two calls of each expert, as words [experts, 2, ...]."""
@@ -865,6 +889,29 @@ class NativeExperts:
     ) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
             raise TypeError(f"experts in bf16 got rows in {x.dtype}")
+        if self._activation is not None:
+            return self._by_steps(self._activation, x, chosen, weights, rows)
+        x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
+        wide = weights.dtype == torch.float32
+        if chosen.dtype != torch.int64 or not (wide or weights.dtype == torch.bfloat16):
+            raise TypeError(f"experts in {chosen.dtype} with weights in {weights.dtype} are not computed")
+        y = self._kernels.empty(*x.shape)
+        choice = _Choice(chosen.data_ptr(), weights.data_ptr(), chosen.shape[1], wide)
+        call = KernelCall(
+            _EXPERTS, len(x), x=x.data_ptr(), mixture=ctypes.addressof(self._mixture), choice=choice
+        )
+        call.ys[0] = y.data_ptr()
+        self._kernels.run_call(call, [x, chosen, weights], rows, None)
+        return y
+
+    def _by_steps(
+        self,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        rows: RowMap,
+    ) -> torch.Tensor:
         each = chosen.shape[1]
         numbers = chosen.numpy()
         flat = numbers.reshape(-1)
@@ -879,23 +926,19 @@ class NativeExperts:
         adapted = self._groups_of(rows, order // each, starts, counts) if self._adapters else {}
         bare = np.setdiff1d(np.arange(len(used)), list(adapted))
 
-        def multiply(parts: slice, *tensors: torch.Tensor) -> None:
+        def multiply(part: int, *tensors: torch.Tensor) -> None:
             places = [one.data_ptr() + starts * one.stride(0) * one.itemsize for one in tensors]
-            for number, (source, target) in enumerate(pairwise(places)):
-                calls[:, parts][:, number, [_X_WORD, _Y_WORD]] = np.stack([source, target], 1)
-            made = np.ascontiguousarray(calls[bare][:, parts])
-            self._kernels.run_all(made.ctypes.data, made.shape[0] * made.shape[1], None, None)
+            calls[:, part, [_X_WORD, _Y_WORD]] = np.stack(places, 1)
+            made = np.ascontiguousarray(calls[bare, part])
+            self._kernels.run_all(made.ctypes.data, len(made), None, None)
             for place, groups in adapted.items():
-                made = np.ascontiguousarray(calls[place, parts])
-                self._kernels.run_all(made.ctypes.data, len(made), groups, None)
+                made = np.ascontiguousarray(calls[place, part])
+                self._kernels.run_all(made.ctypes.data, 1, groups, None)
 
-        if self._activation is None:
-            multiply(slice(0, 2), xs, torch.empty(len(flat), self._inner, dtype=x.dtype), ys)
-        else:
-            both = torch.empty(len(flat), 2 * self._inner, dtype=x.dtype)
-            multiply(slice(0, 1), xs, both)
-            gate, up = both.chunk(2, dim=-1)
-            multiply(slice(1, 2), self._activation(gate) * up, ys)
+        both = torch.empty(len(flat), 2 * self._inner, dtype=x.dtype)
+        multiply(0, xs, both)
+        gate, up = both.chunk(2, dim=-1)
+        multiply(1, activation(gate) * up, ys)
         # A row adds up by ascending number of the expert.
         place = np.empty(len(flat), np.int64)
         place[order] = np.arange(len(flat))
@@ -986,6 +1029,8 @@ def _inputs(size_in: int, size_out: int) -> Iterator[torch.Tensor]:
 def _check(result: int) -> None:
     if result == _OUT_OF_MEMORY:
         raise MemoryError("the kernels have no memory for this step")
+    if result == _NO_EXPERT:
+        raise ValueError("a router chose an expert that there is not")
     if result:
         raise RuntimeError("the kernels were called for other rows than the step has")
 

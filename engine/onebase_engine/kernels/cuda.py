@@ -46,6 +46,7 @@ from onebase_engine.kernels.interface import (
     LayerCache,
     LinearKernel,
     Rotation,
+    Router,
     RowGroup,
     RowMap,
     StateRuns,
@@ -1918,6 +1919,9 @@ class CudaKernels(CudaRecurrence):
             if self._experts_differ[shapes]:
                 logger.warning("kernels: experts one by one, which have other bits together")
         return None if self._experts_differ[shapes] else found
+
+    def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return choose(x)
 
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
         """Return the layer's weights in bf16, valid until the next call for a layer of this number."""

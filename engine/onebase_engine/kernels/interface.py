@@ -326,6 +326,11 @@ class RecurrentKernels(Protocol):
         ...
 
 
+Router = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+"""Function from rows [..., rows, hidden] to numbers of experts, weights and whatever else modelling code
+reads, [rows, ...] each."""
+
+
 class Kernels(RecurrentKernels, Protocol):
     """A back-end."""
 
@@ -372,6 +377,11 @@ class Kernels(RecurrentKernels, Protocol):
     def experts(self, module: Any, slots: int) -> ExpertsKernel | None:
         """Return the kernel of a mixture's experts, plain or in NF4, with `slots` adapters; None if their
         matrices are multiplied one by one."""
+        ...
+
+    def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what a mixture's router gives for rows; calls that are recorded (`engine/fusion.py`) include
+        the router."""
         ...
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -15,10 +15,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from onebase_engine.kernels.cpu import LANES, CpuKernels, KernelCall
-from onebase_engine.kernels.interface import Contexts, RowMap
+from onebase_engine.kernels.cpu import LANES, NOT_CHOSEN, ROUTE, CpuKernels, KernelCall, RouteCallback
+from onebase_engine.kernels.interface import Contexts, Router, RowMap
 
 CHUNK = 1 << 20
 """Smallest number of elements by which an arena grows."""
@@ -80,6 +80,25 @@ class Fixed:
         self._from = tensor, step
 
 
+class RecordedRouter:
+    """A mixture's router, called within recorded calls: it leaves its results where they read."""
+
+    def __init__(self, choose: Router, x: torch.Tensor, kernels: CpuKernels) -> None:
+        """Compute the router once. x [..., rows, hidden] is the memory that it reads each time."""
+        self._choose, self._x, self._kernels = choose, x, kernels
+        self.results = tuple(one.clone(memory_format=torch.contiguous_format) for one in choose(x))
+        self.callback = RouteCallback(self)
+
+    def __call__(self, rows: int) -> int:
+        try:
+            for place, found in zip(self.results, self._choose(self._x[..., :rows, :]), strict=True):
+                place[:rows] = found
+        except BaseException as error:  # it cannot pass through C
+            self._kernels.route_error = error
+            return NOT_CHOSEN
+        return 0
+
+
 class Program:
     """Recorded calls. `inputs`: numbers of the given tensors that are read, and their places.
 
@@ -92,8 +111,10 @@ class Program:
         calls: Sequence[KernelCall],
         inputs: Sequence[tuple[int, Fixed]],
         result: torch.Tensor,
+        routers: Sequence[RecordedRouter] = (),
     ) -> None:
         self._kernels = kernels
+        self._routers = tuple(routers)
         self._calls = (KernelCall * len(calls))(*calls)
         self._inputs = tuple(inputs)
         self.result = result
@@ -114,7 +135,8 @@ class Program:
             if own.pop(0, None) != before.result.data_ptr() or own.items() - places.items():
                 return None
         calls = [call for program in programs for call in program._calls]
-        return cls(first._kernels, calls, first._inputs, last.result)
+        routers = [router for program in programs for router in program._routers]
+        return cls(first._kernels, calls, first._inputs, last.result, routers)
 
     def first_rows(self, count: int) -> Program:
         """Return the same calls for the first `count` rows alone. Nothing is computed."""
@@ -123,7 +145,7 @@ class Program:
         for call in calls:  # A norm of heads has several of its own to a row.
             call.rows = call.rows // rows * count
         inputs = [(number, fixed.first_rows(count)) for number, fixed in self._inputs]
-        return Program(self._kernels, calls, inputs, self.result[:, :count])
+        return Program(self._kernels, calls, inputs, self.result[:, :count], self._routers)
 
     def run_calls(self, given: Sequence[torch.Tensor], rows: RowMap, step: Contexts) -> torch.Tensor:
         """Return the result for other tensors of the same shapes; the next run overwrites it.
@@ -156,6 +178,9 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: list[KernelCall] = []
         self.reads: set[int] = set()
         """Numbers of the given tensors that a call reads."""
+        self._routers: list[RecordedRouter] = []
+        self._chosen: set[int] = set()
+        """Memory of the routers' results."""
 
     def __enter__(self) -> Any:
         self._arena.reset()
@@ -183,12 +208,25 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             number = self._given.get(_storage(tensor))
             if number is not None:
                 self.reads.add(number)
-            elif not self._arena.holds(tensor):
+            elif not self._arena.holds(tensor) and _storage(tensor) not in self._chosen:
                 raise UnrecordableError("a call reads what Python has made")
         self.calls.append(KernelCall.from_buffer_copy(call))
 
     def empty(self, *shape: int) -> torch.Tensor:
         return self._arena.empty(*shape)
+
+    def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what a router gives for rows, and record that it is called for those of each step."""
+        with _disable_current_modes():
+            self._kernels.recorder = None  # the router's own calls are made when it is called
+            try:
+                router = RecordedRouter(choose, x, self._kernels)
+            finally:
+                self._kernels.recorder = self
+        self.note(KernelCall(ROUTE, x.numel() // x.shape[-1], route=router.callback), [x])
+        self._routers.append(router)
+        self._chosen.update(_storage(one) for one in router.results)
+        return router.results
 
     def program(self, result: torch.Tensor) -> Program:
         """Return the recorded calls as a program that computes `result`."""
@@ -201,7 +239,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnrecordableError("a layer reads or gives what is not by rows")
         if any(call.rows % rows for call in self.calls):
             raise UnrecordableError("a call is for other rows than the layer's")
-        return Program(self._kernels, self.calls, inputs, result)
+        return Program(self._kernels, self.calls, inputs, result, self._routers)
 
 
 def _storage(tensor: torch.Tensor) -> int:

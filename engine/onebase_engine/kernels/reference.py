@@ -28,6 +28,7 @@ from onebase_engine.kernels.interface import (
     LayerCache,
     LinearKernel,
     Rotation,
+    Router,
     RowGroup,
     RowMap,
     StateRuns,
@@ -178,6 +179,9 @@ class ReferenceKernels(ReferenceRecurrence):
 
     def experts(self, module: Any, slots: int) -> None:
         return None
+
+    def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return choose(x)
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         norm: Callable[[torch.Tensor], torch.Tensor] = base

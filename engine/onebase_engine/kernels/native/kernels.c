@@ -111,4 +111,4 @@ static int sums(const onebase_order *order, const float *x, int64_t rows, const 
 }
 
 const onebase_kernels ONEBASE_KERNELS = {
-    ONEBASE_NAME, linear, attend, rms_norm, draw, convolve, apply_delta_rule, scan_states, add, gate, sums};
+    ONEBASE_NAME, linear, experts, attend, rms_norm, draw, convolve, apply_delta_rule, scan_states, add, gate, sums};

@@ -154,12 +154,30 @@ typedef struct {
   float *y;                /* [rows, heads, dim] */
 } onebase_state_space;
 
+/* A mixture's experts, whose gate is silu. `layers`: of each expert the gate, the layer up and the one down. */
+typedef struct {
+  int64_t experts;
+  const onebase_linear *layers; /* [experts, 3] */
+} onebase_mixture;
+
+/* The experts of a step's rows, [rows, each], and their weights, fp32 if `wide`, else bf16. */
+typedef struct {
+  const int64_t *experts;
+  const void *weights;
+  int64_t each, wide;
+} onebase_choice;
+
+/* Makes the choice of a step's rows. Returns 0, or ONEBASE_NOT_CHOSEN. */
+typedef int (*onebase_route)(int64_t rows);
+
 /* One call, with all that stays the same from step to step. Which of the fields are read depends on the kind:
  *   LINEAR  `count` layers over x [rows, in] to `ys`; `gated`
  *   NORM    x [rows, size] by `weight` [size] to ys[0]; `around_one`
  *   ATTEND  by `attention` and `projected`, over the step's contexts
- *   ADD     x + other, [rows, size], to ys[0] */
-enum { ONEBASE_LINEAR = 0, ONEBASE_NORM = 1, ONEBASE_ATTEND = 2, ONEBASE_ADD = 3 };
+ *   ADD     x + other, [rows, size], to ys[0]
+ *   ROUTE   by `route`
+ *   EXPERTS by `mixture` and `choice` over x [rows, in] to ys[0] [rows, out] */
+enum { ONEBASE_LINEAR, ONEBASE_NORM, ONEBASE_ATTEND, ONEBASE_ADD, ONEBASE_ROUTE, ONEBASE_EXPERTS };
 typedef struct {
   int64_t kind, rows, count, gated, size;
   float eps;
@@ -169,6 +187,9 @@ typedef struct {
   const bf16 *x, *other, *weight;
   const onebase_attention *attention;
   onebase_qkv projected;
+  onebase_route route;
+  const onebase_mixture *mixture;
+  onebase_choice choice;
 } onebase_call;
 
 /* Each returns 0, or ONEBASE_OUT_OF_MEMORY. `threads`: that the pool has. */
@@ -178,6 +199,8 @@ typedef struct {
    * ys[0] is silu(first) * second. */
   int (*linear)(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
                 const onebase_groups *, const bf16 *x, int64_t rows, int64_t threads);
+  int (*experts)(const onebase_mixture *, const onebase_choice *, const onebase_groups *, const bf16 *x, bf16 *y,
+                 int64_t rows, int64_t threads);
   int (*attend)(const onebase_attention *, const onebase_contexts *, const onebase_qkv *, int64_t threads);
   /* `size` a multiple of 16. Rows are rounded before they are multiplied by the weight, or, with `around_one`, after
    * they are by 1 and the weight. */
@@ -198,11 +221,23 @@ typedef struct {
 
 /* `size` bytes on a cache line's border, the caller's until it asks again for the same of the ONEBASE_SCRATCHES,
  * or null where memory is out. Only for the thread that calls `onebase_share`, and the parts of its task. */
-enum { ONEBASE_ROWS, ONEBASE_FLOATS, ONEBASE_HIDDEN, ONEBASE_PLACES, ONEBASE_PANELS, ONEBASE_SCRATCHES };
+enum {
+  ONEBASE_ROWS,
+  ONEBASE_FLOATS,
+  ONEBASE_HIDDEN,
+  ONEBASE_PLACES,
+  ONEBASE_PANELS,
+  ONEBASE_CHOSEN,
+  ONEBASE_PACKED,
+  ONEBASE_SCRATCHES
+};
 void *onebase_scratch(int which, int64_t size);
 
-/* What is returned where memory is out, and for a call that does not fit the step. */
+/* What is returned where memory is out, for a call that does not fit the step, where a row has chosen an expert that
+ * there is not, and where choosing has failed. */
 #define ONEBASE_OUT_OF_MEMORY (-1)
 #define ONEBASE_UNFIT (-2)
+#define ONEBASE_NO_EXPERT (-3)
+#define ONEBASE_NOT_CHOSEN (-4)
 
 #endif

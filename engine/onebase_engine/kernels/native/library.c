@@ -13,7 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Changes with each change of a structure or a function: Python asks for its own. */
-#define ONEBASE_ABI 10
+#define ONEBASE_ABI 11
 
 extern const onebase_kernels onebase_portable, onebase_avx2, onebase_avx512, onebase_avx512_bf16, onebase_amx;
 
@@ -121,6 +121,14 @@ static int run(const onebase_call *call, const onebase_groups *groups, const one
     case ONEBASE_ADD:
       kernels->add(call->x, call->other, call->ys[0], call->rows * call->size);
       return 0;
+    case ONEBASE_ROUTE: {
+      onebase_unlock(); /* others may compute, and what is called too */
+      int result = call->route(call->rows);
+      onebase_lock();
+      return result;
+    }
+    case ONEBASE_EXPERTS:
+      return kernels->experts(call->mixture, &call->choice, groups, call->x, call->ys[0], call->rows, threads);
     default:
       return ONEBASE_UNFIT;
   }

@@ -10,10 +10,8 @@
 
 /* ---- weights ------------------------------------------------------------------------------- */
 
-/* Terms that are unpacked at once, into the nearest cache, and the most blocks that they lie in. Fewer would have
- * memory read less of a row at a time. */
+/* Terms that are unpacked at once, into the nearest cache. Fewer would have memory read less of a row at a time. */
 #define CHUNK 128
-#define CHUNK_BLOCKS (CHUNK / 32)
 
 /* The scale that is number `place` of a layer's in 8 bits. */
 static inline float nested_scale(const onebase_linear *layer, int64_t place) {
@@ -28,17 +26,26 @@ static inline float scale_of(const onebase_linear *layer, int64_t output, int64_
   return layer->absmax[(output / LANES * blocks + block) * LANES + output % LANES];
 }
 
-/* The scales of a panel's outputs, [blocks, 16], from the block with term `first` on: those of `count` terms, CHUNK
- * at most. They are in `own` if they were in 8 bits. */
-static inline const float *scales_of(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
-                                     float *own) {
+/* Terms whose scales in 8 bits are read at once, a multiple of CHUNK, and the most blocks that they lie in. */
+#define WINDOW 1024
+#define WINDOW_BLOCKS (WINDOW / 32)
+
+/* Reads the scales of a panel's outputs that are in 8 bits, [blocks, 16], from the block with term `first` on: those
+ * of `count` terms. */
+static inline void read_scales(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
   int64_t shift = layer->blocksize_log2, blocks = layer->in >> shift, begin = first >> shift;
-  if (!layer->nested) return layer->absmax + (panel * blocks + begin) * LANES;
   int64_t some = ((first + count - 1) >> shift) - begin + 1, there = least(LANES, layer->out - panel * LANES);
-  for (int64_t lane = 0; lane < there; lane++)
-    for (int64_t block = 0; block < some; block++)
-      own[block * LANES + lane] = nested_scale(layer, (panel * LANES + lane) * blocks + begin + block);
-  return own;
+  const float *code = layer->nested_code, offset = layer->nested_offset;
+  if (there < LANES) memset(to, 0, some * LANES * sizeof(float));
+  for (int64_t lane = 0; lane < there; lane++) {
+    int64_t place = layer->nested_first + (panel * LANES + lane) * blocks + begin;
+    const uint8_t *numbers = layer->nested + place;
+    for (int64_t block = 0; block < some;) {
+      int64_t last = least(some, block + 256 - ((place + block) & 255));
+      float factor = layer->nested_absmax[(place + block) >> 8];
+      for (; block < last; block++) to[block * LANES + lane] = code[numbers[block]] * factor + offset;
+    }
+  }
 }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -139,6 +146,15 @@ static const bf16 *panel_of(const onebase_linear *layer, int64_t panel, int64_t 
 #define TAKEN 4
 #define RANGES 16
 
+/* Parts of a task, as the threads draw them. */
+typedef struct {
+  int64_t count;
+  struct {
+    _Alignas(64) int64_t last;
+    _Atomic int64_t next;
+  } range[RANGES];
+} ranges;
+
 /* Layers that multiply the same rows. */
 typedef struct {
   const onebase_linear *layers[ONEBASE_MOST_LAYERS];
@@ -158,11 +174,7 @@ typedef struct {
   float *panels;     /* of each thread */
   int64_t panel_size;
   int64_t padded;    /* rows, to the next multiple of a tile */
-  int64_t ranges;
-  struct {
-    _Alignas(64) int64_t last;
-    _Atomic int64_t next;
-  } range[RANGES];
+  ranges *ranges;
 } product;
 
 /* Rows of a group that are taken at once. */
@@ -355,16 +367,14 @@ static inline __m512i narrow_two(__m512 low, __m512 high) {
  * A vector has 32 terms of each of four outputs, of `4 * quarter + w` in a quarter of it. The 16 weights that each of
  * them may have in a block are a table of 64 bf16, from which a word's lowest six bits choose: four of a weight and
  * the number of its quarter. */
-static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, const char *ahead,
-                            turned *to) {
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
+                            const float *scales, const char *ahead, turned *to) {
   const __m512i quarter = _mm512_set_epi64(0x3030303030303030, 0x3030303030303030, 0x2020202020202020,
                                            0x2020202020202020, 0x1010101010101010, 0x1010101010101010, 0, 0);
   const __m512i nibbles = _mm512_set1_epi8(15);
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
   int64_t blocks = layer->in >> shift, stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
   const uint8_t *from = (const uint8_t *)layer->weight + (panel * LANES * layer->in + first) / 2;
-  _Alignas(64) float own_scales[CHUNK_BLOCKS * LANES] = {0};
-  const float *scales = scales_of(layer, panel, first, count, own_scales);
   __m512 code = _mm512_loadu_ps(layer->code);
   __m512i tables[4][2];
   for (int64_t block = 0; !layer->nested && block << shift < count; block++)
@@ -418,9 +428,9 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
 
 /* Terms `first ..` of a panel, `count` of them, 128 at most and a multiple of 32: [count / TERMS, 16]. */
 static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
-                              const char *ahead, turned *to) {
+                              const float *scales, const char *ahead, turned *to) {
   if (layer->kind == ONEBASE_NF4) {
-    turn_nf4(layer, panel, first, count, ahead, to);
+    turn_nf4(layer, panel, first, count, scales, ahead, to);
     return;
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
@@ -433,7 +443,7 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
     stride = count / 2;
   }
   for (int64_t k = 0; k < count; k += 32, from += 16, to += 32 / TERMS * LANES) {
-    for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
+    if (layer->kind == ONEBASE_BF16) ask_for(ahead + k * LANES * 2, 32 * LANES * 2);
 #if TERMS == 2
     turn_words(from, stride, there, to);
 #else
@@ -505,13 +515,11 @@ static inline void fill_tables(const __m256 *code, float one, float other, __m25
 }
 
 /* Terms `first ..` of a panel of 4-bit weights, `count` of them and a multiple of 32: [count, 16]. */
-static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, const char *ahead,
-                            float *to) {
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
+                            const float *scales, const char *ahead, float *to) {
   int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
   int64_t stride = layer->in / 2, within = ((int64_t)1 << shift) - 1;
   const uint8_t *from = (const uint8_t *)layer->weight + (panel * LANES * layer->in + first) / 2;
-  _Alignas(32) float own_scales[CHUNK_BLOCKS * LANES] = {0};
-  const float *scales = scales_of(layer, panel, first, count, own_scales);
   const __m256i nibbles = _mm256_set1_epi8(15);
   __m256 halves_[2] = {_mm256_loadu_ps(layer->code), _mm256_loadu_ps(layer->code + 8)};
   __m256 code[2] = {_mm256_permute2f128_ps(halves_[0], halves_[1], 0x20),
@@ -551,9 +559,9 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
 
 /* Terms `first ..` of a panel, `count` of them and a multiple of 32: [count, 16]. */
 static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
-                              const char *ahead, float *to) {
+                              const float *scales, const char *ahead, float *to) {
   if (layer->kind == ONEBASE_NF4) {
-    turn_nf4(layer, panel, first, count, ahead, to);
+    turn_nf4(layer, panel, first, count, scales, ahead, to);
     return;
   }
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in * 2;
@@ -580,8 +588,8 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
 
 /* Terms `first ..` of a panel, `count` of them, CHUNK at most: [count, 16]. */
 static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count,
-                              const char *ahead, float *to) {
-  (void)ahead;
+                              const float *scales, const char *ahead, float *to) {
+  (void)scales, (void)ahead;
   bf16 unpacked[LANES * CHUNK];
   int64_t stride;
   const bf16 *from = panel_of(layer, panel, first, first + count, unpacked, &stride);
@@ -658,11 +666,23 @@ static inline __attribute__((always_inline)) void add_rows(const bf16 *x, int64_
   else if (rows == 1) add_products(x, in, weights, count, 1, panels, panel_size, sums);
 }
 
+/* The scales of a panel's outputs, [blocks, 16], from the block with term `first` on. Those in 8 bits are read into
+ * `own` at the begin of a window, whose terms end at `last` at most. */
+static inline const float *scales_of(const onebase_linear *layer, int64_t panel, int64_t first, int64_t window,
+                                     int64_t last, float *own) {
+  int64_t shift = layer->blocksize_log2;
+  if (layer->kind != ONEBASE_NF4) return NULL;
+  if (!layer->nested) return layer->absmax + (panel * (layer->in >> shift) + (first >> shift)) * LANES;
+  if (first == window) read_scales(layer, panel, first, least(WINDOW, last - first), own);
+  return own + ((first >> shift) - (window >> shift)) * LANES;
+}
+
 /* Sums of `panels` panels over all rows, for each [rows, 16], `panel_size` apart. With each part of a panel that it
  * unpacks it asks for as much of the panels that come next, in the order in which they lie in memory. */
 static void multiply(const product *p, const onebase_linear *layer, int64_t panel, int64_t panels, float *scratch,
                      int64_t panel_size, float *sums) {
   _Alignas(64) turned weights[PANELS * CHUNK / TERMS * LANES];
+  _Alignas(64) float own_scales[PANELS * WINDOW_BLOCKS * LANES];
   int64_t in = p->in, block = least(layer->block, in);
   float *part = scratch;
   const char *ahead = (const char *)layer->weight + size_of(layer, (panel + panels) * LANES * in);
@@ -671,9 +691,10 @@ static void multiply(const product *p, const onebase_linear *layer, int64_t pane
     float *to = k ? part : sums;
     for (int64_t i = 0; i < panels; i++) memset(to + i * panel_size, 0, p->rows * LANES * sizeof(float));
     for (int64_t first = k; first < last; first += CHUNK) {
-      int64_t count = least(CHUNK, last - first);
+      int64_t count = least(CHUNK, last - first), window = first - (first - k) % WINDOW;
       for (int64_t i = 0; i < panels; i++) {
-        turn_chunk(layer, panel + i, first, count, ahead, weights + i * (CHUNK / TERMS) * LANES);
+        const float *scales = scales_of(layer, panel + i, first, window, last, own_scales + i * WINDOW_BLOCKS * LANES);
+        turn_chunk(layer, panel + i, first, count, scales, ahead, weights + i * (CHUNK / TERMS) * LANES);
         ahead += size_of(layer, LANES * count);
       }
       if (panels == PANELS) add_rows(p->x + first, in, weights, count, p->rows, PANELS, panel_size, to);
@@ -914,25 +935,27 @@ static void panel_outputs(const product *p, int64_t which, int64_t panel, int64_
   }
 }
 
-/* The next TAKEN panels for a thread. There are some: it is called once for each. */
-static int64_t take(product *p, int64_t thread) {
+static void set_ranges(ranges *r, int64_t parts, int64_t threads) {
+  r->count = least(threads, RANGES);
+  for (int64_t i = 0; i < r->count; i++) {
+    atomic_init(&r->range[i].next, parts * i / r->count);
+    r->range[i].last = parts * (i + 1) / r->count;
+  }
+}
+
+/* The next part for a thread. There is one: it is called once for each. */
+static int64_t take(ranges *r, int64_t thread) {
   int64_t part, range = thread;
   do {
-    range %= p->ranges;
-    part = atomic_fetch_add_explicit(&p->range[range].next, 1, memory_order_relaxed);
-  } while (part >= p->range[range++].last);
+    range %= r->count;
+    part = atomic_fetch_add_explicit(&r->range[range].next, 1, memory_order_relaxed);
+  } while (part >= r->range[range++].last);
   return part;
 }
 
-static void panel_part(void *task, int64_t any, int64_t thread) {
-  product *p = task;
-  (void)any;
-  int64_t which = 0, size = p->padded * LANES, part = take(p, thread);
-  for (; !p->gated; which++) {
-    int64_t own = parts_of(p->layers[which]->out, LANES * TAKEN);
-    if (part < own) break;
-    part -= own;
-  }
+/* TAKEN panels of a layer, or of both of a gated pair. */
+static void compute_panels(const product *p, int64_t which, int64_t part, int64_t thread) {
+  int64_t size = p->padded * LANES;
   const onebase_linear *layer = p->layers[which];
   float *sums = p->panels + thread * p->panel_size, *scratch = sums + 2 * PANELS * size;
   bf16 *ys = (bf16 *)(sums + PANELS * size), *ups = ys + PANELS * size;
@@ -957,6 +980,18 @@ static void panel_part(void *task, int64_t any, int64_t thread) {
 #ifdef __AMX_BF16__
   _tile_release();
 #endif
+}
+
+static void panel_part(void *task, int64_t any, int64_t thread) {
+  product *p = task;
+  (void)any;
+  int64_t which = 0, part = take(p->ranges, thread);
+  for (; !p->gated; which++) {
+    int64_t own = parts_of(p->layers[which]->out, LANES * TAKEN);
+    if (part < own) break;
+    part -= own;
+  }
+  compute_panels(p, which, part, thread);
 }
 
 /* Lists what the shrink has to do. Returns whether there was memory for it. */
@@ -991,8 +1026,21 @@ static int plan_adapters(product *p) {
   return p->hidden && p->floats;
 }
 
+/* Numbers that a thread needs for a product; `rows` and `in` are set. */
+static int64_t lay_out(product *p) {
+  p->padded = parts_of(p->rows, TILE) * TILE;
+#ifdef __AMX_BF16__
+  p->tile = least(p->rows, TILE);
+  int64_t scratch = p->in * LANES / 2;
+#else
+  int64_t scratch = PANELS * p->padded * LANES;
+#endif
+  return parts_of(2 * PANELS * p->padded * LANES + scratch, LANES) * LANES;
+}
+
 static int linear(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
                   const onebase_groups *groups, const bf16 *x, int64_t rows, int64_t threads) {
+  ranges own;
   product p = {.count = count, .gated = gated, .groups = groups, .x = x, .rows = rows, .in = layers[0]->in};
   int64_t parts = 0;
   for (int64_t which = 0; which < count; which++) {
@@ -1003,27 +1051,216 @@ static int linear(const onebase_linear *const *layers, bf16 *const *ys, int64_t 
   if (rows < 1) return 0;
   if (!plan_adapters(&p)) return ONEBASE_OUT_OF_MEMORY;
   int64_t preparing = p.job_count;
-  p.padded = parts_of(rows, TILE) * TILE;
+  p.panel_size = lay_out(&p);
 #ifdef __AMX_BF16__
-  p.tile = least(rows, TILE);
   p.tiles = onebase_scratch(ONEBASE_ROWS, p.padded * p.in * 2);
   if (!p.tiles) return ONEBASE_OUT_OF_MEMORY;
   preparing += parts_of(rows, p.tile);
-  int64_t scratch = p.in * LANES / 2;
-#else
-  int64_t scratch = PANELS * p.padded * LANES;
 #endif
-  p.panel_size = parts_of(2 * PANELS * p.padded * LANES + scratch, LANES) * LANES;
   p.panels = onebase_scratch(ONEBASE_PANELS, threads * p.panel_size * 4);
   if (!p.panels) return ONEBASE_OUT_OF_MEMORY;
   if (rows <= 2)
     for (int64_t part = 0; part < preparing; part++) prepare_part(&p, part, 0);
   else onebase_share(prepare_part, &p, preparing);
-  p.ranges = least(threads, RANGES);
-  for (int64_t i = 0; i < p.ranges; i++) {
-    atomic_init(&p.range[i].next, parts * i / p.ranges);
-    p.range[i].last = parts * (i + 1) / p.ranges;
-  }
+  set_ranges(&own, parts, threads);
+  p.ranges = &own;
   onebase_share(panel_part, &p, parts);
+  return 0;
+}
+
+/* ---- a mixture's experts --------------------------------------------------------------------- */
+
+/* The rows of a step, each once for each expert that it has chosen, sorted by expert. */
+typedef struct {
+  const onebase_mixture *mixture;
+  const onebase_choice *choice;
+  const bf16 *x;    /* [rows, in] */
+  bf16 *y;
+  int64_t rows, in, packed; /* `packed`: rows times chosen experts */
+  int32_t *starts;  /* of each expert's rows, [experts + 1] */
+  int32_t *row;     /* of x, [packed] */
+  int32_t *place;   /* among the packed ones of what a row adds up, by ascending number of the expert, [packed] */
+  float *weight;    /* of each packed row */
+  bf16 *xs, *hidden, *ys; /* packed */
+} chosen_rows;
+
+/* Rows that a part takes that copies or adds up. */
+#define MOVED 8
+
+/* Products of several experts, each with rows of its own. */
+typedef struct {
+  product *products;
+  int64_t parts; /* of each */
+  ranges ranges;
+} joined_products;
+
+static void joined_part(void *task, int64_t any, int64_t thread) {
+  joined_products *j = task;
+  (void)any;
+  int64_t part = take(&j->ranges, thread);
+  compute_panels(j->products + part / j->parts, 0, part % j->parts, thread);
+}
+
+#ifdef __AMX_BF16__
+static void joined_tiles(void *task, int64_t part, int64_t thread) {
+  joined_products *j = task;
+  (void)thread;
+  product *p = j->products + part;
+  for (int64_t tile = 0; tile < parts_of(p->rows, p->tile); tile++) pair_rows(p, tile);
+}
+#endif
+
+/* Computes products of layers of the same sizes without adapters. `products` have their layers, rows, x and ys. */
+static int multiply_joined(product *products, int64_t count, int64_t threads) {
+  joined_products j = {.products = products};
+  int64_t size = 0;
+  if (!count) return 0;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t own = lay_out(products + i);
+    size = own > size ? own : size;
+  }
+  float *panels = onebase_scratch(ONEBASE_PANELS, threads * size * 4);
+  if (!panels) return ONEBASE_OUT_OF_MEMORY;
+  for (int64_t i = 0; i < count; i++) products[i].panels = panels, products[i].panel_size = size;
+#ifdef __AMX_BF16__
+  int64_t tiled = 0;
+  for (int64_t i = 0; i < count; i++) tiled += products[i].padded * products[i].in / 2;
+  uint32_t *tiles = onebase_scratch(ONEBASE_ROWS, tiled * 4);
+  if (!tiles) return ONEBASE_OUT_OF_MEMORY;
+  for (int64_t i = 0; i < count; i++) {
+    products[i].tiles = tiles;
+    tiles += products[i].padded * products[i].in / 2;
+  }
+  onebase_share(joined_tiles, &j, count);
+#endif
+  j.parts = parts_of(products[0].layers[0]->out, LANES * TAKEN);
+  set_ranges(&j.ranges, count * j.parts, threads);
+  onebase_share(joined_part, &j, count * j.parts);
+  return 0;
+}
+
+static void gather_part(void *task, int64_t part, int64_t thread) {
+  chosen_rows *c = task;
+  (void)thread;
+  for (int64_t i = part * MOVED; i < least((part + 1) * MOVED, c->packed); i++)
+    memcpy(c->xs + i * c->in, c->x + c->row[i] * c->in, c->in * sizeof(bf16));
+}
+
+/* What the experts of some rows give times the rows' weights, rounded, and added one by one, rounded again. */
+static void sum_part(void *task, int64_t part, int64_t thread) {
+  chosen_rows *c = task;
+  (void)thread;
+  int64_t each_row = c->choice->each, size = c->mixture->layers[2].out;
+  for (int64_t row = part * MOVED; row < least((part + 1) * MOVED, c->rows); row++) {
+    const int32_t *place = c->place + row * each_row;
+    for (int64_t i = 0; i < size; i += LANES) {
+      floats total = {0};
+      for (int64_t k = 0; k < each_row; k++) {
+        floats own = widen(c->ys + place[k] * size + i) * each(c->weight[place[k]]);
+        total = rounded(total + rounded(own));
+      }
+      narrow(c->y + row * size + i, total);
+    }
+  }
+}
+
+/* Sorts the rows by expert, the rows of each in their order. Returns whether there are all the experts. */
+static int sort_rows(chosen_rows *c, int32_t *ends) {
+  int64_t experts = c->mixture->experts, each_row = c->choice->each;
+  const int64_t *chosen = c->choice->experts;
+  const void *weights = c->choice->weights;
+  memset(c->starts, 0, (experts + 1) * sizeof(int32_t));
+  for (int64_t i = 0; i < c->packed; i++) {
+    if (chosen[i] < 0 || chosen[i] >= experts) return 0;
+    c->starts[chosen[i] + 1]++;
+  }
+  for (int64_t expert = 0; expert < experts; expert++) {
+    c->starts[expert + 1] += c->starts[expert];
+    ends[expert] = c->starts[expert];
+  }
+  for (int64_t i = 0; i < c->packed; i++) {
+    int64_t at = ends[chosen[i]]++;
+    c->row[at] = (int32_t)(i / each_row);
+    c->weight[at] = c->choice->wide ? ((const float *)weights)[i] : widened(((const bf16 *)weights)[i]);
+  }
+  memset(ends, 0, c->rows * sizeof(int32_t));
+  for (int64_t i = 0; i < c->packed; i++) c->place[c->row[i] * each_row + ends[c->row[i]]++] = (int32_t)i;
+  return 1;
+}
+
+/* Whether a group's terms act on any expert. */
+static int acts_on_experts(const onebase_mixture *mixture, const onebase_groups *groups, int64_t group) {
+  for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++)
+    for (int64_t layer = 0; layer < 3; layer++)
+      if (mixture->layers[layer].lora && mixture->layers[layer].lora[groups->slot[term]].rank) return 1;
+  return 0;
+}
+
+/* The groups among an expert's rows, in the room `starts` and `rows`. `local`: a number for each row of the step,
+ * 0 between two calls. Returns whether an adapter acts. */
+static int groups_among(const chosen_rows *c, int64_t expert, const onebase_groups *groups, int32_t *local,
+                        int32_t *starts, int32_t *rows, onebase_groups *own) {
+  int64_t first = c->starts[expert], last = c->starts[expert + 1], count = 0;
+  *own = *groups;
+  own->row_starts = starts;
+  own->row = rows;
+  for (int64_t i = first; i < last; i++) local[c->row[i]] = (int32_t)(i - first + 1);
+  for (int64_t group = 0; group < groups->groups; group++) {
+    starts[group] = (int32_t)count;
+    if (!acts_on_experts(c->mixture, groups, group)) continue;
+    for (int64_t i = groups->row_starts[group]; i < groups->row_starts[group + 1]; i++)
+      if (local[groups->row[i]]) rows[count++] = local[groups->row[i]] - 1;
+  }
+  starts[groups->groups] = (int32_t)count;
+  for (int64_t i = first; i < last; i++) local[c->row[i]] = 0;
+  return count > 0;
+}
+
+/* Computes each expert that any row has chosen: those without adapters at once, the others one by one. */
+static int experts(const onebase_mixture *mixture, const onebase_choice *choice, const onebase_groups *groups,
+                   const bf16 *x, bf16 *y, int64_t rows, int64_t threads) {
+  const onebase_linear *layers = mixture->layers;
+  chosen_rows c = {.mixture = mixture, .choice = choice, .x = x, .y = y, .rows = rows, .in = layers[0].in};
+  int64_t inner = layers[2].in, size = layers[2].out, count = mixture->experts, adapted = 0;
+  int64_t grouped = groups ? groups->groups : 0, in_groups = grouped ? groups->row_starts[grouped] : 0;
+  c.packed = rows * choice->each;
+  if (rows < 1) return 0;
+  int64_t numbers = 2 * (count + 1) + 3 * c.packed + 2 * rows + grouped + 1 + in_groups;
+  product *products = onebase_scratch(ONEBASE_CHOSEN, count * (int64_t)sizeof(product) + numbers * 4);
+  c.xs = onebase_scratch(ONEBASE_PACKED, c.packed * (c.in + inner + size) * (int64_t)sizeof(bf16));
+  if (!products || !c.xs) return ONEBASE_OUT_OF_MEMORY;
+  c.hidden = c.xs + c.packed * c.in;
+  c.ys = c.hidden + c.packed * inner;
+  c.starts = (int32_t *)(products + count);
+  c.row = c.starts + count + 1;
+  c.place = c.row + c.packed;
+  c.weight = (float *)(c.place + c.packed);
+  int32_t *ends = (int32_t *)(c.weight + c.packed), *local = ends + (count > rows ? count : rows);
+  int32_t *group_starts = local + rows, *group_rows = group_starts + grouped + 1;
+  if (!sort_rows(&c, ends)) return ONEBASE_NO_EXPERT;
+  if (rows > 1) onebase_share(gather_part, &c, parts_of(c.packed, MOVED));
+  memset(local, 0, rows * sizeof(int32_t));
+  for (int64_t group = 0; group < grouped; group++) adapted |= acts_on_experts(mixture, groups, group);
+  for (int64_t half = 0; half < 2; half++) {
+    int64_t bare = 0;
+    for (int64_t expert = 0; expert < count; expert++) {
+      int64_t first = c.starts[expert], own_rows = c.starts[expert + 1] - first;
+      onebase_groups own;
+      if (!own_rows) continue;
+      const onebase_linear *own_layers[] = {layers + 3 * expert + 2 * half, layers + 3 * expert + 1};
+      const bf16 *from = half ? c.hidden + first * inner : rows > 1 ? c.xs + first * c.in : x;
+      bf16 *to = half ? c.ys + first * size : c.hidden + first * inner;
+      if (adapted && groups_among(&c, expert, groups, local, group_starts, group_rows, &own)) {
+        int result = linear(own_layers, &to, 2 - half, !half, &own, from, own_rows, threads);
+        if (result) return result;
+        continue;
+      }
+      products[bare++] = (product){.layers = {own_layers[0], own_layers[1]}, .ys = {to}, .count = 2 - half,
+                                   .gated = !half, .x = from, .rows = own_rows, .in = own_layers[0]->in};
+    }
+    int result = multiply_joined(products, bare, threads);
+    if (result) return result;
+  }
+  onebase_share(sum_part, &c, parts_of(rows, MOVED));
   return 0;
 }
