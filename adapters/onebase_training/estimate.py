@@ -404,6 +404,8 @@ def activations_of(
     if len(body) < len(targets):
         # PEFT adds to a layer that is not quantized in fp32: the delta, the sum and its gradient.
         logits += 2 * _FP32 * config.vocab_size
+    if recipe.method == "reinforcement" and recipe.temperature != 1.0:
+        logits += size * config.vocab_size  # they are divided by the temperature, and so is their gradient
     return Activations(
         layers=tuple(
             _layer_bytes(model, block, targets, ranks, recipe, config, size, fused, on_cpu)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,19 @@ from tests.training.runs import talking_base
 from onebase_adapters.hub.confinement import can_confine_code
 
 from .access import Keys
-from .support import Server, Starter
-from .training_support import BASE, add_file, ended, job_folder, make_job, openai_client, step_of, wait_job
+from .support import Server, Starter, children
+from .training_support import (
+    BASE,
+    add_file,
+    ended,
+    job_folder,
+    make_job,
+    messages,
+    openai_client,
+    step_of,
+    until,
+    wait_job,
+)
 
 CHECK = {
     "type": "string_check",
@@ -48,10 +60,17 @@ def rows(count: int, first: int = 0) -> str:
     return "".join(json.dumps(row) + "\n" for row in made)
 
 
+OPTIONS = ("--threads", "1", "--kv-memory", "50MB")
+
+
 @pytest.fixture(scope="module")
-def server(serve_real: Starter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    base = talking_base(tmp_path_factory.mktemp("sure") / BASE, initializer_range=0.2)
-    with serve_real("--base", str(base), "--threads", "1", "--kv-memory", "50MB") as running:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talking_base(tmp_path_factory.mktemp("sure") / BASE, initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def server(serve_real: Starter, base: Path) -> Iterator[Server]:
+    with serve_real("--base", str(base), *OPTIONS) as running:
         yield running
 
 
@@ -153,15 +172,130 @@ def test_a_paused_job_leaves_no_live_weights_and_goes_on(server: Server, client:
     assert cancelled.status == "cancelled"
 
 
-def test_samples_count_for_their_tenants_quota_and_without_room_in_it_the_job_fails_until_it_is_resumed(
-    serve_real: Starter, tmp_path: Path
+LONG: dict[str, Any] = {
+    "group_size": 8, "sample_tokens": 96, "temperature": 1.0, "max_steps": 3, "eval_every": 3,
+    "save_every": 1, "learning_rate": 5e-3,
+}  # fmt: skip
+"""Settings of jobs whose samples take so long that what comes meanwhile finds them running."""
+
+
+def in_engine(server: Server) -> int:
+    """Sequences that run in the engine or wait there, as it said last."""
+    with server.client() as http:
+        stats = http.get("/status").json()["stats"]
+    return 0 if stats is None else int(stats["sequences_running"] + stats["sequences_waiting"])
+
+
+def grader_pids(server: Server) -> list[int]:
+    """The processes of graders in Python."""
+    return [pid for pid in children(server.process.pid) if "python_grader" in _command_line(pid)]
+
+
+def _command_line(pid: int) -> str:
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def begin_sampling(server: Server, client: OpenAI, name: str, **settings: Any) -> Any:
+    """Begin a job, and wait until the replies of a step after its first are drawn."""
+    job = begin(client, name, PYTHON, **{**LONG, **settings})
+    wait_job(server, client, job.id, lambda job: step_of(job) >= 1, 300.0)
+    server.wait_for(lambda: in_engine(server) > 0)
+    assert grader_pids(server)
+    return job
+
+
+@pytest.mark.skipif(not can_confine_code(), reason="the kernel has no Landlock or no seccomp")
+def test_a_job_that_is_paused_and_cancelled_while_it_samples_leaves_nothing(
+    server: Server, client: OpenAI
 ) -> None:
-    base = talking_base(tmp_path / BASE, initializer_range=0.2)
+    def sampling() -> bool:
+        return in_engine(server) > 0 and bool(grader_pids(server))
+
+    def at_rest() -> bool:
+        return not (server.trainer_pids() or grader_pids(server) or in_engine(server))
+
+    with server.client() as http:
+        limits = {"sequences": 1000, "tokens": 10**9}
+        before = http.post("/v1/tenants/default", json={"quotas": limits}).raise_for_status().json()
+        job = begin_sampling(server, client, "ended", max_steps=1000, n_epochs=1000)
+        client.fine_tuning.jobs.pause(job.id)
+        server.wait_for(at_rest)
+        paused = client.fine_tuning.jobs.retrieve(job.id)
+        assert paused.status == "paused"
+
+        client.fine_tuning.jobs.resume(job.id)
+        wait_job(server, client, job.id, lambda job: step_of(job) > step_of(paused), 300.0)
+        server.wait_for(sampling)
+        client.fine_tuning.jobs.cancel(job.id)
+        server.wait_for(at_rest)
+        server.wait_for(lambda: not job_folder(server.data_dir, job.id).exists())
+        for file in (job.training_file, job.validation_file):
+            assert client.files.delete(file).deleted
+        status = http.get("/status").json()
+        assert status["requests"] == 0
+        assert status["host_memory"]["used"] == 0, "weights of a step are loaded"
+        stats = status["stats"]
+        assert stats["kv_blocks_free"] == stats["kv_blocks_total"]
+        (tenant,) = http.get("/v1/tenants").json()["data"]
+        assert tenant["bytes"] == before["bytes"]
+        assert tenant["used"]["sequences"] == 0
+        computed = stats["prompt_tokens"] + stats["generated_tokens"]
+        assert tenant["used"]["tokens"] <= computed, "tokens are reserved that nothing will compute"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server, client: OpenAI) -> str:
+    """The version that a job ends with which nothing disturbs."""
+    job = begin(client, "undisturbed", PYTHON, **LONG)
+    done = wait_job(server, client, job.id, ended, 300.0)
+    assert done.status == "succeeded", done.error
+    return str(done.version)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("process", ["trainer", "engine"])
+def test_a_process_that_is_killed_while_samples_run_changes_no_bit_of_the_result(
+    server: Server, client: OpenAI, undisturbed: str, process: str
+) -> None:
+    job = begin_sampling(server, client, process)
+    (trainer,) = server.trainer_pids()
+    os.kill(trainer if process == "trainer" else server.engine_pid(), signal.SIGKILL)
+    done = wait_job(server, client, job.id, ended, 300.0)
+    assert done.status == "succeeded", done.error
+    told = messages(client, job.id)
+    assert any("signal SIGKILL" in one or "the engine ended" in one for one in told), told
+    assert done.version == undisturbed
+    server.wait_for(lambda: not in_engine(server))
+
+
+@pytest.mark.full
+def test_a_server_that_is_killed_while_samples_run_changes_no_bit_of_the_result(
+    serve_real: Starter, base: Path, undisturbed: str, tmp_path: Path
+) -> None:
+    options = ("--base", str(base), *OPTIONS)
+    with serve_real(*options, data_dir=tmp_path) as server:
+        job = begin_sampling(server, openai_client(server), "server")
+        left = children(server.process.pid)
+        server.process.kill()
+        server.exit_status()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
+    with serve_real(*options, data_dir=tmp_path) as server:
+        done = wait_job(server, openai_client(server), job.id, ended, 300.0)
+        assert done.status == "succeeded", done.error
+        assert any(one.startswith("Continuing after step") for one in messages(openai_client(server), job.id))
+        assert done.version == undisturbed
+        assert live_folders(server, job.id) == []
+
+
+def test_samples_count_for_their_tenants_quota_and_without_room_in_it_the_job_fails_until_it_is_resumed(
+    serve_real: Starter, base: Path, tmp_path: Path
+) -> None:
     keys = Keys(tmp_path / "data")
     key = keys.make("train", "generate", "adapters", tenant="acme")
     keys.tenants.set_quotas("acme", {"sequences": 3})
-    options = ("--base", str(base), "--threads", "1", "--kv-memory", "50MB")
-    with serve_real(*options, data_dir=keys.file.parent) as server:
+    with serve_real("--base", str(base), *OPTIONS, data_dir=keys.file.parent) as server:
         client = openai_client(server).with_options(api_key=key)
         job = begin(client, "bounded", CHECK)
         failed = wait_job(server, client, job.id, ended, 300.0)

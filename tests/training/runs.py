@@ -148,11 +148,10 @@ def talking_base(folder: Path, kind: str = "LlamaConfig", **fields: Any) -> Path
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
-        **{"tie_word_embeddings": True, **fields},
+        **{"tie_word_embeddings": True, "max_position_embeddings": 512, **fields},
     )
     tf.AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
