@@ -10,6 +10,10 @@ python=$1/bin/python
 ready=$1/libexec
 backend=$("$python" -c 'import triton.backends.nvidia as nvidia; print(*nvidia.__path__)')
 headers=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+if ! grep -q '{"launch"' "$backend/driver.c"; then
+  echo "This Triton has each kernel's launch compiled while it runs, by the compiler that an image lacks: take torch 2.13 or newer." >&2
+  exit 1
+fi
 driver=$(mktemp -d)
 mkdir -p "$ready"
 gcc -shared -x c /dev/null -Wl,-soname,libcuda.so.1 -o "$driver/libcuda.so.1"

@@ -148,7 +148,8 @@ class Products:
         self._add = found.table(title, headings)
 
     def measure(self, name: str, layer: Any) -> None:
-        own, other = self._own.linear(layer, self._slots), self._other.linear(layer, self._slots)
+        own: Any = self._own.linear(layer, self._slots)
+        other = self._other.linear(layer, self._slots)
         self._found.check(f"{name} is a kernel's", type(own) is not type(other), type(own).__name__)
         for slot in range(self._slots):
             a, b = self._normal(self._rank, layer.in_features), self._normal(layer.out_features, self._rank)

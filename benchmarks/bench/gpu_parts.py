@@ -323,9 +323,8 @@ def step(setup: Setup, found: Findings) -> None:
 def _draws(setup: Setup, found: Findings, running: Engine) -> None:
     """Time what draws the next tokens of a step, by how they are drawn."""
     add = found.table("Draws, milliseconds", ("rows", "how", "host", "until they are read"))
-    words_of_base = running.model._view.config.get_text_config().vocab_size
     for rows in (2,) if setup.interpreted else (1, 64):
-        logits = torch.randn(rows, words_of_base, device=setup.device).to(torch.bfloat16)
+        logits = torch.randn(rows, running.model.vocabulary, device=setup.device).to(torch.bfloat16)
         for how, temperature, top_p in (("greedy", 0.0, 1.0), ("temperature", 0.7, 1.0), ("top_p", 0.7, 0.9)):
             columns = [np.full(rows, one, dtype=np.float32) for one in (temperature, top_p, 0.0)]
             none, random = np.zeros(rows, dtype=np.int64), np.linspace(0, 0.99, rows)

@@ -60,8 +60,8 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels import cuda, cuda_training
 from onebase_engine.kernels.cuda import CudaExperts, CudaKernels, CudaLayers, CudaLinear
-from onebase_engine.kernels.interface import Contexts, RowMap
-from onebase_engine.kernels.reference import ReferenceLinear
+from onebase_engine.kernels.interface import Contexts, Draws, RowMap
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.kernels.weights import ExpertLora, LoraWeights, narrowed, weights_bytes
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import wrap_layers
@@ -984,6 +984,38 @@ def test_kernels_that_fail_their_trial_are_not(
     assert "kernels: PyTorch, since Triton's" in caplog.text
 
 
+@pytest.mark.parametrize("vocabulary", [7, 320, 4500])
+def test_samples_are_those_that_pytorch_takes(kernels: CudaKernels, vocabulary: int) -> None:
+    """To the token: with ties, at both ends, and where all that is left is the most likely token."""
+    rows = 12
+    logits = [(random(vocabulary, seed=seed) * 4).to(torch.bfloat16) for seed in range(rows)]
+    draws = Draws(
+        np.array([0.0, *[0.3, 1.0, 2.0] * 4][:rows], dtype=np.float32),
+        np.array([0, 0, 0, 5] * 3, dtype=np.int64),
+        np.array([1.0, 1e-6, 0.5, 0.9, 0.999, 1.0] * 2, dtype=np.float32),
+        np.array([0.0] * 8 + [0.02] * 4, dtype=np.float32),
+        np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1 - 2**-53] * 2),
+    )
+    allowed: list[np.ndarray | None] = [None] * rows
+    allowed[5] = np.full(-(-vocabulary // 32), 0b101, dtype=np.int32)
+    wanted = ReferenceKernels(tiled=False).draw(logits, draws, allowed)()
+    assert kernels.draw(logits, draws, allowed)() == wanted
+    assert len(set(wanted)) > 3
+    alone = replace(draws, **{name: value[4:5] for name, value in vars(draws).items()})
+    assert kernels.draw(logits[4:5], alone, [None])() == wanted[4:5]
+
+
+def test_pytorch_draws_where_the_kernel_draws_other_tokens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda, "whole_factor", lambda vocabulary: 4.0)
+    cuda.load_kernels.cache_clear()
+    found = cuda.load_kernels(torch.device("cpu"))
+    assert found is not None
+    assert type(found._reference) is ReferenceKernels
+    assert "PyTorch draws tokens" in caplog.text
+
+
 # ---- compiled for GPUs that are not here -----------------------------------------------------------
 
 
@@ -1007,7 +1039,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 57
+    assert len(report) == 58
     for name, used in report.items():
         assert used["shared"] < (227 if capability == 90 else 99) << 10, name
         bytewise = any(word.startswith("ld.global") and word.endswith("b8") for word in used)
@@ -1059,6 +1091,7 @@ def test_no_step_asks_for_a_form_that_was_not_compiled_at_the_start(
     report = json.loads(done.stdout.splitlines()[-1])
     assert not [one for one in report["asked"] if one not in report["wanted"]]
     assert {name for name, _ in report["asked"]} >= {"_products", "_attend", "_merge", *own}
+    assert "_take_sample" in {name for name, _ in report["wanted"]}
     assert len(report["wanted"]) <= 32, report["count"]
 
 

@@ -23,12 +23,14 @@ from onebase_engine.kernels import cuda_training as training
 POINTERS = {
     "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
     "gate up y y_1 y_2 y_3 bias kept beta b c",
-    "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats decay states dt a skip sinks",
-    "*i64": "layers targets chosen order bounds owners ends",
+    "*fp32": "top_p min_p log_sums upstream sums absmax code hidden weight_of part stats decay states dt a "
+    "skip sinks",
+    "*fp64": "uniform",
+    "*i64": "tokens layers targets chosen order bounds owners ends",
     "*i32": "row_of slot_of starts write tiles position table run_of read",
 }
 """Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for norms."""
-FLOATS = ("eps", "scaling", "softcap", "scale")
+FLOATS = ("factor", "eps", "scaling", "softcap", "scale")
 UNALIGNED = (
     # Index arrays, which begin anywhere.
     "row_of",
@@ -56,6 +58,12 @@ UNALIGNED = (
     "heads",
     "each",
     "shared",
+    "vocabulary",
+    "weights",
+    "top_p",
+    "min_p",
+    "uniform",
+    "tokens",
     "chosen",
     "order",
     "bounds",
@@ -131,6 +139,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     ),
     *((cuda._merge, {"VALUE_SIZE": 128, "SINKS": sinks}) for sinks in (False, True)),
     (cuda._sum_bytes, {"SIZE": 1024}),
+    (cuda._take_sample, {"SIZE": cuda.SAMPLED}),
     (cuda._convolve, {"TAPS": 4, "BIAS": True, "SIZE": cuda.CHANNELS}),
     *(
         (cuda._delta, {"KEYS": 128, "SIZE": cuda.VALUES, "BY_KEY": by_key, "NORMALIZED": True})
@@ -161,6 +170,8 @@ def type_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
         return "*fp32"
     if kernel is cuda._sum_bytes:
         return "*i64"
+    if kernel is cuda._take_sample and name == "weights":
+        return "*fp32"
     if name == "weight":
         return "*u8" if kernel is cuda._unpack else "*bf16"
     if name in ("keys", "values") and constants["EIGHT"]:
@@ -183,6 +194,7 @@ def used(kernel: Any, constants: dict[str, Any], capability: int) -> Counter[str
     )
     target = GPUTarget("cuda", capability, 32)
     warps = 8 if constants.get("SIZE") == cuda.WIDE else 4
+    warps = cuda.SAMPLING_WARPS if kernel is cuda._take_sample else warps
     options = {"enable_fp_fusion": False, "num_warps": warps}
     if kernel is cuda._attend:
         size = constants["KEY_SIZE"]

@@ -98,6 +98,24 @@ def test_the_images_are_given_the_requirements_of_every_extra_that_a_server_uses
     assert set((tmp_path / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
 
 
+def test_no_gpu_image_is_built_with_a_triton_that_compiles_launches_while_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    backend = tmp_path / "triton/backends/nvidia"
+    backend.mkdir(parents=True)
+    (backend / "driver.c").write_text('{"load_binary", loadBinary, METH_VARARGS, "no launch"}')
+    for folder in (backend, backend.parent, backend.parent.parent):
+        (folder / "__init__.py").touch()
+    python = tmp_path / "bin/python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    built = subprocess.run(
+        ["sh", ROOT / "deploy/triton.sh", tmp_path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert built.returncode == 1
+    assert "take torch 2.13 or newer" in built.stderr
+    assert not (tmp_path / "libexec/cc").exists()
+
+
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="gcc and nm are needed")
 def test_the_gpu_image_starts_triton_without_a_compiler_and_compiles_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from onebase_engine.base.layers import LayerShape
@@ -26,6 +27,7 @@ from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import NeverFitsError, SchedulerLimits
 from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
+from onebase_engine.kernels.interface import Draws
 
 if TYPE_CHECKING:
     from onebase_engine.kernels.cuda import Form
@@ -77,6 +79,10 @@ def wanted_forms(
         try:
             for batch in _batches(model, limits, block_size):
                 model.launch(batch)
+            logits = torch.zeros(1, model.vocabulary, device=model.device)
+            ones, none = np.ones(1, dtype=np.float32), np.zeros(1)
+            draws = Draws(ones, none.astype(np.int64), ones, none.astype(np.float32), none)
+            model.kernels.draw([logits[0]], draws, [None])
         finally:
             model.move_slots({0: None}, lambda digest: {})
     return forms

@@ -172,6 +172,11 @@ class ServedModel:
         return self._slot_count
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the base."""
+        return int(self._view.config.get_text_config().vocab_size)
+
+    @property
     def kv_tensors(self) -> int:
         """Number of tensors of the KV cache."""
         eight = self.kv_dtype == torch.int8
@@ -284,7 +289,7 @@ class ServedModel:
 
         Rows beyond TILE are padding, which gives no logits.
         """
-        words = self._view.config.get_text_config().vocab_size
+        words = self.vocabulary
         used = min(rows, TILE)
         first = max(1, used - 5 - 3 * number)
         row = (np.arange(rows) >= first).astype(np.int32)

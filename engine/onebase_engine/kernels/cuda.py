@@ -51,7 +51,7 @@ from onebase_engine.kernels.interface import (
     RowMap,
     StateRuns,
 )
-from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent, whole_factor
 from onebase_engine.kernels.weights import ExpertLora, LoraWeights
 from onebase_engine.machine import is_out_of_memory
 
@@ -132,6 +132,8 @@ TRIAL_ROWS, TRIAL_OUTPUTS = (
     )
 )
 """Rows and outputs of the products of a trial at a start: each form, on both sides of where it ends."""
+SAMPLED, SAMPLING_WARPS = 4096, 16
+"""Numbers of a vocabulary that a program looks at at a time, and its warps."""
 EXPERT_TRIAL_ROWS = (3, 70, 300)
 """Rows of the trial of a mixture's products, one for each number of rows of a program."""
 SUMMED_BYTES = 1 << 18
@@ -1658,6 +1660,75 @@ class CudaRecurrence:
         return y
 
 
+# ---- draws -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _summed_from(weights, at, floor, vocabulary, factor, SIZE: tl.constexpr):
+    """Return the sum of a row's weights from `floor` on, as whole numbers."""
+    total = tl.zeros((SIZE,), dtype=tl.int64)
+    for first in range(0, vocabulary, SIZE):
+        place = first + tl.arange(0, SIZE)
+        w = tl.load(weights + at + place, mask=place < vocabulary, other=0.0)
+        total += tl.where(w >= floor, (w * factor).to(tl.int64), 0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(
+    do_not_specialize=["vocabulary"],
+    do_not_specialize_on_alignment=["weights", "top_p", "min_p", "uniform", "tokens"],
+)
+def _take_sample(weights, top_p, min_p, uniform, tokens, vocabulary, factor, SIZE: tl.constexpr):
+    """Draw a row's token as `ReferenceKernels.take_samples` does, without a sort.
+
+    The nucleus ends at the largest number from which on the weights sum up to its part of all. It is found
+    bit by bit: numbers that are not negative are in the order of their bits.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at, part = row * vocabulary, tl.load(top_p + row)
+    wanted = part.to(tl.float64) * _summed_from(weights, at, 0.0, vocabulary, factor, SIZE).to(tl.float64)
+    low, high = tl.cast(0, tl.int32), tl.cast(0x3F800001, tl.int32)  # the bits of 0, and those after 1's
+    for _ in range(tl.where(part < 1.0, 30, 0)):
+        middle = (low + high) // 2
+        edge = middle.to(tl.float32, bitcast=True)
+        enough = _summed_from(weights, at, edge, vocabulary, factor, SIZE).to(tl.float64) >= wanted
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    floor = tl.maximum(low.to(tl.float32, bitcast=True), tl.load(min_p + row))
+    total = _summed_from(weights, at, floor, vocabulary, factor, SIZE)
+    target = (tl.load(uniform + row) * total.to(tl.float64)).to(tl.int64)
+    before, token, last = tl.cast(0, tl.int64), -1, 0
+    for first in range(0, vocabulary, SIZE):
+        place = first + tl.arange(0, SIZE)
+        w = tl.load(weights + at + place, mask=place < vocabulary, other=0.0)
+        own = tl.where(w >= floor, (w * factor).to(tl.int64), 0)
+        last = tl.maximum(last, tl.max(tl.where(own > 0, place, 0), axis=0))
+        inside = tl.sum(own, axis=0)
+        if (token < 0) & (before + inside > target):
+            reached = before + tl.cumsum(own, axis=0) > target
+            token = tl.min(tl.where(reached, place, vocabulary), axis=0)
+        before += inside
+    # Rounding may put the target on the very end: the last token that was kept.
+    tl.store(tokens + row, tl.where(token < 0, last, token).to(tl.int64))
+
+
+class SamplingKernels(ReferenceKernels):
+    """Draws by PyTorch's operators, but for one launch that takes the samples of all rows."""
+
+    def take_samples(
+        self, weights: torch.Tensor, draws: Draws, rows: np.ndarray, candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device, vocabulary = weights.device, weights.shape[-1]
+        numbers = np.concatenate([draws.top_p[rows], draws.min_p[rows]])
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
+        there = sent(numbers, device)
+        with on_device(device):
+            _take_sample[(len(rows),)](
+                weights.contiguous(), there, there[len(rows) :], sent(draws.uniform[rows], device), tokens,
+                vocabulary, whole_factor(vocabulary), SIZE=SAMPLED, num_warps=SAMPLING_WARPS, **PLAIN,
+            )  # fmt: skip
+        return tokens, torch.zeros(len(rows), dtype=torch.bool, device=device)
+
+
 # ---- the base's bytes --------------------------------------------------------------------------
 
 
@@ -1860,7 +1931,7 @@ class CudaKernels(CudaRecurrence):
     asynchronous = True
 
     def __init__(self) -> None:
-        self._reference = ReferenceKernels(tiled=False)
+        self._reference: ReferenceKernels = SamplingKernels(tiled=False)
         self._scratch: dict[int, torch.Tensor] = {}
         self._pool: Any = None
         """Memory pool that all graphs share, since only one runs at a time. It is freed with the last one."""
@@ -1902,7 +1973,8 @@ class CudaKernels(CudaRecurrence):
 
     def experts(self, module: Any, slots: int) -> CudaExperts | None:
         """Return the experts' kernel if their code is Mixtral's and each matrix is a kernel's, else None."""
-        if not is_usual(type(module)):
+        kind: Any = type(module)
+        if not is_usual(kind):
             return None
         matrices: dict[str, list[CudaLinear]] = {}
         for name in matrix_names(module):
@@ -2017,6 +2089,10 @@ class CudaKernels(CudaRecurrence):
             torch._C._cuda_releasePool(number, pool)
         graph.reset()
 
+    def draws_by_pytorch(self) -> None:
+        """Draw by PyTorch's operators from now on."""
+        self._reference = ReferenceKernels(tiled=False)
+
     def content_sum(self, tensors: Iterable[torch.Tensor], device: torch.device) -> ContentSum:
         return ContentSum(tensors, device)
 
@@ -2034,6 +2110,9 @@ def load_kernels(device: torch.device) -> CudaKernels | None:
         if kernels.compiles:
             _compile_trial(kernels, device)
         wrong = _differing(kernels, device)
+        if not _draws_as_pytorch(device):
+            logger.warning("kernels: PyTorch draws tokens, since Triton's kernel draws others")
+            kernels.draws_by_pytorch()
     except Exception as error:
         # Whatever a compiler or a driver may say: without these kernels the server runs all the same.
         logger.warning("kernels: PyTorch, since Triton's fail: %s", error, exc_info=True)
@@ -2097,6 +2176,26 @@ def _differing(kernels: CudaKernels, device: torch.device, *, dry: bool = False)
             if not (dry or torch.equal(lone, got[:1])):
                 return f"a row with an adapter without its {rows - 1} neighbours, {name}"
     return _differing_attention(device, random, dry=dry)
+
+
+@torch.inference_mode()
+def _draws_as_pytorch(device: torch.device) -> bool:
+    """Return True if the kernel takes the samples that PyTorch takes, of rows with and without a nucleus."""
+    count, vocabulary = 8, SAMPLED + 100
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.rand(count, vocabulary, generator=draw).pow(9).to(device)
+    weights /= weights.amax(dim=-1, keepdim=True)
+    rows = np.arange(count)
+    draws = Draws(
+        np.ones(count, dtype=np.float32), np.zeros(count, dtype=np.int64),
+        np.array([1.0, 0.1, 0.5, 0.9] * 2, dtype=np.float32),
+        np.array([0.0] * 4 + [0.01] * 4, dtype=np.float32), np.linspace(0.0, 1 - 1e-12, count),
+    )  # fmt: skip
+    own, theirs = (
+        one(tiled=False).take_samples(weights, draws, rows, vocabulary)[0]
+        for one in (SamplingKernels, ReferenceKernels)
+    )
+    return torch.equal(own, theirs)
 
 
 def _differing_attention(

@@ -196,17 +196,67 @@ class ReferenceKernels(ReferenceRecurrence):
         """Begin a draw. Reading it waits for an accelerator once, and again if a nucleus exceeds
         NUCLEUS_CANDIDATES."""
         rows = range(len(logits))
-        drawn = _drawn(logits, draws, allowed, rows, NUCLEUS_CANDIDATES)
+        drawn = self._drawn(logits, draws, allowed, rows, NUCLEUS_CANDIDATES)
 
         def read() -> list[int | None]:
             found, failed, again = drawn.tolist()
             if wide := [row for row in rows if again[row] and not failed[row]]:
-                more = _drawn(logits, draws, allowed, wide, logits[0].shape[-1])[0]
+                more = self._drawn(logits, draws, allowed, wide, logits[0].shape[-1])[0]
                 for row, token in zip(wide, more.tolist(), strict=True):
                     found[row] = token
             return [None if failed[row] else found[row] for row in rows]
 
         return read
+
+    def _drawn(
+        self,
+        logits: Sequence[torch.Tensor],
+        draws: Draws,
+        allowed: Sequence[np.ndarray | None],
+        rows: Sequence[int],
+        candidates: int,
+    ) -> torch.Tensor:
+        """Draw tokens for `rows`: int64 [3, rows].
+
+        These are the token, whether the row has none, and whether the draw is wrong because the
+        `candidates` most likely tokens do not contain the nucleus.
+        """
+        found: list[torch.Tensor] = []
+        for first in range(0, len(rows), DRAWN_AT_ONCE):
+            some = np.array(rows[first : first + DRAWN_AT_ONCE])
+            raw = torch.stack([logits[row] for row in some]).float()
+            fails = ~torch.isfinite(raw.amax(dim=-1))
+            masks = {place: mask for place, row in enumerate(some) if (mask := allowed[row]) is not None}
+            fails |= _forbid(raw, masks)
+            tokens, unsure = raw.argmax(dim=-1), torch.zeros_like(fails)
+            random = np.flatnonzero(draws.temperature[some] > 0)
+            if len(random):
+                own = sent(random, raw.device)
+                tokens[own], unsure[own] = self.take_samples(
+                    _weights(raw[own], draws, some[random]), draws, some[random], candidates
+                )
+            found.append(torch.stack([tokens, fails, unsure]))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def take_samples(
+        self, weights: torch.Tensor, draws: Draws, rows: np.ndarray, candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw by inverse CDF from `weights` [len(rows), vocab] fp32, after top_p and min_p.
+
+        Returns tokens, int64, and whether each draw is wrong because the `candidates` most likely tokens do
+        not contain the nucleus. Weights are relative to the largest, which is 1, and are summed as whole
+        numbers, so that the library's order of addition, which depends on the number of rows, changes
+        nothing.
+        """
+        nucleus, unsure = _nucleus_floor(weights, draws.top_p[rows], candidates)
+        floor = torch.maximum(nucleus, sent(draws.min_p[rows, None], weights.device))
+        kept = torch.where(weights >= floor, _whole(weights, weights.shape[-1]), 0)
+        cumulative = kept.cumsum(dim=-1)
+        target = (sent(draws.uniform[rows, None], weights.device) * cumulative[:, -1:].double()).long()
+        index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        # Rounding may put the target on the very end: the last token that was kept.
+        last = kept.shape[-1] - 1 - kept.flip(-1).ne(0).to(torch.int8).argmax(dim=-1)
+        return torch.minimum(index, last), unsure
 
 
 # ---- linear layers -----------------------------------------------------------------------------
@@ -645,67 +695,24 @@ def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> torch.Tensor:
     return fails
 
 
-def _drawn(
-    logits: Sequence[torch.Tensor],
-    draws: Draws,
-    allowed: Sequence[np.ndarray | None],
-    rows: Sequence[int],
-    candidates: int,
-) -> torch.Tensor:
-    """Draw tokens for `rows`: int64 [3, rows].
-
-    These are the token, whether the row has none, and whether the draw is wrong because the
-    `candidates` most likely tokens do not contain the nucleus.
-    """
-    found: list[torch.Tensor] = []
-    for first in range(0, len(rows), DRAWN_AT_ONCE):
-        some = np.array(rows[first : first + DRAWN_AT_ONCE])
-        raw = torch.stack([logits[row] for row in some]).float()
-        fails = ~torch.isfinite(raw.amax(dim=-1))
-        masks = {place: mask for place, row in enumerate(some) if (mask := allowed[row]) is not None}
-        fails |= _forbid(raw, masks)
-        tokens, unsure = raw.argmax(dim=-1), torch.zeros_like(fails)
-        random = np.flatnonzero(draws.temperature[some] > 0)
-        if len(random):
-            own = sent(random, raw.device)
-            tokens[own], unsure[own] = _sample(raw[own], draws, some[random], candidates)
-        found.append(torch.stack([tokens, fails, unsure]))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
-
-
-def _sample(
-    logits: torch.Tensor, draws: Draws, rows: np.ndarray, candidates: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw by inverse CDF from `logits` [len(rows), vocab] fp32, after top_k, top_p and min_p.
-
-    Returns tokens, int64, and whether each draw is wrong because the `candidates` most likely tokens do not
-    contain the nucleus. Weights are relative to the largest, which is 1, and are summed as whole numbers, so
-    that the library's order of addition, which depends on the number of rows, changes nothing.
-    """
-
-    def column(values: np.ndarray) -> torch.Tensor:
-        return sent(values[rows, None], logits.device)
-
+def _weights(logits: torch.Tensor, draws: Draws, rows: np.ndarray) -> torch.Tensor:
+    """Return the weights of the tokens of `logits` [len(rows), vocab] fp32, after top_k: the largest is 1."""
     # Relative to the highest logit, so that no temperature, however low, overflows.
-    relative = (logits - logits.amax(dim=-1, keepdim=True)) / column(draws.temperature)
-    weights = _kept_by_top_k(relative, draws.top_k[rows]).exp()
-    nucleus, unsure = _nucleus_floor(weights, draws.top_p[rows], candidates)
-    floor = torch.maximum(nucleus, column(draws.min_p))
-    kept = torch.where(weights >= floor, _whole(weights, logits.shape[-1]), 0)
-    cumulative = kept.cumsum(dim=-1)
-    target = (column(draws.uniform) * cumulative[:, -1:].double()).long()
-    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # Rounding may put the target on the very end: the last token that was kept.
-    last = kept.shape[-1] - 1 - kept.flip(-1).ne(0).to(torch.int8).argmax(dim=-1)
-    return torch.minimum(index, last), unsure
+    temperature = sent(draws.temperature[rows, None], logits.device)
+    relative = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    return _kept_by_top_k(relative, draws.top_k[rows]).exp()
 
 
-def _whole(weights: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Convert weights from 0 to 1 to whole numbers, int64, such that a vocabulary's sum is below 2^63.
+def whole_factor(vocabulary: int) -> float:
+    """Return the factor that makes whole numbers of weights from 0 to 1: a vocabulary's sum is below 2^63.
 
     A 2^43rd of the largest is still one, with 262,144 tokens.
     """
-    return (weights * 2.0 ** (62 - vocabulary.bit_length())).long()
+    return 2.0 ** (62 - vocabulary.bit_length())
+
+
+def _whole(weights: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    return (weights * whole_factor(vocabulary)).long()
 
 
 def _kept_by_top_k(logits: torch.Tensor, ks: np.ndarray) -> torch.Tensor:
