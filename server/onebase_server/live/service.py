@@ -679,7 +679,7 @@ class LiveTraining:
         if mark.digest:
             self._begin(self._sign(tenant, checkpoint, mark.digest))
 
-    async def _sign(self, tenant: str, checkpoint: Checkpoint, digest: str) -> None:
+    async def _sign(self, tenant: str, checkpoint: CheckpointFolder, digest: str) -> None:
         """Sign the version that a checkpoint is once it is proved, if the server has a key and nobody has
         signed it. What fails is tried again by `tidy`."""
         name = adapter_name(checkpoint.model)
@@ -695,7 +695,7 @@ class LiveTraining:
                 version = await self._library.wait(tenant, name, digest)
                 if version.state == "ready":
                     await self._library.sign(version, facts)
-        except (ApiError, UnknownModelError, OSError) as error:
+        except (ApiError, UnknownLiveModelError, OSError) as error:
             _log.error("checkpoint %s is not signed: %s", place.path, error)
 
     async def _added(self, tenant: str, checkpoint: CheckpointFolder) -> str:
