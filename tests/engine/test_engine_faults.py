@@ -556,6 +556,23 @@ def test_prompt_logprobs_of_two_rows_travel_in_two_messages(base: nn.Module) -> 
     ]
 
 
+def test_messages_are_written_at_once_while_the_socket_has_room_and_else_in_their_order() -> None:
+    ours, theirs = socket.socketpair()
+    channel = process.EngineChannel(theirs, protocol.to_engine_decoder().decode)
+    names = [f"{number}-{'x' * (number % 3 * 300_000)}" for number in range(8)]
+    channel.send(protocol.AdapterUnloaded(names[0]))
+    data = ours.recv(1 << 16, socket.MSG_DONTWAIT)
+    for name in names[1:]:
+        channel.send(protocol.AdapterUnloaded(name))  # with nobody who reads: none of them waits
+    closing = threading.Thread(target=channel.close)
+    closing.start()
+    data += b"".join(iter(lambda: ours.recv(1 << 16), b""))
+    closing.join()
+    ours.close()
+    decoder = protocol.to_api_decoder()
+    assert [decoder.decode(one).digest for one in FrameReader().feed(data)] == names
+
+
 def test_what_the_last_step_gave_is_told_before_the_process_ends(base: nn.Module) -> None:
     engine = create(base)
     ours, theirs = socket.socketpair()

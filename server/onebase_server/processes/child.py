@@ -72,7 +72,9 @@ class ApiGoneError(Exception):
 
 class Channel(Generic[Received]):
     """The socket to the api. Reading and writing have threads of their own: nothing that computes waits for
-    either, and an api that ends is noticed in the middle of a computation.
+    either, and an api that ends is noticed in the middle of a computation. A message for which the socket has
+    room is written by its sender: the writing thread would first have to wait for its turn in the
+    interpreter, while the next step is planned, and the api would go to work when that step needs its core.
 
     Args:
         decode: makes a message of one frame's payload.
@@ -94,6 +96,9 @@ class Channel(Generic[Received]):
         self._on_leave = on_leave
         self._inbox: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queued = 0
+        """Number of frames in the outbox, the one included that is being written."""
+        self._order = threading.Lock()
         self._gone = threading.Event()
         self._closing = False
         self._writer = threading.Thread(target=self._write, name="channel-writer", daemon=True)
@@ -101,8 +106,16 @@ class Channel(Generic[Received]):
         self._writer.start()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queue a message; callable from any thread. Lost if the api has gone."""
-        self._outbox.put(encode(message))
+        """Send a message, or queue what the socket has no room for; callable from any thread.
+
+        Lost if the api has gone.
+        """
+        frame = encode(message)
+        with self._order:
+            left = frame if self._queued else frame[self._write_now(frame) :]
+            if left:
+                self._queued += 1
+                self._outbox.put(left)
 
     def post(self, message: Received) -> None:
         """Add a message of this process's own to those of the api; callable from any thread."""
@@ -154,10 +167,19 @@ class Channel(Generic[Received]):
         self._gone.set()
         self._inbox.put(None)
 
+    def _write_now(self, frame: bytes) -> int:
+        """Write what the socket has room for, and return its length."""
+        try:
+            return self._socket.send(frame, socket.MSG_DONTWAIT)
+        except OSError:  # no room, or no api
+            return 0
+
     def _write(self) -> None:
         with contextlib.suppress(OSError):
             while (frame := self._outbox.get()) is not None:
                 self._socket.sendall(frame)
+                with self._order:
+                    self._queued -= 1
 
     def _leave_soon(self, seconds: float) -> None:
         if not seconds:
