@@ -51,6 +51,14 @@ def test_the_page_as_it_opens_is_accessible(words: Server, look: Look, size: str
         assert visit.violations() == []
 
 
+def test_all_views_fit_the_bar_of_the_smallest_phone(words: Server, look: Look) -> None:
+    with look(words, "narrow") as visit:
+        visit.open()
+        for view in ("Compare", "Adapters", "Training", "Batches", "Tenant", "Server"):
+            link = visit.page.get_by_role("navigation").get_by_role("link", name=view)
+            expect(link).to_be_in_viewport(ratio=1)
+
+
 def test_the_palette_finds_views_adapters_and_actions(words: Server, look: Look) -> None:
     with look(words) as visit:
         page = visit.page

@@ -252,6 +252,9 @@ def test_a_batch_is_sent_and_its_answers_are_taken_and_files_are_found_and_delet
         page.get_by_label("Search batches and files").fill("HATS")
         files = page.get_by_role("table", name="Files").get_by_role("row")
         expect(files.filter(has_text="hats.jsonl")).to_have_count(1)
+        page.set_viewport_size({"width": 360, "height": 640})
+        for act in ("Download", "Delete"):  # on a phone too, and not beyond the table's right side
+            expect(page.get_by_role("button", name=f"{act} hats.jsonl")).to_be_in_viewport(ratio=1)
         page.get_by_role("button", name="Delete hats.jsonl").click()
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         expect(page.get_by_text("No file fits.")).to_be_visible()
