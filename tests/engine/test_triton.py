@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,11 +54,14 @@ from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.engine import experts, forms, graphs, model
-from onebase_engine.engine.batch import StepBatch
+from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.memory_budget import largest_step_bytes
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.memory_budget import largest_step_bytes, thin_adapter
+from onebase_engine.engine.messages import Sampling
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.kernels import cuda, cuda_training
 from onebase_engine.kernels.cuda import CudaExperts, CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, Draws, RowMap
@@ -1387,6 +1391,67 @@ def test_a_captured_pass_of_a_mixture_has_the_experts_that_each_step_chooses(
     assert run(engine, asked) == one_by_one
     assert None not in served._graphs._graphs.values()
     assert replayed[True] > len(served._graphs._graphs), replayed
+
+
+def acting_on_experts(mixture: nn.Module, rank: int) -> dict[str, ExpertLora]:
+    """An adapter on all matrices of the experts, which changes much."""
+    return {
+        one.path: ExpertLora(
+            random(number, rank, size_in, seed=7) * 0.2, random(number, size_out, rank, seed=8) * 0.2, 1.0
+        )
+        for one in expert_matrices(mixture)
+        for number, size_in, size_out in [one.sizes]
+    }
+
+
+def test_a_captured_pass_has_all_ranks_of_an_adapter_on_experts(
+    kernels: CudaKernels, mixture: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger one than those for which passes are captured from the start."""
+    monkeypatch.setattr(kernels, "captures", True)
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    monkeypatch.setattr(graphs, "ROWS", (4,))
+    served, adapters = ServedModel(mixture, 2, kernels=kernels), {"small": 8, "large": 80}
+    served.allocate_kv(40, 16)
+    moves = dict(enumerate(adapters))
+    assert not served.move_slots(moves, lambda digest: acting_on_experts(mixture, adapters[digest]))
+    for slot, digest in moves.items():
+        step = decodes(served, slot, digest)
+        launched = served.launch(step).logits
+        for _ in range(2):
+            assert torch.equal(served.forward(step).logits, launched)
+    assert {size.most_rank for size in served._graphs._graphs} == {64, 128}
+
+
+def test_what_is_left_of_a_version_on_experts_that_failed_to_load_acts_on_no_other(
+    kernels: CudaKernels, mixture: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = ServedModel(mixture, 2, kernels=kernels)
+    served.allocate_kv(40, 16)
+    bare, whole, placed = served.launch(decodes(served, 1, "next")).logits, cuda._aligned, list[int]()
+
+    def short(tensor: torch.Tensor) -> torch.Tensor:
+        placed.append(len(tensor))
+        if len(placed) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(tensor)
+
+    monkeypatch.setattr(cuda, "_aligned", short)
+    assert set(served.move_slots({0: "first"}, lambda digest: acting_on_experts(mixture, 8))) == {0}
+    thin = thin_adapter(adaptable_layers(mixture), 4)  # changes nothing, and is everywhere
+    assert not served.move_slots({0: "next"}, lambda digest: thin)
+    assert torch.equal(served.launch(decodes(served, 0, "next")).logits, bare)
+
+
+def decodes(served: ServedModel, slot: int, digest: str) -> StepBatch:
+    """Three first tokens, each of a sequence of its own, by a version in a slot."""
+    segments = []
+    for number in range(3):
+        mix = AdapterMix(((digest, 1.0),))
+        one = SequenceState("one", 0, [3 + number], Sampling(), mix, arrival=0, arrived_at=0.0)
+        one.blocks = [array("i", [RESERVED_BLOCKS + number])] * len(served.groups)
+        segments.append(Segment(one, 0, 1))
+    return Packer(16, served.row_multiple, served.groups).pack(StepPlan(segments, []), {digest: slot})
 
 
 @pytest.mark.full

@@ -32,7 +32,7 @@ from onebase_engine.engine.recurrence import Recurrence, UnsupportedRecurrenceEr
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap, StateRuns
 from onebase_engine.kernels.reference import sent
-from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, folded
+from onebase_engine.kernels.weights import AdapterWeights, ExpertLora, LoraWeights, folded
 from onebase_engine.lora.module import SlotModule, StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.machine import is_out_of_memory
@@ -330,8 +330,8 @@ class ServedModel:
                 if digest is not None:
                     weights = weights_of(digest)
                     self._slots.load(slot, weights)
-                    plain = (one.rank for one in weights.values() if isinstance(one, LoraWeights))
-                    ranks[slot] = max(plain, default=0)
+                    found = (one for one in weights.values() if isinstance(one, LoraWeights | ExpertLora))
+                    ranks[slot] = max((one.rank for one in found), default=0)
             except torch.AcceleratorError:
                 raise
             except Exception as error:

@@ -668,11 +668,11 @@ class _ExpertMatrices:
     def put(self, slot: int, weights: ExpertLora | None) -> None:
         if weights is None and slot not in self._filled:
             return
-        self._filled.discard(slot)
+        self._filled.add(slot)  # even if loading fails halfway: it has to be emptied then
         for number, layer in enumerate(self.layers):
             layer.put(slot, None if weights is None else weights.of_expert(number))
-        if weights is not None:
-            self._filled.add(slot)
+        if weights is None:
+            self._filled.discard(slot)
 
     def sums(self, x: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
         """Return each pair's product with its expert's weights as it is summed, fp32 [pairs, width].
