@@ -1428,7 +1428,8 @@ def test_what_is_left_of_a_version_on_experts_that_failed_to_load_acts_on_no_oth
 ) -> None:
     served = ServedModel(mixture, 2, kernels=kernels)
     served.allocate_kv(40, 16)
-    bare, whole, placed = served.launch(decodes(served, 1, "next")).logits, cuda._aligned, list[int]()
+    bare, whole, placed = served.launch(decodes(served, 0, "next")).logits, cuda._aligned, list[int]()
+    assert not served.move_slots({1: "other"}, lambda digest: acting_on_experts(mixture, 8))
 
     def short(tensor: torch.Tensor) -> torch.Tensor:
         placed.append(len(tensor))
