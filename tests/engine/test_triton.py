@@ -451,30 +451,45 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
         assert torch.equal(mixed, whole), "chunks and neighbours change bits"
 
 
-def test_attention_takes_smaller_tiles_where_the_device_has_no_shared_memory_for_its_own(
+def test_attention_takes_smaller_tiles_from_the_first_step_on_where_the_device_has_no_shared_memory(
     kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    launched: list[int] = []
+    """Also if only longer contexts than those of the first steps need so much."""
+    launched: list[tuple[int, bool]] = []
+
+    class Loaded:
+        def __init__(self, keys: int, whole: bool) -> None:
+            self._needed = 0 if whole else keys << 10
+
+        @property
+        def run(self) -> None:
+            if self._needed > 16 << 10:
+                raise OutOfResources(self._needed, 16 << 10, "shared memory")
 
     class Short:
-        """Has memory for 16 keys at a time."""
+        """Has memory for 16 keys at a time, where a context has several splits."""
+
+        def warmup(self, *given: Any, KEYS: int, WHOLE: bool, **more: Any) -> Loaded:  # noqa: N803
+            return Loaded(KEYS, WHOLE)
 
         def __getitem__(self, grid: Any) -> Any:
-            def launch(*given: Any, KEYS: int, **constants: Any) -> None:  # noqa: N803
-                launched.append(KEYS)
-                if KEYS > 16:
-                    raise OutOfResources(KEYS << 10, 16 << 10, "shared memory")
-                attend[grid](*given, KEYS=KEYS, **constants)
+            def launch(*given: Any, KEYS: int, WHOLE: bool, **constants: Any) -> None:  # noqa: N803
+                assert Loaded(KEYS, WHOLE).run is None
+                launched.append((KEYS, WHOLE))
+                attend[grid](*given, KEYS=KEYS, WHOLE=WHOLE, **constants)
 
             return launch
 
     attend = cuda._attend
     monkeypatch.setattr(cuda, "_attend", Short())
     cache = Cache(kernels, 2, 2, 16, 16)
-    inputs = projected(cache, 40, 0)
-    (got,) = cache.run_in_pieces([inputs], [30, 40])
-    assert launched == [64, 32, 16, 16], "from then on they are taken at once"
-    assert (got.double() - eager(*inputs, cache.settings).transpose(0, 1)).abs().max() < 0.05
+    short, long = projected(cache, 100, 0), projected(cache, 200, 1)
+    (before,) = cache.run_in_pieces([short], [100])
+    cache.run_in_pieces([long], [200])
+    (after,) = cache.run_in_pieces([short], [100])
+    assert torch.equal(before, after), "bits that depend on what others asked before"
+    assert set(launched) == {(16, True), (16, False)}
+    assert (before.double() - eager(*short, cache.settings).transpose(0, 1)).abs().max() < 0.05
     assert "attention takes smaller tiles" in caplog.text
 
 
@@ -930,6 +945,32 @@ def test_kernels_that_cannot_be_compiled_ahead_of_their_trial_are_tried_all_the_
     cuda.load_kernels.cache_clear()
 
 
+def test_compiled_kernels_are_loaded_onto_the_device_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not onto the first one, with a base on the second."""
+    current, loaded = [0], list[int]()
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before = current[0]
+        current[0] = wanted.index
+        yield
+        current[0] = before
+
+    class Compiled:
+        @property
+        def run(self) -> None:
+            loaded.append(current[0])
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda wanted: None)  # of other threads
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda.Form, "compiled", lambda form: Compiled())
+    form = cuda.Form(None, "one", "key", "{}")
+    cuda.compile_forms([form, form], torch.device("cuda", 1), threads=2)
+    assert loaded == [1, 1]
+    assert current == [0]
+
+
 def test_a_start_goes_on_where_forms_cannot_be_compiled_ahead(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1370,6 +1411,24 @@ def test_experts_that_have_other_bits_together_are_computed_one_by_one(
     monkeypatch.setattr(cuda._ExpertMatrices, "sums", lambda *given: whole(*given) * (1 + 2.0**-20))
     assert kernels.experts(module, SLOTS) is None
     assert "experts one by one" in caplog.text
+
+
+def test_experts_whose_trial_fails_are_computed_one_by_one_unless_the_device_is_at_fault(
+    mixture: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ((_, module),) = expert_modules(view(mixture))
+
+    def failing(error: Exception) -> CudaKernels:
+        monkeypatch.setattr(CudaExperts, "differs", MagicMock(side_effect=error))
+        return CudaKernels()
+
+    for broken in (torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("illegal access")):
+        with pytest.raises(type(broken)):
+            failing(broken).experts(module, SLOTS)
+    kernels = failing(OutOfResources(120_000, 99_000, "shared memory"))
+    assert kernels.experts(module, SLOTS) is None
+    assert kernels.experts(module, SLOTS) is None, "it is not tried again"
+    assert caplog.text.count("since together they fail: out of resource") == 1
 
 
 @pytest.mark.full
