@@ -1307,6 +1307,8 @@ def test_passes_are_captured_before_the_first_request_and_none_is_by_it(
     assert {(size.rows, size.terms, size.splits) for size in captured} == {
         (*one, splits) for one in rows for splits in (1, 4)
     }
+    order = [(size.splits, size.terms > 0) for size in captured]
+    assert list(dict.fromkeys(order)) == [(1, True), (1, False), (4, True), (4, False)]
     assert None not in captured.values()
     assert forms._ANY not in engine.versions.weights
     # Adapters of two ranks; contexts that become longer than those of a capture.
@@ -1318,6 +1320,33 @@ def test_passes_are_captured_before_the_first_request_and_none_is_by_it(
     ]
     run(engine, asked)
     assert engine.model._graphs._graphs == captured
+
+
+def test_a_start_captures_few_rows_behind_contexts_says_how_far_it_is_and_ends_with_the_budget(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    computed: list[tuple[int, bool]] = []
+    engine = MagicMock(layers={}, longest=3000)
+    engine.pool.block_size, engine.scheduler.limits.step_tokens = 16, 256
+
+    def capture(most: int) -> None:
+        computed.clear()
+        type(engine.model).captures = property(lambda model: len(computed) < most)
+        forms.capture_steps(engine)
+
+    monkeypatch.setattr(cuda, "SPLIT", triton_on_cpu.constant(512))
+    monkeypatch.setattr(
+        forms, "_compute", lambda engine, prompt, adapters: computed.append((len(prompt), bool(adapters)))
+    )
+    capture(1000)
+    assert {length - 2048 for length, _ in computed if length > 2049} == {2, 4, 8, 16, 24, 32, 48, 64}
+    assert {length for length, _ in computed if length <= 128} == set(graphs.ROWS)
+    assert caplog.text.count("are captured") == 3
+    assert "behind 2048 tokens" in caplog.text
+    capture(30)
+    assert len(computed) == 30
+    assert sum(acting for _, acting in computed) == 2 * len(graphs.ROWS)
 
 
 @pytest.mark.full
@@ -1480,6 +1509,7 @@ def test_a_captured_pass_has_all_ranks_of_an_adapter_on_experts(
         for _ in range(2):
             assert torch.equal(served.forward(step).logits, launched)
     assert {size.most_rank for size in served._graphs._graphs} == {64, 128}
+    assert served.graph_bytes == graphs.most_bytes(graphs.executable_bytes(1, 1), served.device)
 
 
 def test_what_is_left_of_a_version_on_experts_that_failed_to_load_acts_on_no_other(
