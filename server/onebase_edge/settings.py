@@ -16,6 +16,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from onebase_engine.engine.messages import MAX_SLOTS
+
 PREFIX_PART = 4
 """On a GPU, one part in this many of `--host-memory` is for prefixes that leave the KV cache."""
 LISTENER = "ONEBASE_LISTEN_FD"
@@ -373,10 +375,10 @@ class Settings:
     max_slots: int = setting(
         0,
         "adapters",
-        "adapters in slots, which one step can use; 0: as many as --max-sequences, on a GPU within "
-        "--slot-memory, else at least 16",
+        f"adapters in slots, which one step can use; 0: as many as --max-sequences, up to {MAX_SLOTS:,}, "
+        "on a GPU within --slot-memory, else at least 16",
         low=0,
-        high=1024,
+        high=MAX_SLOTS,
     )
     slot_memory: int = setting(
         0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,38 @@ def test_graphs_give_their_memory_back_where_it_is_short_and_take_half_as_much_t
     for ids in ((1,), (1, 2)):
         assert [found.run_graph(batch(*ids)) is not None for _ in range(2)] == [False, True]
     assert found.run_graph(batch(1, 2, 3)) is found.run_graph(batch(1, 2, 3)) is None
+
+
+def test_passes_are_captured_until_the_budget_is_taken_what_the_driver_keeps_included(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_BYTES", 300)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    kernels = CudaKernels()
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    found = Graphs(passes, kernels, 2, 16, [16], CPU, executable=300)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 9)
+    assert not found.full
+    for ids, is_graph in (((1,), True), ((1, 2), True), ((1, 2, 3), False)):
+        assert [found.run_graph(batch(*ids)) is not None for _ in range(2)] == [False, is_graph]
+    assert found.full
+    assert found.run_graph(batch(1)) is not None
+
+
+def test_graphs_of_more_nodes_may_take_more_memory_but_a_part_of_the_device_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, mixture = graphs.executable_bytes(32, 0), graphs.executable_bytes(48, 48)
+    assert dense == 512 * graphs.NODE_BYTES
+    assert mixture > 4 * dense
+    gpu, total = torch.device("cuda"), [80 << 30]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total[0])
+    )
+    assert graphs.most_bytes(mixture, gpu) == graphs.MOST_BYTES + graphs.MOST_GRAPHS * mixture
+    total[0] = 12 << 30
+    assert graphs.most_bytes(mixture, gpu) == (12 << 30) / 8
+    assert graphs.most_bytes(dense, gpu) == graphs.MOST_BYTES + graphs.MOST_GRAPHS * dense
 
 
 def test_a_graph_that_nobody_needs_any_more_gives_its_place_to_another(

@@ -335,7 +335,7 @@ def test_what_jobs_may_take_is_left_free_for_them_where_no_setting_says_how_much
     ("device", "sequences", "asked", "slots"),
     [
         ("cpu", 48, 0, 48), ("cpu", 4, 0, MAX_ADAPTER_TERMS), ("cpu", 48, 3, 3), ("cuda", 48, 0, 48),
-        ("cuda", 4, 0, 4), ("cuda", 48, 3, 3),
+        ("cuda", 4, 0, 4), ("cuda", 48, 3, 3), ("cpu", 4096, 0, 1024), ("cuda", 4096, 0, 1024),
     ],
 )  # fmt: skip
 def test_each_sequence_of_a_step_may_have_a_slot_unless_told_otherwise(

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,11 +54,14 @@ from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.engine import experts, forms, graphs, model
-from onebase_engine.engine.batch import StepBatch
+from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.memory_budget import largest_step_bytes
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.memory_budget import largest_step_bytes, thin_adapter
+from onebase_engine.engine.messages import Sampling
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.kernels import cuda, cuda_training
 from onebase_engine.kernels.cuda import CudaExperts, CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, Draws, RowMap
@@ -447,30 +451,45 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
         assert torch.equal(mixed, whole), "chunks and neighbours change bits"
 
 
-def test_attention_takes_smaller_tiles_where_the_device_has_no_shared_memory_for_its_own(
+def test_attention_takes_smaller_tiles_from_the_first_step_on_where_the_device_has_no_shared_memory(
     kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    launched: list[int] = []
+    """Also if only longer contexts than those of the first steps need so much."""
+    launched: list[tuple[int, bool]] = []
+
+    class Loaded:
+        def __init__(self, keys: int, whole: bool) -> None:
+            self._needed = 0 if whole else keys << 10
+
+        @property
+        def run(self) -> None:
+            if self._needed > 16 << 10:
+                raise OutOfResources(self._needed, 16 << 10, "shared memory")
 
     class Short:
-        """Has memory for 16 keys at a time."""
+        """Has memory for 16 keys at a time, where a context has several splits."""
+
+        def warmup(self, *given: Any, KEYS: int, WHOLE: bool, **more: Any) -> Loaded:  # noqa: N803
+            return Loaded(KEYS, WHOLE)
 
         def __getitem__(self, grid: Any) -> Any:
-            def launch(*given: Any, KEYS: int, **constants: Any) -> None:  # noqa: N803
-                launched.append(KEYS)
-                if KEYS > 16:
-                    raise OutOfResources(KEYS << 10, 16 << 10, "shared memory")
-                attend[grid](*given, KEYS=KEYS, **constants)
+            def launch(*given: Any, KEYS: int, WHOLE: bool, **constants: Any) -> None:  # noqa: N803
+                assert Loaded(KEYS, WHOLE).run is None
+                launched.append((KEYS, WHOLE))
+                attend[grid](*given, KEYS=KEYS, WHOLE=WHOLE, **constants)
 
             return launch
 
     attend = cuda._attend
     monkeypatch.setattr(cuda, "_attend", Short())
     cache = Cache(kernels, 2, 2, 16, 16)
-    inputs = projected(cache, 40, 0)
-    (got,) = cache.run_in_pieces([inputs], [30, 40])
-    assert launched == [64, 32, 16, 16], "from then on they are taken at once"
-    assert (got.double() - eager(*inputs, cache.settings).transpose(0, 1)).abs().max() < 0.05
+    short, long = projected(cache, 100, 0), projected(cache, 200, 1)
+    (before,) = cache.run_in_pieces([short], [100])
+    cache.run_in_pieces([long], [200])
+    (after,) = cache.run_in_pieces([short], [100])
+    assert torch.equal(before, after), "bits that depend on what others asked before"
+    assert set(launched) == {(16, True), (16, False)}
+    assert (before.double() - eager(*short, cache.settings).transpose(0, 1)).abs().max() < 0.05
     assert "attention takes smaller tiles" in caplog.text
 
 
@@ -926,6 +945,32 @@ def test_kernels_that_cannot_be_compiled_ahead_of_their_trial_are_tried_all_the_
     cuda.load_kernels.cache_clear()
 
 
+def test_compiled_kernels_are_loaded_onto_the_device_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not onto the first one, with a base on the second."""
+    current, loaded = [0], list[int]()
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before = current[0]
+        current[0] = wanted.index
+        yield
+        current[0] = before
+
+    class Compiled:
+        @property
+        def run(self) -> None:
+            loaded.append(current[0])
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda wanted: None)  # of other threads
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda.Form, "compiled", lambda form: Compiled())
+    form = cuda.Form(None, "one", "key", "{}")
+    cuda.compile_forms([form, form], torch.device("cuda", 1), threads=2)
+    assert loaded == [1, 1]
+    assert current == [0]
+
+
 def test_a_start_goes_on_where_forms_cannot_be_compiled_ahead(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1262,6 +1307,8 @@ def test_passes_are_captured_before_the_first_request_and_none_is_by_it(
     assert {(size.rows, size.terms, size.splits) for size in captured} == {
         (*one, splits) for one in rows for splits in (1, 4)
     }
+    order = [(size.splits, size.terms > 0) for size in captured]
+    assert list(dict.fromkeys(order)) == [(1, True), (1, False), (4, True), (4, False)]
     assert None not in captured.values()
     assert forms._ANY not in engine.versions.weights
     # Adapters of two ranks; contexts that become longer than those of a capture.
@@ -1273,6 +1320,33 @@ def test_passes_are_captured_before_the_first_request_and_none_is_by_it(
     ]
     run(engine, asked)
     assert engine.model._graphs._graphs == captured
+
+
+def test_a_start_captures_few_rows_behind_contexts_says_how_far_it_is_and_ends_with_the_budget(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    computed: list[tuple[int, bool]] = []
+    engine = MagicMock(layers={}, longest=3000)
+    engine.pool.block_size, engine.scheduler.limits.step_tokens = 16, 256
+
+    def capture(most: int) -> None:
+        computed.clear()
+        type(engine.model).captures = property(lambda model: len(computed) < most)
+        forms.capture_steps(engine)
+
+    monkeypatch.setattr(cuda, "SPLIT", triton_on_cpu.constant(512))
+    monkeypatch.setattr(
+        forms, "_compute", lambda engine, prompt, adapters: computed.append((len(prompt), bool(adapters)))
+    )
+    capture(1000)
+    assert {length - 2048 for length, _ in computed if length > 2049} == {2, 4, 8, 16, 24, 32, 48, 64}
+    assert {length for length, _ in computed if length <= 128} == set(graphs.ROWS)
+    assert caplog.text.count("are captured") == 3
+    assert "behind 2048 tokens" in caplog.text
+    capture(30)
+    assert len(computed) == 30
+    assert sum(acting for _, acting in computed) == 2 * len(graphs.ROWS)
 
 
 @pytest.mark.full
@@ -1368,6 +1442,24 @@ def test_experts_that_have_other_bits_together_are_computed_one_by_one(
     assert "experts one by one" in caplog.text
 
 
+def test_experts_whose_trial_fails_are_computed_one_by_one_unless_the_device_is_at_fault(
+    mixture: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ((_, module),) = expert_modules(view(mixture))
+
+    def failing(error: Exception) -> CudaKernels:
+        monkeypatch.setattr(CudaExperts, "differs", MagicMock(side_effect=error))
+        return CudaKernels()
+
+    for broken in (torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("illegal access")):
+        with pytest.raises(type(broken)):
+            failing(broken).experts(module, SLOTS)
+    kernels = failing(OutOfResources(120_000, 99_000, "shared memory"))
+    assert kernels.experts(module, SLOTS) is None
+    assert kernels.experts(module, SLOTS) is None, "it is not tried again"
+    assert caplog.text.count("since together they fail: out of resource") == 1
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("quick_trials")
 def test_a_captured_pass_of_a_mixture_has_the_experts_that_each_step_chooses(
@@ -1387,6 +1479,69 @@ def test_a_captured_pass_of_a_mixture_has_the_experts_that_each_step_chooses(
     assert run(engine, asked) == one_by_one
     assert None not in served._graphs._graphs.values()
     assert replayed[True] > len(served._graphs._graphs), replayed
+
+
+def acting_on_experts(mixture: nn.Module, rank: int) -> dict[str, ExpertLora]:
+    """An adapter on all matrices of the experts, which changes much."""
+    return {
+        one.path: ExpertLora(
+            random(number, rank, size_in, seed=7) * 0.2, random(number, size_out, rank, seed=8) * 0.2, 1.0
+        )
+        for one in expert_matrices(mixture)
+        for number, size_in, size_out in [one.sizes]
+    }
+
+
+def test_a_captured_pass_has_all_ranks_of_an_adapter_on_experts(
+    kernels: CudaKernels, mixture: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger one than those for which passes are captured from the start."""
+    monkeypatch.setattr(kernels, "captures", True)
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    monkeypatch.setattr(graphs, "ROWS", (4,))
+    served, adapters = ServedModel(mixture, 2, kernels=kernels), {"small": 8, "large": 80}
+    served.allocate_kv(40, 16)
+    moves = dict(enumerate(adapters))
+    assert not served.move_slots(moves, lambda digest: acting_on_experts(mixture, adapters[digest]))
+    for slot, digest in moves.items():
+        step = decodes(served, slot, digest)
+        launched = served.launch(step).logits
+        for _ in range(2):
+            assert torch.equal(served.forward(step).logits, launched)
+    assert {size.most_rank for size in served._graphs._graphs} == {64, 128}
+    assert served.graph_bytes == graphs.most_bytes(graphs.executable_bytes(1, 1), served.device)
+
+
+def test_what_is_left_of_a_version_on_experts_that_failed_to_load_acts_on_no_other(
+    kernels: CudaKernels, mixture: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = ServedModel(mixture, 2, kernels=kernels)
+    served.allocate_kv(40, 16)
+    bare, whole, placed = served.launch(decodes(served, 0, "next")).logits, cuda._aligned, list[int]()
+    assert not served.move_slots({1: "other"}, lambda digest: acting_on_experts(mixture, 8))
+
+    def short(tensor: torch.Tensor) -> torch.Tensor:
+        placed.append(len(tensor))
+        if len(placed) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(tensor)
+
+    monkeypatch.setattr(cuda, "_aligned", short)
+    assert set(served.move_slots({0: "first"}, lambda digest: acting_on_experts(mixture, 8))) == {0}
+    thin = thin_adapter(adaptable_layers(mixture), 4)  # changes nothing, and is everywhere
+    assert not served.move_slots({0: "next"}, lambda digest: thin)
+    assert torch.equal(served.launch(decodes(served, 0, "next")).logits, bare)
+
+
+def decodes(served: ServedModel, slot: int, digest: str) -> StepBatch:
+    """Three first tokens, each of a sequence of its own, by a version in a slot."""
+    segments = []
+    for number in range(3):
+        mix = AdapterMix(((digest, 1.0),))
+        one = SequenceState("one", 0, [3 + number], Sampling(), mix, arrival=0, arrived_at=0.0)
+        one.blocks = [array("i", [RESERVED_BLOCKS + number])] * len(served.groups)
+        segments.append(Segment(one, 0, 1))
+    return Packer(16, served.row_multiple, served.groups).pack(StepPlan(segments, []), {digest: slot})
 
 
 @pytest.mark.full

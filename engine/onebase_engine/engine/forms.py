@@ -41,6 +41,9 @@ CAPTURED_LENGTHS = 3
 """Number of lengths of contexts with which passes are captured at the start: up to 512, 2,048 and 8,192
 tokens."""
 
+CAPTURED_ROWS = 64
+"""Largest number of rows with which passes behind a context are captured at the start."""
+
 
 def compile_kernels(engine: Engine) -> None:
     """Compile all forms of kernels that steps will ask for; from then on, log each one that is compiled."""
@@ -111,10 +114,10 @@ def _batches(model: ServedModel, limits: SchedulerLimits, block_size: int) -> It
 
 
 def capture_steps(engine: Engine) -> None:
-    """Compute passes over each number of rows, without an adapter and with one, until they are captured.
+    """Compute passes over each number of rows, with an adapter and without, until they are captured.
 
     The rows are the ends of prompts, behind contexts of each length for which there is another graph, up to
-    CAPTURED_LENGTHS of them.
+    CAPTURED_LENGTHS of them. Where memory does not suffice for all, it does for the shorter contexts.
     """
     if not engine.model.captures:
         return
@@ -124,29 +127,36 @@ def capture_steps(engine: Engine) -> None:
     mixes: list[list[AdapterRef]] = [[]]
     try:
         engine.put_adapter(_ANY, engine.model.kept(thin_adapter(engine.layers, _RANK)))
-        mixes.append([AdapterRef(_ANY)])
+        mixes.insert(0, [AdapterRef(_ANY)])
     except NeverFitsError as error:
         logger.info("kernels: passes with an adapter are captured while sequences run: %s", error)
     block, began = engine.pool.block_size, time.monotonic()
     lengths = [cuda.SPLIT.value * graphs.SPLITS_FACTOR**number for number in range(CAPTURED_LENGTHS - 1)]
-    for adapters in mixes:
-        for context in (0, *(-(-length // block) * block for length in lengths)):
-            counts = [
-                count
-                for count in graphs.ROWS
-                if count <= engine.scheduler.limits.step_tokens and context + count < engine.longest
-            ]
-            if counts and context:
+    for context in (0, *(-(-length // block) * block for length in lengths)):
+        counts = [
+            count
+            for count in graphs.ROWS
+            if count <= engine.scheduler.limits.step_tokens
+            and context + count < engine.longest
+            and (not context or count <= CAPTURED_ROWS)
+        ]
+        if not counts or not engine.model.captures:
+            break
+        for adapters in mixes:
+            if context:
                 _compute(engine, [0] * (context + 1), adapters)  # from now on a cached prefix
             # Other tokens each time, of which no block is cached.
             for number, count in enumerate(counts):
                 for token in (2 * number + 1, 2 * number + 2):
-                    _compute(engine, [0] * context + [token] * count, adapters)
+                    if engine.model.captures:
+                        _compute(engine, [0] * context + [token] * count, adapters)
+        logger.info(
+            "kernels: passes behind %d tokens are captured, %.1f s so far", context, time.monotonic() - began
+        )
     engine.unload_adapter(_ANY)
     # Nobody outside has heard of that version.
     engine.versions.take_dropped()
     engine.slots_changed()
-    logger.info("kernels: passes were captured in %.1f s", time.monotonic() - began)
 
 
 def _compute(engine: Engine, prompt: list[int], adapters: list[AdapterRef]) -> None:

@@ -43,15 +43,34 @@ STALE = 4096
 MOST_BYTES, LEAST_BYTES = 1 << 30, 1 << 27
 """Memory limit, in bytes, of all graphs together, and its smallest value.
 
-Passes beyond it are launched kernel by kernel. It becomes half of what the graphs had each time that memory
-is short.
+What the driver takes for MOST_GRAPHS is added, within a MEMORY_PART of the device. Passes beyond it are
+launched kernel by kernel. It becomes half of what the graphs had each time that memory is short.
 """
-EXECUTABLE_BYTES = 5 << 20
-"""Bytes that the driver takes for a graph itself, outside PyTorch's memory. An estimate for 500 nodes, not
-measured by us."""
+MEMORY_PART = 8
+"""Part of a device's memory that graphs may take, as the number of such parts."""
+NODE_BYTES = 10 << 10
+"""Bytes that the driver takes for a node of a graph, outside PyTorch's memory. An estimate, not measured by
+us."""
+LAYER_NODES, MIXTURE_NODES = 16, 36
+"""Nodes of a decoder layer, and further ones of one with a mixture of experts."""
 
 Pass = Callable[[FixedStep], tuple[torch.Tensor, torch.Tensor]]
 """A pass that returns the logits and hidden states of all rows of a step."""
+
+
+def executable_bytes(layers: int, mixtures: int) -> int:
+    """Return the bytes that the driver takes for a graph of so many layers, some with a mixture of
+    experts."""
+    return NODE_BYTES * (LAYER_NODES * layers + MIXTURE_NODES * mixtures)
+
+
+def most_bytes(executable: int, device: torch.device) -> int:
+    """Return the largest number of bytes of all graphs. `executable`: the driver's bytes for each."""
+    wanted = MOST_BYTES + MOST_GRAPHS * executable
+    if device.type != "cuda":
+        return wanted
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return min(wanted, total // MEMORY_PART)
 
 
 @dataclass(frozen=True)
@@ -73,8 +92,14 @@ class Graphs:
         block_size: int,
         padding_slots: Sequence[int],
         device: torch.device,
+        executable: int = 0,
     ) -> None:
-        """Capture nothing yet. `padding_slots`: of each table of blocks the KV slot of padding."""
+        """Capture nothing yet.
+
+        Args:
+            padding_slots: of each table of blocks the KV slot of padding.
+            executable: bytes that the driver takes for each graph.
+        """
         self._run = run
         self._kernels = kernels
         self._slots = slots
@@ -87,7 +112,8 @@ class Graphs:
         self._ran: dict[StepSize, int] = {}
         """Number of the step for which each size was last requested, the oldest first."""
         self._steps = 0
-        self._bytes, self._most_bytes = 0, MOST_BYTES
+        self._executable = executable
+        self._bytes, self._most_bytes = 0, most_bytes(executable, device)
         self._prepared: tuple[StepBatch, _Graph] | None = None
         """Step that has already been written to its graph's place."""
         self._closed = False
@@ -132,9 +158,18 @@ class Graphs:
         graph.replay()
         return graph.logits, graph.hidden
 
+    @property
+    def full(self) -> bool:
+        """Whether no more passes are captured, unless they replace stale ones."""
+        return self._closed or not self._has_bytes or len(self._graphs) >= MOST_GRAPHS
+
+    @property
+    def _has_bytes(self) -> bool:
+        return self._bytes + self._executable < self._most_bytes
+
     def _has_room(self) -> bool:
         """Return True if one more graph may be captured; drops a stale one if all places are taken."""
-        if self._bytes >= self._most_bytes:
+        if not self._has_bytes:
             return False
         if len(self._graphs) >= MOST_GRAPHS:
             oldest = next(iter(self._ran))
@@ -143,7 +178,9 @@ class Graphs:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # a step of which nothing is read may still run
             # Its memory is the next one's: they share a pool.
-            del self._graphs[oldest], self._ran[oldest], self._seen[oldest]
+            if self._graphs.pop(oldest) is not None:
+                self._bytes -= self._executable
+            del self._ran[oldest], self._seen[oldest]
         return True
 
     def forget(self) -> bool:
@@ -172,7 +209,7 @@ class Graphs:
             step.clear()
             before = self._reserved()
             replay, (logits, hidden) = self._kernels.capture(run_pass, self._device)
-            self._bytes += self._reserved() - before
+            self._bytes += self._reserved() - before + self._executable
             step.load_step(*given)
             replay()
             count = len(batch.input_ids)

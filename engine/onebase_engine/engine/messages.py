@@ -17,6 +17,9 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_ADAPTER_TERMS = 16
 """Largest number of adapters of one sequence."""
 
+MAX_SLOTS = 1024
+"""Largest number of versions in slots."""
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -32,7 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     max_rank: int = 256
     max_slots: int = 8
-    """Number of versions in slots; 0: as many as `max_sequences`, on the CPU at least MAX_ADAPTER_TERMS."""
+    """Number of versions in slots; 0: as many as `max_sequences`, up to MAX_SLOTS, on the CPU at least
+    MAX_ADAPTER_TERMS."""
     slot_memory: int = 0
     """Bytes of the versions in slots; 0: a quarter of what is free on an accelerator, no limit on the CPU."""
     max_sequences: int = 64

@@ -32,7 +32,7 @@ from onebase_engine.engine.recurrence import Recurrence, UnsupportedRecurrenceEr
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap, StateRuns
 from onebase_engine.kernels.reference import sent
-from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, folded
+from onebase_engine.kernels.weights import AdapterWeights, ExpertLora, LoraWeights, folded
 from onebase_engine.lora.module import SlotModule, StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.machine import is_out_of_memory
@@ -122,6 +122,9 @@ class ServedModel:
         adapted: dict[str, SlotModule | SlotExperts] = {**modules, **experts}
         self._slots = AdapterSlots(adapted, slots, self.device)
         self._modules = tuple(adapted.values())
+        layers = int(self._view.config.get_text_config().num_hidden_layers)
+        self._sizes = layers, len({name.rpartition(".")[0] for name in experts})
+        """Number of layers, and of mixtures of experts among them."""
         self._waits_for_routers = not all(one.captures for one in experts.values())
         exact = [*(module.exact(0) for module in linear), *(one.exact(0) for one in experts.values())]
         named = "linear layers and mixtures" if experts else "linear layers"
@@ -192,8 +195,8 @@ class ServedModel:
 
     @property
     def captures(self) -> bool:
-        """Whether passes are captured as CUDA graphs, once there is a KV cache."""
-        return self._graphs is not None
+        """Whether more passes are captured as CUDA graphs, once there is a KV cache."""
+        return self._graphs is not None and not self._graphs.full
 
     @property
     def graph_bytes(self) -> int:
@@ -202,7 +205,7 @@ class ServedModel:
             return 0
         from onebase_engine.engine import graphs  # imports Triton
 
-        return graphs.MOST_BYTES + graphs.MOST_GRAPHS * graphs.EXECUTABLE_BYTES
+        return graphs.most_bytes(graphs.executable_bytes(*self._sizes), self.device)
 
     @property
     def drafts(self) -> bool:
@@ -256,11 +259,12 @@ class ServedModel:
             tables = numbers.reshape(-1, 2, parts) * np.array(strides, dtype=np.int32)[:, None, None]
             self._recorded = self._fuse(lambda number, rows: self._try_pass(number, rows, tables, block_size))
         if self._captures:
-            from onebase_engine.engine.graphs import Graphs  # imports Triton
+            from onebase_engine.engine.graphs import Graphs, executable_bytes  # imports Triton
 
             padding = [DUMP_BLOCK * stride * block_size for stride in strides]
+            own = executable_bytes(*self._sizes)
             self._graphs = Graphs(
-                self._run_fixed, self.kernels, self._slot_count, block_size, padding, self.device
+                self._run_fixed, self.kernels, self._slot_count, block_size, padding, self.device, own
             )
 
     def _fuse(self, try_pass: Callable[[int, int], torch.Tensor]) -> list[RecordedLayer]:
@@ -330,8 +334,8 @@ class ServedModel:
                 if digest is not None:
                     weights = weights_of(digest)
                     self._slots.load(slot, weights)
-                    plain = (one.rank for one in weights.values() if isinstance(one, LoraWeights))
-                    ranks[slot] = max(plain, default=0)
+                    found = (one for one in weights.values() if isinstance(one, LoraWeights | ExpertLora))
+                    ranks[slot] = max((one.rank for one in found), default=0)
             except torch.AcceleratorError:
                 raise
             except Exception as error:

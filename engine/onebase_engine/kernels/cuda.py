@@ -668,11 +668,11 @@ class _ExpertMatrices:
     def put(self, slot: int, weights: ExpertLora | None) -> None:
         if weights is None and slot not in self._filled:
             return
-        self._filled.discard(slot)
+        self._filled.add(slot)  # even if loading fails halfway: it has to be emptied then
         for number, layer in enumerate(self.layers):
             layer.put(slot, None if weights is None else weights.of_expert(number))
-        if weights is not None:
-            self._filled.add(slot)
+        if weights is None:
+            self._filled.discard(slot)
 
     def sums(self, x: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
         """Return each pair's product with its expert's weights as it is summed, fp32 [pairs, width].
@@ -1371,6 +1371,8 @@ class CudaAttention:
         largest = max(self._sizes.values())
         self._tiles = [options for size, options in ATTENTION if largest <= size]
         """Tiles of decreasing size, of which the first is used."""
+        self._fits = False
+        """Whether the device is known to have shared memory for the first tile."""
 
     def __call__(
         self,
@@ -1405,15 +1407,19 @@ class CudaAttention:
         part = q.new_empty(held, heads, value_dim, dtype=torch.float32)
         stats = q.new_empty(held, heads, 2, dtype=torch.float32)
         out = q.new_empty(count, heads, value_dim)
+        given = (
+            q, *self._cache, part, stats, out, step.tiles, step.position, table, cosines, sines, sinks,
+            q.stride(1), q.stride(0),
+        )  # fmt: skip
+        facts = heads, self._head_slots, table.shape[1], key_dim, value_dim, *self._numbers
+        how = {"BLOCK": self._block_size, "GROUPS": groups, "PADDED": padded, **sizes, **PLAIN}
+        how["SINKS"] = self._sinks is not None
+        tile = self._fitting_tile(*given, 0, 0, 0, *facts, **how)
         for one in chunks:
             if one.splits:
-                self._launch(
-                    (one.tiles, kv_heads, one.splits), q, *self._cache, part, stats, out, step.tiles,
-                    step.position, table, cosines, sines, sinks, q.stride(1), q.stride(0), one.first_tile,
-                    one.first_row, one.rows, heads, self._head_slots, table.shape[1], key_dim, value_dim,
-                    *self._numbers, BLOCK=self._block_size, GROUPS=groups, PADDED=padded, WHOLE=step.whole,
-                    SINKS=self._sinks is not None, **sizes, **PLAIN,
-                )  # fmt: skip
+                _attend[(one.tiles, kv_heads, one.splits)](
+                    *given, one.first_tile, one.first_row, one.rows, *facts, WHOLE=step.whole, **tile, **how
+                )
             if not step.whole:
                 _merge[(one.rows, heads)](
                     part, stats, step.position, sinks, out, one.first_row, one.rows, heads, value_dim,
@@ -1421,17 +1427,28 @@ class CudaAttention:
                 )  # fmt: skip
         return out
 
-    def _launch(self, grid: tuple[int, int, int], *given: Any, **constants: Any) -> None:
-        """Launch `_attend`, from now on with smaller tiles if the device has no shared memory for these."""
-        while True:
+    def _fitting_tile(self, *given: Any, **constants: Any) -> dict[str, Any]:
+        """Return the first tile with which the device has shared memory for both forms of `_attend`.
+
+        It is chosen before the first launch and never changes, since a row has other bits with another tile.
+        """
+        while not self._fits:
+            asked = [
+                _attend.warmup(*given, grid=(1,), WHOLE=whole, **self._tiles[0], **constants)
+                for whole in (False, True)
+            ]
+            if None in asked:  # nothing is compiled here, by the interpreter or while forms are collected
+                break
             try:
-                _attend[grid](*given, **self._tiles[0], **constants)
-                return
+                for kernel in asked:
+                    kernel.run  # noqa: B018 (a property that loads)
+                self._fits = True
             except OutOfResources as error:
                 if len(self._tiles) == 1:
                     raise
                 logger.warning("kernels: attention takes smaller tiles, and longer: %s", error)
                 self._tiles = self._tiles[1:]
+        return self._tiles[0]
 
 
 # ---- recurrent layers ----------------------------------------------------------------------------
@@ -1859,10 +1876,11 @@ def compile_forms(forms: Sequence[Form], device: torch.device, threads: int) -> 
     with ThreadPoolExecutor(threads, "compile", enter) as pool:
         kernels = list(pool.map(Form.compiled, forms))
     if device.type == "cuda":
-        for kernel in kernels:
-            # What is too large for the device says so again when it is launched.
-            with suppress(OutOfResources):
-                kernel.run  # noqa: B018 (a property that loads)
+        with on_device(device):
+            for kernel in kernels:
+                # What is too large for the device says so again when it is launched.
+                with suppress(OutOfResources):
+                    kernel.run  # noqa: B018 (a property that loads)
     return kernels
 
 
@@ -1987,9 +2005,16 @@ class CudaKernels(CudaRecurrence):
         found = CudaExperts(matrices, module.act_fn)
         shapes = tuple((one[0].size_in, one[0].size_out, one[0].nf4) for one in matrices.values())
         if shapes not in self._experts_differ:
-            self._experts_differ[shapes] = found.differs()
+            try:
+                self._experts_differ[shapes] = found.differs()
+                reason = "which have other bits together"
+            except Exception as error:
+                # Whatever a compiler or a driver may say: one by one they are served all the same.
+                if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+                    raise
+                self._experts_differ[shapes], reason = True, f"since together they fail: {error}"
             if self._experts_differ[shapes]:
-                logger.warning("kernels: experts one by one, which have other bits together")
+                logger.warning("kernels: experts one by one, %s", reason)
         return None if self._experts_differ[shapes] else found
 
     def route(self, choose: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -51,7 +51,7 @@ from onebase_engine.engine.memory_budget import (
     state_place_count,
     verifier_bytes,
 )
-from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, EngineConfig, SequenceOutput
+from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, MAX_SLOTS, EngineConfig, SequenceOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import NeverFitsError, SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
@@ -431,14 +431,15 @@ def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, 
 
 
 def _slot_count(config: EngineConfig, device: torch.device) -> int:
-    """Return the number of slots: by default one for each sequence of a step, on an accelerator within their
-    memory.
+    """Return the number of slots: by default one for each sequence of a step, up to MAX_SLOTS, on an
+    accelerator within their memory.
 
     On the CPU a slot points at what host memory holds, so there are at least as many as a request may name.
     """
     if config.max_slots:
         return config.max_slots
-    return max(config.max_sequences, MAX_ADAPTER_TERMS if device.type == "cpu" else 1)
+    most = min(config.max_sequences, MAX_SLOTS)
+    return max(most, MAX_ADAPTER_TERMS if device.type == "cpu" else 1)
 
 
 def _device(name: str) -> torch.device:
