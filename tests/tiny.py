@@ -266,6 +266,10 @@ MORE_MIXTURES: dict[str, Callable[[], Any]] = {
         moe_num_shared_experts=1,
         moe_layer_start_index=1,
     ),
+    # A router that is given its experts' biases beside the rows.
+    "minimax_m2": lambda: tf.MiniMaxM2Config(
+        **_SIZES | _ROUTED | {"intermediate_size": 64}, num_local_experts=8
+    ),
 }
 """Mixtures whose experts are computed as those of Mixtral."""
 

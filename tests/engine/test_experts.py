@@ -480,7 +480,7 @@ def test_an_adapter_of_gpt_oss_is_served_as_its_trainer_saves_it(
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", [*MIXTURES, "minimax_m2"])
 def test_a_bare_mixture_is_proved(kind: str, quantization: Any, folders: Callable[[str], Path]) -> None:
     lab = Lab(load_base(BaseSettings(folders(kind), quantization=quantization)), [], [], [])
     assert prove_base(lab.engine(), lab.base) < 0.5

@@ -122,7 +122,8 @@ class ServedModel:
         adapted: dict[str, SlotModule | SlotExperts] = {**modules, **experts}
         self._slots = AdapterSlots(adapted, slots, self.device)
         self._modules = tuple(adapted.values())
-        layers = int(self._view.config.get_text_config().num_hidden_layers)
+        config: Any = self._view.config
+        layers = int(config.get_text_config().num_hidden_layers)
         self._sizes = layers, len({name.rpartition(".")[0] for name in experts})
         """Number of layers, and of mixtures of experts among them."""
         self._waits_for_routers = not all(one.captures for one in experts.values())
