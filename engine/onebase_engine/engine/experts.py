@@ -295,4 +295,5 @@ def _by_tiles(
         raise UnsupportedExpertsError("its router gives no weights and numbers of experts")
     if any(one.shape[0] != TILE for one in parts[0]):
         raise UnsupportedExpertsError("its router's results are not row by row")
-    return tuple(torch.cat(some)[: len(flat)] for some in zip(*parts, strict=True))
+    whole_parts = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return tuple(one[: len(flat)] for one in whole_parts)

@@ -87,12 +87,15 @@ class RecordedRouter:
         """Compute the router once. x [..., rows, hidden] is the memory that it reads each time."""
         self._choose, self._x, self._kernels = choose, x, kernels
         self.results = tuple(one.clone(memory_format=torch.contiguous_format) for one in choose(x))
+        self.read: set[int] = set()
+        """Numbers of the results that a recorded call reads."""
         self.callback = RouteCallback(self)
 
     def __call__(self, rows: int) -> int:
         try:
-            for place, found in zip(self.results, self._choose(self._x[..., :rows, :]), strict=True):
-                place[:rows] = found
+            found = self._choose(self._x[..., :rows, :])
+            for number in self.read:
+                self.results[number][:rows] = found[number]
         except BaseException as error:  # it cannot pass through C
             self._kernels.route_error = error
             return NOT_CHOSEN
@@ -179,8 +182,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads: set[int] = set()
         """Numbers of the given tensors that a call reads."""
         self._routers: list[RecordedRouter] = []
-        self._chosen: set[int] = set()
-        """Memory of the routers' results."""
+        self._chosen: dict[int, tuple[RecordedRouter, int]] = {}
+        """Router and number of each of the routers' results, by its memory."""
 
     def __enter__(self) -> Any:
         self._arena.reset()
@@ -205,10 +208,14 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, call: KernelCall, reads: Sequence[torch.Tensor]) -> None:
         for tensor in reads:
-            number = self._given.get(_storage(tensor))
+            storage = _storage(tensor)
+            number = self._given.get(storage)
             if number is not None:
                 self.reads.add(number)
-            elif not self._arena.holds(tensor) and _storage(tensor) not in self._chosen:
+            elif storage in self._chosen:
+                router, result = self._chosen[storage]
+                router.read.add(result)
+            elif not self._arena.holds(tensor):
                 raise UnrecordableError("a call reads what Python has made")
         self.calls.append(KernelCall.from_buffer_copy(call))
 
@@ -225,7 +232,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._kernels.recorder = self
         self.note(KernelCall(ROUTE, x.numel() // x.shape[-1], route=router.callback), [x])
         self._routers.append(router)
-        self._chosen.update(_storage(one) for one in router.results)
+        self._chosen |= {_storage(one): (router, number) for number, one in enumerate(router.results)}
         return router.results
 
     def program(self, result: torch.Tensor) -> Program:
