@@ -525,7 +525,7 @@ class SignaturePolicy:
             raise SignatureError(
                 "signer_not_allowed",
                 f"The signature is {name}'s, and only {' or '.join(rule.signers) or 'nobody'} may sign this "
-                "name.",
+                "name. Have the files signed by one who may, or send them under another name.",
             )
         if chain:
             self._check_dates(chain, name)

@@ -575,10 +575,11 @@ class Chaos:
             self._limited(pid, resource.RLIMIT_DATA, 1 << 20)
 
     def no_memory(self) -> None:
-        """A server and its engine get no more memory."""
-        pid = self._pick().process.pid
-        self._engines_died.append(time.monotonic())
-        self._limited(pid, resource.RLIMIT_DATA, 1 << 20)
+        """A server that is ready gets no more memory: one that begins would end, as on a full disk."""
+        server = self._pick()
+        with suppress(httpx2.HTTPError):
+            if httpx2.get(f"{server.url}/ready", timeout=5).status_code == 200:
+                self._limited(server.process.pid, resource.RLIMIT_DATA, 1 << 20)
 
     def _limited(self, pid: int, limit: int, most: int) -> None:
         with suppress(ProcessLookupError, PermissionError):

@@ -95,6 +95,9 @@ def _parser(action: str) -> argparse.ArgumentParser:
     start.add_argument(
         "--approves", metavar="WORD", help="beginning of its answer where it approves (default: yes)"
     )
+    start.add_argument(
+        "--judged", type=_percent, metavar="P", help="percent of the answers that it judges (default: 10)"
+    )
     end = made.add_mutually_exclusive_group()
     end.add_argument("--promote", action="store_true", help="activate the candidate now")
     end.add_argument("--rollback", action="store_true", help="end the rollout now")
@@ -128,7 +131,7 @@ def _check(wanted: Reference, args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
     starts = wanted.version is not None
     of_start = {"--by": args.by, "--auto": args.auto, "--rule": args.rule, "--judge": args.judge,
-                "--approves": args.approves}  # fmt: skip
+                "--approves": args.approves, "--judged": args.judged}  # fmt: skip
     for option, value in of_start.items():
         if value and not starts:
             raise ValueError(f"{option}: it is for the start of a rollout, which names NAME@VERSION")
@@ -138,8 +141,9 @@ def _check(wanted: Reference, args: argparse.Namespace) -> None:
         raise ValueError("--promote, --rollback: they end the rollout of NAME; give nothing else")
     if starts and not (args.percent or args.shadow):
         raise ValueError("give --percent or --shadow, or both: else nothing would be compared")
-    if args.approves and not args.judge:
-        raise ValueError("--approves: it is for a judge (--judge)")
+    for option, value in (("--approves", args.approves), ("--judged", args.judged)):
+        if value is not None and not args.judge:
+            raise ValueError(f"{option}: it is for a judge (--judge)")
 
 
 def _perform(client: Client, wanted: Reference, args: argparse.Namespace) -> int:
@@ -171,9 +175,8 @@ def _change(client: Client, wanted: Reference, args: argparse.Namespace) -> Call
 
 
 def _start(client: Client, name: str, version: str, args: argparse.Namespace) -> Rollout:
-    judge = None if args.judge is None else {"adapter": args.judge}
-    if judge is not None and args.approves:
-        judge["approves"] = args.approves
+    given = {"adapter": args.judge, "approves": args.approves, "percent": args.judged}
+    judge = {name: value for name, value in given.items() if value is not None} if args.judge else None
     return client.adapters.start_rollout(
         name,
         version,
