@@ -122,10 +122,7 @@ class ServedModel:
         adapted: dict[str, SlotModule | SlotExperts] = {**modules, **experts}
         self._slots = AdapterSlots(adapted, slots, self.device)
         self._modules = tuple(adapted.values())
-        config: Any = self._view.config
-        layers = int(config.get_text_config().num_hidden_layers)
-        self._sizes = layers, len({name.rpartition(".")[0] for name in experts})
-        """Number of layers, and of mixtures of experts among them."""
+        self._mixtures = len({name.rpartition(".")[0] for name in experts})
         self._waits_for_routers = not all(one.captures for one in experts.values())
         exact = [*(module.exact(0) for module in linear), *(one.exact(0) for one in experts.values())]
         named = "linear layers and mixtures" if experts else "linear layers"
@@ -181,6 +178,10 @@ class ServedModel:
         return int(self._view.config.get_text_config().vocab_size)
 
     @property
+    def _layers(self) -> int:
+        return int(self._view.config.get_text_config().num_hidden_layers)
+
+    @property
     def kv_tensors(self) -> int:
         """Number of tensors of the KV cache."""
         eight = self.kv_dtype == torch.int8
@@ -206,7 +207,7 @@ class ServedModel:
             return 0
         from onebase_engine.engine import graphs  # imports Triton
 
-        return graphs.most_bytes(graphs.executable_bytes(*self._sizes), self.device)
+        return graphs.most_bytes(graphs.executable_bytes(self._layers, self._mixtures), self.device)
 
     @property
     def drafts(self) -> bool:
@@ -263,7 +264,7 @@ class ServedModel:
             from onebase_engine.engine.graphs import Graphs, executable_bytes  # imports Triton
 
             padding = [DUMP_BLOCK * stride * block_size for stride in strides]
-            own = executable_bytes(*self._sizes)
+            own = executable_bytes(self._layers, self._mixtures)
             self._graphs = Graphs(
                 self._run_fixed, self.kernels, self._slot_count, block_size, padding, self.device, own
             )
