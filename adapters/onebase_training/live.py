@@ -29,6 +29,7 @@ from torch import nn
 
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.store.atomic_files import atomic_directory
+from onebase_adapters.store.blobs import version_digest
 from onebase_engine.base.load import BaseChangedError, longest_row
 from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.machine import is_out_of_memory
@@ -46,6 +47,7 @@ from onebase_training.live_operations import (
     ModelSpec,
     Operation,
     OptimStep,
+    ParentCheckpoint,
     Refuse,
     Refused,
     RefusedError,
@@ -98,6 +100,13 @@ class BaseName:
     commit: str | None = None
 
 
+class _Meta(msgspec.Struct, frozen=True):
+    """A model's state that is no tensor."""
+
+    steps: int
+    parent: ParentCheckpoint | None = None
+
+
 class LiveModel:
     """One live adapter in memory: its weights, the gradients added up since the last step, and Adam's state.
 
@@ -107,6 +116,7 @@ class LiveModel:
     def __init__(self, base: nn.Module, spec: ModelSpec, gate: Gate, name: BaseName, scorer: Scorer) -> None:
         self.spec = spec
         self.steps = 0
+        self._parent: ParentCheckpoint | None = None
         self._scorer = scorer
         self._name = name
         size = sum(one.numel() * one.element_size() for one in base.parameters())
@@ -273,13 +283,15 @@ class LiveModel:
         if self._gradients is not None:
             tensors |= _named("gradient", self._gradients)
         save_file(tensors, folder / _STATE)
-        (folder / _META).write_bytes(msgspec.json.encode({"steps": self.steps}))
+        (folder / _META).write_bytes(msgspec.json.encode(_Meta(self.steps, self._parent)))
 
     def read_state(self, folder: Path) -> None:
         """Become what `write_state` wrote. Raises OSError, ValueError: the folder is damaged."""
-        tensors, meta = load_file(folder / _STATE), msgspec.json.decode((folder / _META).read_bytes())
+        tensors = load_file(folder / _STATE)
+        meta = msgspec.json.decode((folder / _META).read_bytes(), type=_Meta)
         self._set(_part("weight", tensors))
-        self._set_moments(tensors, meta["steps"])
+        self._set_moments(tensors, meta.steps)
+        self._parent = meta.parent
         self._gradients = {
             name: one.to(self._trainable.device) for name, one in _part("gradient", tensors).items()
         } or None
@@ -320,6 +332,7 @@ class LiveModel:
                 packed=packed,
                 packed_bytes=packed_bytes,
                 metadata=operation.metadata,
+                parent=self._parent,
             )
             (work / CHECKPOINT).write_bytes(msgspec.json.encode(checkpoint))
         return checkpoint
@@ -377,6 +390,15 @@ class LiveModel:
         self._set({named[saved]: one for saved, one in weights.items()})
         self._set_moments(moments, checkpoint.step if start.optimizer else 0)
         self._gradients = None
+        self._parent = ParentCheckpoint(
+            model=checkpoint.model,
+            kind=checkpoint.kind,
+            name=checkpoint.name,
+            digest=checkpoint.digest,
+            step=checkpoint.step,
+            optimizer=start.optimizer,
+            from_base=checkpoint.parent is None,
+        )
         return checkpoint
 
     def _set(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -438,11 +460,11 @@ def _file_name(name: str) -> str:
 
 
 def _digest(folder: Path) -> str:
-    total = hashlib.sha256()
+    sums = []
     for name in (CONFIG, WEIGHTS):
         with (folder / name).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return version_digest(*sums)
 
 
 class LiveModels:

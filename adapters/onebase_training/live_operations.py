@@ -89,12 +89,30 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Unix seconds."""
 
 
+class ParentCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Checkpoint that a model's weights were last replaced by.
+
+    digest, step: its own. optimizer: whether the optimizer's state came with it, and `step` was counted on
+    from. from_base: whether it has no parent itself.
+    """
+
+    model: str
+    kind: Kind
+    name: str
+    digest: str
+    step: int
+    optimizer: bool
+    from_base: bool
+
+
 class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
     """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it.
 
-    digest: SHA-256 of the two PEFT files, or of the packed one if it is alone: equal weights have equal
-    digests. step: optimizer steps done. bytes: size of the folder. created, expires: Unix seconds. packed,
-    packed_bytes: SHA-256 and size of `packed.safetensors`, which the engine loads. metadata: as it was saved.
+    digest: that of the two PEFT files as a version, or of the packed one if it is alone: equal weights have
+    equal digests. step: optimizer steps done since the base, or since `parent`, whose own steps are counted
+    if its optimizer was loaded. parent: None: the weights began with the base. bytes: size of the folder.
+    created, expires: Unix seconds. packed, packed_bytes: SHA-256 and size of `packed.safetensors`, which the
+    engine loads. metadata: as it was saved.
     base_id: identity of the base that it was trained on.
     """
 
@@ -119,6 +137,7 @@ class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
     packed_bytes: int = 0
     metadata: dict[str, str] | None = None
     base_id: str = ""
+    parent: ParentCheckpoint | None = None
 
 
 # ---- operations ------------------------------------------------------------------------------

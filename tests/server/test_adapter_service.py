@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from onebase_adapters.registry import Registry
+from onebase_adapters.signatures import ServerKey
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
@@ -85,7 +86,9 @@ class Activation:
 class House:
     """The service around them, without engine or verifier; made in an event loop."""
 
-    def __init__(self, registry: Registry, folder: Path, kernels: str = "torch") -> None:
+    def __init__(
+        self, registry: Registry, folder: Path, kernels: str = "torch", key: ServerKey | None = None
+    ) -> None:
         store = Store(str(folder / "store"), folder / "cache")
         disk = Threads("disk", 2)
         self.activation = Activation(registry)
@@ -113,6 +116,7 @@ class House:
             base_names=("base",),
             records=records,
             disk=disk,
+            key=key,
         )
         with store.writer() as config, store.writer() as weights:
             config.write(b"{}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +14,12 @@ import msgspec
 import pytest
 from sqlalchemy import update
 
-from onebase_adapters.registry import LiveSampler, LiveSession, Registry
+from onebase_adapters.registry import SIGNATURE, LiveSampler, LiveSession, Registry
 from onebase_adapters.registry.audit import current
 from onebase_adapters.registry.tables import LiveSessionRow
+from onebase_adapters.signatures import ServerKey
+from onebase_adapters.store.blobs import AdapterFiles
+from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
     ApiError,
@@ -26,6 +31,9 @@ from onebase_edge.errors import (
     ResultGoneError,
     UnavailableError,
 )
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.service import VersionOptions
+from onebase_server.adapters.sources import take_folder
 from onebase_server.live import service as service_module
 from onebase_server.live.service import (
     ENDED_SECONDS,
@@ -37,6 +45,7 @@ from onebase_server.live.service import (
     Place,
     adapter_name,
 )
+from onebase_server.storage.calls import RegistryThreads
 from onebase_server.tenancy.access import Caller
 from onebase_training.live_operations import (
     CheckpointFolder,
@@ -49,21 +58,28 @@ from onebase_training.live_operations import (
 )
 from onebase_training.live_store import CHECKPOINT, LiveStore
 
+from .test_adapter_service import House
+
 ACME = Caller("key", "acme", frozenset({"train", "generate"}))
 RUN = "1b2c3d4e-0000:train:3"
 LATER = 2_000_000_000.0
 """Long after the service began."""
 
 
-def checkpoint(store: LiveStore, name: str, created: float) -> None:
+def checkpoint(store: LiveStore, name: str, created: float, number: int = 1) -> CheckpointFolder:
+    """Save a checkpoint as operation `number` and after as many steps, in place of one of this name."""
     folder = store.checkpoint_folder(RUN, "sampler", name)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
     made = CheckpointFolder(
-        name=name, kind="sampler", folder=str(folder), model=RUN, seq_id=1, step=1, digest="", bytes=1,
-        rank=4, alpha=32.0, targets=[], train_mlp=True, train_attn=True, train_unembed=True, optimizer=False,
-        created=created,
+        name=name, kind="sampler", folder=str(folder), model=RUN, seq_id=number, step=number, digest="",
+        bytes=1, rank=4, alpha=32.0, targets=[], train_mlp=True, train_attn=True, train_unembed=True,
+        optimizer=False, created=created,
     )  # fmt: skip
     (folder / CHECKPOINT).write_bytes(msgspec.json.encode(made))
+    return made
 
 
 class Upkeep:
@@ -99,6 +115,8 @@ class Upkeep:
             drop_live=lambda path: set(),
             forget=lambda digests: None,
             trained=lambda tenant, adapter, *took: self.charged.append(took),
+            signs=False,
+            catalog=Catalog("base", self.registry, RegistryThreads("records", 1)),
         )
         self.service = LiveTraining(
             trainer, self.records, threads, "server", base_names=["base"], tokenizer="base", max_rank=8,
@@ -347,6 +365,144 @@ def test_what_is_not_proved_yet_is_proved_once_and_a_refusal_is_kept(upkeep: Upk
     assert upkeep.proved == ["final"]
     mark = upkeep.store.checkpoint_folder(RUN, "sampler", "second") / "proved.json"
     assert "it is no adapter" in mark.read_text()
+
+
+# ---- signatures ------------------------------------------------------------------------------------
+
+
+class Signing:
+    """The upkeep with a real library, whose key signs versions; made in an event loop."""
+
+    def __init__(self, upkeep: Upkeep, folder: Path) -> None:
+        pytest.importorskip("cryptography")
+        self.house = House(upkeep.registry, folder, key=ServerKey.load(folder / "server.key"))
+        self.store, self.service = upkeep.store, upkeep.service
+        self.service._library = self.house.adapters
+        del self.service.__dict__["_added"]
+
+    async def tidy(self) -> None:
+        """Tidy as the server does every 30 seconds. A minute of it is for ever."""
+        await asyncio.wait_for(self.service.tidy((), LATER), 60)
+
+    async def settled(self) -> None:
+        """Wait until nothing is proved and nothing waits to be signed."""
+        await self.house.settled()
+        await asyncio.gather(*self.service._tasks)
+
+    async def signature(self, made: CheckpointFolder) -> Any:
+        """Return the signature of the version that a checkpoint is marked with."""
+        known = await self.service.proved_as("acme", made)
+        assert known is not None
+        return (await self.house.adapters.version("acme", *known)).source.get(SIGNATURE)
+
+    async def add(self, made: CheckpointFolder, source: dict[str, Any], options: VersionOptions) -> None:
+        """Add a checkpoint's files as a client does, before the checkpoint is proved."""
+        files = take_folder(self.house.store, Path(made.folder))
+        await self.house.adapters.add("acme", adapter_name(RUN), files, source, options)
+        await self.house.settled()
+
+
+def test_a_proof_that_takes_for_ever_holds_up_nobody_and_its_version_is_signed_once_proved(
+    upkeep: Upkeep, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        signing.house.verifier.free.clear()
+        await signing.tidy()
+        upkeep.store.write_result(RUN, 1, Computed(outputs=[], metrics={}, tokens=7, seconds=0.5))
+        await signing.tidy()
+        assert upkeep.charged == [(0.5, 7)]
+        await signing.service.stop()  # what a restart forgets, the upkeep finds
+
+        final = upkeep.store.checkpoint(RUN, "sampler", "final")
+        assert await signing.signature(final) is None
+        signing.house.verifier.free.set()
+        await signing.settled()
+        await signing.tidy()
+        signature = await signing.signature(final)
+        assert (signature["status"], signature["signer"]) == ("verified", "server")
+        assert (signature["statement"]["checkpoint"], signature["statement"]["steps"]) == ("final", 1)
+
+    asyncio.run(test())
+
+
+def test_a_save_over_another_one_is_signed_with_its_own_steps(
+    upkeep: Upkeep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it comes between the first one's files and their registration."""
+
+    async def test() -> None:
+        signing, loop = Signing(upkeep, tmp_path), asyncio.get_running_loop()
+        first = upkeep.store.checkpoint(RUN, "sampler", "final")
+        second: list[CheckpointFolder] = []
+
+        def take(store: Store, folder: Path) -> AdapterFiles:
+            files = take_folder(store, folder)
+            if not second:
+                second.append(checkpoint(upkeep.store, "final", LATER, 2))
+                asyncio.run_coroutine_threadsafe(signing.service._prove("acme", second[0]), loop).result(60)
+            return files
+
+        monkeypatch.setattr(service_module, "take_folder", take)
+        await signing.service._prove("acme", first)
+        await signing.settled()
+        await signing.service._prove("acme", first)  # whose wait for the trainer ends late
+        await signing.settled()
+        await signing.tidy()
+        (version,) = await signing.house.adapters.versions("acme", adapter_name(RUN))
+        assert version.digest == take_folder(signing.house.store, Path(second[0].folder)).digest
+        assert (await signing.signature(second[0]))["statement"]["steps"] == 2
+        assert await signing.service.proved_as("acme", first) is None
+
+        mark = Path(first.folder) / "proved.json"  # a late one of the first save beside the second's files
+        mark.write_bytes(msgspec.json.encode({"digest": "d" * 64, "seq_id": 1}))
+        assert await signing.service.proved_as("acme", second[0]) is None
+        await signing.tidy()
+        assert await signing.service.proved_as("acme", second[0]) == (version.name, version.digest)
+
+    asyncio.run(test())
+
+
+def test_a_version_that_was_deleted_is_no_error_of_each_look(
+    upkeep: Upkeep, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        signing.house.verifier.free.clear()
+        await signing.tidy()
+        await signing.service.stop()
+        signing.house.verifier.free.set()
+        await signing.settled()
+        final = upkeep.store.checkpoint(RUN, "sampler", "final")
+        known = await signing.service.proved_as("acme", final)
+        assert known is not None
+        upkeep.registry.delete_version("acme", *known)
+        with caplog.at_level(logging.DEBUG, "onebase_server.live"):
+            await signing.tidy()  # before the catalog knows
+            await signing.house.catalog.refresh()
+            await signing.tidy()
+        levels = [one.levelno for one in caplog.records if "is not signed" in one.message]
+        assert levels == [logging.DEBUG]
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("waived", [False, True])
+def test_a_refused_signature_gives_way_to_the_servers_but_a_waived_proof_is_not_signed(
+    upkeep: Upkeep, tmp_path: Path, waived: bool
+) -> None:
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        final = upkeep.store.checkpoint(RUN, "sampler", "final")
+        refused = {"status": "refused", "code": "signer_not_allowed"}
+        source = {"kind": "upload", SIGNATURE: refused}
+        await signing.add(final, source, VersionOptions(allow_noop=waived))
+        await signing.tidy()
+        await signing.settled()
+        await signing.tidy()
+        assert (await signing.signature(final))["status"] == ("refused" if waived else "verified")
+
+    asyncio.run(test())
 
 
 def test_what_is_changed_is_in_the_audit_log(upkeep: Upkeep) -> None:

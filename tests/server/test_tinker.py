@@ -455,20 +455,30 @@ def test_a_named_checkpoint_is_signed_with_what_it_was_made_of_and_exported_so(
     training.forward_backward([supervised(list(range(40, 60)))], "cross_entropy")
     training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
     training.save_weights_for_sampler("final").result()
+    state = training.save_state("state").result().path
+    other = client.create_training_client_from_state(state).result()
+    other.save_weights_for_sampler("final").result()
 
-    def signed() -> dict[str, Any] | None:
-        shown = proved(http, training.model_id)
+    def signed(run: str) -> dict[str, Any] | None:
+        shown = proved(http, run)
         if shown is None:
             return None
         version = http.get(f"/v1/adapters/{shown['adapter']}/versions/{shown['version']}").json()
         return version if version["signature"] else None
 
     with live.client() as http:
-        version = wait_for(signed)
+        version = wait_for(lambda: signed(training.model_id))
+        begun = wait_for(lambda: signed(other.model_id))["signature"]["statement"]
     statement = version["signature"]["statement"]
     assert (version["signature"]["status"], version["signature"]["signer"]) == ("verified", "server")
     assert (statement["job"], statement["checkpoint"]) == (training.model_id, "final")
     assert (statement["seed"], statement["steps"], statement["recipe"]["rank"]) == (7, 1, 4)
+    assert statement["parent"] is None
+    digest = version["version"]  # of equal weights
+    assert (begun["steps"], begun["parent"]) == (
+        0,
+        {"checkpoint": state, "digest": digest, "steps": 1, "optimizer": False, "from_base": True},
+    )
     assert statement["base"]["name"]
     assert statement["proof"]["base_unchanged"] is True
     out = tmp_path / "export"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.training.live_support import (
 )
 from tests.training.runs import assert_equal
 
+from onebase_adapters.store.blobs import version_digest
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
@@ -39,6 +41,7 @@ from onebase_training.live_operations import (
     ModelSpec,
     Operation,
     OptimStep,
+    ParentCheckpoint,
     Refuse,
     Refused,
     Save,
@@ -492,6 +495,34 @@ def test_a_loaded_checkpoint_goes_on_as_the_model_that_was_saved(
     wrong = ModelSpec(id="wrong", rank=4)
     (refused,) = done(base, tmp_path / "b", {1: Load(folder=folder)}, wrong)
     assert "make a model from the checkpoint" in refused.message
+
+
+def test_a_checkpoint_tells_which_one_its_weights_began_with_and_so_does_a_process_that_begins_again(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    first = done(
+        base, tmp_path, {1: ask(text_row(9, 1)), 2: STEP, 3: Save(name="half", kind="weights")}, LEARNING
+    )[-1].checkpoint
+    assert first.parent is None
+    files = (Path(first.folder) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    assert first.digest == version_digest(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+    begun = ModelSpec(id="begun", rank=8, start=StartingWeights(first.folder))
+    second = done(base, tmp_path, {1: Save(name="begun", kind="weights")}, begun)[-1].checkpoint
+    expected = ParentCheckpoint(
+        model="learning", kind="weights", name="half", digest=first.digest, step=1, optimizer=False,
+        from_base=True,
+    )  # fmt: skip
+    assert (second.parent, second.step) == (expected, 0)
+
+    loading = {1: Load(folder=second.folder, optimizer=True), 2: ask(text_row(9)), 3: STEP}
+    other = ModelSpec(id="other", rank=8)
+    done(base, tmp_path, loading, other)
+    (last,) = done(base, tmp_path, {4: Save(name="end", kind="sampler")}, other)
+    assert last.checkpoint.step == 1
+    assert last.checkpoint.parent == ParentCheckpoint(
+        model="begun", kind="weights", name="begun", digest=second.digest, step=0, optimizer=True,
+        from_base=False,
+    )  # fmt: skip
 
 
 def test_a_checkpoint_is_a_peft_folder_with_the_trained_numbers(

@@ -248,15 +248,20 @@ class AdapterService:
         """Return True if the server has a key to sign trained versions with."""
         return self._key is not None
 
+    def may_sign(self, version: VersionRecord) -> bool:
+        """Return True if the server has a key to sign a trained version with, nobody has signed the version,
+        and nothing of its proof was waived: the same files may have come before, with `allow_noop`."""
+        is_verified = (version.source.get(SIGNATURE) or {}).get("status") == "verified"
+        return self._key is not None and not is_verified and not VersionOptions.of(version.source).allow_noop
+
     async def sign(self, version: VersionRecord, facts: Mapping[str, Any]) -> None:
-        """Sign a version that this server trained, with its base and its proof, if the server has a key and
-        nobody has signed the version.
+        """Sign a version that this server trained, with its base and its proof, if `may_sign`.
 
         facts: what else is signed about its training.
 
         Raises AdapterNotFoundError, UnavailableError.
         """
-        if self._key is None or (version.source.get(SIGNATURE) or {}).get("status") == "verified":
+        if self._key is None or not self.may_sign(version):
             return
         proof = (version.report or {}).get("proof") or {}
         proved = {name: proof[name] for name in SIGNED_PROOF if name in proof}

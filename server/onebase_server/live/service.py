@@ -22,7 +22,6 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import msgspec
 
 from onebase_adapters.registry import (
-    SIGNATURE,
     LiveRecords,
     LiveSampler,
     LiveSession,
@@ -35,6 +34,7 @@ from onebase_adapters.store.atomic_files import replace_synced
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
+    AdapterNotFoundError,
     ApiError,
     DiskFullError,
     InsufficientScopeError,
@@ -79,6 +79,7 @@ from onebase_training.live_store import (
     SequenceConflictError,
     UnknownCheckpointError,
     UnknownLiveModelError,
+    read_checkpoint,
 )
 
 LIVE = "live"
@@ -150,17 +151,41 @@ class Place:
         return cls(parts[0], _KINDS[parts[1]], parts[2])
 
 
-def _recipe(spec: ModelSpec) -> dict[str, Any]:
-    """Return what is signed about how a run was set up. Its data is known to the client alone."""
+def _facts(spec: ModelSpec, checkpoint: CheckpointFolder) -> dict[str, Any]:
+    """Return what is signed about a checkpoint's training. Its data is known to the client alone."""
     names = ("rank", "alpha", "train_mlp", "train_attn", "train_unembed")
-    return {"recipe": {name: getattr(spec, name) for name in names}, "seed": spec.seed}
+    parent = checkpoint.parent
+    return {
+        "job": spec.id,
+        "checkpoint": checkpoint.name,
+        "recipe": {name: getattr(spec, name) for name in names},
+        "seed": spec.seed,
+        "steps": checkpoint.step,
+        "parent": None
+        if parent is None
+        else {
+            "checkpoint": Place(parent.model, parent.kind, parent.name).path,
+            "digest": parent.digest,
+            "steps": parent.step,
+            "optimizer": parent.optimizer,
+            "from_base": parent.from_base,
+        },
+    }
+
+
+class _SavedOverError(OSError):
+    """A checkpoint's folder has another save by now, or is gone."""
 
 
 class _Mark(msgspec.Struct, frozen=True):
-    """Outcome of a named checkpoint: the digest of its version, or why there is none."""
+    """Outcome of a named checkpoint: the digest of its version, or why there is none.
+
+    seq_id: number of the operation that saved it. A name may be saved again at any time.
+    """
 
     digest: str = ""
     refused: str = ""
+    seq_id: int = -1
 
 
 class LiveTraining:
@@ -211,9 +236,10 @@ class LiveTraining:
         """Bytes of a tenant's waiting operations, and when they were counted."""
         self._looked: dict[str, float] = {}
         """Time of the last look at a run that has ended."""
-        self._proving: set[str] = set()
-        self._prove_after: dict[str, float] = {}
-        """Time from which on the proof of a path is tried again."""
+        self._proving: set[tuple[str, int]] = set()
+        """Saves that are being registered, by path and number."""
+        self._prove_after: dict[str, tuple[int, float]] = {}
+        """Save of a path whose proof failed, and the time from which on it is tried again."""
         self._sampled: dict[str, float] = {}
         """Time of the last sample from each checkpoint's path."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -659,52 +685,71 @@ class LiveTraining:
             await self._prove(tenant, result.checkpoint)
 
     async def _prove(self, tenant: str, checkpoint: CheckpointFolder) -> None:
-        """Register a checkpoint as a version, which is proved then, and mark it with that."""
-        path = Place.of(checkpoint).path
-        if path in self._proving or self._prove_after.get(path, 0.0) > time.monotonic():
+        """Register a checkpoint as a version, which is proved then, and mark it with that. One that was saved
+        over meanwhile is left to its successor's proof."""
+        path, seq_id = Place.of(checkpoint).path, checkpoint.seq_id
+        failed, until = self._prove_after.get(path, (seq_id, 0.0))
+        if (path, seq_id) in self._proving or (failed == seq_id and until > time.monotonic()):
             return
-        self._proving.add(path)
+        self._proving.add((path, seq_id))
         try:
-            mark = _Mark(await self._added(tenant, checkpoint))
+            mark = _Mark(await self._added(tenant, checkpoint), seq_id=seq_id)
         except (ApiError, StoreError, OSError) as error:
+            if not await self._disk(_is_current, checkpoint):
+                _log.debug("operation %d's checkpoint %s is not there any more: %s", seq_id, path, error)
+                return
             _log.error("checkpoint %s is not proved: %s", path, error)
-            self._prove_after[path] = time.monotonic() + LOOK_SECONDS
+            self._prove_after[path] = seq_id, time.monotonic() + LOOK_SECONDS
             if not isinstance(error, ApiError) or not 400 <= status_of(error)[0] < 429:
                 return
-            mark = _Mark(refused=error.message)
+            mark = _Mark(refused=error.message, seq_id=seq_id)
         finally:
-            self._proving.discard(path)
+            self._proving.discard((path, seq_id))
         with suppress(OSError):  # it was deleted meanwhile
-            await self._disk(_write, Path(checkpoint.folder) / _PROVED, msgspec.json.encode(mark))
-        if mark.digest:
-            self._begin(self._sign(tenant, checkpoint, mark.digest))
+            await self._disk(_write_mark, checkpoint, mark)
+        if mark.digest and self._library.signs:
+            self._begin(self._sign_once_proved(tenant, checkpoint, mark.digest))
+
+    async def _sign_once_proved(self, tenant: str, checkpoint: CheckpointFolder, digest: str) -> None:
+        """Wait for a proof, however long it takes, and sign the version then."""
+        try:
+            await self._library.wait(tenant, adapter_name(checkpoint.model), digest)
+        except ApiError as error:
+            _log.debug("version %s is not signed yet: %s", digest[:12], error)
+            return
+        await self._sign(tenant, checkpoint, digest)
 
     async def _sign(self, tenant: str, checkpoint: CheckpointFolder, digest: str) -> None:
-        """Sign the version that a checkpoint is once it is proved, if the server has a key and nobody has
-        signed it. What fails is tried again by `tidy`."""
+        """Sign the version that this save of a checkpoint is, unless it is not proved yet, or never will be
+        signed (`AdapterService.may_sign`). What fails is tried again by `tidy`."""
         name = adapter_name(checkpoint.model)
         adapter = self._library.catalog.of(tenant).own(name)
         known = None if adapter is None else adapter.version(digest)
-        if not self._library.signs or (known is not None and SIGNATURE in known.source):
+        if known is None or known.state != "ready" or not self._library.may_sign(known):
             return
         place = Place.of(checkpoint)
         try:
             spec = await self._disk(self._store().spec, checkpoint.model)
-            facts = {"job": place.run, "checkpoint": place.name, "steps": checkpoint.step, **_recipe(spec)}
             with acting(Origin(spec.key, actor="live training")):
-                version = await self._library.wait(tenant, name, digest)
-                if version.state == "ready":
-                    await self._library.sign(version, facts)
+                version = await self._library.version(tenant, name, digest)
+                await self._library.sign(version, _facts(spec, checkpoint))
+        except AdapterNotFoundError as error:
+            _log.debug("checkpoint %s is not signed: %s", place.path, error)
         except (ApiError, UnknownLiveModelError, OSError) as error:
             _log.error("checkpoint %s is not signed: %s", place.path, error)
 
     async def _added(self, tenant: str, checkpoint: CheckpointFolder) -> str:
-        """Return the digest of the version that a checkpoint is. Raises ApiError, StoreError, OSError."""
+        """Return the digest of the version that a checkpoint is.
+
+        Raises ApiError, StoreError, OSError; _SavedOverError, an OSError: the files are another save's.
+        """
         place = Place.of(checkpoint)
         with storage_errors():
             files = await self._library.disk.run_blocking(
                 take_folder, self._library.store, Path(checkpoint.folder)
             )
+        if not await self._disk(_is_current, checkpoint):
+            raise _SavedOverError(f"{place.path} of operation {checkpoint.seq_id} was saved over or deleted")
         source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
         try:
             spec = await self._disk(self._store().spec, checkpoint.model)
@@ -718,7 +763,7 @@ class LiveTraining:
 
     async def proved_as(self, tenant: str, checkpoint: CheckpointFolder) -> tuple[str, str] | None:
         """Return the adapter and the version that a checkpoint is, or is to be, proved as."""
-        mark = await self._disk(_read_mark, Path(checkpoint.folder))
+        mark = await self._disk(_read_mark, checkpoint)
         name = adapter_name(checkpoint.model)
         adapter = self._library.catalog.of(tenant).own(name)
         if mark is None or not mark.digest or adapter is None or adapter.version(mark.digest) is None:
@@ -786,7 +831,7 @@ class LiveTraining:
             is_served = one.kind == "sampler" and sampler is None
             if not is_served:
                 continue
-            mark = await self._disk(_read_mark, Path(one.folder))
+            mark = await self._disk(_read_mark, one)
             if mark is None:
                 await self._prove(spec.owner, one)
             elif mark.digest:
@@ -922,11 +967,26 @@ def _write(path: Path, content: bytes) -> None:
     replace_synced(work, path)
 
 
-def _read_mark(folder: Path) -> _Mark | None:
+def _is_current(checkpoint: CheckpointFolder) -> bool:
+    """Return True if the checkpoint's folder still has this save. Numbers of saves only grow. Blocks."""
+    found = read_checkpoint(Path(checkpoint.folder))
+    return found is not None and found.seq_id == checkpoint.seq_id
+
+
+def _write_mark(checkpoint: CheckpointFolder, mark: _Mark) -> None:
+    """Write a mark beside the save that it is about, if that is still there. Raises OSError."""
+    if _is_current(checkpoint):
+        _write(Path(checkpoint.folder) / _PROVED, msgspec.json.encode(mark))
+
+
+def _read_mark(checkpoint: CheckpointFolder) -> _Mark | None:
+    """Return the mark of this save of a checkpoint, if there is one."""
     try:
-        return msgspec.json.decode((folder / _PROVED).read_bytes(), type=_Mark)
+        content = (Path(checkpoint.folder) / _PROVED).read_bytes()
     except FileNotFoundError:
         return None
+    mark = msgspec.json.decode(content, type=_Mark)
+    return mark if mark.seq_id == checkpoint.seq_id else None
 
 
 def _has_expired(checkpoint: CheckpointFolder) -> bool:
