@@ -69,9 +69,10 @@ PYTHON
 }
 
 install() {
-  local packages=(--editable '.[server,train,dev]')
+  local packages=(--editable '.[server,train,dev]') list
   if [[ "$tools" == demo ]]; then
-    mapfile -t packages < <(demo_tools)
+    list="$(demo_tools)" || fail "pyproject.toml could not be read; the message is above."
+    mapfile -t packages <<<"$list"
     packages+=(--editable '.[server,train]')
   fi
   say "Installing OneBase and its tools into $venv"

@@ -87,6 +87,9 @@ class TurnBudget:
         self._left = self._most
 
 
+THREAD_RETRY = Backoff(0.1, 5.0)
+"""Pause, in seconds, before the next try to start a thread that the machine refused."""
+
 PAYER: ContextVar[Callable[[float], None]] = ContextVar("onebase_payer", default=lambda seconds: None)
 """Called in the event loop with the processor time, in seconds, of each call of `Threads` in this context."""
 
@@ -105,6 +108,8 @@ class Threads:
         self._most = most
         self._free = most
         self._started = 0
+        self._refusals = 0
+        self._retry: asyncio.TimerHandle | None = None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._each = most if each is None else each
         self._running: Counter[str] = Counter()
@@ -146,7 +151,7 @@ class Threads:
                 loop.call_soon_threadsafe(finish, result, error, thread_seconds() - began)
 
         try:
-            self._start_thread()
+            self._start_threads()
             context = contextvars.copy_context()  # on whose behalf: see registry/audit.py
             self._calls.put(functools.partial(context.run, work))
         except BaseException:
@@ -155,19 +160,35 @@ class Threads:
         value: T = await answer
         return value
 
-    def _start_thread(self) -> None:
-        """Start a thread unless there is one for each running call. If the machine gives none, the call waits
-        for one of the others. Raises RuntimeError if there are no others."""
-        if self._started >= self._most - self._free:
-            return
-        try:
-            threading.Thread(target=self._run_calls, name=self._name, daemon=True).start()
-        except RuntimeError:
-            if not self._started:
-                raise
-            _log.warning("no thread could be started for %s: a call waits for another one", self._name)
-        else:
+    def _start_threads(self) -> None:
+        """Start threads until there is one for each running call. If the machine gives none, the call waits
+        for one of the others or for a later try. Raises RuntimeError if there are no others."""
+        while self._started < self._most - self._free:
+            try:
+                threading.Thread(target=self._run_calls, name=self._name, daemon=True).start()
+            except RuntimeError:
+                if not self._started:
+                    raise
+                self._try_later()
+                return
             self._started += 1
+            self._refusals = 0
+
+    def _try_later(self) -> None:
+        if self._retry is not None:
+            return
+        self._refusals += 1
+        if self._refusals == 1:
+            _log.warning("no thread could be started for %s: a call waits for one", self._name)
+        pause = THREAD_RETRY.pause(self._refusals)
+        self._retry = asyncio.get_running_loop().call_later(pause, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        if self._calls.empty():
+            self._refusals = 0
+        else:
+            self._start_threads()
 
     def _run_calls(self) -> None:
         while True:

@@ -453,6 +453,8 @@ class VersionGates(msgspec.Struct, frozen=True, kw_only=True):
     passed: bool
     """Whether the caller could activate it now."""
     gates: tuple[GateState, ...]
+    refusal: str = ""
+    """Reason for which the caller cannot approve the version; "" if it can."""
     approvals: tuple[VersionApproval, ...]
     evaluations: tuple[VersionEvaluation, ...]
     """The newest first."""

@@ -588,8 +588,12 @@ def test_a_version_says_which_gates_are_closed_until_another_key_approves_it(
     keyed: Server, keys: Keys, look: Look
 ) -> None:
     ann, ben = keys.make("adapters", name="ann"), keys.make("adapters", name="ben")
-    admin = keys.make("admin")
-    with client_with(keyed, ann) as http, client_with(keyed, admin) as ruling:
+    cat, admin = keys.make("adapters", name="cat"), keys.make("admin")
+    with (
+        client_with(keyed, ann) as http,
+        client_with(keyed, admin) as ruling,
+        client_with(keyed, cat) as again,
+    ):
         keyed.wait_for(lambda: http.get("/v1/key").status_code == ruling.get("/v1/key").status_code == 200)
         old = upload(http, "gated", b"gated old", query="wait=true&activate=true").json()["version"]
         new = upload(http, "gated", b"gated new").json()["version"]
@@ -602,14 +606,19 @@ def test_a_version_says_which_gates_are_closed_until_another_key_approves_it(
             expect(activate).to_have_attribute("title", "Closed by signature, approval")
             expect(activate).to_have_accessible_description("Gates: closed by signature, approval")
             activate.press("Enter")  # says why, and asks nothing
-            gates = hers.page.get_by_role("group").filter(
-                has_text=f"onebase adapters approve gated@{new[:12]}"
-            )
+            gates = hers.page.get_by_role("group").filter(has_text="Gates: closed by")
             expect(gates.get_by_text("a signature of acme is needed")).to_be_visible()
             expect(gates.get_by_text("1 person who neither made nor activate it")).to_be_visible()
-            expect(gates.get_by_text("Your key made this version")).to_be_visible()
+            made = f"Key {keys.record(ann).id} made this version, so another person's key has to approve it."
+            expect(gates.get_by_text(made)).to_be_visible()
             assert hers.faults("phone", "narrow") == []
             assert http.get("/v1/adapters/gated").json()["version"] == old
+
+            ruling.post("/v1/gates", json={"name": "gated", "signature": ["acme"]}).raise_for_status()
+            expect(activate).to_have_attribute("title", "Closed by signature")
+            expect(gates.get_by_text("a signature of acme is needed")).to_be_visible()
+            expect(gates.get_by_text("made this version")).to_have_count(0)  # no approval is asked for
+            expect(gates.get_by_role("button")).to_have_count(0)
 
             ruling.post("/v1/gates", json=rule | {"signature": []}).raise_for_status()
             sign_in(his, ben, "#/adapters?name=gated")
@@ -623,6 +632,12 @@ def test_a_version_says_which_gates_are_closed_until_another_key_approves_it(
             expect(hers.page.get_by_text("Gates: closed by approval")).to_be_visible()
             approve.click()
             expect(hers.page.get_by_text("Gates: open")).to_be_visible()
+            expect(hers.page.get_by_text("approved by 1.")).to_be_visible()
+            expect(hers.page.get_by_text(made)).to_have_count(0)
+
+            upload(again, "gated", b"gated new").raise_for_status()  # who sends it too has made it, too
+            refusal = again.get(f"/v1/adapters/gated/versions/{new}/gates").json()["refusal"]
+            assert refusal == made.replace(keys.record(ann).id, keys.record(cat).id)
 
             expect(activate).not_to_have_attribute("aria-disabled", "true")
             activate.click()
@@ -650,6 +665,6 @@ def test_a_version_says_who_signed_it_or_why_its_signature_was_refused(
             versions = visit.page.get_by_role("table", name="Versions")
             expect(versions).to_contain_text("Signed by acme")
             visit.open("#/adapters?name=unsigned")
-            expect(versions).to_contain_text("Its signature was refused, and the policy only warns:")
+            expect(versions).to_contain_text("It has no signature, and the policy only warns:")
             expect(versions).to_contain_text("model.sig")
             assert visit.faults("phone", "narrow") == []

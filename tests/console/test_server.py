@@ -119,7 +119,7 @@ def test_an_admin_makes_changes_and_deletes_gates(keyed: Server, keys: Keys, loo
     admin = keys.make("admin", name="boss")
     with client_with(keyed, admin) as http:
         keyed.wait_for(lambda: http.get("/v1/key").status_code == 200)
-        with look(keyed, errors=("401", "400", "422")) as visit:
+        with look(keyed, errors=("401", "400", "422", "ERR_FAILED")) as visit:
             page = visit.page
             visit.open("#/server")
             page.get_by_label("API key", exact=True).fill(admin)
@@ -147,9 +147,22 @@ def test_an_admin_makes_changes_and_deletes_gates(keyed: Server, keys: Keys, loo
             row.get_by_label("More for the gates of ruled-*, *").click()
             page.get_by_role("button", name="Edit", exact=True).click()
             expect(dialog).to_contain_text("takes the place of the rule with these patterns")
+            for pattern in (
+                "Names, as a pattern",
+                "Tenants, as a pattern",
+            ):  # another one would be another rule
+                expect(dialog.get_by_label(pattern)).not_to_be_editable()
             dialog.get_by_label("People who must approve it").fill("2")
+            page.route(
+                "**/v1/gates", lambda one: one.abort() if one.request.method == "GET" else one.continue_()
+            )
             dialog.get_by_role("button", name="Set the gates").click()
+            expect(dialog).to_have_count(0)  # it is set, though the list could not be had
+            page.unroute("**/v1/gates")
             expect(row).to_contain_text("approved by 2")
+            part.get_by_role("button", name="New rule").click()
+            expect(dialog.get_by_label("Names, as a pattern")).to_be_editable()
+            dialog.get_by_role("button", name="Cancel").click()
             (rule,) = (one for one in http.get("/v1/gates").json()["data"] if one["name"] == "ruled-*")
             evaluation = rule["evaluation"]
             assert (rule["signature"], rule["proof"]) == (["acme", "releases, inc"], "exact")

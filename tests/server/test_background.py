@@ -50,6 +50,76 @@ def test_a_call_waits_for_another_one_while_no_thread_can_be_started(monkeypatch
     assert (len(few), len(more)) == (1, 2)
 
 
+def test_a_waiting_call_gets_a_thread_once_the_machine_gives_one_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, refused, pauses = threading.Thread.start, 8, list[float]()
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal refused
+        if refused:
+            refused -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def run() -> int:
+        loop, threads = asyncio.get_running_loop(), Threads("test", 2)
+        begun, ending = threading.Event(), threading.Event()
+
+        def block() -> None:
+            begun.set()
+            ending.wait(60)
+
+        blocked = loop.create_task(threads.run_blocking(block))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        real = loop.call_later
+
+        def call_at_once(delay: float, *args: Any, **options: Any) -> asyncio.TimerHandle:
+            pauses.append(delay)
+            return real(0, *args, **options)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        try:
+            async with asyncio.timeout(30):
+                monkeypatch.setattr(loop, "call_later", call_at_once)
+                return await threads.run_blocking(lambda: 2)  # no other call comes or ends
+        finally:
+            ending.set()
+            await blocked
+
+    assert asyncio.run(run()) == 2
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+def test_no_thread_is_tried_again_once_no_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = list[threading.Thread]()
+
+    def refuse(thread: threading.Thread) -> None:
+        tries.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    async def run() -> None:
+        loop, threads = asyncio.get_running_loop(), Threads("test", 2)
+        await threads.run_blocking(threading.get_ident)
+        later = list[Any]()
+        real = loop.call_later
+
+        def keep(delay: float, call: Any, *args: Any, **options: Any) -> asyncio.TimerHandle:
+            later.append(call)
+            return real(3600, call, *args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "call_later", keep)
+            patched.setattr(threading.Thread, "start", refuse)
+            await asyncio.gather(*(threads.run_blocking(threading.get_ident) for _ in range(2)))
+            (again,) = later
+            again()
+        assert (len(tries), len(later)) == (1, 1)
+
+    asyncio.run(run())
+
+
 def test_calls_share_the_threads_that_are_there() -> None:
     def ident() -> int:
         barrier.wait(30)

@@ -172,6 +172,7 @@ def view(session: Session, adapter: AdapterRow, version: VersionRow) -> VersionG
         version=version.digest,
         passed=all(state.passed for state in states),
         gates=tuple(states),
+        refusal=_refusal(evidence.rules, version),
         approvals=tuple(
             VersionApproval(
                 key=one.key,
@@ -188,13 +189,9 @@ def view(session: Session, adapter: AdapterRow, version: VersionRow) -> VersionG
 
 def approve(session: Session, adapter: AdapterRow, version: VersionRow, at: float) -> None:
     """Record that the caller approves the version, as it was evaluated until now. Raises ApprovalError."""
+    if refusal := _refusal(_rules(session, adapter), version):
+        raise ApprovalError(refusal)
     key = audit.current().key
-    _check_other(key, version, "approve")
-    if version.state != "ready":
-        raise ApprovalError(f"The version is {version.state}: approve it once it is ready.")
-    rules = [rule for rule in _rules(session, adapter) if rule.approvers]
-    if rules and not any(key in rule.approvers for rule in rules):
-        raise ApprovalError(f"Key {key} may not approve under this name: the gates name the keys that may.")
     found = select(func.max(EvaluationRow.number)).where(EvaluationRow.version_id == version.id)
     newest = session.scalar(found) or 0
     session.merge(ApprovalRow(version_id=version.id, key=key, evaluation=newest, at=at))
@@ -313,6 +310,21 @@ def _evaluations(session: Session, version: VersionRow) -> list[EvaluationRow]:
         .order_by(EvaluationRow.number.desc())
     )
     return list(rows)
+
+
+def _refusal(rules: Sequence[GateRule], version: VersionRow) -> str:
+    """Return why the caller cannot approve the version; "" if it can."""
+    key = audit.current().key
+    try:
+        _check_other(key, version, "approve")
+    except ApprovalError as error:
+        return str(error)
+    if version.state != "ready":
+        return f"The version is {version.state}: approve it once it is ready."
+    named = [rule for rule in rules if rule.approvers]
+    if named and not any(key in rule.approvers for rule in named):
+        return f"Key {key} may not approve under this name: the gates name the keys that may."
+    return ""
 
 
 def _check_other(key: str, version: VersionRow, act: str, *, any_key: bool = False) -> None:

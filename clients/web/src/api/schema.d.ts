@@ -7028,6 +7028,7 @@ export interface components {
             version: string;
             passed: boolean;
             gates: components["schemas"]["GateState"][];
+            refusal: string;
             approvals: components["schemas"]["VersionApproval"][];
             evaluations: components["schemas"]["VersionEvaluation"][];
         };

@@ -88,6 +88,8 @@ class Adapters {
   /** Why the list, or the adapter, cannot be shown. */
   listProblem = $state.raw<ApiError | null>(null)
   problem = $state.raw<ApiError | null>(null)
+  /** Of which versions gates were asked for last, and when. */
+  #gated = { of: '', at: 0 }
 
   /** Learn the list. Returns when to look again, in milliseconds. */
   async loadAll(): Promise<number> {
@@ -164,6 +166,7 @@ class Adapters {
     this.history = []
     this.rollout = null
     this.gates = {}
+    this.#gated = { of: '', at: 0 }
     this.usage = null
     this.problem = null
   }
@@ -182,6 +185,7 @@ class Adapters {
       // Of what another tenant shares, and of a name of which there are only pulls, there are none.
       const has = adapter.versions > 0 && adapter.tenant === session.caller?.tenant
       const rollouts = has ? (await data(api.GET('/v1/adapters/{name}/rollouts', { params }))).data : []
+      if (name !== this.name) return LATER
       const gates = has ? await this.#gatesOf(versions.data) : {}
       if (name !== this.name) return LATER
       this.adapter = adapter
@@ -292,6 +296,7 @@ class Adapters {
 
   /** Show here and in the other views what is different now. */
   async #changed(): Promise<void> {
+    this.#gated = { of: '', at: 0 }
     await Promise.all([this.loadAll(), this.name ? this.loadOne() : null, models.load().catch(() => {})])
   }
 
@@ -306,16 +311,23 @@ class Adapters {
     this.usage = rows.reduce((sum, row) => ({ ...sum, requests: sum.requests + row.requests, prompt_tokens: sum.prompt_tokens + row.prompt_tokens, completion_tokens: sum.completion_tokens + row.completion_tokens }), none)
   }
 
-  /** The same rules hold for all versions of a name: where the newest has no gate, none has. */
+  /**
+   * The same rules hold for all versions of a name: where the newest has no gate, none has. What the server does not
+   * tell stays as it was known last; the same is asked again after LATER.
+   */
   async #gatesOf(versions: Version[]): Promise<Record<string, VersionGates>> {
+    const known = this.gates
     const [first, ...others] = versions.filter(({ state }) => state === 'ready').slice(0, MOST_GATED)
-    const gatesOf = async ({ name, version }: Version) =>
-      [version, await data(api.GET('/v1/adapters/{name}/versions/{version}/gates', { params: { path: { name, version } } })).catch(() => null)] as const
     if (!first) return {}
-    const newest = await gatesOf(first)
-    if (!newest[1]?.gates.length) return {}
-    const found = [newest, ...(await Promise.all(others.map(gatesOf)))]
-    return Object.fromEntries(found.filter((one): one is [string, VersionGates] => one[1] !== null))
+    const of = [first, ...others].map(({ version, active }) => `${version} ${active}`).join()
+    if (of === this.#gated.of && performance.now() - this.#gated.at < LATER) return known
+    this.#gated = { of, at: performance.now() }
+    const ask = ({ name, version }: Version) => data(api.GET('/v1/adapters/{name}/versions/{version}/gates', { params: { path: { name, version } } }))
+    const newest = await ask(first).catch(() => null)
+    if (!newest) return known
+    if (!newest.gates.length) return {}
+    const found = await Promise.all(others.map(async (one) => [one.version, await ask(one).catch(() => known[one.version])] as const))
+    return Object.fromEntries([[first.version, newest] as const, ...found].filter((one): one is [string, VersionGates] => one[1] !== undefined))
   }
 
   #noted(error: unknown): ApiError {

@@ -192,13 +192,13 @@ class Machine {
   /** Set a rule, in place of the one with the same patterns. Throws ApiError. */
   async setGate(body: NewGate): Promise<void> {
     await data(api.POST('/v1/gates', { body }))
-    await this.loadGates()
+    await this.loadGates().catch(() => {}) // it is set; the list is looked at again soon
   }
 
   /** Throws ApiError. */
   async deleteGate(gate_id: string): Promise<void> {
     await data(api.DELETE('/v1/gates/{gate_id}', { params: { path: { gate_id } } }))
-    await this.loadGates()
+    await this.loadGates().catch(() => {})
   }
 
   /** Learn what was done, newest first: `further` is the page after what is shown, `again` as much as is shown. */

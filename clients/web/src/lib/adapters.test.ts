@@ -1,0 +1,69 @@
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
+
+vi.stubGlobal('sessionStorage', { getItem: () => null })
+vi.stubGlobal('localStorage', { getItem: () => null })
+vi.stubGlobal('document', { hidden: false, addEventListener: () => {}, baseURI: 'http://localhost/' })
+vi.stubGlobal('fetch', (request: Request) => Promise.resolve(answer(request.url)))
+const { adapters } = await import('./adapters.svelte')
+const { session } = await import('./session.svelte')
+
+const DIGEST = 'd'.repeat(64)
+const closed = { gates: [{ gate: 'approval', passed: false, rule: 'gate-1', reason: 'nobody has.' }], approvals: [], evaluations: [] }
+/** How the server answers when it is asked for gates. */
+let gates: () => Response
+let asked = 0
+
+function answer(url: string): Response {
+  const { pathname } = new URL(url)
+  if (pathname.endsWith('/gates')) {
+    asked += 1
+    return gates()
+  }
+  if (pathname.endsWith('/v1/adapters/orders')) return Response.json({ name: 'orders', tenant: 'acme', versions: 1, version: null })
+  const versions = [{ name: 'orders', version: DIGEST, state: 'ready', active: false, source: { kind: 'upload' } }]
+  return Response.json({ data: pathname.endsWith('/versions') ? versions : [] })
+}
+
+beforeEach(() => {
+  vi.useFakeTimers({ toFake: ['performance'] })
+  session.caller = { object: 'caller', key: 'ob-1', tenant: 'acme', scopes: ['adapters'] }
+  asked = 0
+  gates = () => Response.json(closed)
+  adapters.open('orders')
+})
+afterEach(() => {
+  adapters.open('')
+  vi.useRealTimers()
+})
+
+describe('gates of the versions that are looked at', () => {
+  it.each([403, 429, 503])('stay as they were known where the server answers %i', async (status) => {
+    await adapters.loadOne()
+    expect(adapters.gates).toEqual({ [DIGEST]: closed })
+    gates = () => Response.json({ error: { message: 'not now' } }, { status })
+    vi.advanceTimersByTime(5000)
+    await adapters.loadOne()
+    expect([asked, adapters.gates]).toEqual([2, { [DIGEST]: closed }])
+  })
+
+  it('are asked for every five seconds, however often one looks, and at once after a change', async () => {
+    for (const pause of [0, 800, 4100]) {
+      vi.advanceTimersByTime(pause)
+      await adapters.loadOne()
+    }
+    expect([asked, adapters.gates]).toEqual([1, { [DIGEST]: closed }])
+    vi.advanceTimersByTime(100)
+    await adapters.loadOne()
+    expect(asked).toBe(2)
+    await adapters.approve(DIGEST, true)
+    expect(asked).toBe(3)
+  })
+
+  it('are none once the server says so', async () => {
+    await adapters.loadOne()
+    gates = () => Response.json({ ...closed, gates: [] })
+    vi.advanceTimersByTime(5000)
+    await adapters.loadOne()
+    expect(adapters.gates).toEqual({})
+  })
+})
