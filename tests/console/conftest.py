@@ -34,9 +34,11 @@ FLAGS = [
 SIZES = {"desktop": (1440, 900), "phone": (390, 844), "narrow": (360, 640)}
 # Views that behave otherwise on a phone are walked through there too; `faults` checks how others look there.
 EACH_SIZE = ["desktop", pytest.param("phone", marks=pytest.mark.full)]
-SETTLED = """new Promise(requestAnimationFrame).then(() => Promise.all(document.getAnimations()
-    .filter(one => one instanceof CSSTransition).map(one => one.finished.catch(() => 0)))).then(() => 0)"""
-"""Until a page has the looks that another size or scheme gives it."""
+SETTLED = """Promise.race([new Promise(requestAnimationFrame), new Promise(done => setTimeout(done, 500))])
+    .then(() => document.getAnimations().filter(one => one instanceof CSSTransition)
+        .forEach(one => one.finish()))"""
+"""Gives a page the looks of another size or scheme: of its next frame, and of the end of its transitions. A
+page that is not in front may get no frame, and what is not drawn may end no transition."""
 AXE = ROOT / "clients/web/node_modules/axe-core/axe.min.js"
 WAIT_MS = 60_000
 """Longest wait for anything on the page: the machine may be busy."""
