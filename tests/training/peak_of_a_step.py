@@ -25,7 +25,7 @@ from onebase_training.events import OpenGate
 from onebase_training.loop import make_optimizer
 from onebase_training.recipe import Recipe, parse_recipe, resolve
 from onebase_training.reinforcement import Episode, RewardTrainer
-from onebase_training.rollouts import Reply
+from onebase_training.rollouts import RewardedReply
 from onebase_training.trainable import Trainable
 
 ROW = 256
@@ -60,7 +60,7 @@ def learn_from_rewards(trainable: Trainable, recipe: Recipe, ids: Any) -> None:
         policy=nothing,
     )
     for step in range(2):
-        replies = [Reply(tokens=row[PROMPT:].tolist(), logprobs=[], text="") for row in ids]
+        replies = [RewardedReply(tokens=row[PROMPT:].tolist(), logprobs=[], text="") for row in ids]
         episodes = [
             Episode(row[:PROMPT].tolist(), reply, 1.0) for row, reply in zip(ids, replies, strict=True)
         ]
