@@ -488,10 +488,10 @@ def test_more_token_ids_than_the_context_has_are_refused_before_they_are_validat
     readers: BodyReaders,
 ) -> None:
     many = list(range(11))
-    for field, ids in (("prompt", many), ("input", [[1], many])):
+    for field, ids, named in (("prompt", many, "prompt"), ("input", [[1], many], "input[1]")):
         with pytest.raises(ContextLengthError) as caught:
             read_apart(readers, json.dumps({field: ids}).encode())
-        assert (caught.value.param, "has 11 tokens" in caught.value.message) == (field, True)
+        assert (caught.value.param, "has 11 tokens" in caught.value.message) == (named, True)
     for taken in (
         {"prompt": many[1:]},
         {"input": many, "truncate_prompt_tokens": 10},
