@@ -246,21 +246,18 @@ def _use_kernel(router: Any, kernels: Kernels) -> bool:
     whole = router.forward
     try:
         expected = whole(x)
-    except Exception:
-        logger.debug("kernels: %s is computed by PyTorch", type(router).__name__, exc_info=True)
-        return False
-    del router._parameters["weight"]
-    router.__dict__["weight"] = _Matrix(partial(_multiply_tile, kernel), False, _NO_ROWS)
-    try:
-        for rows in (1, TILE):
-            found = whole(x[:rows])
-            if not all(torch.equal(a[:rows], b[:rows]) for a, b in zip(found, expected, strict=True)):
-                break
-        else:
+        del router._parameters["weight"]
+        router.__dict__["weight"] = _Matrix(partial(_multiply_tile, kernel), False, _NO_ROWS)
+        trials = [(rows, whole(x[:rows])) for rows in (1, TILE)]
+        if all(
+            torch.equal(one[:rows], other[:rows])
+            for rows, found in trials
+            for one, other in zip(found, expected, strict=True)
+        ):
             return True
-    except Exception:  # it does something else with its weight
+    except Exception:  # it is given more than rows, or does something else with its weight
         logger.debug("kernels: %s is computed by PyTorch", type(router).__name__, exc_info=True)
-    del router.__dict__["weight"]
+    router.__dict__.pop("weight", None)
     router._parameters["weight"] = weight
     return False
 
