@@ -96,7 +96,7 @@ def erase(log: RequestLog, user: str | None, tenant: str = "acme") -> int:
     return asyncio.run(asyncio.wait_for(log.erase(tenant, user), SECONDS))
 
 
-def test_who_erases_is_answered_though_the_writer_applied_it_first(
+def test_who_erases_is_told_how_many_though_the_writer_applied_it_first(
     logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = logs.open()
@@ -109,7 +109,7 @@ def test_who_erases_is_answered_though_the_writer_applied_it_first(
         return erasure
 
     monkeypatch.setattr(logs.records, "erase", slow)
-    erase(log, "alice")
+    assert erase(log, "alice") == 1
 
 
 def test_who_erases_is_answered_though_another_erasure_replaced_theirs(

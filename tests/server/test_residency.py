@@ -299,6 +299,35 @@ def test_what_nobody_can_ask_for_any_more_leaves_when_its_last_lease_ends() -> N
     run(test())
 
 
+@pytest.mark.parametrize("ends", ["while it is loaded", "later, after a change of the catalog"])
+def test_live_weights_that_are_dropped_leave_when_their_last_request_ends(ends: str) -> None:
+    async def test() -> None:
+        engine = Engine(slow=True)
+        engine.find = lambda digest: PackedAdapterFile(Blob(digest, 10), (), path=Path("live"))  # type: ignore
+        engine.residency = Residency(30, engine.find, engine.fetch, engine.send, 10)
+        engine.residency.engine_ready()
+        lease = engine.lease("a")
+        waiting = asyncio.create_task(lease.ready())
+        await settle()
+        if ends == "while it is loaded":
+            engine.residency.forget(["a"])
+            waiting.cancel()
+            await settle()
+            engine.answer()
+        else:
+            engine.answer()
+            await waiting
+            engine.residency.forget(["a"])
+            engine.residency.keep_only(lambda digest: True)
+            lease.release()
+        await settle()
+        engine.answer()
+        assert engine.held == {}
+        assert engine.residency.memory.used == 0
+
+    run(test())
+
+
 def test_more_who_wait_for_room_than_the_queue_holds_are_turned_away() -> None:
     async def test() -> None:
         engine = Engine(limit=10, queue_limit=2)

@@ -343,7 +343,7 @@ class Residency:
         self._unwanted = {
             digest
             for digest, entry in self._entries.items()
-            if entry.packed.path is None and not wanted(digest)
+            if (digest in self._unwanted if entry.packed.path is not None else not wanted(digest))
         }
         for digest in list(self._unwanted):
             self._unload_if_unwanted(self._entries[digest])
@@ -453,6 +453,7 @@ class Residency:
     def _load_failed(self, entry: CacheEntry, error: ApiError) -> None:
         if self._entries.get(entry.digest) is entry:
             del self._entries[entry.digest]
+            self._unwanted.discard(entry.digest)
         if not entry.loaded.done():
             entry.loaded.set_exception(error)
         self._changed.set()
@@ -499,6 +500,7 @@ class Residency:
         entry.bytes = message.bytes
         self.load_seconds.observe(time.monotonic() - entry.began)
         entry.loaded.set_result(None)
+        self._unload_if_unwanted(entry)  # its last request may have ended while it was loaded
         self._changed.set()
 
     def engine_ready(self) -> None:
@@ -510,6 +512,7 @@ class Residency:
         self._running = False
         entries, self._entries = self._entries, {}
         leaving, self._leaving = self._leaving, {}
+        self._unwanted.clear()
         self._slots = frozenset()
         for entry in entries.values():
             if not entry.loaded.done():

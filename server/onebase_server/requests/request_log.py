@@ -50,6 +50,8 @@ _SYNC_SECONDS = 1.0
 _AGAIN_SECONDS = 1.0
 _CLOCKS = 300.0
 """Largest difference, in seconds, of two servers' clocks that an erasure allows for."""
+_ERASED_COUNTS = 64
+"""Newest erasures whose numbers of erased requests are kept for whoever asked for them."""
 _TIDY_SECONDS = 60.0
 _OPEN_FILES = 64
 _TOKENS = 8
@@ -336,6 +338,8 @@ class RequestLog:
         self._size = 0
         self._erasing: dict[int, _Waiter] = {}
         """Waiters for erasures, by number. The next look answers all of them."""
+        self._erased_counts: OrderedDict[int, int] = OrderedDict()
+        """Requests that the newest erasures have erased here before anybody waited for them, by number."""
         self._closing = False
         self._running: dict[str, dict[str, RequestEntry]] = {}
         """Entries of requests that run, by tenant and id."""
@@ -738,13 +742,15 @@ class RequestLog:
                 begins.setdefault(one.tenant, one.number)
             for tenant in due:
                 counts = self._erase(tenant, due[tenant])
+                for one in erasures:
+                    if one.tenant == tenant:
+                        self._count_erased(one.number, counts.total() if one.user is None else counts[one.user])
                 del begins[tenant]
                 self._note_applied(min(begins.values(), default=erasures[-1].number + 1) - 1)
                 for number in [number for number, one in waiters.items() if one.tenant == tenant]:
-                    waiter = waiters.pop(number)
-                    waiter.done(counts.total() if waiter.user is None else counts[waiter.user])
-            for waiter in waiters.values():
-                waiter.done(0)
+                    waiters.pop(number).done(self._erased_counts.pop(number, 0))
+            for number, waiter in waiters.items():
+                waiter.done(self._erased_counts.pop(number, 0))
         except Exception as error:
             for waiter in waiters.values():
                 waiter.done(error)
@@ -752,6 +758,13 @@ class RequestLog:
                 raise
             if isinstance(error, OSError):
                 _log.warning("what was erased stays until the request log can be written: %s", error)
+
+    def _count_erased(self, number: int, count: int) -> None:
+        """Add to what an erasure has erased, for its waiter: a look may come between its commit and its
+        waiter."""
+        self._erased_counts[number] = self._erased_counts.pop(number, 0) + count
+        while len(self._erased_counts) > _ERASED_COUNTS:
+            self._erased_counts.popitem(last=False)
 
     def _erase(self, tenant: str, due: Mapping[str | None, float]) -> Counter[str | None]:
         """Erase requests of a tenant from memory and from every file, and return their numbers by user.
