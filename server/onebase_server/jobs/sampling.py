@@ -138,7 +138,9 @@ class JobSampler:
             self._residency.forget(self._files.drop_live(Path(weights.path).parent))
 
     async def _caller(self, job: TrainingJob) -> Caller:
-        """Return the job's key as it is now, in the background. Raises ApiError."""
+        """Return the job's key as it is now, in the background: whoever resumes a job may have raised its
+        tenant's quotas just before. Raises ApiError."""
+        self._keys.doubt()
         caller = await self._keys.caller_of(job.key)
         if not caller.may("generate"):
             raise InsufficientScopeError("generate", caller.key)
