@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Measures an adapter's life on a running server: upload to active, activation to first token, switches
-between resident adapters, cold starts from disk, and many adapters at random over few slots.
+between resident adapters, cold starts from disk, and many adapters at random.
 
 Each target is started alone on the machine. Peers are asked what they can do: PEFT switches by `set_adapter`,
 vLLM serves all adapters from its own host cache.
@@ -69,8 +69,7 @@ class Bench:
 
     async def _onebase(self, asked: Asked) -> None:
         options, names = self.options, list(self.folders)
-        extra = ["--data-dir", str(self.logs / "data"), "--max-slots", str(options.slots)]
-        extra += shlex.split(options.onebase_args)
+        extra = ["--data-dir", str(self.logs / "data"), *shlex.split(options.onebase_args)]
         setup, log = self._setup({}), self.logs / "onebase.log"
         resident = names[: options.slots]
         async with targets.onebase(setup, log, extra) as session:
@@ -248,7 +247,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = Options(__doc__)
     options.common("base", "vllm-python", "vllm-args", "onebase-args", "busy")
     options.count("adapters", 200, "adapters that are registered")
-    options.count("slots", 8, "adapters in the batch at once")
+    options.count("slots", 8, "adapters of the load that has all in slots, and vLLM's most in a batch")
     options.count("rank", 16, "rank of the adapters")
     options.count("requests", 200, "requests of the random load")
     options.count("streams", 16, "of them at the same time")

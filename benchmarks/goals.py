@@ -111,7 +111,7 @@ GOALS = [
         for work, load in FIRST_TOKENS.items()
         for peer in ("vllm", "llama.cpp")
     ),
-    Goal("adapters at random over 8 slots", "vllm", 3.0, RANDOM, _adapters("random: tokens/s", "vllm")),
+    Goal("adapters at random", "vllm", 3.0, RANDOM, _adapters("random: tokens/s", "vllm")),
     Goal(
         "adapters at random, p99 of TTFT",
         "all in slots",

@@ -107,9 +107,11 @@ async def _http_session(url: str, setup: Setup) -> HttpSession:
 
 @asynccontextmanager
 async def onebase(setup: Setup, log: Path, extra: Sequence[str] = ()) -> AsyncIterator[HttpSession]:
-    """Run `onebase serve`."""
+    """Run `onebase serve`, with a slot for each of the adapters, or with its default where there are none."""
     options = ["--base", str(setup.base), "--threads", str(setup.threads), "--kv-memory", "2GiB"]
-    options += ["--max-slots", str(max(1, len(setup.adapters))), "--max-rank", str(setup.rank)]
+    options += ["--max-rank", str(setup.rank)]
+    if setup.adapters:
+        options += ["--max-slots", str(len(setup.adapters))]
     for name, folder in setup.adapters.items():
         options += ["--adapter", f"{name}={folder}"]
     with tempfile.TemporaryDirectory(prefix="onebase-data-") as fresh:
