@@ -233,12 +233,15 @@ def library() -> CpuKernels:
     return found
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [("mixtral", "nf4"), ("mixtral", "none"), ("qwen3_moe", "nf4"), ("olmoe", "nf4"), ("minimax_m2", "nf4")],
+)
 def test_a_mixtures_layers_run_as_one_call_with_the_bits_of_single_ones(
-    quantization: Any, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, quantization: Any, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library()
-    lab = Lab(load_base(BaseSettings(folders("mixtral"), quantization=quantization)), [], [], [])
+    lab = Lab(load_base(BaseSettings(folders(kind), quantization=quantization)), [], [], [])
     asked = [Request(tuple(range(5 + at, 40 + 19 * at)), None, 8) for at in range(3)]
     engine = lab.engine(step_tokens=60)
     layers = engine.model._recorded

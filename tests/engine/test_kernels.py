@@ -34,7 +34,7 @@ from tests.engine.layers import (
     written_alike,
 )
 from tests.rows import row_map
-from tests.tiny import save_base
+from tests.tiny import ARCHITECTURES, save_base, save_model
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -684,6 +684,23 @@ def test_layers_run_as_one_call_until_somebody_looks_between_them(lab: Lab) -> N
     assert len(seen) == len(others) > 1
     assert all(torch.equal(one, other) for one, other in zip(seen, others, strict=True))
     assert run(engine, asked) == expected
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_layers_with_norms_of_heads_run_as_one_call_with_the_bits_of_single_ones(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ARCHITECTURES["qwen3"]()
+    config.head_dim = size
+    lab = Lab.create(load_base(BaseSettings(save_model(config, tmp_path / "base"))), tmp_path)
+    engine, asked = lab.engine(), requests(12, seed=5)
+    layers = engine.model._recorded
+    if not layers:
+        pytest.skip("the kernels in C do not compute here")
+    assert [len(layer.chain) for layer in layers] == [len(layers)] + [0] * (len(layers) - 1)
+    texts = run(engine, asked)
+    monkeypatch.setitem(sys.modules, "onebase_engine.engine.fusion", None)
+    assert run(lab.engine(), asked) == texts
 
 
 def test_layers_that_are_given_something_else_than_in_the_trial_compute_one_by_one(

@@ -54,8 +54,8 @@ class SlotNorm(SlotModule):
 
 
 class HeadNorm(nn.Module):
-    """A norm of queries' or keys' heads by a kernel, since libraries sum one row in another order than
-    many."""
+    """A norm of queries' or keys' heads by a kernel. On a GPU libraries sum one row in another order than
+    many; on the CPU a decoder layer is recorded only if it calls kernels alone."""
 
     def __init__(self, base: nn.Module, kernel: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -89,9 +89,7 @@ def wrap_layers(
         elif id(module) in norms:
             slot_module = SlotNorm(module, step, kernels)
         else:
-            # On the CPU PyTorch sums a row by itself.
-            named = "norm" in type(module).__name__.lower()
-            if not kernels.tiled and named and takes_rows_alone(module):
+            if "norm" in type(module).__name__.lower() and takes_rows_alone(module):
                 kernel = kernels.norm(module)
                 if kernel is not module:
                     _replace(model, name, HeadNorm(module, kernel))
