@@ -9,6 +9,11 @@ proved about its adapters are kept for the next time; --prepare writes the base 
   python benchmarks/mixture.py --folder ~/olmoe --prepare             # 18 GB on disk
   python benchmarks/mixture.py --folder ~/olmoe --targets onebase,peft,llama.cpp --install-peers
   python benchmarks/mixture.py --layers 2 --rounds 1 --tokens 16      # a quick look
+
+With --resident a mixture of another shape is made of random 4-bit weights in this process, and its engine is
+measured without files, server and peers: its memory, one stream, and 16 streams over 8 adapters.
+
+  python benchmarks/mixture.py --resident qwen3-30b-a3b               # 18 GB of memory
 """
 
 from __future__ import annotations
@@ -16,11 +21,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,17 +38,26 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 from rich.console import Console
 from safetensors.torch import save_file
-from transformers import OlmoeConfig
+from transformers import AutoConfig
 
 import serve
 from bench.command import positive
-from bench.random_base import SHAPES
+from bench.engines import engine_on, outputs
+from bench.random_base import SHAPES, random_adapter, random_base, write_folder
+from bench.report import table
 from onebase_engine.base.default_base import fetch_default_base, fetch_gguf
+from onebase_engine.base.experts import expert_matrices
+from onebase_engine.base.load import base_bytes
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
 from onebase_engine.user_cache import default_cache
+from onebase_server.processes.engine import warm_up
 
 Q4_1 = GGMLQuantizationType.Q4_1
 BLOCK, BLOCKS = 32, 1 << 17
 """Weights in a block of Q4_1, and blocks that are drawn; tensors are put together from them."""
+ADAPTERS = 8
+"""Adapters of a mixture that is measured in this process."""
 GGUF, DONE = "Q4_1.gguf", "written"
 """Files of the mixture: for llama.cpp, and the number of layers once everything is written."""
 START_SECONDS, LOAD_SECONDS = 3600, 1800
@@ -128,7 +146,7 @@ def _write_settings(folder: Path, layers: int) -> Any:
         shutil.copy(file, folder)
     words = json.loads((base / "config.json").read_text())
     fields = SHAPES["olmoe"] | {name: words[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = OlmoeConfig(
+    config = AutoConfig.for_model(
         **fields | {"num_hidden_layers": layers}, pad_token_id=0, architectures=["OlmoeForCausalLM"]
     )
     config.save_pretrained(folder)
@@ -180,24 +198,75 @@ def _begin(file: Path, config: Any) -> GGUFWriter:
     return writer
 
 
+def measure_resident(shape: str, layers: int | None, console: Console) -> None:
+    """Print the memory and the speed of an engine over a mixture of this shape."""
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    with tempfile.TemporaryDirectory(prefix="onebase-mixture-") as name:
+        folder = Path(name)
+        write_folder(shape, folder, **changes)
+        with console.status(f"making the weights of {shape}"):
+            base = random_base(folder, torch.device("cpu"))
+        engine = engine_on(base, torch.device("cpu"), folder, slots=ADAPTERS)
+        for number in range(ADAPTERS):
+            engine.put_adapter(f"a{number}", random_adapter(base, 16, number))
+        with console.status("the first requests"):
+            warm_up(engine)
+        rows = [["the base", f"{base_bytes(base) / 1e9:.1f} GB"]]
+        for streams, tokens in ((1, 64), (16, 24)):
+            seconds, between = _load(engine, streams, tokens)
+            title = "1 stream, 1 adapter" if streams == 1 else f"{streams} streams, {ADAPTERS} adapters"
+            rows += [[f"{title}: tokens/s", f"{streams * tokens / seconds:.1f}"]]
+            rows += [[f"{title}: ms between tokens", f"{between * 1e3:.0f}"]]
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        for title, field in (("memory now", "VmRSS"), ("the most", "VmHWM")):
+            rows.append([f"this process, {title}", f"{int(status[field].split()[0]) * 1024 / 1e9:.1f} GB"])
+        console.print(table(["", ""], rows, f"{shape}, {len(list(expert_matrices(base))) // 2} layers"))
+
+
+def _load(engine: Engine, streams: int, tokens: int) -> tuple[float, float]:
+    """Return the seconds of a load from its first request to its last token, and the median between two steps
+    that gave each stream a token. Each prompt has 85 tokens."""
+    draw = np.random.default_rng(streams)
+    asked = [
+        Submit(
+            id=f"{streams}-{number}",
+            prompt=draw.integers(3, 250, 85).tolist(),
+            sampling=Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True),
+            adapters=[AdapterRef(f"a{number % ADAPTERS}")],
+        )
+        for number in range(streams)
+    ]
+    started, ends = time.perf_counter(), list[float]()
+    for count, _ in enumerate(outputs(engine, asked), 1):
+        if count % streams == 0:
+            ends.append(time.perf_counter())
+    return ends[-1] - started, median(after - before for before, after in pairwise(ends))
+
+
 def main(argv: Sequence[str]) -> int:
     """Return the exit status: 0 when every target was measured, else 1."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument(
-        "--layers", type=positive, default=16, help="of the mixture; OLMoE has 16 (default: 16)"
-    )
+    parser.add_argument("--layers", type=positive, help="of the mixture (default: all; OLMoE has 16)")
     parser.add_argument("--folder", type=Path, help="folder in which it is kept for the next time")
     parser.add_argument("--prepare", action="store_true", help="write the mixture to --folder, and end")
+    parser.add_argument(
+        "--resident", choices=SHAPES, help="shape of a mixture to be measured in this process"
+    )
     options, rest = parser.parse_known_args(argv)
+    if options.resident is not None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        measure_resident(options.resident, options.layers, Console())
+        return 0
     if options.prepare and options.folder is None:
         parser.error("--prepare needs --folder")
     with tempfile.TemporaryDirectory(prefix="onebase-mixture-") as folder:
         kept = options.folder or Path(folder)
         kept.mkdir(parents=True, exist_ok=True)
         done = kept / DONE
-        if not done.exists() or done.read_text() != str(options.layers):
-            write_mixture(kept, options.layers, Console())
+        layers = options.layers or SHAPES["olmoe"]["num_hidden_layers"]
+        if not done.exists() or done.read_text() != str(layers):
+            write_mixture(kept, layers, Console())
         if options.prepare:
             return 0
         usual = [

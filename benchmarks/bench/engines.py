@@ -39,21 +39,27 @@ def load(folder: Path, adapters: dict[str, str], rank: int, draft_tokens: int) -
     rank: the largest of the adapters.
     """
     base, device = load_base(folder)
-    limits = SchedulerLimits(64, DEFAULT_STEP_TOKENS[device.type], 2048, draft_tokens)
-    engine = Engine(
-        base,
-        name="bench",
-        limits=limits,
-        kv_blocks=KV_TOKENS // BLOCK,
-        slots=max(1, len(adapters)),
-        eos_ids=eos_ids(base),
-        tokenizer=folder,
-    )
+    engine = engine_on(base, device, folder, slots=max(1, len(adapters)), draft_tokens=draft_tokens)
     for name, path in adapters.items():
         loaded = load_adapter(base, Path(path) / CONFIG_FILE, Path(path) / WEIGHTS_FILE, rank)
         engine.put_adapter(name, loaded.weights)
     warm_up(engine)
     return engine
+
+
+def engine_on(
+    base: torch.nn.Module, device: torch.device, folder: Path, *, slots: int, draft_tokens: int = 0
+) -> Engine:
+    """Return an engine over a loaded base. folder: of its tokenizer."""
+    return Engine(
+        base,
+        name="bench",
+        limits=SchedulerLimits(64, DEFAULT_STEP_TOKENS[device.type], 2048, draft_tokens),
+        kv_blocks=KV_TOKENS // BLOCK,
+        slots=slots,
+        eos_ids=eos_ids(base),
+        tokenizer=folder,
+    )
 
 
 def outputs(engine: Engine, submits: Iterable[Submit] = ()) -> Iterator[SequenceOutput]:

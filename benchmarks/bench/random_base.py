@@ -25,6 +25,7 @@ ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 BLOCKSIZE = 64
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama-3.1-8B
+        "model_type": "llama",
         "vocab_size": 128256,
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -36,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
     },
     "olmoe": {  # OLMoE-1B-7B
+        "model_type": "olmoe",
         "vocab_size": 50304,
         "hidden_size": 2048,
         "intermediate_size": 1024,
@@ -46,7 +48,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "max_position_embeddings": 4096,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+    },
     "tiny": {  # for Triton's interpreter
+        "model_type": "llama",
         "vocab_size": 320,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -57,7 +75,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
-"""Fields of a config, of a Llama's if it has no experts, else of an OLMoE's."""
+"""Fields of configs."""
+_CLASSES = {"llama": "LlamaForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+"""Names of models, by type."""
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
@@ -72,18 +92,17 @@ def write_folder(shape: str, folder: Path, **changes: Any) -> BaseSettings:
     """
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
     fields = SHAPES[shape] | changes
-    routed = "num_experts" in fields
-    config = (OlmoeConfig if routed else LlamaConfig)(
+    config = AutoConfig.for_model(
         **fields,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        architectures=["OlmoeForCausalLM" if routed else "LlamaForCausalLM"],
+        architectures=[_CLASSES[fields["model_type"]]],
     )
     config.save_pretrained(folder)
     save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")
