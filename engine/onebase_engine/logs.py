@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
+from onebase_engine.machine import explain_refusal
+
 LOG_FORMAT = "ONEBASE_LOG_FORMAT"
 """Environment variable with the log format, `text` or `json`, which the api also passes to its children."""
 REQUEST: ContextVar[Mapping[str, str]] = ContextVar("onebase_request", default={})  # noqa: B039 (never changed)
@@ -36,7 +38,16 @@ def set_up_logs(process: str, level: int | str, form: str | None = None) -> None
     logging.basicConfig(level=level, handlers=[handler])
 
 
-class TextFormatter(logging.Formatter):
+class _RefusalFormatter(logging.Formatter):
+    """Replaces the traceback of memory or threads that the system refused by a sentence with the remedy: any
+    line may be where they run out."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's)
+        refusal = None if ei[1] is None else explain_refusal(ei[1])
+        return super().formatException(ei) if refusal is None else refusal
+
+
+class TextFormatter(_RefusalFormatter):
     """Appends the request's id to the message, unless the message contains it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's)
@@ -45,7 +56,7 @@ class TextFormatter(logging.Formatter):
         return text if request in text else f"{text} {request}"
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_RefusalFormatter):
     """Writes an object with `time` (RFC 3339), `level`, `process`, `logger`, `message` and further fields."""
 
     def __init__(self, process: str) -> None:

@@ -155,9 +155,8 @@ def peak_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an error of torch or Python says that memory is short."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # which the api never imports
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
@@ -165,6 +164,31 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     said = str(error)
     return any(part in said for part in _NO_MEMORY) or _ONEDNN.fullmatch(said) is not None
+
+
+def explain_refusal(error: BaseException) -> str | None:
+    """Return a sentence for an error that comes from memory or a thread that the system refused, with the
+    remedy; None for any other error. Its causes are looked at too."""
+    cause: BaseException | None = error
+    while cause is not None and not _is_refusal(cause):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    said = str(cause) or type(cause).__name__
+    return (
+        f"the system refuses more memory or threads ({said}): end other programs, or raise the limit of the "
+        "shell (ulimit -v, -d, -u), of the service (MemoryMax=, TasksMax=) or of the container (--memory, "
+        "--pids-limit)"
+    )
+
+
+def _is_refusal(error: BaseException) -> bool:
+    if is_out_of_memory(error):
+        return True
+    said = str(error)
+    if isinstance(error, ImportError):  # a library was not mapped
+        return "Cannot allocate memory" in said
+    return isinstance(error, RuntimeError) and said == "can't start new thread"
 
 
 def keep_freed_memory() -> None:

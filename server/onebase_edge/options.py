@@ -89,7 +89,9 @@ def checked(parse: Any) -> Any:
 
 
 def print_failure(console: Console, message: str) -> None:
-    console.print(f"onebase: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"onebase: {message}", style="red", highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
 
 
 def address_error(settings: Settings, error: OSError) -> str:

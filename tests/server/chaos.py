@@ -273,6 +273,8 @@ class Chaos:
         self.faults: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
         """Time that faults took, by kind."""
+        self.phases: dict[str, float] = {}
+        """Time that each part of the run took, in seconds."""
         self._operator = random.Random(f"{seed} operator")
         self._serve = serve
         self._places = places
@@ -575,18 +577,17 @@ class Chaos:
             self._limited(pid, resource.RLIMIT_DATA, 1 << 20)
 
     def no_memory(self) -> None:
-        """A server that is ready gets no more memory: one that begins would end, as on a full disk."""
-        server = self._pick()
-        with suppress(httpx2.HTTPError):
-            if httpx2.get(f"{server.url}/ready", timeout=5).status_code == 200:
-                self._limited(server.process.pid, resource.RLIMIT_DATA, 1 << 20)
+        """A server gets no more memory; one that begins says so and ends."""
+        self._limited(self._pick().process.pid, resource.RLIMIT_DATA, 1 << 20)
 
     def _limited(self, pid: int, limit: int, most: int) -> None:
         with suppress(ProcessLookupError, PermissionError):
             before = resource.prlimit(pid, limit)
             resource.prlimit(pid, limit, (most, before[1]))
             time.sleep(self.chance.choice(self._short))
-            resource.prlimit(pid, limit, before)
+            for one in _family(pid):  # what it started meanwhile has inherited the limit
+                if resource.prlimit(one, limit) == (most, before[1]):
+                    resource.prlimit(one, limit, before)
 
     def jump_clock(self) -> None:
         """The clock of all servers jumps, and comes back."""
@@ -642,36 +643,52 @@ class Chaos:
     def run(self, faults: int) -> None:
         """All of it, with so many faults."""
         with self._stack:
-            self.servers = [self._start(number) for number in range(len(self._ports))]
-            for server in self.servers:
-                server.wait_ready()
-            self._registry = Database(self._places.registry)
-            self._stack.callback(self._registry.close)
-            self.route = self._stack.enter_context(routing(self.servers, self._places.folder))
-            self.record()
-            with self.route.client(150) as http:
-                for _ in range(4):
-                    self._add(http)
+            with self._timed("start"):
+                self._begin()
             working = [threading.Thread(target=self._client, args=(one,)) for one in range(CLIENTS)]
             working.append(threading.Thread(target=self._operate))
             for thread in working:
                 thread.start()
             try:
-                self._break(faults)
+                with self._timed("faults and pauses"):
+                    self._break(faults)
             finally:
                 self._over.set()
-                for thread in working:
-                    thread.join()
-            self._start_again()
-            for server in self.servers:
-                server.wait_ready()
+                with self._timed("last answers"):
+                    for thread in working:
+                        thread.join()
+            with self._timed("last start"):
+                self._start_again()
+                for server in self.servers:
+                    server.wait_ready()
             self._settle()
             self._note_processes()
-            for server in self.servers:
-                server.signal(signal.SIGTERM)
-            for server in self.servers:
-                server.exit_status(180)
-        self._check_orphans()
+            with self._timed("end"):
+                for server in self.servers:
+                    server.signal(signal.SIGTERM)
+                for server in self.servers:
+                    server.exit_status(180)
+        with self._timed("look for orphans"):
+            self._check_orphans()
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.phases[phase] = time.monotonic() - began
+
+    def _begin(self) -> None:
+        """Start the servers and their route; note what idle ones answer; make some adapters."""
+        self.servers = [self._start(number) for number in range(len(self._ports))]
+        for server in self.servers:
+            server.wait_ready()
+        self._registry = Database(self._places.registry)
+        self._stack.callback(self._registry.close)
+        self.route = self._stack.enter_context(routing(self.servers, self._places.folder))
+        self.record()
+        with self.route.client(150) as http:
+            for _ in range(4):
+                self._add(http)
 
     def _break(self, faults: int) -> None:
         ways = self._ways()
@@ -706,31 +723,35 @@ class Chaos:
         """Wait until nothing runs; note what was lost, and what is left that should not be."""
         with ExitStack() as clients:
             https = [clients.enter_context(server.client()) for server in self.servers]
-            for server, http in zip(self.servers, https, strict=True):
-                server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)  # noqa: B023
-            self._check_jobs()
+            with self._timed("requests end"):
+                for server, http in zip(self.servers, https, strict=True):
+                    server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)  # noqa: B023
+            with self._timed("jobs end"):
+                self._check_jobs()
             self._check_kept(https[0])
             clean = {
                 "files of jobs": "SELECT * FROM job_files",
                 "claims of proofs": "SELECT server, until FROM proofs WHERE until IS NOT NULL",
                 "unfinished versions": "SELECT state FROM versions WHERE state NOT IN ('ready', 'failed')",
             }
-            for what, query in clean.items():
-                try:
-                    self.servers[0].wait_for(lambda: not self._rows(query), 90)  # noqa: B023
-                except TimeoutError:
-                    self.wrong.append(f"orphaned {what}: {self._rows(query)}")
+            with self._timed("tables clear"):
+                for what, query in clean.items():
+                    try:
+                        self.servers[0].wait_for(lambda: not self._rows(query), 90)  # noqa: B023
+                    except TimeoutError:
+                        self.wrong.append(f"orphaned {what}: {self._rows(query)}")
             seen = [
                 [(adapter["id"], adapter["version"]) for adapter in http.get("/v1/adapters").json()["data"]]
                 for http in https
             ]
             if any(one != seen[0] for one in seen):
                 self.wrong.append(f"the servers know different adapters: {seen}")
-            for http in https:
-                stats = http.get("/status").json()["stats"]
-                if stats and stats["sequences_running"]:
-                    self.wrong.append(f"orphaned sequences: {stats['sequences_running']}")
-                self._check_log(http)
+            with self._timed("request logs end"):
+                for http in https:
+                    stats = http.get("/status").json()["stats"]
+                    if stats and stats["sequences_running"]:
+                        self.wrong.append(f"orphaned sequences: {stats['sequences_running']}")
+                    self._check_log(http)
         for server in (*self._started, self.route):
             for part in server.log.split("Traceback")[1:]:  # scripted processes may end as they like
                 if re.search("/onebase_(server|route)/", part[:3000]):
@@ -810,12 +831,14 @@ class Chaos:
                     yield Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
     def report(self) -> str:
-        """A table of the faults, what clients and the operator got, and the verdict."""
+        """Tables of the faults, of where the time went and of what was answered, and the verdict."""
         lines = ["| fault | times | seconds |", "|---|---:|---:|"]
         lines += [
             f"| {name.replace('_', ' ')} | {count} | {self.seconds[name]:.0f} |"
             for name, count in sorted(self.faults.items())
         ]
+        lines += ["", "| part | seconds |", "|---|---:|"]
+        lines += [f"| {name} | {seconds:.0f} |" for name, seconds in self.phases.items()]
         lines += ["", "| outcome | times |", "|---|---:|"]
         lines += [f"| {name} | {count} |" for name, count in sorted(self.outcomes.items())]
         verdict = "nothing lost, wrong or orphaned" if not self.wrong else f"{len(self.wrong)} findings"

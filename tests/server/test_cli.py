@@ -160,6 +160,25 @@ def test_too_few_open_files_are_reported_in_a_sentence_with_the_remedy(files: in
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("megabytes", [40, pytest.param(112, marks=pytest.mark.full), 160])
+def test_memory_that_the_system_refuses_at_the_start_is_reported_in_a_sentence_with_the_remedy(
+    megabytes: int, tmp_path: Path, base_folder: Path
+) -> None:
+    command = 'ulimit -d "$1"; exec "$2" -m onebase_server --port 0 --data-dir "$3" --base "$4"'
+    ended = subprocess.run(
+        ["sh", "-c", command, "sh", str(megabytes << 10), sys.executable, str(tmp_path), str(base_folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # each thread of numpy's takes memory at its import
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = " ".join(ended.stderr.split())
+    assert ended.returncode == 1, said
+    assert "the system refuses more memory or threads" in said
+    assert "raise the limit of the shell (ulimit -v, -d, -u)" in said
+    assert "Traceback" not in said
+
+
 def test_the_least_open_files_are_enough_for_an_upload_and_several_requests() -> None:
     command = f'ulimit -n {LEAST_FILES}; exec "$@"'
     server_command = [sys.executable, str(ROOT / "tests/server/serve_scripted.py"), "words"]

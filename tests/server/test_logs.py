@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+
+from onebase_engine.logs import JsonFormatter, TextFormatter
 
 from .access import Keys, bearer
 from .conftest import make_adapter
@@ -85,6 +90,37 @@ def test_text_ends_with_the_id_too(serve_scripted: Starter) -> None:
         http.get("/version?secret=x", headers={"x-request-id": "mine-3"})
         server.wait_for(lambda: "mine-3" in server.log)
         assert re.search(r'INFO uvicorn.access: \S+ - "GET /version HTTP/1.1" 200 mine-3\n', server.log)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libx.so: failed to map segment from shared object: Cannot allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize(
+    "formatter", [TextFormatter("%(message)s"), JsonFormatter("api")], ids=["text", "json"]
+)
+def test_memory_or_threads_that_are_refused_are_logged_with_the_remedy_and_without_a_traceback(
+    error: Exception, formatter: logging.Formatter
+) -> None:
+    def logged(cause: Exception) -> str:
+        try:
+            raise ValueError("it cannot be followed") from cause
+        except ValueError:
+            record = logging.LogRecord("x", logging.ERROR, "", 0, "following failed", (), sys.exc_info())
+        return formatter.format(record)
+
+    said = logged(error)
+    assert "following failed" in said
+    assert "the system refuses more memory or threads" in said
+    assert "(ulimit -v, -d, -u)" in said
+    assert "Traceback" not in said
+    assert "Traceback" in logged(BlockingIOError(errno.EAGAIN, "a lock is held"))
 
 
 def test_a_start_that_fails_says_why_in_json(serve_scripted: Starter) -> None:

@@ -30,7 +30,7 @@ from onebase_edge.settings import (
     parse_quotas,
 )
 from onebase_engine.logs import LOG_FORMAT, set_up_logs
-from onebase_engine.machine import with_room
+from onebase_engine.machine import explain_refusal, with_room
 from onebase_protocol.command_line import OptionParser
 
 if TYPE_CHECKING:
@@ -90,17 +90,29 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
             lock = lock_folder(Path(settings.data_dir).expanduser().absolute())
         except FolderInUseError as error:
             return failed(error)
-        from onebase_server.app.startup import StartupError, WrongSettingsError, serve_until_stopped
-
         try:
-            with_room(lambda: serve_until_stopped(settings, listener, console, commands))
-        except WrongSettingsError as error:
-            return failed(error, 2)
-        except StartupError as error:
-            return failed(error)
+            _serve_on(settings, listener, console, commands)
+        except Exception as error:
+            if (refusal := explain_refusal(error)) is not None:
+                return failed(refusal)
+            from onebase_server.app.startup import StartupError, WrongSettingsError
+
+            if not isinstance(error, StartupError):
+                raise
+            return failed(error, 2 if isinstance(error, WrongSettingsError) else 1)
         finally:
             lock.close()
     return 0
+
+
+def _serve_on(
+    settings: Settings, listener: socket.socket, console: Console, commands: Commands | None
+) -> None:
+    """Import the server, and serve until a signal. Raises StartupError, or whatever memory that is refused
+    raises where it is."""
+    from onebase_server.app.startup import serve_until_stopped
+
+    with_room(lambda: serve_until_stopped(settings, listener, console, commands))
 
 
 def base(argv: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ from onebase_engine.engine.messages import (
     ToApi,
     to_api_decoder,
 )
+from onebase_engine.machine import explain_refusal
 from onebase_server.processes.engine_client import EngineClient
 from onebase_server.processes.inflight import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
@@ -276,7 +277,7 @@ class EngineSupervisor:
         try:
             base_fd = os.memfd_create("onebase-base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            return f"it cannot be started: {error}"
+            return f"it cannot be started: {explain_refusal(error) or error}"
         try:
             return await self._run_on(base_fd)
         finally:
@@ -300,8 +301,8 @@ class EngineSupervisor:
             self._link.engine = engine = await ChildProcess.spawn(
                 self._command, to_api_decoder(), receive, lambda: end(""), fds=fds
             )
-        except OSError as error:  # no memory, or no more processes or files
-            return f"it cannot be started: {error}"
+        except (OSError, MemoryError) as error:  # no memory, or no more processes or files
+            return f"it cannot be started: {explain_refusal(error) or error}"
         watch = loop.create_task(keep_running("watching for stalls of the engine", partial(self._watch, end)))
         try:
             engine.send(Start(self._config))

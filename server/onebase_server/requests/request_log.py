@@ -744,7 +744,9 @@ class RequestLog:
                 counts = self._erase(tenant, due[tenant])
                 for one in erasures:
                     if one.tenant == tenant:
-                        self._count_erased(one.number, counts.total() if one.user is None else counts[one.user])
+                        self._count_erased(
+                            one.number, counts.total() if one.user is None else counts[one.user]
+                        )
                 del begins[tenant]
                 self._note_applied(min(begins.values(), default=erasures[-1].number + 1) - 1)
                 for number in [number for number, one in waiters.items() if one.tenant == tenant]:
