@@ -38,6 +38,7 @@ from sqlalchemy import text
 
 from onebase_adapters.registry.database import Database
 from onebase_adapters.store.blobs import version_digest
+from onebase_server.processes.crash_suspects import FORGIVEN_AFTER
 
 from .support import (
     CONFIG,
@@ -374,6 +375,9 @@ class Chaos:
             return "" if any(one.digest is None for one in self._possible(name, since)) else "it is there"
         if code in ("engine_restarted", "crash_suspect", "engine_starting", "engine_restarting"):
             return "" if any(at > since - 30 for at in self._engines_died) else "no engine died"
+        if code == "crashes_engine":  # its prompt was there each time, and is refused for that long
+            deaths = sum(at > since - FORGIVEN_AFTER for at in self._engines_died)
+            return "" if deaths > 1 else f"{deaths} engines died"
         if code in ("no_replica", "replica_lost", *_CODES_AWAY):
             return "" if self._faulted_at > since - 60 else "no fault"
         if code or status != 200:

@@ -802,6 +802,13 @@ def _set_state(
     version.prepared_sha256 = prepared.sha256 if prepared else None
     version.prepared_size = prepared.size if prepared else None
     version.finished_at = None if state in UNFINISHED else now
+    if state not in UNFINISHED:
+        # The claim ends with what was claimed: its server may die, or find the registry away, before it
+        # releases it. With other kernels a ready version may still be proved.
+        kernels = (report or {}).get("proof", {}).get("kernels") if state == "ready" else None
+        version.proofs = [
+            proof for proof in version.proofs if proof.until is None or kernels not in (None, proof.kernels)
+        ]
 
 
 def _adapter_record(row: AdapterRow) -> AdapterRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from sqlalchemy import select
 from tests.adapters.registry.conftest import Open, add, blob, files
 
 from onebase_adapters.registry import (
@@ -16,6 +17,9 @@ from onebase_adapters.registry import (
     UnknownAdapterError,
     UnknownVersionError,
 )
+from onebase_adapters.registry.database import Database
+from onebase_adapters.registry.records import State
+from onebase_adapters.registry.tables import ProofRow
 from onebase_adapters.store.blobs import AdapterFiles, Blob
 from onebase_protocol.adapters import VersionFailure
 
@@ -512,6 +516,29 @@ def test_one_server_proves_a_version_until_its_claim_ends(open_registry: Open) -
     assert not other.proofs.claim(version, "torch", 60), "it is proved"
     one.delete_version(*HERE, version.digest)
     assert not other.proofs.claim(version, "avx2", 60), "it is deleted"
+
+
+@pytest.mark.parametrize("state", ["ready", "failed"])
+def test_a_claim_ends_with_the_version_that_it_is_for(
+    open_registry: Open, migrated_url: str, state: State
+) -> None:
+    one, other = open_registry(), open_registry()
+    one.sign("server-1")
+    other.sign("server-2")
+    version = one.version(*HERE, add(one, "a", "1", ready=False))
+    assert one.proofs.claim(version, "torch", 60)
+    assert other.proofs.claim(version, "avx2", 60)
+
+    if state == "ready":
+        one.set_state(*HERE, version.digest, state, report=REPORT, prepared=blob("prepared"))
+    else:
+        one.set_state(*HERE, version.digest, state, error=("proof_failed", "it is wrong"))
+
+    database = Database(migrated_url)
+    with database.read() as session:
+        claims = session.scalars(select(ProofRow.kernels).where(ProofRow.until.is_not(None))).all()
+    database.close()
+    assert claims == (["avx2"] if state == "ready" else [])
 
 
 def test_a_claim_from_before_the_clock_went_back_holds_nobody_up(open_registry: Open) -> None:
