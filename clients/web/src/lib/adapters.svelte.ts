@@ -27,6 +27,7 @@ export const FILES = [
 const SOON = 800
 const LATER = 5000
 const ROLLOUT_MS = 2000
+const MOST_SEEN = 400
 /** Of an adapter with very many versions, the newest. */
 const MOST_JOBS = 20
 /** Of an adapter with very many versions, the newest have their gates looked at. */
@@ -69,6 +70,18 @@ export function activeSince(history: Event[], version: string | null): number | 
   return last && last.version === version ? last.at : null
 }
 
+/** How a rollout looked each time that requests had ended since, the oldest first; never so many that drawing them takes long. */
+export function seenOf(before: Rollout[], now: Rollout | null): Rollout[] {
+  if (!now) return []
+  const same = before[0]?.id === now.id ? before : []
+  const last = same.at(-1)
+  if (last && requestsOf(last) >= requestsOf(now)) return [...same.slice(0, -1), now]
+  return [...(same.length < MOST_SEEN ? same : same.filter((_, at) => at % 2 === 0)), now]
+}
+
+/** Requests that both versions have answered. */
+export const requestsOf = ({ sides }: Rollout) => sides.reduce((sum, { side, requests }) => sum + (side === 'shadow' ? 0 : requests), 0)
+
 class Adapters {
   all = $state.raw<Adapter[] | null>(null)
   /** The one that is looked at; '' for none. */
@@ -78,6 +91,8 @@ class Adapters {
   history = $state.raw<Event[]>([])
   /** The rollout that runs, or else the latest; null if it never had one. */
   rollout = $state.raw<Rollout | null>(null)
+  /** That rollout as it was at each look since the adapter was opened. */
+  seen = $state.raw<Rollout[]>([])
   /** Gates of its versions by digest, of those that have any. */
   gates = $state.raw<Record<string, VersionGates>>({})
   usage = $state.raw<Usage | null>(null)
@@ -165,6 +180,7 @@ class Adapters {
     this.versions = []
     this.history = []
     this.rollout = null
+    this.seen = []
     this.gates = {}
     this.#gated = { of: '', at: 0 }
     this.usage = null
@@ -193,6 +209,7 @@ class Adapters {
       this.versions = versions.data
       this.history = history.data
       this.rollout = rollouts[0] ?? null
+      this.seen = seenOf(this.seen, this.rollout)
       this.problem = null
       if (!this.usage) void this.#loadUsage(name)
       void this.loadJobs()

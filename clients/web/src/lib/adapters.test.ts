@@ -4,7 +4,8 @@ vi.stubGlobal('sessionStorage', { getItem: () => null })
 vi.stubGlobal('localStorage', { getItem: () => null })
 vi.stubGlobal('document', { hidden: false, addEventListener: () => {}, baseURI: 'http://localhost/' })
 vi.stubGlobal('fetch', (request: Request) => Promise.resolve(answer(request.url)))
-const { adapters } = await import('./adapters.svelte')
+const { adapters, seenOf } = await import('./adapters.svelte')
+type Rollout = Parameters<typeof seenOf>[0][number]
 const { session } = await import('./session.svelte')
 
 const DIGEST = 'd'.repeat(64)
@@ -65,5 +66,25 @@ describe('gates of the versions that are looked at', () => {
     vi.advanceTimersByTime(5000)
     await adapters.loadOne()
     expect(adapters.gates).toEqual({})
+  })
+})
+
+describe('what a rollout was like at each look', () => {
+  const rollout = (id: string, active: number, candidate: number) =>
+    ({ id, sides: [['active', active], ['candidate', candidate], ['shadow', 99]].map(([side, requests]) => ({ side, requests })) }) as Rollout
+
+  it('is noted once for each number of requests, as it was last, and anew for another rollout', () => {
+    const [first, second, later] = [rollout('a', 3, 1), rollout('a', 3, 2), rollout('a', 3, 2)]
+    expect(seenOf([], null)).toEqual([])
+    expect(seenOf([first], second)).toEqual([first, second])
+    expect(seenOf([first, second], later)[1]).toBe(later)
+    expect(seenOf([first, second], rollout('b', 0, 0))).toHaveLength(1)
+  })
+
+  it('is thinned out before it is too much to draw, and keeps both ends', () => {
+    let seen: Rollout[] = []
+    for (let number = 0; number < 2000; number++) seen = seenOf(seen, rollout('a', number, 0))
+    expect(seen.length).toBeLessThanOrEqual(401)
+    expect([seen[0], seen.at(-1)].map((one) => one?.sides[0]?.requests)).toEqual([0, 1999])
   })
 })
