@@ -65,6 +65,8 @@ SHORT = (0.3, 1.5, 4.0)
 DELAYS = (0.01, 0.05, 0.2)
 """Seconds by which a disk, a database or a store is slower."""
 JUMPS = (-86400.0, -120.0, 120.0, 86400.0)
+_CODES_RESUMED = ("disk_full", "store_unavailable")
+"""Codes of jobs that failed, and go on once they are resumed."""
 _CODES_AWAY = ("registry_unavailable", "store_unavailable", "store_full", "registry_full")
 
 
@@ -771,8 +773,10 @@ class Chaos:
             self.servers[0].wait_for(
                 lambda: all(job.status in ("succeeded", "failed") for job in jobs().values()), 240
             )
-        failed = [job for job in jobs().values() if job.error is not None and job.error.code == "disk_full"]
-        with self.servers[0].client() as http:  # its message says so
+        failed = [
+            job for job in jobs().values() if job.error is not None and job.error.code in _CODES_RESUMED
+        ]
+        with self.servers[0].client() as http:  # as their documentation says
             for job in failed:
                 http.post(f"/v1/fine_tuning/jobs/{job.id}/resume")
         with suppress(TimeoutError):

@@ -23,6 +23,8 @@ from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.shared_proofs import SharedProofs
+from onebase_server.app.wiring import Preparation
+from onebase_server.processes.supervisor import AdapterStartError
 from onebase_server.processes.verifier_client import RejectedError, VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
 from onebase_server.storage.calls import RegistryThreads
@@ -207,6 +209,20 @@ def claims(folder: Path) -> int:
     """Versions that a server is to prove."""
     with sqlite3.connect(folder / "registry.db") as database:
         return int(database.execute("SELECT count(*) FROM proofs WHERE until IS NOT NULL").fetchone()[0])
+
+
+def test_a_start_at_which_the_registry_goes_away_ends_with_a_sentence_that_names_the_option(
+    registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        preparation = Preparation(house.adapters, cast(Any, None), cast(Any, None))  # it gets no farther
+        with sqlite3.connect(tmp_path / "registry.db") as database:
+            database.execute("ALTER TABLE versions RENAME TO gone")
+        with pytest.raises(AdapterStartError, match=r"failed while reading: .*versions.* \(--registry\)"):
+            await preparation.prepare_adapters()
+
+    asyncio.run(test())
 
 
 def test_of_two_servers_one_proves_and_the_other_takes_its_proof(

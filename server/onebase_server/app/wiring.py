@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from msgspec.structs import asdict, replace
 
+from onebase_adapters.registry import RegistryError
 from onebase_adapters.signatures import ServerKey, SignaturePolicy
-from onebase_adapters.store.store import local_folder
+from onebase_adapters.store.store import StoreError, local_folder
 from onebase_edge.background import Threads
 from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.base.default_base import ResolvedBase
@@ -47,7 +48,12 @@ from onebase_server.live.sampling import Samples
 from onebase_server.live.service import LiveTraining
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
 from onebase_server.processes.live_client import LIVE_COMMAND, LiveSettings, LiveTrainer
-from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
+from onebase_server.processes.supervisor import (
+    AdapterStartError,
+    EngineListeners,
+    EngineSupervisor,
+    RestartPolicy,
+)
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
@@ -122,8 +128,13 @@ class Preparation:
         """Serve the folders given at start, once, and load pinned adapters each time. Raises
         AdapterStartError."""
         if not self._served:
-            await self._adapters.resume()
-            await self._folders.serve_given()
+            try:
+                await self._adapters.resume()
+                await self._folders.serve_given()
+            except RegistryError as error:
+                raise AdapterStartError(f"{error} (--registry)") from error
+            except StoreError as error:
+                raise AdapterStartError(f"{error} (--store)") from error
             self._served = True
         await self._residency.load_pinned()
 
