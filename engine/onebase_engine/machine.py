@@ -155,8 +155,9 @@ def peak_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an error of torch or Python says that memory is short."""
-    torch = sys.modules.get("torch")  # which the api never imports
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
@@ -168,7 +169,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_refusal(error: BaseException) -> str | None:
     """Return a sentence for an error that comes from memory or a thread that the system refused, with the
-    remedy; None for any other error. Its causes are looked at too."""
+    remedy; None for any other error, a GPU's lack of memory among them. Its causes are looked at too."""
     cause: BaseException | None = error
     while cause is not None and not _is_refusal(cause):
         cause = cause.__cause__ or cause.__context__
@@ -183,12 +184,11 @@ def explain_refusal(error: BaseException) -> str | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    if is_out_of_memory(error):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    said = str(error)
     if isinstance(error, ImportError):  # a library was not mapped
-        return "Cannot allocate memory" in said
-    return isinstance(error, RuntimeError) and said == "can't start new thread"
+        return "Cannot allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
 
 
 def keep_freed_memory() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 
 from onebase_engine.logs import JsonFormatter, TextFormatter
 
@@ -121,6 +122,7 @@ def test_memory_or_threads_that_are_refused_are_logged_with_the_remedy_and_witho
     assert "(ulimit -v, -d, -u)" in said
     assert "Traceback" not in said
     assert "Traceback" in logged(BlockingIOError(errno.EAGAIN, "a lock is held"))
+    assert "Traceback" in logged(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_a_start_that_fails_says_why_in_json(serve_scripted: Starter) -> None:
