@@ -12,7 +12,7 @@ import pytest
 
 from onebase_adapters.registry import LiveSampler, Registry
 from onebase_edge.background import Threads
-from onebase_edge.errors import InvalidRequestError, QueueFullError
+from onebase_edge.errors import InvalidRequestError, QueueFullError, ResultGoneError
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.live import sampling
 from onebase_server.live.sampling import PlaceTargets, SampleOrder, Samples
@@ -51,6 +51,9 @@ class Drawn(Samples):
     async def _draw(self, *_: Any) -> bytes:
         return await self.draw()
 
+    async def _resumed(self, *_: Any) -> bytes:
+        return await self.draw()
+
     async def promised(self, number: int, **fields: Any) -> None:
         reservation: Any = SimpleNamespace(leave=None)
         await self.promise(f"s:sample:0:{number}", SAMPLER, order(**fields), LOCAL, reservation)
@@ -65,6 +68,24 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     made.migrate()
     yield made
     made.close()
+
+
+def test_a_sample_that_an_earlier_process_promised_is_waited_for_while_this_one_starts(
+    registry: Registry,
+) -> None:
+    async def run() -> None:
+        killed = Drawn(registry, asyncio.get_running_loop().create_future)
+        await killed.promised(0)
+        await killed.stop()
+        samples = Drawn(registry, lambda: asyncio.sleep(0, b"drawn"))
+        assert await samples.result(LOCAL.tenant, "s:sample:0:0", 0.05) is None
+        waiting = asyncio.create_task(samples.drawn(0))
+        await samples.resume()
+        assert (await waiting).result == b"drawn"
+        with pytest.raises(ResultGoneError):
+            await samples.drawn(1)
+
+    asyncio.run(run())
 
 
 def test_finished_samples_take_no_room_and_are_forgotten(

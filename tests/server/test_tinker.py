@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import os
+import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 import numpy as np
@@ -17,6 +22,8 @@ import pytest
 import tinker
 import torch
 import zstandard
+from safetensors.torch import load_file
+from tests.training.runs import assert_equal
 from tinker import types
 
 from onebase.cli import main
@@ -26,6 +33,8 @@ from .support import PATIENCE, ROOT, Server, Starter
 
 OPTIONS = ("--kv-memory", "100MB", "--threads", "1", "--max-sequences", "16")
 PROMPT = [504, 2920, 282, 4649, 314]
+KILLS = int(os.environ.get("ONEBASE_LIVE_KILLS", "4"))
+"""Moments at which the server, its engine or its trainer is killed; more of them take some seconds each."""
 
 
 @pytest.fixture(scope="module")
@@ -650,3 +659,198 @@ def pass_body(run: str, number: int, rows: int = 1) -> bytes:
     request = types.ForwardBackwardRequest(forward_backward_input=given, model_id=run, seq_id=number)
     encoded: bytes = forward_backward_request_to_proto(request).SerializeToString()
     return encoded
+
+
+# ---- killed processes ------------------------------------------------------------------------------
+
+
+class KilledServer:
+    """A server whose processes are killed at moments that follow from a seed, and that is started again.
+
+    In each life of the server, engine and trainer are killed at most once, and then the server: what runs at
+    several deaths of one engine or trainer is refused as their cause.
+    """
+
+    def __init__(self, start: Callable[..., Any], kills: int, seed: int) -> None:
+        self.kills: list[str] = []
+        """What was killed so far."""
+        self._start = start
+        self._draw = random.Random(seed)
+        self._lives = contextlib.ExitStack()
+        self._server: Server = self._lives.enter_context(start(ready=True))
+        self._answers = 0
+        self._failures: list[BaseException] = []
+        self._ended = threading.Event()
+        self._killing = threading.Thread(target=self._kill_all, args=(kills,), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._killing.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._killing.join()
+        self._lives.close()
+
+    @property
+    def is_killing(self) -> bool:
+        """Whether a process is still to be killed."""
+        return self._killing.is_alive()
+
+    def ask(self, path: str, body: Any) -> httpx2.Response:
+        """POST until there is an answer, as the client does."""
+        kind = {"content-type": "application/x-protobuf" if isinstance(body, bytes) else "application/json"}
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and not self._failures:
+            with contextlib.suppress(httpx2.TransportError), self._server.client() as http:
+                answer = http.post(f"/api/v1/{path}", content=content, headers=kind)
+                if answer.status_code not in (408, 503):
+                    assert answer.status_code == 200, f"{answer.text}\n{self._server.log}"
+                    self._answers += 1
+                    return answer
+            time.sleep(0.05)
+        raise TimeoutError(f"{path} is not answered: {self._failures}\n{self._server.log}")
+
+    def _kill_all(self, kills: int) -> None:
+        try:
+            while len(self.kills) < kills:
+                helpers = self._draw.sample(("engine", "trainer"), self._draw.randrange(3))
+                for victim in (*helpers, "server")[: kills - len(self.kills)]:
+                    self._wait()
+                    if self._ended.is_set():
+                        return
+                    self._kill(victim)
+                    self.kills.append(victim)
+        except BaseException as error:
+            self._failures.append(error)
+
+    def _wait(self) -> None:
+        """Wait for some answers, and a moment longer."""
+        until = self._answers + self._draw.randrange(8)
+        while self._answers < until and not self._ended.is_set():
+            time.sleep(0.005)
+        self._ended.wait(self._draw.uniform(0.0, 0.3))
+
+    def _kill(self, victim: str) -> None:
+        server, pids = self._server, []
+        if victim == "server":
+            server.signal(signal.SIGKILL)
+            server.exit_status()
+            self._server = self._lives.enter_context(self._start(ready=False))
+            return
+        server.wait_ready()  # one whose first engine does not start ends
+        while not pids and not self._ended.is_set():
+            with contextlib.suppress(ValueError):  # there is none at this moment
+                pids = server.live_pids() if victim == "trainer" else [server.engine_pid()]
+            time.sleep(0.01)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class Lesson:
+    """Two runs of one session, trained and sampled in turns."""
+
+    def __init__(self, server: KilledServer) -> None:
+        self._server = server
+        self._asked: dict[str, tuple[str, Any]] = {}
+        """Requests by their futures."""
+        self._results: dict[str, httpx2.Response] = {}
+        session = {"tags": [], "sdk_version": "0.38.0", "type": "create_session"}
+        self.session = str(server.ask("create_session", session).json()["session_id"])
+        loras = {"rank": 4, "seed": 9, "train_mlp": False}, {"rank": 8, "seed": 8, "train_unembed": False}
+        of = {"session_id": self.session, "base_model": "smollm2-135m-instruct"}
+        made = [
+            self._promised("create_model", of | {"model_seq_id": number, "lora_config": lora})
+            for number, lora in enumerate(loras)
+        ]
+        self._retrieve()
+        self.runs = [future.rpartition(":")[0] for future in made]
+        for first in (1, 6):
+            saved = [self._trained(run, first) for run in self.runs]
+            self._retrieve()
+            for future, number in itertools.product(saved, range(3)):
+                sampler = self._results[future].json()["sampling_session_id"]
+                seed = {"seed": number} if number else {}  # the first is drawn by chance
+                sampled = {"max_tokens": 24, "stop": [], **seed}
+                self._promised(
+                    "asample", sample_body(sampler, number, num_samples=2, sampling_params=sampled)
+                )
+            self._retrieve()
+        for run in self.runs:
+            self._promised("save_weights", {"model_id": run, "seq_id": 11, "path": "end"})
+        self._retrieve()
+
+    def _trained(self, run: str, first: int) -> str:
+        """Ask for two steps, the last request first; return the future of weights that can be sampled."""
+        sampler = {"sampling_session_seq_id": 10 * first + self.runs.index(run)}
+        step = {"adam_params": {"learning_rate": 0.01, "grad_clip_norm": 1.0}}
+        requests: list[tuple[str, Any]] = [
+            ("forward_backward", pass_body(run, first, rows=2)),
+            ("forward_backward", pass_body(run, first + 1)),
+            ("optim_step", step | {"model_id": run, "seq_id": first + 2}),
+            ("forward_backward", pass_body(run, first + 3)),
+            ("save_weights_for_sampler", sampler | {"model_id": run, "seq_id": first + 4}),
+        ]
+        futures = [self._promised(path, body) for path, body in reversed(requests)]
+        return futures[0]
+
+    def _promised(self, path: str, body: Any) -> str:
+        future = str(self._server.ask(path, body).json()["request_id"])
+        self._asked[future] = path, body
+        return future
+
+    def _retrieve(self) -> None:
+        for future in self._asked.keys() - self._results.keys():
+            self._results[future] = self._server.ask("retrieve_future", {"request_id": future})
+
+    def outcome(self) -> dict[str, Any]:
+        """All that another lesson must come to, by names that do not depend on the session."""
+        found: dict[str, Any] = {}
+        for future, answer in self._results.items():
+            name = future.replace(self.session, "")
+            if ":sample:" not in future:
+                found[name] = answer.content.replace(self.session.encode(), b"")
+            elif not future.endswith(":0"):
+                found[name] = sequences(answer)
+        return found
+
+    def weights(self, data: Path) -> dict[str, torch.Tensor]:
+        """Weights and optimizer's state of both runs at the end."""
+        return {
+            f"{number} {file.name} {name}": tensor
+            for number, run in enumerate(self.runs)
+            for file in sorted((data / "live" / run / "weights" / "end").glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+
+    def check_again(self) -> None:
+        """A request that comes again is the same promise, and its result stays what it was."""
+        for future, (path, body) in self._asked.items():
+            assert self._promised(path, body) == future
+            again = self._server.ask("retrieve_future", {"request_id": future})
+            assert again.content == self._results[future].content, future
+
+
+def test_processes_killed_at_any_moment_lose_no_future_and_do_nothing_twice(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    def start(folder: str, **how: Any) -> contextlib.AbstractContextManager[Server]:
+        return serve_real("--base", str(small_base), *OPTIONS, data_dir=tmp_path / folder, **how)
+
+    with KilledServer(functools.partial(start, "whole"), kills=0, seed=0) as server:
+        whole = Lesson(server)
+    expected, weights = whole.outcome(), whole.weights(tmp_path / "whole")
+    assert len(expected) == 2 * (1 + 11) + 4 * 2
+    assert any("optimizer.safetensors" in name for name in weights)
+    with KilledServer(functools.partial(start, "killed"), KILLS, seed=5) as server:
+        lessons = [Lesson(server)]
+        while server.is_killing:
+            lessons.append(Lesson(server))
+        for lesson in lessons:
+            lesson.check_again()
+    assert len(server.kills) == KILLS
+    for lesson in lessons:
+        assert lesson.outcome() == expected
+        assert_equal(lesson.weights(tmp_path / "killed"), weights)

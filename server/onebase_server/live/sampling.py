@@ -184,6 +184,8 @@ class Samples:
         self._open: dict[str, _Open] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._writer = _Writer(records, threads, server)
+        self._all_open = asyncio.Event()
+        """Set once the samples that earlier processes promised are drawn again."""
 
     async def promise(
         self,
@@ -228,14 +230,18 @@ class Samples:
     async def result(self, tenant: str, sample_id: str, seconds: float) -> LiveSample | None:
         """Return a finished sample, within some seconds; None if it is not there by then. Raises
         ResultGoneError, UnavailableError."""
-        opened = self._open.get(sample_id)
-        if opened is None or opened.sample.tenant != tenant:
-            found = await self._read(tenant, sample_id)
-            if found is None or found.finished_at is None:
-                raise ResultGoneError(sample_id)
-            return found
         try:
             async with asyncio.timeout(seconds):
+                opened = self._open.get(sample_id)
+                if opened is None or opened.sample.tenant != tenant:
+                    found = await self._read(tenant, sample_id)
+                    if found is not None and found.finished_at is not None:
+                        return found
+                    if found is not None:
+                        await self._all_open.wait()
+                    opened = self._open.get(sample_id)
+                    if found is None or opened is None:
+                        raise ResultGoneError(sample_id)
                 await opened.finished.wait()
         except TimeoutError:
             return None
@@ -265,6 +271,7 @@ class Samples:
                 continue
             opened = self._open[sample.id] = _Open(sample)
             self._begin(opened, self._resumed(sample))
+        self._all_open.set()
 
     async def stop(self) -> None:
         """End all that run; the next process of this server draws them again."""
