@@ -20,7 +20,6 @@ import asyncio
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from rich.console import Console
 
 from bench import machine
 from bench.command import Options, names
-from bench.processes import ONEBASE, end_on_signals, onebase_server
+from bench.processes import end_on_signals, make_key, onebase_server
 from bench.report import percentile, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,13 +271,6 @@ async def measure(
     await asyncio.sleep(head_start)
     gaps = await loop.run_in_executor(clients[0], stream_apart, url, keys[0], seconds - head_start)
     return gaps, await attack
-
-
-def make_key(data: Path, tenant: str) -> str:
-    command = [ONEBASE, "keys", "create", "--tenant", tenant]
-    command += ["--scope", "generate,adapters,train", "--data-dir", str(data)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return next(word for word in done.stdout.split() if word.startswith("ob"))
 
 
 async def bench(options: argparse.Namespace, console: Console) -> None:

@@ -3,31 +3,77 @@
 With `--compare` it also samples so many tokens from the last step's weights, and compares their logprobs with
 the trainer's, as the cookbook's `kl_sample_train` does. The client is the Tinker API's own
 (`pip install 'onebase[tinker]'`), against a server that runs already.
+
+With `--tenants SECONDS` it starts a server of its own instead, and measures three loads for so long each: 16
+streams; two tenants that train three adapters of ranks 4, 16 and 64 with other targets; and both at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
 import os
+import shlex
 import statistics
+import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+
+from bench import machine, report
+from bench.command import COMMON
+from bench.processes import end_on_signals, make_key, onebase_server
+from bench.stream import DONE, HttpError, request
+from bench.workload import Prompts, Shape
+from onebase_engine.base.default_base import fetch_default_base
 
 EACH, COMPARED = 8, 160
 """Samples of each prompt whose logprobs are compared, and their tokens."""
+TENANTS = ("acme", "globex")
+RUNS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "acme: rank 4 on attention": ("acme", {"rank": 4, "train_mlp": False, "train_unembed": False}),
+    "acme: rank 16 on attention and MLP": ("acme", {"rank": 16, "train_unembed": False}),
+    "globex: rank 64 on these and the unembedding": ("globex", {"rank": 64}),
+}
+"""Tenant and settings of each adapter that is trained, by its name in the table."""
+STREAMS, TRAINED = "16 streams, 8 of each tenant", "all three"
+ROW_TOKENS = 64
+"""Tokens of each row of a pass."""
+WARM_SECONDS = 5.0
+"""Seconds of each load, at least, before its tokens are counted; all its parts have got some by then."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
     parser.add_argument("--key", default=os.environ.get("TINKER_API_KEY", "tml-dummy"), help="API key")
     parser.add_argument("--steps", type=int, default=20, help="steps that are measured, after two others")
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapter, on all linear layers")
     parser.add_argument("--rows", type=int, default=4, help="rows of each pass, of 64 tokens")
     parser.add_argument("--compare", type=int, default=0, help="tokens whose logprobs are compared; 0: none")
+    parser.add_argument(
+        "--tenants", type=float, default=0.0, metavar="SECONDS",
+        help="length of each of three loads: streams, training, both",
+    )  # fmt: skip
+    for name in ("base", "onebase-args", "busy"):
+        parser.add_argument(f"--{name}", **COMMON[name])
     arguments = parser.parse_args()
     os.environ.setdefault("TINKER_TELEMETRY", "0")
+    if arguments.tenants:
+        end_on_signals()
+        console = Console()
+        machine.demand_quiet(arguments.busy, console)
+        asyncio.run(tenants(arguments, console))
+        return
     import tinker
 
     client = tinker.ServiceClient(base_url=arguments.url, api_key=arguments.key)
@@ -40,23 +86,161 @@ def main() -> None:
     client.close("success").result()
 
 
-def measured(training: Any, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the milliseconds of each part, by its name, of each step."""
+async def tenants(arguments: argparse.Namespace, console: Console) -> None:
+    """Measure streams and training, alone and together, on a server of its own, and print a table."""
+    folder = arguments.base or fetch_default_base()
+    options = ["--base", folder] if arguments.base else []
+    with tempfile.TemporaryDirectory(prefix="onebase-tenants-") as place:
+        data = Path(place) / "data"
+        keys = {tenant: make_key(data, tenant) for tenant in TENANTS}
+        options += ["--data-dir", data, *shlex.split(arguments.onebase_args)]
+        async with onebase_server(Path(place) / "server.log", *options) as (url, _):
+            base, trained = await asyncio.to_thread(begin_runs, url, keys)  # the client is not asynchronous
+            prompts = Prompts(folder, Shape().prompt_tokens, 0)
+            load = TenantsLoad(url, base, keys, prompts, trained, arguments.rows)
+            streams = await load.rates(arguments.tenants, streams=True)
+            training = await load.rates(arguments.tenants, trains=True)
+            both = await load.rates(arguments.tenants, streams=True, trains=True)
+    rows = []
+    for name, alone in ((STREAMS, streams[STREAMS]), *((name, training[name]) for name in (*RUNS, TRAINED))):
+        left = f"{both[name] / alone:.0%}" if alone else "-"
+        rows.append([name, f"{alone:.1f}", f"{both[name]:.1f}", left])
+    console.print(report.table(["tokens a second", "alone", "together", "left"], rows))
+
+
+def begin_runs(url: str, keys: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return the base's name, and a training client for each of RUNS by its name."""
+    import tinker
+
+    clients = {
+        tenant: tinker.ServiceClient(base_url=url, api_key=f"tml-{key}") for tenant, key in keys.items()
+    }
+    base = str(clients["acme"].get_server_capabilities().supported_models[0].model_name)
+    runs = {
+        name: clients[tenant].create_lora_training_client(base_model=base, seed=0, **settings)
+        for name, (tenant, settings) in RUNS.items()
+    }
+    return base, {name: future.result() for name, future in runs.items()}
+
+
+class TenantsLoad:
+    """Streams of the base and passes of live adapters, whose tokens are counted as they come.
+
+    keys: by tenant. trained: the Tinker API's training clients, by the names of RUNS. rows: of each pass.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        base: str,
+        keys: Mapping[str, str],
+        prompts: Prompts,
+        trained: Mapping[str, Any],
+        rows: int,
+    ) -> None:
+        self._url = url
+        self._base = base
+        self._keys = keys
+        self._prompts = prompts
+        self._trained = trained
+        self._rows = rows
+        self._tokens: Counter[str] = Counter()
+        self._numbers = itertools.count()
+        self._ended = threading.Event()
+
+    async def rates(self, seconds: float, *, streams: bool = False, trains: bool = False) -> dict[str, float]:
+        """Return tokens a second of each part of a load that runs for so long. Raises what one fails of."""
+        self._ended.clear()
+        parts: list[asyncio.Task[None]] = []
+        if streams:
+            keys = itertools.islice(itertools.cycle(self._keys.values()), Shape().streams)
+            parts += [asyncio.create_task(self._stream(key)) for key in keys]
+        streaming = list(parts)
+        if trains:
+            parts += [asyncio.create_task(asyncio.to_thread(self._train, name)) for name in self._trained]
+        names, first = (STREAMS,) * streams + tuple(RUNS) * trains, self._tokens.copy()
+        try:
+            await _pause(WARM_SECONDS, parts)
+            while any(self._tokens[name] == first[name] for name in names):
+                await _pause(0.1, parts)
+            began, before = time.perf_counter(), self._tokens.copy()
+            await _pause(seconds, parts)
+            lasted = time.perf_counter() - began
+            rates = {name: (self._tokens[name] - before[name]) / lasted for name in (STREAMS, *RUNS)}
+        finally:
+            self._ended.set()
+            for part in streaming:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+        return rates | {TRAINED: sum(rates[name] for name in RUNS)}
+
+    async def _stream(self, key: str) -> None:
+        """Stream one text after the other."""
+        shape = Shape()
+        while True:
+            body = {
+                "model": self._base,
+                "prompt": self._prompts.make("stream", next(self._numbers)),
+                "max_tokens": shape.tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            }
+            before = 0
+            async with request(f"{self._url}/v1/completions", "POST", body, key) as response:
+                if response.status != 200:
+                    raise HttpError(response.status, (await response.body()).decode(errors="replace"))
+                async for event in response.events():
+                    usage = None if event == DONE else json.loads(event).get("usage")
+                    if usage is not None:
+                        self._tokens[STREAMS] += usage["completion_tokens"] - before
+                        before = usage["completion_tokens"]
+
+    def _train(self, name: str) -> None:
+        """Train one adapter step by step: a pass and a step in flight."""
+        from tinker import types
+
+        training, data = self._trained[name], rows_of(self._rows)
+        while not self._ended.is_set():
+            passed = training.forward_backward(data, "cross_entropy")
+            stepped = training.optim_step(types.AdamParams(learning_rate=1e-4))
+            passed.result()
+            self._tokens[name] += self._rows * ROW_TOKENS
+            stepped.result()
+
+
+async def _pause(seconds: float, parts: list[asyncio.Task[None]]) -> None:
+    """Wait for so long. Raises what a part of the load fails of meanwhile."""
+    done, _ = await asyncio.wait(parts, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for part in done:
+        part.result()
+
+
+def rows_of(count: int) -> list[Any]:
+    """Return rows of random tokens for cross-entropy, all of whose tokens are learned."""
     import numpy as np
     from tinker import types
 
-    tokens = np.random.default_rng(0).integers(1000, 5000, (arguments.rows, 65))
-    data = [
+    tokens = np.random.default_rng(0).integers(1000, 5000, (count, ROW_TOKENS + 1))
+    return [
         types.Datum(
             model_input=types.ModelInput.from_ints(row[:-1].tolist()),
             loss_fn_inputs={
                 "target_tokens": types.TensorData.from_numpy(row[1:]),
-                "weights": types.TensorData.from_numpy(np.ones(64, np.float32)),
+                "weights": types.TensorData.from_numpy(np.ones(ROW_TOKENS, np.float32)),
             },
         )
         for row in tokens
     ]
-    prompt = types.ModelInput.from_ints(tokens[0, :32].tolist())
+
+
+def measured(training: Any, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the milliseconds of each part, by its name, of each step."""
+    from tinker import types
+
+    data = rows_of(arguments.rows)
+    prompt = types.ModelInput.from_ints(data[0].model_input.to_ints()[:32])
     parts: dict[str, list[float]] = {name: [] for name in ("pass", "step", "save", "sample", "whole")}
 
     def timed(name: str, future: Any) -> Any:

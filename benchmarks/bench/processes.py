@@ -89,6 +89,14 @@ async def onebase_server(
         yield url, process
 
 
+def make_key(data: Path, tenant: str) -> str:
+    """Return a new key of a tenant, for a server on that data folder, with all scopes but `admin`."""
+    command = [ONEBASE, "keys", "create", "--tenant", tenant]
+    command += ["--scope", "generate,adapters,train", "--data-dir", str(data)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(word for word in done.stdout.split() if word.startswith("ob"))
+
+
 async def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

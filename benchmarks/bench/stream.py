@@ -66,9 +66,11 @@ class Response:
 
 @asynccontextmanager
 async def request(
-    url: str, method: str = "GET", payload: dict[str, Any] | None = None
+    url: str, method: str = "GET", payload: dict[str, Any] | None = None, key: str = ""
 ) -> AsyncIterator[Response]:
     """Send one request on a connection of its own, which is closed on leaving: that is how to cancel.
+
+    key: API key of the caller, where the server demands one.
 
     Raises:
         ValueError: the URL is not on the loopback interface.
@@ -80,6 +82,7 @@ async def request(
         raise ValueError(f"{url}: only servers on this machine are measured ({', '.join(LOOPBACK)})")
     body = b"" if payload is None else json.dumps(payload).encode()
     head = f"{method} {parts.path or '/'} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    head += f"Authorization: Bearer {key}\r\n" if key else ""
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     reader, writer = await asyncio.open_connection(host, port)
     try:
