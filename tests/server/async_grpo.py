@@ -1,6 +1,7 @@
 """TRL's AsyncGRPO, as it is installed, against the server at URL: `python async_grpo.py URL BASE FOLDER`.
 
-Three steps of a LoRA that is rewarded for short answers; the last line printed is the trainer's log as JSON.
+Some steps of a LoRA that is rewarded for tokens with odd ids; the last line printed is the trainer's log as
+JSON.
 What TRL asks of a machine with GPUs is replaced: FlashAttention, by PyTorch's; the check that vLLM is there,
 of which the trainer uses nothing; and the question for the GPU's speed. TRL's own is what speaks to the
 server.
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 
-STEPS = 3
+STEPS = 12
 
 
-def short(completions: list[Any], **_: Any) -> list[float]:
-    """The reward: TRL's rollout process imports it from here."""
-    return [-len(one[0]["content"]) / 100 for one in completions]
+def odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The reward, of which the test's base gets a quarter: TRL's rollout process imports it from here."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
 class PlainAttention:
@@ -58,17 +59,18 @@ def main(url: str, base: str, folder: str) -> None:
     packing._flash_attn = PlainAttention
     async_rollout_worker.is_vllm_available = lambda: True
     async_grpo_trainer.get_peak_flops_per_device = lambda *_: None
-    prompts = [[{"role": "user", "content": f"Name {number} towns."}] for number in range(8)]
+    prompts = [[{"role": "user", "content": f"Name {number} towns."}] for number in range(2)]
     trainer = AsyncGRPOTrainer(
         model=base,
-        reward_funcs=short,
+        reward_funcs=odd,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
         args=AsyncGRPOConfig(
-            output_dir=folder, vllm_server_base_url=url, max_steps=STEPS, per_device_train_batch_size=2,
-            gradient_accumulation_steps=1, num_generations=2, max_completion_length=8, max_staleness=1,
-            max_inflight_tasks=4, learning_rate=1e-4, dtype="float32", logging_steps=1, save_strategy="no",
-            report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, token_budget=0,
+            output_dir=folder, vllm_server_base_url=url, max_steps=STEPS, per_device_train_batch_size=16,
+            gradient_accumulation_steps=1, num_generations=8, max_completion_length=8, max_staleness=1,
+            max_inflight_tasks=16, top_k=8, learning_rate=4e-3, dtype="float32", logging_steps=1,
+            save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+            token_budget=0,
         ),
     )  # fmt: skip
     trainer.train()
