@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -92,12 +92,25 @@ def roll_back(session: Session, adapter: AdapterRow, actor: str, at: float) -> N
         )
         .order_by(VersionRow.id.desc())
     ).all()
-    others = ", ".join(digest[:_SHOWN_DIGITS] for digest in ready[:_MOST_SHOWN])
-    more = f" and {len(ready) - _MOST_SHOWN} more" if len(ready) > _MOST_SHOWN else ""
     raise NothingToRollBackError(
-        f"{adapter.name!r} has no earlier version to roll back to: "
-        + (f"activate one by its digest: {others}{more}." if ready else "no other version is ready.")
+        f"{adapter.name!r} has no earlier version to roll back to, {_next_step(adapter, ready)}"
     )
+
+
+def _next_step(adapter: AdapterRow, ready: Sequence[str]) -> str:
+    """Return what can be done where nothing is left to roll back to, with the commands."""
+    name = adapter.name
+    if ready:
+        others = ", ".join(digest[:_SHOWN_DIGITS] for digest in ready[:_MOST_SHOWN])
+        more = f" and {len(ready) - _MOST_SHOWN} more" if len(ready) > _MOST_SHOWN else ""
+        return (
+            f"but others are ready: {others}{more}. Activate one by its digest: "
+            f"onebase adapters activate {name} {ready[0][:_SHOWN_DIGITS]}"
+        )
+    push = f"and no other is ready. Add one: onebase adapters push FOLDER --name {name} --activate"
+    if adapter.active is None:
+        return push
+    return f"{push}; to have no version answer: onebase adapters deactivate {name}"
 
 
 def deactivate(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:

@@ -255,11 +255,22 @@ def test_rolling_back_walks_back_through_what_was_active(registry: Registry) -> 
         registry.activate(*HERE, digest)
     assert registry.rollback(*HERE).active == two
     assert registry.rollback(*HERE).active == one
+    command = f"onebase adapters activate a {three[:12]}"
     with pytest.raises(
-        NothingToRollBackError, match=f"activate one by its digest: {three[:12]}, {two[:12]}\\.$"
+        NothingToRollBackError, match=f"others are ready: {three[:12]}, {two[:12]}\\. .*: {command}$"
     ):
         registry.rollback(*HERE)
     assert active(registry) == one
+
+
+def test_a_rollback_of_the_only_version_says_what_can_be_done_instead(registry: Registry) -> None:
+    registry.activate(*HERE, add(registry, "a", "1"))
+    with pytest.raises(
+        NothingToRollBackError, match=r"push FOLDER --name a .*: onebase adapters deactivate a$"
+    ):
+        registry.rollback(*HERE)
+    registry.deactivate(*HERE)
+    assert registry.rollback(*HERE).active is not None  # what was deactivated is what was active before
 
 
 def test_after_a_rollback_the_next_activation_remembers_what_was_rolled_back_to(registry: Registry) -> None:
