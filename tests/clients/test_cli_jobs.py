@@ -446,6 +446,9 @@ def test_a_job_on_hold_shows_its_data_and_what_it_will_take_and_how_to_begin(
     shell.check("jobs-hold")
     assert printed(capsys, "show", ID)["data"]["rows"] == 20
     assert printed(capsys, "watch", ID)["data"]["rows"] == 20
+    capsys.readouterr()
+    assert main(["jobs", "resume", ID]) == 0
+    assert "acme begins to train." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,12 @@ def _use(job: TrainingJob) -> None:
 
 def _change(action: str, client: Client, wanted: str, as_json: bool) -> int:
     job = find(client, wanted)
+    done = "begins to train." if action == "resume" and job.info.held else _DONE[action]
     {"pause": job.pause, "resume": job.resume, "stop": job.stop, "cancel": job.cancel}[action]()
     if as_json:
         print_json(job.info)
         return OK
-    print(f"{short(job.id)}  {job.name} {_DONE[action]}")
+    print(f"{short(job.id)}  {job.name} {done}")
     if action == "pause":
         note(f"To continue it: onebase jobs resume {short(job.id)}")
     elif action in ("resume", "stop"):
