@@ -6,9 +6,11 @@ import re
 from typing import Any
 
 import pytest
+from openai import OpenAI
 from playwright.sync_api import Route, expect
 from tests.server.access import Keys, client_with
 from tests.server.support import Server, upload
+from tests.server.training_support import ended, make_job, wait_job
 
 from .conftest import EACH_SIZE, Look, Visit
 
@@ -122,3 +124,33 @@ def test_what_was_activated_is_marked_on_the_latency_by_keyboard_and_in_words(
         expect(figure.locator(".unseen").first).to_contain_text("p50:")
         page.goto(f"{visit.url}/console#/adapters?name=tickets")
         expect(figure.get_by_role("button", name="tickets:")).to_have_count(1)
+
+
+def test_a_key_is_called_by_its_name_and_a_job_by_its_adapter_wherever_they_are_seen(
+    keyed: Server, keys: Keys, look: Look
+) -> None:
+    key = keys.make("adapters", "generate", "train", tenant="named", name="nightly")
+    with client_with(keyed, key) as http:
+        keyed.wait_for(lambda: http.get("/v1/key").status_code == 200)
+    with OpenAI(base_url=f"{keyed.url}/v1", api_key=key, max_retries=0) as client:
+        job = make_job(client, "rows", extra={"name": "tickets", "activate": "always"})
+        wait_job(keyed, client, job.id, ended)
+    with look(keyed, errors=("401",)) as visit:
+        page = visit.page
+        sign_in(visit, "#/tenant", key)
+        changes = page.get_by_role("region", name="Last changes")
+        made = changes.get_by_role("listitem").filter(has_text="job.created")
+        expect(made).to_contain_text("job.created tickets")
+        expect(made).to_contain_text("by nightly")
+        expect(changes.get_by_role("listitem").filter(has_text="file.added rows.jsonl")).to_have_count(1)
+        activated = changes.get_by_role("listitem").filter(has_text="adapter.activated")
+        expect(activated).to_contain_text("by nightly through training")
+        expect(made).not_to_contain_text("ftjob-")
+        made.get_by_role("link", name="tickets").click()
+        expect(page.get_by_role("heading", name="tickets")).to_be_visible()
+        expect(page.locator("article header")).to_contain_text("by nightly")
+        page.get_by_role("link", name="Its adapter").click()
+        version = page.get_by_role("table", name="Versions").get_by_role("row").nth(1)
+        expect(version).to_contain_text("Trained job")
+        expect(version.get_by_role("link", name="job ")).to_have_attribute("href", f"#/training?job={job.id}")
+        assert visit.faults() == []

@@ -2,12 +2,52 @@
 import type { Schemas } from '../api/client'
 import { bytes } from './units'
 
+type Entry = Schemas['AuditAnswer']
+/** Who did something: the id of a key, and what acted for it. */
+export type Doer = Pick<Entry, 'key' | 'actor'>
+
 const DIGEST = /^[0-9a-f]{64}$/
+const KEY = /^ob-/
+const AGENTS: Record<string, string> = { startup: 'the server’s start', batch: 'a batch', job: 'training' }
+/** The detail that has the name of what an entry is about, where its target is an id. */
+const NAMED: Record<string, string> = { job: 'adapter', file: 'filename' }
+
+const kindOf = ({ action }: Pick<Entry, 'action'>): string => action.split('.')[0] ?? ''
+const detailsOf = ({ details }: Pick<Entry, 'details'>) => (details ?? {}) as Record<string, unknown>
+
+/** A version or an adapter's history has one name for both: that of a key, or of what acted. */
+export const doerOf = (actor: string): Doer => (KEY.test(actor) ? { key: actor, actor: '' } : { key: '', actor })
+
+/** Who did it: a key by its name, and what acted for it; '' if nobody is known. */
+export function whoOf({ key, actor }: Doer, nameOf: (key: string) => string): string {
+  const agent = actor && (AGENTS[actor.split(' ')[0] ?? ''] ?? actor)
+  return key ? [nameOf(key), agent].filter(Boolean).join(' through ') : agent
+}
+
+/** `by web`, `by web through training`, `at the server’s start`; '' if nobody is known. */
+export function byOf(doer: Doer, nameOf: (key: string) => string): string {
+  const who = whoOf(doer, nameOf)
+  return doer.actor === 'startup' && !doer.key ? `at ${who}` : who && `by ${who}`
+}
+
+/** What an entry is about, by the name that people know it by: a job by its adapter's, a file by its own. */
+export function targetOf(entry: Pick<Entry, 'action' | 'target' | 'details'>): string {
+  const name = detailsOf(entry)[NAMED[kindOf(entry)] ?? '']
+  return typeof name === 'string' && name ? name : entry.target
+}
+
+/** Where the target of an entry is seen; '' if nowhere. */
+export function linkOf(entry: Pick<Entry, 'action' | 'target'>): string {
+  if (entry.action.endsWith('.deleted')) return ''
+  const kind = kindOf(entry)
+  const target = encodeURIComponent(entry.target)
+  return kind === 'adapter' ? `#/adapters?name=${target}` : kind === 'job' ? `#/training?job=${target}` : kind === 'batch' || kind === 'file' ? `#/batches?q=${target}` : ''
+}
 
 /** Details of an entry in one line: `bytes 7.4 MB, scopes ["train"]`; '' if there are none. */
-export function saidOf({ details }: Pick<Schemas['AuditAnswer'], 'details'>): string {
-  return Object.entries((details ?? {}) as Record<string, unknown>)
-    .filter(([, value]) => value !== null)
+export function saidOf(entry: Pick<Entry, 'action' | 'details'>): string {
+  return Object.entries(detailsOf(entry))
+    .filter(([name, value]) => value !== null && name !== NAMED[kindOf(entry)])
     .map(([name, value]) => `${name} ${typeof value === 'string' ? (DIGEST.test(value) ? value.slice(0, 12) : value) : name === 'bytes' ? bytes(Number(value)) : JSON.stringify(value)}`)
     .join(', ')
 }

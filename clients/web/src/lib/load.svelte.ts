@@ -1,5 +1,6 @@
 // Requests of one tenant, or with one of its adapters, over the last hours, and what was changed meanwhile.
 import { ApiError, api, data, type Schemas } from '../api/client'
+import { keys } from './keys.svelte'
 import { MARKED, type Mark, marksOf } from './marks'
 import { session } from './session.svelte'
 
@@ -24,15 +25,14 @@ export class Load {
 
   #changes = $state.raw<Schemas['AuditAnswer'][]>([])
 
-  /** adapter: null is all of the tenant's. nameOf: a key's name by its id. */
+  /** adapter: null is all of the tenant's. */
   constructor(
     readonly tenant: string,
     readonly adapter: string | null,
-    readonly nameOf?: (key: string) => string,
   ) {}
 
   get marks(): Mark[] {
-    return marksOf(this.#changes, this.nameOf)
+    return marksOf(this.#changes, keys.nameOf)
   }
 
   /** Look at it. Returns when to look again, in milliseconds. */

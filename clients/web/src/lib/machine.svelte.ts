@@ -1,5 +1,6 @@
 // What the server is, what it takes, how fast it is, and what was done on it.
 import { ApiError, api, data, type Schemas } from '../api/client'
+import { keys, type Key } from './keys.svelte'
 import { loadChanges } from './load.svelte'
 import { marksOf, type Mark } from './marks'
 import { server } from './server.svelte'
@@ -9,7 +10,6 @@ import { ago, when } from './units'
 export type Status = Schemas['StatusAnswer']
 export type Entry = Schemas['AuditAnswer']
 export type Tenant = Schemas['TenantAnswer']
-export type Key = Schemas['KeyAnswer']
 export type History = Schemas['LoadHistory']
 export type Used = Schemas['UsageRowAnswer']
 export type NewGate = Schemas['GateRequest']
@@ -69,7 +69,6 @@ export function perSecond(before: { at: number; value: number }, now: { at: numb
 class Machine {
   status = $state.raw<Status | null>(null)
   tenants = $state.raw<Tenant[]>([])
-  keys = $state.raw<Key[]>([])
   /** Rules of what a version must pass before it answers; null until they are known. */
   gates = $state.raw<Schemas['GateRule'][] | null>(null)
   problem = $state.raw<ApiError | null>(null)
@@ -137,11 +136,8 @@ class Machine {
 
   /** Activations, rollbacks and rollouts among them. */
   get marks(): Mark[] {
-    return marksOf(this.#changes, this.nameOf)
+    return marksOf(this.#changes, keys.nameOf)
   }
-
-  /** A key by its name, where it has one. */
-  nameOf = (id: string): string => this.keys.find((key) => key.id === id)?.name || id
 
   /** The waits of a tenant in the queue in the last hour; undefined if it had no requests. */
   waitOf(tenant: string): Schemas['QueueWait'] | undefined {
@@ -151,9 +147,8 @@ class Machine {
   /** Learn who is on it. Returns when to look again, in milliseconds. */
   async loadPeople(): Promise<number> {
     const query = { group_by: 'tenant', start: `${new Date().toISOString().slice(0, 7)}-01` }
-    const [tenants, keys, usage] = await Promise.all([data(api.GET('/v1/tenants')), data(api.GET('/v1/keys')), data<unknown>(api.GET('/v1/usage', { params: { query } }))])
+    const [tenants, usage] = await Promise.all([data(api.GET('/v1/tenants')), data<unknown>(api.GET('/v1/usage', { params: { query } })), keys.load()])
     this.tenants = tenants.data
-    this.keys = keys.data
     this.usage = Object.fromEntries((usage as Schemas['UsageAnswer']).data.map((row) => [row.tenant ?? '', row]))
     return 10_000
   }

@@ -9,7 +9,7 @@ test('what changes the answers is marked, the oldest first, with who did it', ()
   const marks = marksOf([entry('rollout.started', 30, { details: { percent: 5 } }), entry('adapter.pinned', 20), entry('adapter.rolled_back', 10, { actor: 'job ftjob-1' }), entry('adapter.activated', 5)], () => 'web')
   expect(marks.map(({ at }) => at)).toEqual([5, 10, 30])
   expect(marks[0]?.text).toMatch(/^orders: aaaaaaaaaaaa activated by web, /)
-  expect(marks[1]?.text).toMatch(/^orders: rolled back to aaaaaaaaaaaa by job ftjob-1, /)
+  expect(marks[1]?.text).toMatch(/^orders: rolled back to aaaaaaaaaaaa by web through training, /)
   expect(marks[2]?.text).toMatch(/^orders: aaaaaaaaaaaa rollout begun at 5% by web, /)
 })
 

@@ -1,5 +1,6 @@
 // Changes of what answers: activations, rollbacks and rollouts, as marks on a chart over time.
 import type { Schemas } from '../api/client'
+import { byOf } from './audit'
 import { when } from './units'
 
 type Entry = Schemas['AuditAnswer']
@@ -24,14 +25,8 @@ const DONE: Record<string, string> = {
 /** Kinds of entries of the audit log among which there are some. */
 export const MARKED = ['adapter', 'rollout'] as const
 
-/** Who it was, for people: the agent that acted, or else a key by its name. */
-function who({ actor, key }: Entry, nameOf: (key: string) => string): string {
-  if (actor === 'startup') return ' at the start of the server'
-  return actor || key ? ` by ${actor || nameOf(key)}` : ''
-}
-
 /** The marks among entries of the audit log, the oldest first. nameOf: a key's name by its id. */
-export function marksOf(entries: Entry[], nameOf: (key: string) => string = (key) => key): Mark[] {
+export function marksOf(entries: Entry[], nameOf: (key: string) => string): Mark[] {
   return entries
     .flatMap((entry): Mark[] => {
       const done = DONE[entry.action]
@@ -39,7 +34,8 @@ export function marksOf(entries: Entry[], nameOf: (key: string) => string = (key
       const version = entry.version?.slice(0, 12) ?? ''
       const share = entry.action.startsWith('rollout.') && typeof entry.details === 'object' && entry.details !== null && 'percent' in entry.details ? ` at ${String(entry.details.percent)}%` : ''
       const what = done.endsWith(' to') ? `${done} ${version}` : [version, done].filter(Boolean).join(' ')
-      return [{ at: entry.at, text: `${entry.target}: ${what}${share}${who(entry, nameOf)}, ${when(entry.at)}` }]
+      const by = byOf(entry, nameOf)
+      return [{ at: entry.at, text: `${entry.target}: ${what}${share}${by && ` ${by}`}, ${when(entry.at)}` }]
     })
     .sort((one, two) => one.at - two.at)
 }

@@ -1,7 +1,8 @@
 // One tenant: what it has, uses and may, as far as the key may know. Another tenant's is an admin's alone, which the server holds too.
 import { ApiError, api, data, type Schemas } from '../api/client'
 import type { Adapter } from './adapters.svelte'
-import type { Entry, Key, Tenant, Used } from './machine.svelte'
+import { keys, type Key } from './keys.svelte'
+import type { Entry, Tenant, Used } from './machine.svelte'
 import { session } from './session.svelte'
 import type { Job } from '../api/follow'
 
@@ -37,13 +38,13 @@ export class TenantPage {
     const query = session.may('admin') ? { tenant } : {}
     const allowed = async <T>(may: boolean, call: () => Promise<T>): Promise<T | null> => (may ? call() : null)
     try {
-      const [tenants, usage, adapters, keys, jobs, entries] = await Promise.all([
+      const [tenants, usage, adapters, jobs, entries] = await Promise.all([
         data(api.GET('/v1/tenants')),
         this.#usage(),
         allowed(session.may('adapters'), () => data(api.GET('/v1/adapters', { params: { query } }))),
-        allowed(session.may('adapters'), () => data(api.GET('/v1/keys'))),
         allowed(session.may('train'), () => data(api.GET('/v1/fine_tuning/jobs', { params: { query: { ...query, limit: MOST_JOBS } } }))),
         allowed(session.may('adapters'), () => data(api.GET('/v1/audit', { params: { query: { ...query, limit: MOST_ENTRIES } } }))),
+        keys.load(),
       ])
       const found = tenants.data.find((one) => one.tenant === tenant)
       this.tenant = found ?? null
@@ -51,7 +52,7 @@ export class TenantPage {
       this.#count(usage)
       // What another tenant shares is that tenant's.
       this.adapters = adapters?.data.filter((one) => one.tenant === tenant) ?? null
-      this.keys = keys?.data.filter((one) => one.tenant === tenant) ?? null
+      this.keys = session.may('adapters') ? keys.all.filter((one) => one.tenant === tenant) : null
       this.jobs = jobs?.data ?? null
       this.entries = entries?.data ?? null
       this.problem = found ? null : new ApiError(404, null, `There is no tenant ${tenant}.`)
@@ -60,8 +61,6 @@ export class TenantPage {
     }
     return LOOK_MS
   }
-
-  nameOf = (id: string): string => this.keys?.find((key) => key.id === id)?.name || id
 
   async #usage(): Promise<Used[]> {
     const [today = ''] = lastDays(1)

@@ -1,0 +1,25 @@
+import { expect, test } from 'vitest'
+import { byOf, doerOf, linkOf, saidOf, targetOf, whoOf } from './audit'
+
+const nameOf = (id: string) => ({ 'ob-1': 'web' })[id] ?? id
+
+test('who did it is a key by its name, and what acted for it', () => {
+  expect(byOf({ key: 'ob-1', actor: '' }, nameOf)).toBe('by web')
+  expect(byOf({ key: 'ob-1', actor: 'job ftjob-1' }, nameOf)).toBe('by web through training')
+  expect(byOf({ key: 'ob-2', actor: '' }, nameOf)).toBe('by ob-2')
+  expect(byOf({ key: '', actor: 'onebase keys of ann@host' }, nameOf)).toBe('by onebase keys of ann@host')
+  expect(byOf({ key: '', actor: 'startup' }, nameOf)).toBe('at the server’s start')
+  expect(byOf({ key: '', actor: '' }, nameOf)).toBe('')
+  expect(byOf(doerOf('ob-1'), nameOf)).toBe('by web')
+  expect(byOf(doerOf('training'), nameOf)).toBe('by training')
+  expect(whoOf({ key: '', actor: 'job ftjob-1' }, nameOf)).toBe('training')
+})
+
+test('a job is known by its adapter, and a file by its name; both lead where they are seen', () => {
+  const job = { action: 'job.created', target: 'ftjob-1', details: { adapter: 'orders', activate: 'never' } }
+  expect([targetOf(job), linkOf(job), saidOf(job)]).toEqual(['orders', '#/training?job=ftjob-1', 'activate never'])
+  const file = { action: 'file.added', target: 'file-1', details: { filename: 'rows.jsonl', bytes: 2000 } }
+  expect([targetOf(file), linkOf(file), saidOf(file)]).toEqual(['rows.jsonl', '#/batches?q=file-1', 'bytes 2.0 kB'])
+  expect(targetOf({ action: 'job.created', target: 'ftjob-1', details: {} })).toBe('ftjob-1')
+  expect(linkOf({ action: 'adapter.deleted', target: 'orders' })).toBe('')
+})
