@@ -71,6 +71,17 @@ def test_scopes_and_quotas_may_be_given_in_several_options(
     assert record.quotas == Quotas(sequences=2, requests=5)
 
 
+def test_whoever_makes_a_first_key_without_admin_is_told_that_nobody_may_do_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
+    said = []
+    for scope in ("generate", "admin", "generate"):
+        assert main(["keys", "create", "--scope", scope]) == 0
+        said.append("onebase keys create --scope admin" in capsys.readouterr().err)
+    assert said == [True, False, False]
+
+
 def test_on_a_narrow_terminal_keys_are_blocks_whose_words_are_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +125,7 @@ def test_quotas_are_set_for_keys_and_tenants_and_listed(
     capsys.readouterr()
     assert main(["tenants", "list"]) == 0
     first, second = capsys.readouterr().out.splitlines()[1:]
-    assert "adapters=3,bytes=1500000000,training_seconds=72000" in first
+    assert "adapters=3,bytes=1500MB,training_seconds=20h" in first
     assert second.split() == ["zeta", "training_seconds=90", "0", "0", "B", "0", "0", "s"]
     known.close()
 

@@ -284,6 +284,13 @@ def keys(argv: Sequence[str]) -> int:
             settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
             where = "this --registry" if settings.registry else f"--data-dir {settings.data_dir}"
             console.print(f"Servers with {where} know it.", soft_wrap=True, markup=False)
+            if not any("admin" in one.scopes and one.valid_at(time.time()) for one in registry.all()):
+                console.print(
+                    "No valid key has the scope admin. Servers ask everybody for a key from now on, your own "
+                    "commands too: make one for yourself by onebase keys create --scope admin.",
+                    soft_wrap=True,
+                    markup=False,
+                )
             console.print("This is the key. It is shown this once, and cannot be read again:")
             sys.stdout.write(f"{key}\n")
         elif arguments.action == "set":

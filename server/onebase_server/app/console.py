@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from onebase_server.inference.tokenization import ChatSupport
 
 _MOST_ADAPTERS = 10
+_UNITS: dict[str, tuple[tuple[str, int], ...]] = {
+    "bytes": (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)),
+    "training_seconds": (("d", 86_400), ("h", 3_600), ("m", 60)),
+}
+"""Units of quotas, the largest first."""
 
 _log = logging.getLogger(__name__)
 
@@ -231,7 +236,15 @@ def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:
 
 
 def _quotas(quotas: Quotas) -> str:
-    return ",".join(f"{name}={limit}" for name, limit in quotas.given().items()) or "none"
+    return ",".join(f"{name}={_limit(name, limit)}" for name, limit in quotas.given().items()) or "none"
+
+
+def _limit(name: str, limit: int) -> str:
+    """Return a limit as `--quota` takes it: in the largest unit of which it is a whole number."""
+    for unit, size in _UNITS.get(name, ()):
+        if limit and limit % size == 0:
+            return f"{limit // size}{unit}"
+    return str(limit)
 
 
 def _day(at: float | None) -> str:
