@@ -23,3 +23,9 @@ test('a job is known by its adapter, and a file by its name; both lead where the
   expect(targetOf({ action: 'job.created', target: 'ftjob-1', details: {} })).toBe('ftjob-1')
   expect(linkOf({ action: 'adapter.deleted', target: 'orders' })).toBe('')
 })
+
+test('ids and digests are as short as commands show them', () => {
+  const entry = { action: 'job.created', target: `ftjob-${'9cb0c96c'.repeat(3)}`, details: { parent: `orders@${'ab'.repeat(32)}`, training_file: `file-${'1234abcd'.repeat(3)}` } }
+  expect(saidOf(entry)).toBe('parent orders@abababababab, training_file file-1234abcd')
+  expect(targetOf(entry)).toBe('ftjob-9cb0c96c')
+})

@@ -6,12 +6,14 @@ type Entry = Schemas['AuditAnswer']
 /** Who did something: the id of a key, and what acted for it. */
 export type Doer = Pick<Entry, 'key' | 'actor'>
 
-const DIGEST = /^[0-9a-f]{64}$/
+/** Digests, and ids of what the server made: as much of them is shown as messages and commands show. */
+const LONG = [/\b([0-9a-f]{12})[0-9a-f]{52}\b/g, /\b((?:ftjob|file|batch)-[0-9a-f]{8})[0-9a-f]{16}\b/g]
 const KEY = /^ob-/
 const AGENTS: Record<string, string> = { startup: 'the server’s start', batch: 'a batch', job: 'training' }
 /** The detail that has the name of what an entry is about, where its target is an id. */
 const NAMED: Record<string, string> = { job: 'adapter', file: 'filename' }
 
+const short = (text: string): string => LONG.reduce((found, long) => found.replace(long, '$1'), text)
 const kindOf = ({ action }: Pick<Entry, 'action'>): string => action.split('.')[0] ?? ''
 const detailsOf = ({ details }: Pick<Entry, 'details'>) => (details ?? {}) as Record<string, unknown>
 
@@ -33,7 +35,7 @@ export function byOf(doer: Doer, nameOf: (key: string) => string): string {
 /** What an entry is about, by the name that people know it by: a job by its adapter's, a file by its own. */
 export function targetOf(entry: Pick<Entry, 'action' | 'target' | 'details'>): string {
   const name = detailsOf(entry)[NAMED[kindOf(entry)] ?? '']
-  return typeof name === 'string' && name ? name : entry.target
+  return short(typeof name === 'string' && name ? name : entry.target)
 }
 
 /** Where the target of an entry is seen; '' if nowhere. */
@@ -48,6 +50,6 @@ export function linkOf(entry: Pick<Entry, 'action' | 'target'>): string {
 export function saidOf(entry: Pick<Entry, 'action' | 'details'>): string {
   return Object.entries(detailsOf(entry))
     .filter(([name, value]) => value !== null && name !== NAMED[kindOf(entry)])
-    .map(([name, value]) => `${name} ${typeof value === 'string' ? (DIGEST.test(value) ? value.slice(0, 12) : value) : name === 'bytes' ? bytes(Number(value)) : JSON.stringify(value)}`)
+    .map(([name, value]) => `${name} ${typeof value === 'string' ? short(value) : name === 'bytes' ? bytes(Number(value)) : JSON.stringify(value)}`)
     .join(', ')
 }
