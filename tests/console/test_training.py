@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Route, expect
@@ -360,6 +361,33 @@ def test_the_result_has_the_active_version_beside_the_base_and_says_which_one_wa
             heads = " ".join(table.locator("thead th").all_inner_texts())
             assert ("Active" in heads) is (active[job] is not None)
             assert visit.faults() == []
+
+
+def test_a_version_that_training_went_on_from_has_no_second_column_while_it_is_active(
+    words: Server, look: Look
+) -> None:
+    client, name = openai_client(words), "goes-on"
+    body = {"name": name, "activate": "always"}
+    _, job = (run_job(words, client, "rows", extra=body) for _ in range(2))
+    versions = [job.report["active"], "0" * 64]
+
+    def began_with(route: Route) -> None:
+        """Pass the server's job on as if it had gone on from a version."""
+        answer = route.fetch()
+        told: Any = answer.json()
+        parent = {"name": name, "version": versions[0]}
+        report = told["report"] | {"loss_parent": 1.5}
+        route.fulfill(response=answer, json=told | {"parent": parent, "report": report})
+
+    with look(words) as visit:
+        visit.page.route(f"**/v1/fine_tuning/jobs/{job.id}", began_with)
+        heads = visit.page.get_by_role("table", name="Held-out figures before and after").locator("thead th")
+        visit.open(f"#/training?job={job.id}")
+        expect(heads).to_have_text(["On held-out rows", "Base", "Active", "Adapter"])
+        versions.reverse()
+        visit.open("#/training")
+        visit.open(f"#/training?job={job.id}")
+        expect(heads).to_have_text(["On held-out rows", "Base", "Began with", "Active", "Adapter"])
 
 
 def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(words: Server, look: Look) -> None:
