@@ -201,7 +201,9 @@ def _adapter_lines(catalog: Catalog) -> list[str]:
         lines.append(f"{label(version.name, version.digest)}  (rank {report.get('rank', 0)}, {size})")
     if len(active) > _MOST_ADAPTERS:
         lines.append(f"and {len(active) - _MOST_ADAPTERS} more")
-    return lines or ["none yet: start with --adapter NAME=FOLDER, or upload one to /v1/adapters"]
+    return lines or [
+        "none yet: onebase adapters push FOLDER --name NAME --activate, or start with --adapter NAME=FOLDER"
+    ]
 
 
 def print_keys(console: Console, keys: Sequence[ApiKeyRecord]) -> None:
