@@ -25,7 +25,7 @@ test('a job is known by its adapter, and a file by its name; both lead where the
 })
 
 test('ids and digests are as short as commands show them', () => {
-  const entry = { action: 'job.created', target: `ftjob-${'9cb0c96c'.repeat(3)}`, details: { parent: `orders@${'ab'.repeat(32)}`, training_file: `file-${'1234abcd'.repeat(3)}` } }
-  expect(saidOf(entry)).toBe('parent orders@abababababab, training_file file-1234abcd')
+  const entry = { action: 'job.created', target: `ftjob-${'9cb0c96c'.repeat(3)}`, details: { parent: `orders@${'ab'.repeat(32)}`, training_file: `file-${'1234abcd'.repeat(3)}`, versions: ['cd'.repeat(32)] } }
+  expect(saidOf(entry)).toBe('parent orders@abababababab, training_file file-1234abcd, versions ["cdcdcdcdcdcd"]')
   expect(targetOf(entry)).toBe('ftjob-9cb0c96c')
 })

@@ -50,6 +50,6 @@ export function linkOf(entry: Pick<Entry, 'action' | 'target'>): string {
 export function saidOf(entry: Pick<Entry, 'action' | 'details'>): string {
   return Object.entries(detailsOf(entry))
     .filter(([name, value]) => value !== null && name !== NAMED[kindOf(entry)])
-    .map(([name, value]) => `${name} ${typeof value === 'string' ? short(value) : name === 'bytes' ? bytes(Number(value)) : JSON.stringify(value)}`)
+    .map(([name, value]) => `${name} ${typeof value === 'string' ? short(value) : name === 'bytes' ? bytes(Number(value)) : short(JSON.stringify(value))}`)
     .join(', ')
 }
