@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from bench import random_base as bases
 from bench.gpu_kernels import exact_weight
@@ -47,6 +49,7 @@ FIELDS = (
     "barriers",
     "local",
     "seconds",
+    "cached",
 )
 
 
@@ -90,15 +93,24 @@ def _compiled(setup: Setup, found: Findings) -> list[dict[str, Any]]:
 
 
 def compile_all(wanted: Iterable[cuda.Form], device: torch.device, threads: int) -> list[dict[str, Any]]:
-    """Compile forms in threads; describe each, with its seconds."""
+    """Compile forms in threads; describe each, with its seconds and whether Triton's cache had it."""
+    here = threading.local()
+
+    def note(*, cache_hit: bool, **more: Any) -> None:
+        here.cached = cache_hit  # in the thread that compiles
 
     def compiled(form: cuda.Form) -> dict[str, Any]:
-        began = time.perf_counter()
+        began, here.cached = time.perf_counter(), None
         kernel = form.compiled()
-        return described(form.name, form.key, kernel, time.perf_counter() - began)
+        return described(form.name, form.key, kernel, time.perf_counter() - began, cached=here.cached)
 
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(compiled, wanted))
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = note
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(compiled, wanted))
+    finally:
+        triton.knobs.compilation.listener = before
 
 
 def compiled_before() -> Iterable[tuple[str, str, Any]]:
@@ -109,7 +121,9 @@ def compiled_before() -> Iterable[tuple[str, str, Any]]:
                 yield getattr(value, "__name__", "kernel"), str(key), kernel
 
 
-def described(name: str, key: str, kernel: Any, seconds: float | None) -> dict[str, Any]:
+def described(
+    name: str, key: str, kernel: Any, seconds: float | None, *, cached: bool | None = None
+) -> dict[str, Any]:
     """Return what decides a form's speed. Registers are known once a device has loaded it."""
     if torch.cuda.is_available():
         kernel._init_handles()
@@ -127,6 +141,7 @@ def described(name: str, key: str, kernel: Any, seconds: float | None) -> dict[s
         "barriers": len(re.findall(r"\bbar\.sync|barrier\.", code)),
         "local": len(re.findall(r"\b(?:ld|st)\.local", code)),
         "seconds": seconds,
+        "cached": {None: "", True: "yes", False: "no"}[cached],
     }
 
 

@@ -6,20 +6,22 @@ Under Triton's interpreter, on the CPU, it runs too, and times nothing.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers import LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from bench import random_base as bases
-from bench.gpu_parts import BLOCK, bandwidth, own_kernels
+from bench.gpu_parts import BLOCK, Counted, bandwidth, finish, own_kernels
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_engine.base.experts import compute_experts, matrix_names, place_stacks, quantize_stack
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
@@ -40,6 +42,8 @@ from onebase_training import losses
 
 EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()
+REPEATS = 12
+"""Number of times that a call is timed, of which the median is told."""
 
 
 class Stopwatch:
@@ -49,6 +53,8 @@ class Stopwatch:
         self._on, self._found = setup.device == "cuda", found
         self._device = torch.device(setup.device)
         self._other = torch.zeros(1 << 26 if self._on else 1, dtype=torch.int32, device=setup.device)
+        self.spreads: list[float] = []
+        """Spread of each timed call: the middle half of its times, as a part of their median."""
         if self._on:
             found.figure("a graph of one small kernel", self(lambda: self._other[:1].add_(1)) or 0.0, "us")
 
@@ -77,7 +83,7 @@ class Stopwatch:
             )
         times = []
         Event: Any = torch.cuda.Event  # noqa: N806
-        for _ in range(12):
+        for _ in range(REPEATS):
             begin, end = (Event(enable_timing=True) for _ in range(2))
             self._other.max()  # by reads: what is written would have to leave the cache in the time measured
             begin.record()
@@ -85,7 +91,27 @@ class Stopwatch:
             end.record()
             torch.cuda.synchronize()
             times.append(float(begin.elapsed_time(end)) * 1e3)
-        return median(times)
+        lower, middle, upper = quantiles(times)
+        self.spreads.append((upper - lower) / middle)
+        return middle
+
+
+def tell_launches(setup: Setup, found: Findings, title: str, call: Callable[[], Any]) -> None:
+    """Report how long the host takes for each launch of a call, which bounds steps that are no graph."""
+    counted = Counted()
+    with counted.counting(setup):
+        call()
+    finish(setup)
+    repeats = 1 if setup.interpreted else 20  # fewer launches than the driver's queue has places
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    seconds = (time.perf_counter() - began) / repeats
+    finish(setup)
+    count = counted.names.total()
+    found.check(f"launches are counted: {title}", count > 0)
+    if not setup.interpreted:
+        found.figure(f"a launch by the host, {title}", seconds / count * 1e6, f"us, of {count}")
 
 
 def rows_of(count: int, slots: int) -> RowMap:
@@ -120,6 +146,9 @@ def kernels(setup: Setup, found: Findings) -> None:
     found.trying("a norm", _norm, setup, found, own, products.watch, draw)
     if not setup.interpreted:
         found.trying("training's kernels", _trained, found, products.watch, draw, hidden)
+    if spreads := products.watch.spreads:
+        said = f"{median(spreads):.1%} of the median, {max(spreads):.1%} at most"
+        found.figure(f"the middle half of {REPEATS} times of a call is apart", said)
 
 
 class Products:
@@ -143,7 +172,7 @@ class Products:
             "with adapters",
             "bitsandbytes, cuBLAS",
         ]
-        headings += ["floor", "ours / floor"]
+        headings += ["floor", "ours / floor", "GB/s", "TFLOP/s"]
         title = f"Products, microseconds, with adapters: rank {rank}, up to {self._slots}"
         self._add = found.table(title, headings)
 
@@ -166,7 +195,12 @@ class Products:
             times = self.watch(own, some, NOBODY), self.watch(own, some, rows), self.watch(layer, some)
             with _other_way():
                 other_way = self.watch(own, some, NOBODY) if own.nf4 else None
-            self._add(name, count, times[0], other_way, *times[1:], *_beside_floor(times[0], floor))
+            work = 2 * count * layer.in_features * layer.out_features
+            reached = (None, None) if times[0] is None else (read / times[0] / 1e3, work / times[0] / 1e6)
+            self._add(name, count, times[0], other_way, *times[1:], *_beside_floor(times[0], floor), *reached)
+        if name in ("q", "down"):
+            call = partial(own, x[: min(len(x), 256)], rows_of(min(len(x), 256), self._slots))
+            tell_launches(self._setup, self._found, f"{name} with adapters", call)
         if own.nf4:
             sums = own.sums(x[:65])
             with _other_way():
@@ -281,16 +315,24 @@ def _experts(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, draw
 
 
 def _join(setup: Setup, found: Findings, own: Kernels, draw: torch.Generator) -> None:
+    """Compare what fused calls give with what their layers and PyTorch's operators give one by one."""
     size = bases.SHAPES[setup.shape]["hidden_size"]
     layers = [own.linear(bases.one_layer(size, out, draw), 1) for out in (size, size // 2, size // 2)]
-    joined = own.join(layers)
-    found.check("q, k and v are one call", joined is not None)
-    if joined is not None:
-        x = torch.randn(5, size, device=setup.device, generator=draw).to(torch.bfloat16)
-        same = all(
-            torch.equal(one, layer(x, NOBODY)) for one, layer in zip(joined(x, NOBODY), layers, strict=True)
-        )
-        found.check("joined layers give the bits of each alone", same)
+    joined, gated = own.join(layers), own.join(layers[1:], gated=True)
+    found.check("q, k and v are one call, gate and up another", joined is not None and gated is not None)
+    if joined is None or gated is None:
+        return
+    for rows in (5,) if setup.interpreted else (5, 70, 600):
+        x = torch.randn(rows, size, device=setup.device, generator=draw).to(torch.bfloat16)
+        alone = [layer(x, NOBODY) for layer in layers]
+        together = joined(x, NOBODY)
+        pairs = {f"joined layer {number}": (together[number], alone[number]) for number in range(3)}
+        pairs["a gated pair"] = gated(x, NOBODY)[0], functional.silu(alone[1]) * alone[2]
+        pairs["an output that is added to rows"] = layers[0](x, NOBODY, x), x + alone[0]
+        for name, (got, wanted) in pairs.items():
+            wrong = int((got != wanted).sum())
+            said = f"{wrong} of {wanted.numel()} outputs differ" if wrong else ""
+            found.check(f"{name}, {rows} rows: the bits of each alone", not wrong, said)
 
 
 def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, per_second: float) -> None:
@@ -346,6 +388,7 @@ def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, pe
         ours = watch(mine, x, y, z, step)
         floor = 4 * count * length * kv * dim / per_second * 1e6
         add(count, ours, *_beside_floor(ours, floor))
+    tell_launches(setup, found, "attention", partial(mine, x, y, z, step))
 
 
 def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:

@@ -9,8 +9,8 @@ import contextlib
 import importlib
 import os
 import platform
+import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_report import Findings, Setup, run_part
+from bench.gpu_report import Findings, Setup, driver_state, run_part
 
 NEEDED = (
     "numpy",
@@ -34,26 +34,25 @@ NEEDED = (
 """Packages that the other parts import."""
 _PREFIXES = ("TORCH", "CUDA", "TRITON", "PYTORCH", "CUBLAS", "NVIDIA", "OMP", "ONEBASE")
 """Beginnings of the names of variables that change what is measured."""
-_ASKED = {
-    "driver": "driver_version",
-    "clock of the multiprocessors": "clocks.sm",
-    "clock of the memory": "clocks.mem",
-    "power limit": "power.limit",
-    "temperature": "temperature.gpu",
-    "reasons for a lower clock": "clocks_throttle_reasons.active",
-}
-"""Fields that nvidia-smi is queried for, by the name that the report gives them."""
 
 
 def machine(setup: Setup, found: Findings) -> None:
     """Report the machine, and check that all packages that the other parts need can be imported."""
     found.fact("Python", platform.python_version())
-    found.fact("processors", os.cpu_count())
+    found.fact("processors", f"{os.cpu_count()}, {_processor()}")
     variables = {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
     found.fact("variables", " ".join(f"{name}={value}" for name, value in sorted(variables.items())))
     torch = _imported(found, "torch")
     for name in NEEDED:
         _imported(found, name)
+    for what, read in (("ptxas", _ptxas), ("bitsandbytes' library", _bitsandbytes_library)):
+        try:
+            found.fact(what, read())
+        except Exception as error:  # private parts of packages, which may be others there
+            found.fact(what, f"unknown: {type(error).__name__}")
+    add = found.table("Packages", ("name", "version"))
+    for name, version in sorted({(one.name, one.version) for one in metadata.distributions()}):
+        add(name, version)
     if torch is None or setup.device == "cpu":
         return
     if not torch.cuda.is_available():
@@ -68,7 +67,7 @@ def machine(setup: Setup, found: Findings) -> None:
     for name in ("L2_cache_size", "shared_memory_per_block_optin"):
         found.fact(name, getattr(facts, name, "unknown"))
     found.fact("CUDA", torch.version.cuda)
-    for name, value in _driver().items():
+    for name, value in driver_state().items():
         found.fact(name, value)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     found.check("Python's headers are here, which Triton compiles with", header.exists(), str(header))
@@ -78,7 +77,7 @@ def machine(setup: Setup, found: Findings) -> None:
     found.check("a sum on the GPU", bool(torch.ones(8, device="cuda").sum() == 8))
     for title, measure in (("rates", _rates), ("page-locked memory", _page_locked), ("a launch", _launch)):
         found.trying(title, measure, torch, found)
-    for name, value in _driver().items():
+    for name, value in driver_state().items():
         found.fact(f"{name}, afterwards", value)
 
 
@@ -101,12 +100,23 @@ def compiler() -> str | None:
     return shutil.which("gcc") or shutil.which("clang") if told is None else shutil.which(told)
 
 
-def _driver() -> dict[str, str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-        return dict(zip(_ASKED, (one.strip() for one in said.split(",")), strict=False))
-    return {"driver": "unknown"}
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        told = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        return told[1] if told else platform.machine()
+    return platform.machine()
+
+
+def _ptxas() -> str:
+    """Return the version of the assembler that Triton uses, and its path."""
+    knobs: Any = importlib.import_module("triton.knobs")
+    return f"{knobs.nvidia.ptxas.version}, {knobs.nvidia.ptxas.path}"
+
+
+def _bitsandbytes_library() -> str:
+    """Return the path of the library that bitsandbytes has loaded."""
+    extension: Any = importlib.import_module("bitsandbytes.cextension")
+    return str(extension.lib._lib._name)
 
 
 def _timed(torch: Any, run: Callable[[], Any], repeats: int = 5) -> float:

@@ -12,12 +12,13 @@ import shutil
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,21 +29,29 @@ from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part
 from bench.lora import ATTENTION
 from onebase_engine.base.load import base_bytes
 from onebase_engine.base.view import peft_view
+from onebase_engine.engine import engine as stepping
+from onebase_engine.engine import graphs as captured
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served
+from onebase_engine.engine.batch import StepBatch
+from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.forms import capture_steps
+from onebase_engine.engine.forms import capture_steps, compile_kernels
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.memory_budget import measured_on
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.engine.sequence import StepPlan
+from onebase_engine.kernels.cuda import CaptureError
 from onebase_engine.kernels.interface import Draws, Kernels
-from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.kernels.weights import weights_bytes
+from onebase_engine.lora.slots import SlotLinear
 from onebase_server.processes.engine import sizes
 
 BLOCK = 16
+Result = TypeVar("Result")
 
 
 # ---- what several parts need ---------------------------------------------------------------------
@@ -269,6 +278,11 @@ def engine(setup: Setup, found: Findings) -> None:
     found.figure("making the engine, with its trials", time.perf_counter() - began, "s")
     ledger(setup, found, "with the engine")
     found.figure("kernels", running.model.kernels.name)
+    _fallbacks(found, running)
+    began = time.perf_counter()
+    compile_kernels(running)
+    found.figure("compiling what steps will ask for", time.perf_counter() - began, "s")
+    passes, late = Passes(running), LateForms()
     if running.model._graphs is None:
         found.figure("CUDA graphs", NOT_BUILT)
     rank = 4 if setup.interpreted else 16
@@ -290,21 +304,28 @@ def engine(setup: Setup, found: Findings) -> None:
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
     for title, terms in (("", ()), (", an adapter on all linear layers", ((max(sizes), 1.0),))):
-        seconds = 0.0
+        seconds, asked = 0.0, Asked("prefill", [], 1, terms, logprobs=None)
         for repeat in range(2):
             finish(setup)
             began = time.perf_counter()
-            serve(running, [Asked("prefill", words(setup, length, 7 + repeat), 1, terms, logprobs=None)])
+            serve(running, [replace(asked, prompt=words(setup, length, 7 + repeat))])
             finish(setup)
             seconds = time.perf_counter() - began
+        prefill = partial(serve, running, [replace(asked, prompt=words(setup, length, 9))])
+        _profiled(setup, prefill, 1, found, f"a prefill{title}")
         if not setup.interpreted:
             found.figure(f"a prefill of {length} tokens{title}", length / seconds, "tokens/s")
     if not setup.interpreted:
         found.figure("most memory allocated", torch.cuda.max_memory_allocated() / 1e9, "GB")
     ledger(setup, found, "with captured steps")
     found.trying("draws", _draws, setup, found, running)
+    found.trying("drafts", _drafts, setup, found, running)
     found.trying("stalls", _stalls, setup, found, running, sizes)
+    found.trying("pauses", _pauses, setup, found, running, base, rank)
     found.trying("captures", _captures, setup, found, running)
+    passes.report(found)
+    found.check("no kernel is compiled after the start", not late.names, ", ".join(late.names)[:500])
+    found.trying("a capture that fails", _failing_capture, setup, found, running)
     running.check_base()
     found.check("nothing wrote to the base", True)
 
@@ -339,6 +360,195 @@ def _draws(setup: Setup, found: Findings, running: Engine) -> None:
                 whole = time.perf_counter() - began
             found.check(f"{rows} rows have tokens, {how}", None not in tokens)
             add(rows, how, *((None, None) if setup.interpreted else (host * 1e3, whole * 1e3)))
+
+
+class _Known(Drafts):
+    """Drafts of a sequence whose text is known, so that all of them are right."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        super().__init__()
+        self._text, self.right = text, 1.0
+
+    def propose(
+        self, tokens: Sequence[int], most: int, forced: Sequence[int] = (), *, drawing: bool = False
+    ) -> list[int]:
+        begin = len(tokens) + drawing
+        self._draft = list(self._text[begin : begin + most])
+        return self._draft
+
+
+def _drafts(setup: Setup, found: Findings, running: Engine) -> None:
+    """Time steps with drafts that are all right: what further rows cost, next to what the scheduler assumes,
+    and what drafts can give."""
+    limits, small = running.scheduler.limits, setup.interpreted
+    prompt, tokens = (4, 6) if small else (128, 48)
+    add = found.table(
+        "Drafts that are all right",
+        ("rows", "draft", "steps", "ms a step", "tokens/s", "a further row, of a step of one row"),
+    )
+    found.figure("a further row, as the scheduler assumes", running.model.kernels.draft_cost)
+    one_row = 0.0
+    try:
+        for rows in (1, 2) if small else (1, 4, 8):
+            asked = [
+                Asked(f"{rows}, {row}", words(setup, prompt, 300 + row), tokens, logprobs=None)
+                for row in range(rows)
+            ]
+            texts: dict[str, list[int]] = {}
+            bare = 0.0
+            for draft in (0, 3) if small else (0, 1, 3, 7):
+                running.scheduler.limits = replace(limits, draft_tokens=draft)
+                given = [replace(one, tenant=f"drafts of {draft}") for one in asked]
+                before = running.counters.right_draft_tokens
+                got, steps, seconds, made = _drafted(setup, running, given, texts)
+                texts, step = texts or got, seconds / steps
+                bare, one_row = bare or step, one_row or step
+                if draft:
+                    title = f"{counted(rows, 'row')}, drafts of {draft}"
+                    right = running.counters.right_draft_tokens - before
+                    found.check(f"{title}: the text is the one without", got == texts)
+                    found.check(f"{title}: drafts were right", right > 0, f"{right} tokens")
+                further = (step - bare) / (rows * draft * one_row) if draft else None
+                add(rows, draft, steps, *((None,) * 3 if small else (step * 1e3, made / seconds, further)))
+    finally:
+        running.scheduler.limits = limits
+
+
+def _drafted(
+    setup: Setup, running: Engine, asked: Sequence[Asked], texts: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, list[int]], int, float, int]:
+    """Serve requests, with drafts of the texts that are known; return the texts, and the numbers of steps, of
+    seconds and of tokens from the first token of each row on."""
+    found: dict[str, list[int]] = {one.name: [] for one in asked}
+    for one in asked:
+        running.submit(one.message())
+        for sequence in running._sequences[one.name]:
+            sequence.drafts = _Known([*one.prompt, *texts.get(one.name, ())])
+    steps = before = 0
+    began = time.perf_counter()
+    while running.busy:
+        if not before and all(found.values()):
+            finish(setup)
+            before, steps, began = sum(map(len, found.values())), 0, time.perf_counter()
+        running.step()
+        steps += 1
+        for output in running.take_outputs():
+            if output.error_message is not None:
+                raise RuntimeError(f"{output.id}: {output.error_message}")
+            found[output.id] += output.tokens
+    finish(setup)
+    return found, steps, time.perf_counter() - began, sum(map(len, found.values())) - before
+
+
+def _fallbacks(found: Findings, running: Engine) -> None:
+    """Report what is fused, and which layers PyTorch computes, with what keeps the kernels from them."""
+    modules = dict(running.model._view.named_modules())
+    fused = Counter(type(one).__name__ for one in modules.values() if "forward" in vars(one))
+    linear = {name: one for name, one in modules.items() if isinstance(one, SlotLinear)}
+    fused["layers of the same rows"] = sum(one.shared is not None for one in linear.values())
+    add = found.table("Modules with a forward of our own", ("module", "count"))
+    for name, count in sorted(fused.items()):
+        add(name, count)
+    others: dict[tuple[Any, ...], list[str]] = {}
+    for name, one in linear.items():
+        if isinstance(one.kernel, ReferenceLinear):
+            base: Any = one.base
+            facts = type(base).__name__, base.in_features, base.out_features, str(base.weight.dtype)
+            others.setdefault((*facts, base.weight.data_ptr() % 16), []).append(name)
+    if others:
+        headings = ("first", "layers", "class", "in", "out", "dtype", "bytes off 16")
+        add = found.table("Layers by PyTorch", headings)
+        for facts, names in others.items():
+            add(names[0], len(names), *facts)
+    found.figure("layers by a kernel", len(linear) - sum(map(len, others.values())), f"of {len(linear)}")
+
+
+class LateForms:
+    """Names of the kernels that are compiled from now on, while sequences would wait."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        knobs: Any = importlib.import_module("triton").knobs
+        before = knobs.runtime.jit_post_compile_hook
+
+        def note(*, fn: Any, **more: Any) -> None:
+            self.names.append(fn.name)
+            if before is not None:
+                before(fn=fn, **more)
+
+        knobs.runtime.jit_post_compile_hook = note
+
+
+class Passes:
+    """Counts the steps that are graphs, and those that are not by why."""
+
+    def __init__(self, running: Engine) -> None:
+        self._graphs, self._counts = running.model._graphs, Counter[str]()
+        if self._graphs is not None:
+            whole, own = self._graphs.run_graph, self._graphs
+
+            def run_graph(batch: StepBatch) -> Any:
+                got = whole(batch)
+                self._counts["replayed" if got is not None else self._why(own, batch)] += 1
+                return got
+
+            own.run_graph = run_graph  # type: ignore[method-assign]
+
+    @staticmethod
+    def _why(graphs: captured.Graphs, batch: StepBatch) -> str:
+        size = graphs._size(batch)
+        if size is None:
+            many = len(batch.input_ids) > captured.ROWS[-1]
+            return f"of more than {captured.ROWS[-1]} rows" if many else "with adapters that no graph has"
+        return "of a size that cannot be captured" if size in graphs._graphs else "of a size that is new"
+
+    def report(self, found: Findings) -> None:
+        if self._counts:
+            add = found.table("Steps, by whether they are a graph", ("steps", "count"))
+            for why, count in self._counts.most_common():
+                add(why, count)
+
+
+def _failing_capture(setup: Setup, found: Findings, running: Engine) -> None:
+    """Let captures fail by a wait for the device; then steps, and other captures, are as before.
+
+    PyTorch's allocators are in a capture that failed until `_abandon` takes them out of it; that of
+    page-locked memory it may leave (pytorch/pytorch#180395).
+    """
+    kernels: Any = running.model.kernels
+    if not kernels.captures:
+        return
+    device, reasons = running.model.device, list[str]()
+    asked = [Asked("captures", words(setup, 4 if setup.interpreted else 64, 400), 3)]
+    before = serve(running, asked)
+    held = _held(setup)
+    for _ in range(4):
+        try:
+            kernels.capture(lambda: bool(torch.ones(1 << 10, device=device).sum() > 1), device)
+        except (CaptureError, RuntimeError) as error:
+            reasons.append(str(error))
+    found.check("a capture that waits for the device fails", len(reasons) == 4, "; ".join(reasons[:1])[:300])
+    x = torch.zeros(8, device=device)
+    replay, _ = kernels.capture(lambda: x.add_(1), device)
+    x.zero_()
+    for _ in range(3):
+        replay()
+    found.check("another capture is replayed after them", bool((x == 3).all()), str(x[0].item()))
+    again = serve(running, [_of(one, "after") for one in asked])
+    found.check("steps have their bits after them", again == before)
+    for name, size in _held(setup).items():
+        found.figure(f"{name}, more after four of them", (size - held[name]) / 1e6, "MB")
+
+
+def _held(setup: Setup) -> dict[str, int]:
+    """Return the bytes that PyTorch has reserved, on the device and page-locked."""
+    if setup.device != "cuda":
+        return {}
+    found = {"reserved memory": torch.cuda.memory_reserved()}
+    with contextlib.suppress(AttributeError, RuntimeError):
+        stats: Any = torch.cuda.host_memory_stats()
+        found["page-locked memory"] = int(stats.get("allocated_bytes.current", 0))
+    return found
 
 
 def _captures(setup: Setup, found: Findings, running: Engine) -> None:
@@ -395,6 +605,79 @@ def _stalls(setup: Setup, found: Findings, running: Engine, sizes: Mapping[str, 
             timed(f"a prompt of {count}, the {tenant} time", partial(serve, running, [one]))
 
 
+def _pauses(setup: Setup, found: Findings, running: Engine, base: torch.nn.Module, rank: int) -> None:
+    """Time the steps of rows that decode while something else comes: the longest is the pause that a stream
+    sees."""
+    small = setup.interpreted
+    rows, prompt, steps = (2, 4, 4) if small else (16, 16, 32)
+    new = bases.random_adapter(base, rank, 77, bases.ALL_LINEAR)
+
+    def come(title: str, length: int, *adapters: tuple[str, float]) -> None:
+        running.submit(Asked(title, words(setup, length, 500), 2, adapters, title, logprobs=None).message())
+
+    def come_with_adapter() -> None:
+        running.put_adapter("new", new)
+        come("with an adapter", 5, ("new", 1.0))
+
+    coming: dict[str, Callable[[], object]] = {
+        "nothing": lambda: None,
+        "a check of the base": running.begin_base_check,
+        "a request with an adapter in no slot": come_with_adapter,
+        "a prompt of 100 tokens": lambda: come("a prompt", 6 if small else 100),
+        "a prompt of 1,000 tokens": lambda: come("a long prompt", 9 if small else 1000),
+    }
+    add = found.table(
+        f"Steps of {rows} rows, milliseconds, while something comes", ("what", "p50", "longest")
+    )
+    for what, begin in coming.items():
+        tenant = f"pauses by {what}"
+        asked = [
+            Asked(f"{tenant} {row}", words(setup, prompt, 600 + row), steps + 4, tenant=tenant, logprobs=None)
+            for row in range(rows)
+        ]
+        _start(running, asked, 2)
+        seconds = list[float]()
+        for number in range(steps):
+            if number == steps // 4:
+                begin()
+            finish(setup)
+            began = time.perf_counter()
+            running.step()
+            running.watch_base()
+            seconds.append(time.perf_counter() - began)
+        while running.busy:
+            running.step()
+        ends = [output.error_message for output in running.take_outputs() if output.finish == "error"]
+        found.check(f"rows end without an error beside {what}", not ends, "; ".join(map(str, ends))[:300])
+        add(what, *((None, None) if small else (1e3 * float(np.median(seconds)), 1e3 * max(seconds))))
+    running.unload_adapter("new")
+    running.check_base()
+
+
+PHASES: tuple[tuple[str, Callable[[Engine], Any], str], ...] = (
+    ("plan", lambda running: running.scheduler, "plan"),
+    ("pack", lambda running: running._packer, "pack"),
+    ("fill in tokens", lambda running: running._packer, "fill"),
+    ("write to its place", lambda running: running.model, "prepare"),
+    ("send and launch", lambda running: running.model, "forward"),
+    ("draw", lambda running: stepping, "begin_draw_apart"),
+    ("wait and read", lambda running: running, "_wait"),
+    ("commit", lambda running: running, "_commit"),
+)
+"""Phases of a step: what the report calls each, and the object and its method that is the phase."""
+
+
+def _timed(function: Callable[..., Result], spent: dict[str, float], phase: str) -> Callable[..., Result]:
+    def timed(*given: Any, **named: Any) -> Result:
+        began = time.perf_counter()
+        try:
+            return function(*given, **named)
+        finally:
+            spent[phase] += time.perf_counter() - began
+
+    return timed
+
+
 class Decodes:
     """Measures loads on an engine. per_second: bytes that the device copies; prompt, warm, steps: tokens of
     a row before it is measured, of its answer too, and measured."""
@@ -413,12 +696,15 @@ class Decodes:
         headings = ["load", "graphs", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
         headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
         self._add = found.table(f"Decodes after {prompt} tokens, adapters of rank {rank}", headings)
+        self._add_host = found.table(
+            "Host, milliseconds a step", ("load", "graphs", *(phase for phase, *_ in PHASES), "all")
+        )
 
     def measure(self, load: Load, read: int, graphs: bool) -> None:
         """`read`: bytes of weights that a step reads. With CUDA graphs, or each kernel launched by itself."""
         setup, running = self._setup, self._running
         running.model._graphs = self._graphs if graphs else None
-        count = self._warm + self._steps + 32
+        count = self._warm + self._steps + 40
         none: list[tuple[tuple[str, float], ...]] = [()] * load.rows
         names = [((name, 1.0),) for name in load.names] or none
         asked = [
@@ -439,11 +725,11 @@ class Decodes:
             running.step()
         finish(setup)
         seconds = (time.perf_counter() - began) / self._steps
+        self._host(load, graphs)
         whole, layer = self._launches()
         syncs = _syncs(setup, running, 4, self.places)
-        kernels, busy = _profiled(
-            setup, running, self._found, f"{load.title}, graphs {'on' if graphs else 'off'}"
-        )
+        title = f"{load.title}, graphs {'on' if graphs else 'off'}"
+        kernels, busy = _profiled(setup, running.step, 4, self._found, title)
         context = self._prompt + self._warm + self._steps // 2
         floor = (read + load.rows * context * running.model.kv_bytes_per_token) / self._per_second
         times = (seconds * 1e3, load.rows / seconds, floor * 1e3, floor / seconds)
@@ -461,6 +747,27 @@ class Decodes:
             return
         self._found.check(f"{load.title}: at most 20 launches a layer", layer.total() <= 20, str(dict(layer)))
         self._found.check(f"{load.title}: Triton's launches are counted", layer["_products"] > 0)
+
+    def _host(self, load: Load, graphs: bool) -> None:
+        """Time what the stepping thread does in some steps, by phase."""
+        steps, spent = 2 if self._setup.interpreted else 8, defaultdict[str, float](float)
+        with contextlib.ExitStack() as stack:
+            for phase, owner, name in PHASES:
+                place = owner(self._running)
+                timed = _timed(getattr(place, name), spent, phase)
+                stack.enter_context(patch.object(place, name, timed))
+            finish(self._setup)
+            began = time.perf_counter()
+            for _ in range(steps):
+                self._running.step()
+            spent["all"] = time.perf_counter() - began
+        told: list[float | None] = [
+            spent[phase] / steps * 1e3 for phase in (*(phase for phase, *_ in PHASES), "all")
+        ]
+        timeless = [None] * len(told)
+        self._add_host(
+            load.title, "on" if graphs else "off", *(timeless if self._setup.interpreted else told)
+        )
 
     def clear(self) -> None:
         """End all rows."""
@@ -521,10 +828,10 @@ def _syncs(setup: Setup, running: Engine, steps: int, places: Counter[str]) -> f
 
 
 def _profiled(
-    setup: Setup, running: Engine, found: Findings, title: str
+    setup: Setup, run: Callable[[], object], count: int, found: Findings, title: str
 ) -> tuple[float | None, float | None]:
-    """Return the kernels and copies of a step, and the part of the time in which one runs; None where
-    nothing is seen."""
+    """Return the kernels and copies of a run, of `count` that are watched, and the part of the time in which
+    one runs; None where nothing is seen."""
     if setup.device != "cuda":
         return None, None
     try:
@@ -533,8 +840,8 @@ def _profiled(
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             began = time.perf_counter()
-            for _ in range(4):
-                running.step()
+            for _ in range(count):
+                run()
             torch.cuda.synchronize()
             seconds = time.perf_counter() - began
         seen = [event for event in profiled.events() or () if str(event.device_type).endswith("CUDA")]
@@ -542,15 +849,28 @@ def _profiled(
         by_name: dict[str, list[float]] = {}
         for event in seen:
             by_name.setdefault(str(event.name)[:60], []).append(event.time_range.elapsed_us())
-        add = found.table(
-            f"Kernels of four steps, us: {title}", ("kernel", "count", "all", "mean", "longest")
-        )
+        steps = f"of {count} steps, " if count > 1 else ""
+        headings = ("kernel", "count", "all", "of all", "mean", "shortest", "longest")
+        add = found.table(f"Kernels {steps}us: {title}", headings)
         for name, times in sorted(by_name.items(), key=lambda one: -sum(one[1]))[:15]:
-            add(name, len(times), sum(times), sum(times) / len(times), max(times))
-        return (len(seen) / 4, spent / seconds) if seen else (None, None)
+            own = sum(times)
+            add(name, len(times), own, own / spent / 1e6, own / len(times), min(times), max(times))
+        gaps = _gaps([(one.time_range.start, one.time_range.end) for one in seen])
+        found.figure(f"idle between kernels, {steps}{title}", sum(gaps), f"us in {len(gaps)} gaps")
+        return (len(seen) / count, spent / seconds) if seen else (None, None)
     except Exception as error:
         found.figure("the profiler", f"{type(error).__name__}: {error}"[:200])
         return None, None
+
+
+def _gaps(ranges: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the times, in the ranges' unit, between the end of all earlier ranges and the next one."""
+    gaps, last = list[float](), float("inf")
+    for begin, end in sorted(ranges):
+        if begin > last:
+            gaps.append(begin - last)
+        last = end if last == float("inf") else max(last, end)
+    return gaps
 
 
 # ---- invariance, memory, PEFT ---------------------------------------------------------------------
@@ -589,8 +909,12 @@ def invariance(setup: Setup, found: Findings) -> None:
             made.put_adapter(name, weights)
         return made
 
-    def compare(title: str, got: Mapping[str, list[protocol.ScoredToken]]) -> None:
-        wrong = [name for name, one in got.items() if one != together[name]]
+    def compare(title: str, one: Engine, parts: Sequence[Sequence[Asked]], apart: int = 2) -> None:
+        """Serve some of the requests, part after part, and compare them with all of them at once."""
+        got: dict[str, list[protocol.ScoredToken]] = {}
+        for part in parts:
+            got |= serve(one, part, apart)
+        wrong = [name for name, row in got.items() if row != together[name]]
         longest = max((lengths[int(name)] for name in wrong), default=0)
         told = (
             f"{len(wrong)} of {len(got)} rows differ, one of {longest} tokens"
@@ -598,6 +922,10 @@ def invariance(setup: Setup, found: Findings) -> None:
             else f"{len(got)} rows"
         )
         found.check(f"{title}: the same bits", not wrong, told)
+        if wrong:
+            found.trying(
+                f"{title}: a trace", _trace, found, title, wrong[0], (running, [asked]), (one, parts)
+            )
 
     running = new()
     together = serve(running, asked)
@@ -605,27 +933,113 @@ def invariance(setup: Setup, found: Findings) -> None:
     found.figure("the longest prompt", max(lengths), "tokens")
     found.figure("different texts", len({tuple(one.token for one in row) for row in together.values()}))
     some = asked[:3] if small else asked
-    compare("alone", {one.name: serve(running, [_of(one, "alone")])[one.name] for one in some})
+    compare("alone", running, [[_of(one, "alone")] for one in some])
     if not small:
-        compare("the other way round", serve(running, [_of(one, "back") for one in asked[::-1]], 1))
-        compare("with prefixes that are cached", serve(running, asked))
+        compare("the other way round", running, [[_of(one, "back") for one in asked[::-1]]], 1)
+        compare("with prefixes that are cached", running, [asked])
     if running.model._graphs is not None:
         running.model._graphs = None
-        compare("without graphs", serve(running, [_of(one, "no graphs") for one in some]))
-    del running
+        compare("without graphs", running, [[_of(one, "no graphs") for one in some]])
     # An odd number, so that no chunk ends with a block.
-    compare("in small chunks", serve(new(step_tokens=7 if small else 333), asked))
+    compare("in small chunks", new(step_tokens=7 if small else 333), [asked])
     tight = RESERVED_BLOCKS + 2 + len(lengths) + sum(-(-one // block) for one in lengths)
     cramped = new(blocks=tight, host_blocks=3 * room)
-    compare("preempted", serve(cramped, asked))
+    compare("preempted", cramped, [asked])
     found.check("rows were preempted", cramped.scheduler.preemptions > 0, str(cramped.scheduler.preemptions))
     if not small:
         serve(cramped, [_of(one, "between") for one in asked])  # whose blocks take the places of the others'
         before = cramped.counters.restored_tokens
-        compare("with prefixes that were in host memory", serve(cramped, asked))
+        compare("with prefixes that were in host memory", cramped, [asked])
         count = cramped.counters.restored_tokens - before
         found.check("prefixes came back from host memory", count > 0, f"{count} tokens")
     cramped.check_base()
+
+
+class RowSums:
+    """Sums over the bits of what modules give one sequence's rows, by position and module, in the order of
+    the calls."""
+
+    def __init__(self, running: Engine, name: str) -> None:
+        self._running, self._name = running, name
+        self.sums: dict[tuple[int, str], int] = {}
+        self.steps: dict[int, int] = {}
+        """Rows of the step that computed each position."""
+        self._rows: dict[int, list[tuple[int, int, int]]] = {}
+        """First position, first row and number of rows of the sequence's segments, by batch."""
+        self._own: list[tuple[int, int, int]] = []
+        self._count = 0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the steps of the engine, which are launched kernel by kernel meanwhile."""
+        model, packer = self._running.model, self._running._packer
+        graphs, model._graphs = model._graphs, None
+        pack, launch = packer.pack, model.launch
+
+        def packed(plan: StepPlan, slots: Mapping[str, int]) -> StepBatch:
+            batch, first = pack(plan, slots), 0
+            own = self._rows[id(batch)] = []
+            for segment in plan.segments:
+                if segment.sequence.id == self._name:
+                    own.append((segment.start, first, segment.length))
+                first += segment.length
+            return batch
+
+        def launched(batch: StepBatch) -> Any:
+            self._own, self._count = self._rows.pop(id(batch), []), len(batch.input_ids)
+            return launch(batch)
+
+        named = [(name, module) for name, module in model._view.named_modules() if name]
+        hooks = [module.register_forward_hook(partial(self._note, name)) for name, module in named]
+        try:
+            with patch.object(packer, "pack", packed), patch.object(model, "launch", launched):
+                yield
+        finally:
+            model._graphs = graphs
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, name: str, module: torch.nn.Module, given: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if not self._own or not isinstance(output, torch.Tensor) or output.dtype != torch.bfloat16:
+            return
+        if output.numel() == 0 or output.numel() % self._count or output.shape[:2].numel() != self._count:
+            return
+        bits = output.reshape(self._count, -1).contiguous().view(torch.int16).long()
+        odd = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
+        sums = (bits * odd).sum(1).tolist()
+        for start, first, length in self._own:
+            for number in range(length):
+                self.sums.setdefault((start + number, name), sums[first + number])
+                self.steps[start + number] = self._count
+
+    def first_other(self, other: RowSums) -> tuple[int, str] | None:
+        """Return position and module of the first sum that is another one there; None if there is none."""
+        shared = [key for key in self.sums if other.sums.get(key, self.sums[key]) != self.sums[key]]
+        return min(shared, key=lambda key: key[0], default=None)  # of a position the first that was called
+
+
+Serving = tuple[Engine, Sequence[Sequence[Asked]]]
+"""An engine, and requests that are served one part after the other."""
+
+
+def _trace(found: Findings, title: str, name: str, first: Serving, second: Serving) -> None:
+    """Serve requests in two ways again, and report the first module that gives row `name` other bits."""
+    traces = []
+    for number, (running, parts) in enumerate((first, second)):
+        trace = RowSums(running, name)
+        with trace.watching():
+            for part in parts:
+                serve(running, [_of(one, f"{title}, traced {number}") for one in part])
+        traces.append(trace)
+    place = traces[0].first_other(traces[1])
+    if place is None:
+        found.figure(f"{title}: the first module with other bits", "none, launched kernel by kernel")
+        return
+    position, module = place
+    steps = " and ".join(str(trace.steps[position]) for trace in traces)
+    said = f"{module}, of row {name} at token {position}, in steps of {steps} rows"
+    found.figure(f"{title}: the first module with other bits", said)
 
 
 def _of(one: Asked, tenant: str) -> Asked:

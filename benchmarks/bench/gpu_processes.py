@@ -1,12 +1,14 @@
 """The parts of the GPU check in which other processes share the engine's base.
 
-`python -m bench.gpu_processes NAME FILE SETUP` is a part.
+`python -m bench.gpu_processes NAME FILE SETUP` is a part. `python -m bench.gpu_processes writes LIBRARY
+DEVICE FD SIZE` writes to memory of another process, and prints what the driver says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import queue
 import re
@@ -35,8 +37,10 @@ from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
 from onebase_engine.base.attach import publish
+from onebase_engine.base.manifest import decode
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.environment import mps_runs
 from onebase_engine.machine import free_memory
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, TrainerClient
@@ -46,6 +50,8 @@ from onebase_server.processes.verifier_protocol import Prove, Proved
 from onebase_training import events
 
 ROOT = Path(__file__).resolve().parents[2]
+IDLE = "nothing, while the engine rests"
+"""Phase in which the engine computes no step."""
 START_SECONDS = 170.0
 """Limit, in seconds, for the engine to make its base, compile its kernels and answer once."""
 ROOMY = 32e9
@@ -96,26 +102,34 @@ def host(device: str, shape: str, folder: str, base_fd: int | None) -> Callable[
         seconds: list[float] = []
         rounds = wrong = made = 0
         phase = ""
-        about = {"manifest": manifest.hex(), "kernels": engine.model.kernels.name}
+        about: dict[str, Any] = {"manifest": manifest.hex(), "kernels": engine.model.kernels.name}
         about["load"] = f"{rows} rows, {len(names)} adapters"
+        about["segments"] = len(decode(manifest).storages) if manifest else 0
         while True:
             if not engine.busy:
                 first = first or texts
-                rounds, wrong = rounds + bool(texts), wrong + (texts != first)
-                texts = {one.name: [] for one in asked}
-                for one in asked:
-                    engine.submit(one.message())
-            began = time.perf_counter()
-            engine.step()
-            seconds.append(time.perf_counter() - began)
+                rounds, wrong = rounds + bool(texts), wrong + (bool(texts) and texts != first)
+                texts = {}
+            if not engine.busy and phase == IDLE:
+                time.sleep(0.02)
+            else:
+                if not engine.busy:
+                    if setup.interpreted:
+                        time.sleep(0.1)  # the others have no other device
+                    texts = {one.name: [] for one in asked}
+                    for one in asked:
+                        engine.submit(one.message())
+                began = time.perf_counter()
+                engine.step()
+                seconds.append(time.perf_counter() - began)
             for output in engine.take_outputs():
                 texts[output.id] += [output.error_message] if output.error_message else output.tokens
                 made += len(output.tokens)
             if not phases.empty():
                 engine.check_base()
                 counts = {"steps": len(seconds), "rounds": rounds, "wrong": wrong, "tokens": made}
-                p50, p99 = np.percentile(seconds, (50, 99))
-                times = {"p50": p50, "p99": p99, "longest": max(seconds), "seconds": sum(seconds)}
+                p50, p99, longest = np.percentile(seconds, (50, 99, 100)) if seconds else (0.0,) * 3
+                times = {"p50": p50, "p99": p99, "longest": longest, "seconds": sum(seconds)}
                 ended.put({"phase": phase, **about, **counts, **times})
                 seconds, phase, rounds, wrong, made = [], phases.get(), 0, 0, 0
 
@@ -137,6 +151,8 @@ class Host:
         self._timed, self._found, self._worker = not setup.interpreted, found, worker
         self.fd, self.process = fd, worker.process
         self.manifest = b""
+        self._alone: float | None = None
+        """Tokens a second of the first phase, in which nothing else computes."""
 
     async def begin(self, phase: str) -> None:
         """Begin a phase; the one before it goes into the table. Its rows get the texts that they got first.
@@ -147,12 +163,17 @@ class Host:
         if not self.manifest:
             self.manifest = bytes.fromhex(ended["manifest"])
             self._found.figure("the engine's kernels", ended["kernels"])
-            headings = ("beside", "steps", "tokens/s", "ms p50", "p99", "longest")
+            self._found.figure("the processes share the GPU by", "MPS" if mps_runs() else "time slices")
+            self._found.figure("segments of memory that hold the base", ended["segments"])
+            headings = ("beside", "steps", "tokens/s", "of those alone", "ms p50", "p99", "longest")
             self._add = self._found.table(f"The engine's steps, {ended['load']}", headings)
             return
-        times = [ended[one] * 1e3 if self._timed else None for one in ("p50", "p99", "longest")]
-        rate = ended["tokens"] / ended["seconds"] if self._timed else None
-        self._add(ended["phase"], ended["steps"], rate, *times)
+        timed = self._timed and ended["steps"] > 0
+        times = [ended[one] * 1e3 if timed else None for one in ("p50", "p99", "longest")]
+        rate = ended["tokens"] / ended["seconds"] if timed else None
+        self._alone = self._alone or rate
+        part = rate / self._alone if rate and self._alone else None
+        self._add(ended["phase"], ended["steps"], rate, part, *times)
         title = f"{ended['phase']}: rows get the texts that they got first"
         self._found.check(title, not ended["wrong"], f"{ended['rounds']} rounds")
 
@@ -180,6 +201,138 @@ async def hosted(setup: Setup, found: Findings) -> AsyncIterator[Host]:
             os.close(one)
 
 
+# ---- memory that another process may only read ---------------------------------------------------
+
+
+class _Place(ctypes.Structure):
+    """CUmemLocation."""
+
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _Properties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("place", _Place),
+        ("metadata", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    )
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = (("place", _Place), ("flags", ctypes.c_int))
+
+
+class DriverError(Exception):
+    """The driver refused a call; the message is the call and the driver's name of the error."""
+
+
+class Driver:
+    """CUDA's driver, as far as it maps memory of other processes.
+
+    torch maps it by cudaIpcOpenMemHandle, always to be written to. Whether a mapping that may only be read
+    keeps writes out, only a GPU can tell.
+    """
+
+    READS, WRITES = 1, 3
+    """CU_MEM_ACCESS_FLAGS_PROT_READ and _READWRITE."""
+    _ON_DEVICE, _PINNED, _FILE = 1, 1, 1
+
+    def __init__(self, library: str, device: int) -> None:
+        self._library, self._place = ctypes.CDLL(library), _Place(self._ON_DEVICE, device)
+        context = ctypes.c_void_p()
+        self("cuInit", 0)
+        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self("cuCtxSetCurrent", context)
+
+    def __call__(self, name: str, *given: Any) -> None:
+        if code := getattr(self._library, name)(*given):
+            told = ctypes.c_char_p()
+            self._library.cuGetErrorName(code, ctypes.byref(told))
+            raise DriverError(f"{name}: {(told.value or b'error').decode()} ({code})")
+
+    def create(self) -> tuple[ctypes.c_uint64, int]:
+        """Allocate as little as can be mapped; return its handle and its size."""
+        how = _Properties(self._PINNED, self._FILE, self._place)
+        size, handle = ctypes.c_size_t(), ctypes.c_uint64()
+        self("cuMemGetAllocationGranularity", ctypes.byref(size), ctypes.byref(how), 0)
+        self("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(how), ctypes.c_uint64(0))
+        return handle, size.value
+
+    def export_file(self, handle: ctypes.c_uint64) -> int:
+        """Return a file descriptor by which another process imports the memory."""
+        fd = ctypes.c_int()
+        self("cuMemExportToShareableHandle", ctypes.byref(fd), handle, self._FILE, ctypes.c_uint64(0))
+        return fd.value
+
+    def import_file(self, fd: int) -> ctypes.c_uint64:
+        handle = ctypes.c_uint64()
+        self("cuMemImportFromShareableHandle", ctypes.byref(handle), ctypes.c_void_p(fd), self._FILE)
+        return handle
+
+    def map(self, handle: ctypes.c_uint64, size: int, flags: int) -> ctypes.c_uint64:
+        """Return the address at which the memory is mapped, to be read or written to."""
+        address, none, whole = ctypes.c_uint64(), ctypes.c_uint64(0), ctypes.c_size_t(size)
+        access = _Access(self._place, flags)
+        self("cuMemAddressReserve", ctypes.byref(address), whole, ctypes.c_size_t(0), none, none)
+        self("cuMemMap", address, whole, ctypes.c_size_t(0), handle, none)
+        self("cuMemSetAccess", address, whole, ctypes.byref(access), ctypes.c_size_t(1))
+        return address
+
+    def write(self, address: ctypes.c_uint64, word: int, size: int) -> None:
+        self("cuMemsetD32_v2", address, ctypes.c_uint(word), ctypes.c_size_t(size // 4))
+        self("cuCtxSynchronize")
+
+    def read(self, address: ctypes.c_uint64) -> int:
+        word = ctypes.c_uint()
+        self("cuMemcpyDtoH_v2", ctypes.byref(word), address, ctypes.c_size_t(4))
+        return word.value
+
+
+def write_to_read_only(library: str = "libcuda.so.1", device: int = 0) -> tuple[str, bool]:
+    """Let another process write to memory that it has mapped to be read.
+
+    Returns:
+        What the driver said to it, and whether the memory is as before.
+    """
+    driver, word = Driver(library, device), 7
+    handle, size = driver.create()
+    address = driver.map(handle, size, Driver.WRITES)
+    driver.write(address, word, size)
+    fd = driver.export_file(handle)
+    try:
+        command = [
+            sys.executable,
+            "-m",
+            "bench.gpu_processes",
+            "writes",
+            library,
+            *map(str, (device, fd, size)),
+        ]
+        done = subprocess.run(command, pass_fds=(fd,), capture_output=True, text=True, timeout=60)
+    finally:
+        os.close(fd)
+    lines = (done.stdout or done.stderr).strip().splitlines() or [f"exit status {done.returncode}"]
+    return lines[-1], driver.read(address) == word
+
+
+def _write(library: str, device: int, fd: int, size: int) -> str:
+    """Map another process's memory to be read, and write to it; return what the driver says."""
+    driver = Driver(library, device)
+    address = driver.map(driver.import_file(fd), size, Driver.READS)
+    word = driver.read(address)
+    try:
+        driver.write(address, word + 1, size)
+    except DriverError as error:
+        return str(error)
+    return "it may write"
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 
@@ -187,6 +340,15 @@ def proof(setup: Setup, found: Findings) -> None:
     """Let another process attach the base and prove versions on it next to the engine, and kill each."""
     shutil.rmtree(setup.folder / "adapter", ignore_errors=True)
     asyncio.run(_proof(setup, found))
+    if setup.device == "cuda":
+        found.trying("a mapping that may only be read", _try_mapping, found)
+
+
+def _try_mapping(found: Findings) -> None:
+    said, kept = write_to_read_only()
+    found.figure(
+        "a write to memory that is mapped to be read", f"{said}; {'as before' if kept else 'changed'}"
+    )
 
 
 async def _proof(setup: Setup, found: Findings) -> None:
@@ -305,7 +467,10 @@ async def _training(setup: Setup, found: Findings) -> None:
         jobs = Jobs(setup, found, running)
         await running.begin("nothing")
         await running.last(6, 3)
+        if not await jobs.check("a job", jobs.job("checked")):
+            return
         jobs.busy.set(False)
+        await jobs.train(IDLE, 1.0, jobs.job("alone", max_steps=2 if setup.interpreted else 6))
         await jobs.train("a job that takes all it can", 1.0, jobs.job("greedy"))
         jobs.busy.set(True)
         if not setup.interpreted:
@@ -337,6 +502,8 @@ class Jobs:
         }
         self._told: list[events.StepDone] = []
         """Steps of the job that runs."""
+        self._alone = 0.0
+        """Tokens a second of the first job, beside which the engine rests."""
 
     def job(self, name: str, **more: Any) -> TrainJob:
         return TrainJob(
@@ -363,8 +530,6 @@ class Jobs:
 
     async def train(self, title: str, share: float, job: TrainJob) -> None:
         """Train until the job has ended, and report its tokens a second, its loss and its memory."""
-        if not await self.check(title, job):
-            return
         free = free_memory(self._device)
         trained = await (await self._start(title, share, job)).outcome()
         ended = isinstance(trained, Trained)
@@ -376,6 +541,8 @@ class Jobs:
         if not self._setup.interpreted and later:
             rate = sum(one.tokens for one in later) / sum(one.tokens / one.tokens_per_second for one in later)
             figure(f"{title}: training", rate, "tokens/s")
+            self._alone = self._alone or rate
+            figure(f"{title}: training, of its speed alone", rate / self._alone)
         if told:
             figure(f"{title}: loss, first and last", f"{told[0].loss:.3f}, {told[-1].loss:.3f}")
         figure(f"{title}: its peak memory", trained.report["peak_memory_bytes"] / 1e9, "GB")
@@ -384,8 +551,6 @@ class Jobs:
 
     async def kill(self, title: str, job: TrainJob) -> None:
         """Kill the trainer once it has made a step."""
-        if not await self.check(title, job):
-            return
         client = await self._start(title, 1.0, job)
         outcome = asyncio.create_task(client.outcome())
         while not self._told and not outcome.done():
@@ -448,4 +613,7 @@ def tell_tests(lines: Iterable[str], found: Findings) -> None:
 PARTS = {"proof": proof, "training": training, "tests": tests}
 
 if __name__ == "__main__":
+    if sys.argv[1] == "writes":
+        print(_write(sys.argv[2], *map(int, sys.argv[3:])))
+        sys.exit(0)
     sys.exit(run_part(PARTS, sys.argv[1:]))

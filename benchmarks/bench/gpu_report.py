@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import subprocess
 import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 NOT_BUILT = "not built"
+_ASKED = {
+    "driver": "driver_version",
+    "clock of the multiprocessors": "clocks.sm",
+    "clock of the memory": "clocks.mem",
+    "power limit": "power.limit",
+    "temperature": "temperature.gpu",
+    "reasons for a lower clock": "clocks_throttle_reasons.active",
+}
+"""Fields that nvidia-smi is queried for, by the name that the report gives them."""
 
 
 class NotHereError(Exception):
@@ -86,8 +98,8 @@ class Findings:
 
 
 class Said(logging.Handler):
-    """Keeps the first lines that the engine logs: which fusions, captures and kernels it does without, and
-    why."""
+    """Keeps the first lines of each level that the engine logs: which fusions, captures and kernels it does
+    without, and why."""
 
     MOST = 60
 
@@ -95,13 +107,44 @@ class Said(logging.Handler):
         super().__init__(logging.INFO)
         self._add: Callable[..., None] | None = None
         self._findings = findings
-        self._count = 0
+        self._counts: Counter[int] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._count += 1
-        if self._count <= self.MOST:
+        self._counts[record.levelno] += 1
+        if self._counts[record.levelno] <= self.MOST:
             self._add = self._add or self._findings.table("What the engine logged", ("level", "line"))
             self._add(record.levelname.lower(), record.getMessage()[:300])
+
+
+def driver_state() -> dict[str, str]:
+    """Return what the driver says of the GPU now."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        return dict(zip(_ASKED, (one.strip() for one in said.split(",")), strict=False))
+    return {"driver": "unknown"}
+
+
+class LastLaunches:
+    """Names of the kernels that Triton launched last, the newest at the end."""
+
+    def __init__(self, most: int = 8) -> None:
+        self.names: deque[str] = deque(maxlen=most)
+
+    def watch(self) -> None:
+        """Note each launch from now on, which costs time."""
+        import triton
+
+        # A chain of hooks from Triton 3.5 on, one hook before.
+        hook: Any = triton.knobs.runtime.launch_enter_hook
+        if hasattr(hook, "add"):
+            hook.add(self.note)
+        else:
+            triton.knobs.runtime.launch_enter_hook = self.note
+
+    def note(self, metadata: Any) -> None:
+        told = metadata.get() if hasattr(metadata, "get") else metadata
+        self.names.append(str(told["name"]))
 
 
 PartFunction = Callable[[Setup, Findings], None]
@@ -112,6 +155,11 @@ def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int
     name, file, setup = arguments
     findings = Findings(Path(file))
     told = json.loads(setup)
+    last = LastLaunches()
+    if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+        # An error then belongs to the launch before it.
+        with contextlib.suppress(ImportError, AttributeError):
+            last.watch()
     engine = logging.getLogger("onebase_engine")
     engine.addHandler(Said(findings))
     engine.setLevel(logging.INFO)
@@ -122,8 +170,12 @@ def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int
         return 0
     except BaseException as error:
         traceback.print_exc()
+        if last.names:
+            findings.figure("kernels that were launched last", ", ".join(last.names))
         findings.end("failed", f"{type(error).__name__}: {error}"[:2000])
         return 1
+    if told["device"] == "cuda":
+        findings.figure("the GPU at the end", ", ".join(f"{n} {v}" for n, v in driver_state().items()))
     findings.end("ok")
     # What libraries do at their end, with processes and contexts that are gone, is nobody's finding.
     os._exit(0)

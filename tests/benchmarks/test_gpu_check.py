@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -14,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.compiler.compiler import LazyDict
 
 import gpu_check
-from bench import gpu_bundle, gpu_forms, gpu_machine, gpu_processes
-from bench.gpu_report import Findings, held, page
+from bench import gpu_bundle, gpu_forms, gpu_machine, gpu_parts, gpu_processes
+from bench.gpu_report import Findings, LastLaunches, Setup, held, page
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ("raises", "hangs", "dies", "wrong", "unchecked", "nothing", "good")
@@ -194,6 +198,113 @@ def test_sums_with_other_bits_are_counted_measured_and_placed() -> None:
     other[0] = one[0]
     other[1, 1] = torch.nextafter(other[1, 1], torch.tensor(9.0))
     assert gpu_forms.difference(other, one) == (2, 2, "1, 0")
+
+
+def test_a_row_with_other_bits_in_company_is_traced_to_the_first_module_that_gives_them(
+    tmp_path: Path,
+) -> None:
+    setup = Setup("cpu", "tiny", tmp_path)
+    running = gpu_parts.make_engine(setup, gpu_parts.new_base(setup), None, blocks=RESERVED_BLOCKS + 40)
+    output = running.model._view.model.layers[0].self_attn.o_proj
+    asked = [gpu_parts.Asked(name, gpu_parts.words(setup, 5, seed), 3) for seed, name in enumerate("ab")]
+    ways = (running, [asked]), (running, [[one] for one in asked])
+    found = Findings(tmp_path / "findings.json")
+    gpu_parts._trace(found, "alone", "a", *ways)
+    # As if more rows than one prompt's had another form of a kernel; decodes of both have the usual one.
+    output.register_forward_hook(lambda module, given, rows: rows * (1 + (rows.shape[-2] > 5)))
+    gpu_parts._trace(found, "alone, again", "b", *ways)
+    usual, wrong = (one["value"] for one in json.loads((tmp_path / "findings.json").read_text())["figures"])
+    assert usual == "none, launched kernel by kernel"
+    assert wrong == "model.layers.0.self_attn.o_proj, of row b at token 0, in steps of 10 and 5 rows"
+
+
+def test_gaps_between_kernels_are_those_in_which_none_of_them_runs() -> None:
+    assert gpu_parts._gaps([(5.0, 6.0), (0.0, 2.0), (1.0, 1.5), (2.0, 3.0), (6.5, 7.0)]) == [2.0, 0.5]
+    assert gpu_parts._gaps([]) == []
+
+
+DRIVER = """
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+typedef struct { int type, id; } place;
+typedef struct { int type, handles; place at; void *data; unsigned char flags[8]; } properties;
+typedef struct { place at; int flags; } access_of;
+static int flags;
+int cuInit(unsigned none) { return none; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = context; return device != 3; }
+int cuCtxSetCurrent(void *context) { return !context; }
+int cuCtxSynchronize(void) { return 0; }
+int cuGetErrorName(int code, const char **name) {
+    *name = code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "?";
+    return 0;
+}
+int cuMemGetAllocationGranularity(size_t *size, properties *how, int option) {
+    *size = 1 << 16;
+    return option;
+}
+int cuMemCreate(uint64_t *handle, size_t size, properties *how, uint64_t none) {
+    if (how->type != 1 || how->handles != 1 || how->at.type != 1 || how->at.id != 3 || none) return 1;
+    *handle = memfd_create("memory", 0);
+    return ftruncate(*handle, size);
+}
+int cuMemExportToShareableHandle(int *fd, uint64_t handle, int type, uint64_t none) {
+    *fd = dup(handle);
+    return type != 1 || none;
+}
+int cuMemImportFromShareableHandle(uint64_t *handle, void *fd, int type) {
+    *handle = (intptr_t)fd;
+    return type != 1;
+}
+int cuMemAddressReserve(uint64_t *address, size_t size, size_t align, uint64_t at, uint64_t none) {
+    *address = (uint64_t)mmap(0, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return align || at || none;
+}
+int cuMemMap(uint64_t address, size_t size, size_t offset, uint64_t handle, uint64_t none) {
+    void *where = (void *)address;
+    return mmap(where, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, handle, offset) != where || none;
+}
+int cuMemSetAccess(uint64_t address, size_t size, access_of *how, size_t count) {
+    flags = how->flags;
+    return how->at.type != 1 || how->at.id != 3 || count != 1;
+}
+int cuMemsetD32_v2(uint64_t address, unsigned word, size_t count) {
+    if (KEEPS && flags != 3) return 700;
+    for (size_t i = 0; i < count; i++) ((unsigned *)address)[i] = word;
+    return 0;
+}
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t size) { memcpy(to, (void *)from, size); return 0; }
+"""
+"""CUDA's driver for memory, on the CPU. KEEPS: whether it keeps writes out of what is mapped to be read."""
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_write_to_memory_that_another_process_has_mapped_to_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text(DRIVER)
+    command = ["gcc", "-shared", "-fPIC", f"-DKEEPS={int(keeps)}", source, "-o", library]
+    subprocess.run(command, check=True, timeout=60)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    said, kept = gpu_processes.write_to_read_only(str(library), 3)
+    assert kept is keeps
+    assert said == ("cuMemsetD32_v2: CUDA_ERROR_ILLEGAL_ADDRESS (700)" if keeps else "it may write")
+
+
+def test_kernels_that_are_launched_before_an_error_are_named() -> None:
+    """By the hook that Triton calls at each launch."""
+    last = LastLaunches(2)
+    hooks = triton.knobs.runtime.launch_enter_hook
+    last.watch()
+    try:
+        for name in ("_norm", "_products", "_finish"):
+            hooks(LazyDict({"name": name}))
+    finally:
+        hooks.remove(last.note)
+    assert list(last.names) == ["_products", "_finish"]
 
 
 @pytest.mark.parametrize("options", [["--only", "kernels,graphs"], ["--device", "cpu", "--shape", "8b"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -77,6 +78,7 @@ EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()
 RANKS = (4, 16, 40, 256)
 SLOTS = len(RANKS)
+SPLIT = cuda.SPLIT
 ROWS = st.sampled_from([1, 2, 16, 17, 65, 129])
 MIX = st.dictionaries(st.integers(0, SLOTS - 1), st.sampled_from([1.0, 0.5, -2.0, 0.3]), max_size=3)
 FEW = settings(max_examples=4)
@@ -349,6 +351,77 @@ def test_wider_blocks_of_many_rows_give_the_same_bits(
         assert torch.equal(got, wanted)
 
 
+def in_order(x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+    """As a library whose sums are one accumulator over ascending terms."""
+    total = torch.zeros_like(sums)
+    for first in range(0, x.shape[1], 64):
+        part = slice(first, first + 64)
+        total = (x[:, part].double() @ weight[:, part].double().T).float() + total
+    sums.copy_(total)
+
+
+def in_halves(x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+    """As a library that splits sums."""
+    half, theirs = x.shape[1] // 128 * 64, torch.empty_like(sums)
+    in_order(x[:, :half], weight[:, :half], sums)
+    in_order(x[:, half:], weight[:, half:], theirs)
+    sums += theirs
+
+
+def fails(x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+    raise TypeError("mm() got an unexpected keyword argument 'out_dtype'")
+
+
+@pytest.mark.parametrize("library", [in_order, in_halves, fails])
+@pytest.mark.parametrize("quantized", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_a_library_multiplies_many_rows_where_a_trial_shows_that_its_sums_have_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, library: Callable[..., None], quantized: bool
+) -> None:
+    monkeypatch.setattr(cuda, "UNPACKED_ROWS", 20)
+    monkeypatch.setattr(cuda, "LIBRARY_ROWS", 32)
+    bases = [nf4(IN, out, seed=out, bias=out == OUT) for out in (OUT, 64)]
+    if not quantized:
+        bases = [nn.Linear(IN, out, dtype=torch.bfloat16).requires_grad_(False) for out in (OUT, 64)]
+    x = random(45, IN, seed=3).bfloat16()
+    mixes = [{0: 1.0} if row % 2 else {} for row in range(45)]
+    mine = CudaKernels()
+    wanted = CudaLayers(mine, [adapted(mine, base) for base in bases])(x, row_map(mixes))
+    multiplied: list[tuple[int, ...]] = []
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+        multiplied.append((*x.shape, len(weight)))
+        library(x, weight, sums)
+
+    monkeypatch.setattr(cuda, "library_product", watched)
+    kernels = CudaKernels()
+    monkeypatch.setattr(kernels, "library_device", "cpu")
+    layers = CudaLayers(kernels, [adapted(kernels, base) for base in bases])
+    multiplied.clear()
+    got = layers(x, row_map(mixes))
+    assert all(map(torch.equal, got, wanted))
+    assert multiplied == ([(32, IN, OUT)] * 2 + [(32, IN, 64)] * 2 if library is in_order else [])
+    multiplied.clear()
+    few = layers(x[:20], row_map(mixes[:20]))
+    assert all(torch.equal(one, whole[:20]) for one, whole in zip(few, wanted, strict=True))
+    assert not multiplied, "few rows are the kernel's"
+
+
+def test_a_library_is_not_tried_while_forms_are_collected_or_on_another_device(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "library_product", fails)
+    layers = CudaLayers(kernels, [linear(kernels, nf4(IN, OUT))])
+    assert not kernels.library_fits(layers)
+    monkeypatch.setattr(kernels, "library_device", "cpu")
+    monkeypatch.setattr(cuda, "LIBRARY_ROWS", 32)
+    with cuda.collecting():
+        assert not kernels.library_fits(layers)
+    assert not kernels._library_differs
+    monkeypatch.setattr(cuda, "LIBRARY_OUTPUTS", OUT - 1)
+    assert not kernels.library_fits(layers)
+    assert not kernels._library_differs
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_neighbours_of_a_prompt_are_of_one_program_that_adds_an_adapter_for_the_same_bits(
     kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch, gated: bool
@@ -525,6 +598,35 @@ def test_attention_holds_what_splits_give_of_some_rows_after_the_other_for_the_s
     assert bytes_of_all - bytes_at_once == (3 * q.shape[1] - rows) * of_row
 
 
+def test_a_decode_behind_500_tokens_is_spread_over_programs_of_four_tiles_of_keys_each(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of one program wait for each other, whatever multiprocessors have nothing to do."""
+    monkeypatch.setattr(cuda, "SPLIT", SPLIT)
+    grids: list[tuple[tuple[int, ...], int]] = []
+
+    class Watched:
+        def warmup(self, *given: Any, **more: Any) -> None:
+            """Compile nothing."""
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*given: Any, KEYS: int, **constants: Any) -> None:  # noqa: N803
+                grids.append((grid, KEYS))
+                attend[grid](*given, KEYS=KEYS, **constants)
+
+            return launch
+
+    attend = cuda._attend
+    monkeypatch.setattr(cuda, "_attend", Watched())
+    cache = Cache(kernels, 8, 4, 128, 16)
+    q, k, v = projected(cache, 500, 0)
+    blocks = cache.context(500)
+    cache.run([(blocks, 499, 500)], q[:, -1:], k[:, -1:], v[:, -1:])
+    ((grid, keys),) = grids
+    assert math.prod(grid) == 16
+    assert SPLIT.value == 4 * keys
+
+
 def test_a_prompt_that_does_not_attend_at_once_does_so_in_about_even_parts() -> None:
     """2,048 rows of an 8B, 16 a tile: 8 splits are a little more than are held at once."""
     none, tiles = torch.zeros(0), list(range(0, 2048, 16))
@@ -627,6 +729,51 @@ def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(
     # With other layers' blocks in the same memory, the second head's slots follow.
     heads = range(0, 16 * among, 16)
     assert written == [first + head for first in (padding[own], 16 * block) for head in heads]
+
+
+@pytest.mark.parametrize(
+    ("splits", "most"), [(1, 1000), pytest.param(3, 1000, marks=pytest.mark.full), (3, 30)]
+)
+def test_rows_of_a_prompt_attend_together_in_a_captured_step_for_the_same_bits(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch, splits: int, most: int
+) -> None:
+    """A decode, a chunk, another decode and padding; `most` rows times splits at once."""
+    cache, rows, device = Cache(kernels, 1, 4, 64, 16), 24, torch.device("cpu")
+    for number, tensor in enumerate(cache.tensors):
+        tensor.copy_(random(*tensor.shape, seed=number))
+    far = 128 * (splits - 1)
+    segments = [(0, far + 90, 1), (1, far + 3, 17), (2, 5, 1)]
+    tables = np.zeros((1, len(segments), -(-(far + 128) // 16)), dtype=np.int32)
+    for number, start, count in segments:
+        blocks = cache.context(start + count)
+        tables[0, number, : len(blocks)] = blocks
+    context = np.concatenate([np.full(count, number, dtype=np.int32) for number, _, count in segments])
+    position = np.concatenate([np.arange(start, start + n, dtype=np.int32) for _, start, n in segments])
+    write = tables[0, context, position // 16] * 16 + position % 16
+    q, k, v = projected(cache, rows, 1)
+    used = len(position)
+    own = Contexts(position, context, write[None], tables)
+    wanted = cache.attention(q[:, :used], k[:, :used], v[:, :used], own)
+    step = cuda.FixedStep(cuda.StepSize(rows, splits, 0, 0), 1, 16, [16], device, tile_rows=cuda.tile_rows(4))
+    step.load_step(np.zeros(used), Contexts(position, context, write[None], tables), NOBODY)
+    tiles = step.contexts.held[cuda.FIXED].tiles.view(-1, 3)
+    assert tiles[:, 1].tolist() == [1, 15, *[-1] * 14, 2, -1, 1, *[0] * 5]
+    monkeypatch.setattr(cuda, "SCRATCH", most * cache.heads * (cache.dim + 2) * 4)
+    got = cache.attention(q, k, v, step.contexts)
+    assert torch.equal(got[:used], wanted)
+    assert not got[used:].any()
+    alone = cuda.FixedStep(cuda.StepSize(rows, splits, 0, 0), 1, 16, [16], device)
+    alone.load_step(np.zeros(used), Contexts(position, context, write[None], tables), NOBODY)
+    assert torch.equal(cache.attention(q, k, v, alone.contexts), got)
+
+
+def test_tiles_of_a_captured_step_are_those_for_which_every_layer_has_room(kernels: CudaKernels) -> None:
+    cache = Cache(kernels, 1, 4, 64, 16)
+    q, k, v = projected(cache, 4, 1)
+    step = cuda.FixedStep(cuda.StepSize(4, 1, 0, 0), 1, 16, [16], torch.device("cpu"), cuda.tile_rows(2))
+    step.clear()
+    with pytest.raises(cuda.CaptureError, match="4 heads share keys"):
+        cache.attention(q, k, v, step.contexts)
 
 
 def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
@@ -1064,29 +1211,40 @@ def test_pytorch_draws_where_the_kernel_draws_other_tokens(
 # ---- compiled for GPUs that are not here -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("capability", "dot"),
-    [
-        (90, "wgmma.mma_async"),
-        pytest.param(80, "mma.sync", marks=pytest.mark.full),
-        pytest.param(89, "mma.sync", marks=pytest.mark.full),
-        pytest.param(120, "mma.sync", marks=pytest.mark.full),
-    ],
-)
-def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capability: int, dot: str) -> None:
+def compiling(program: str, *arguments: str) -> Any:
+    """Run a program of this folder that compiles kernels, and return what it prints at its end.
+
+    ONEBASE_TEST_TRITON may name the folder of another Triton.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = Path(__file__).with_name("triton_compiled.py")
+    paths = os.environ.get("ONEBASE_TEST_TRITON"), Path(__file__).parents[2], Path(cuda.__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, str(program), str(capability)],
-        env=environment | {"PYTHONPATH": str(Path(cuda.__file__).parents[2])},
+        [sys.executable, str(Path(__file__).with_name(program)), *arguments],
+        env=environment | {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dot"),
+    [
+        (90, "wgmma.mma_async"),
+        *(pytest.param(one, "mma.sync", marks=pytest.mark.full) for one in (80, 86, 89, 120)),
+    ],
+)
+def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capability: int, dot: str) -> None:
+    report = compiling("triton_compiled.py", str(capability))
     assert len(report) == 58
     for name, used in report.items():
         assert used["shared"] < (227 if capability == 90 else 99) << 10, name
+        assert used["registers"] * used["threads"] <= 1 << 16, name
+        # Few bytes are those of a division; heads of 512 spill some.
+        assert used["stack"] <= (320 if "KEY_SIZE=512" in name else 32), name
+        # A program waits for as many loads at once, a piece of a row in four iterations.
+        assert not name.startswith("_shrink") or used["ld.global.v4.b32"] >= 12, used
         bytewise = any(word.startswith("ld.global") and word.endswith("b8") for word in used)
         assert not bytewise or name.startswith("_sum_bytes"), (name, used)
         if name.startswith(("_products", "_expert_products", "_attend")):
@@ -1124,16 +1282,7 @@ def test_no_step_asks_for_a_form_that_was_not_compiled_at_the_start(
     tmp_path: Path, architecture: str, own: set[str]
 ) -> None:
     """Of any number of rows, ranks and adapters, in short and long contexts; nothing is launched here."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("triton_forms.py")), str(tmp_path), architecture],
-        env=environment | {"PYTHONPATH": os.pathsep.join([str(root), str(Path(cuda.__file__).parents[2])])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = compiling("triton_forms.py", str(tmp_path), architecture)
     assert not [one for one in report["asked"] if one not in report["wanted"]]
     assert {name for name, _ in report["asked"]} >= {"_products", "_attend", "_merge", *own}
     assert "_take_sample" in {name for name, _ in report["wanted"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import sys
 from collections import Counter
 from typing import Any
@@ -74,6 +75,8 @@ UNALIGNED = (
     "dt_row",
 )
 """Numbers that are no multiple of 16; where others are, the launch finds that out."""
+SIZED, ATTRIBUTES = 4, {0x2F: "registers", 0x11: "stack"}
+"""Form of an attribute whose value follows, and attributes (EIATTR_REGCOUNT and EIATTR_FRAME_SIZE)."""
 SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
 HEADS = (64, 128, 256, 512)
 """Sizes of heads."""
@@ -206,9 +209,39 @@ def used(kernel: Any, constants: dict[str, Any], capability: int) -> Counter[str
     code = compiled.asm["ptx"]
     found = re.findall(r"\b(?:ld\.global|cp\.async|wgmma\.mma_async|mma\.sync)[.\w:]*|\bfma\.rn\.f32", code)
     found += re.findall(r"kWidth = \d+", compiled.asm["ttgir"])
+    binary = compiled.asm["cubin"]
     return Counter(
-        {"shared": compiled.metadata.shared, "cubin": len(compiled.asm["cubin"]), **Counter(found)}
+        {
+            "shared": compiled.metadata.shared,
+            "cubin": len(binary),
+            "threads": 32 * compiled.metadata.num_warps,
+            **resources(binary),
+            **Counter(found),
+        }
     )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return the registers and the bytes of stack of a thread, by the section `.nv.info` of an ELF file.
+
+    Registers that are spilled lie on the stack, on which these kernels have nothing else.
+    """
+    (sections,), (size, count, names) = (
+        struct.unpack_from("<Q", cubin, 40),
+        struct.unpack_from("<3H", cubin, 58),
+    )
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + number * size) for number in range(count)]
+    texts = headers[names][4]
+    found: dict[str, int] = {}
+    for name, _, _, _, start, length in headers:
+        if cubin[texts + name :].startswith(b".nv.info\0"):
+            place = start
+            while place < start + length:
+                form, attribute, value = struct.unpack_from("<BBH", cubin, place)
+                if form == SIZED and attribute in ATTRIBUTES:
+                    found[ATTRIBUTES[attribute]] = struct.unpack_from("<II", cubin, place + 4)[1]
+                place += 4 + (value if form == SIZED else 0)
+    return found
 
 
 if __name__ == "__main__":

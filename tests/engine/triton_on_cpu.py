@@ -182,6 +182,7 @@ class Capture(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
     def of(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         """As `CudaKernels.capture`."""
         launch = interpreter.GridExecutor.__call__
+        self._launches = []  # those of a capture that failed
 
         def told(executor: Any, *args: Any, **named: Any) -> Any:
             with _disable_current_modes():

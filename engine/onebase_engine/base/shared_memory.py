@@ -188,9 +188,12 @@ def open_tensors(
     """
     files = [segment.start + segment.size for segment in segments if isinstance(segment, FileSegment)]
     mapping = _map_privately(fd, max(files)) if files else None
+    count = len(segments)
     storages = [
-        (_cuda_storage(segment), 0) if isinstance(segment, CudaSegment) else (mapping, segment.start)
-        for segment in segments
+        (_cuda_storage(segment, f"segment {number} of {count}"), 0)
+        if isinstance(segment, CudaSegment)
+        else (mapping, segment.start)
+        for number, segment in enumerate(segments, 1)
     ]
     try:
         return [_tensor(*storages[place.storage], place) for place in places]
@@ -219,8 +222,8 @@ def _map_privately(fd: int | None, size: int) -> Any:
         raise SharedMemoryError(f"cannot map the shared memory: {error}") from error
 
 
-def _cuda_storage(segment: CudaSegment) -> Any:
-    """Open the other process's memory.
+def _cuda_storage(segment: CudaSegment, title: str) -> Any:
+    """Open the other process's memory, which an error calls `title`.
 
     Its counter goes down each time an attached storage is freed. That is harmless, because the other process
     holds its tensors as long as it lives.
@@ -239,5 +242,5 @@ def _cuda_storage(segment: CudaSegment) -> Any:
         )
     except (RuntimeError, *_UNKNOWN_TO_TORCH) as error:
         raise SharedMemoryError(
-            f"cannot open the memory on GPU {segment.device} of another process: {error}"
+            f"cannot open the memory on GPU {segment.device} of another process, {title}: {error}"
         ) from error

@@ -43,6 +43,8 @@ class PagedAttention:
         self.sights: dict[int, Sight] = {}
         """Filled by the probe pass: layer with keys and values of its own -> what is seen of them, also by
         layers that borrow them."""
+        self.groups = 1
+        """Filled by the probe pass: largest number of heads that share keys and values."""
         self.rows = RowPositions()
         self.rotation: Rotation | None = None
         """Rotation that the next call has yet to apply to q and k."""
@@ -118,6 +120,7 @@ class PagedAttention:
             raise UnsupportedAttentionError(
                 f"its attention asks for {', '.join(foreign)}, which paged attention does not know"
             )
+        self.groups = max(self.groups, q.shape[1] // k.shape[1])
         sinks = options.get("s_aux")
         if sinks is not None and sinks.shape != q.shape[1:2]:
             raise UnsupportedAttentionError(

@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 _ANY = "any"
 _RANK = 16
 """Rank of the adapter of these passes. No form depends on it."""
-CAPTURED_LENGTHS = 3
-"""Number of lengths of contexts with which passes are captured at the start: up to 512, 2,048 and 8,192
-tokens."""
+CAPTURED_LENGTHS = 4
+"""Number of lengths of contexts with which passes are captured at the start: up to 256, 1,024, 4,096 and
+16,384 tokens."""
 
 CAPTURED_ROWS = 64
 """Largest number of rows with which passes behind a context are captured at the start."""

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base.layers import decoder_of
+from onebase_engine.base.load import described
 from onebase_engine.base.view import ROTARY, called_by, forward_with
 from onebase_engine.engine.attention import PagedAttention
 from onebase_engine.kernels.cpu import CpuKernels
@@ -90,7 +91,7 @@ def fuse(
     if not trial.passes(every, _PASSES):
         for title, switches in parts.items():
             if not trial.passes(switches, _PASSES):
-                logger.info("kernels: %s are not fused, which would change bits", title)
+                logger.info("kernels: %s are not fused: %s", title, trial.said)
     # Once more the first: what others have left in the memory of a recording changes nothing.
     passes = (*_PASSES, (0, FEW_ROWS), _PASSES[0])
     if not trial.passes(whole, passes, begin=lambda: run(0, MOST_ROWS)):
@@ -121,6 +122,8 @@ class _Trial:
     """Passes of the whole model, by number and rows, against its logits before."""
 
     run: Callable[[int, int], torch.Tensor]
+    said: str = ""
+    """Reason why the last trial failed."""
     _expected: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def passes(
@@ -143,14 +146,23 @@ class _Trial:
             on()
         try:
             begin()
-            same = all(torch.equal(self.run(*one), self._expected[one]) for one in passes)
-        except Exception:
+            same = all(self._is_same(one) for one in passes)
+        except Exception as error:
             logger.exception("kernels: calls cannot be fused")
-            same = False
+            self.said, same = described(error), False
         if not same:
             for _, off in switches:
                 off()
         return same
+
+    def _is_same(self, one: tuple[int, int]) -> bool:
+        got, expected = self.run(*one), self._expected[one]
+        if torch.equal(got, expected):
+            return True
+        wrong = (got != expected).nonzero()
+        first = ", ".join(map(str, wrong[0].tolist()))
+        self.said = f"{len(wrong)} of {got.numel()} logits have other bits, the first at {first}"
+        return False
 
 
 def _layers(module: nn.Module, *names: str) -> list[SlotLinear] | None:

@@ -28,8 +28,8 @@ from onebase_engine.machine import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Row counts for which passes are captured: decodes, and a short prompt beside them. In more rows there is a
-long prompt, whose rows would each read its keys again."""
+"""Row counts for which passes are captured: decodes, and a short prompt beside them. A graph keeps logits of
+all its rows, which would take much memory for a long prompt."""
 TERMS = (0, 1, 4)
 """Numbers of adapters of a row for which passes are captured."""
 LEAST_RANK = 64
@@ -37,7 +37,7 @@ LEAST_RANK = 64
 SPLITS_FACTOR = 4
 """Factor between two lengths of contexts for which passes are captured, so that contexts that grow seldom ask
 for another one: programs for keys that no context has end at once."""
-MOST_GRAPHS = 96
+MOST_GRAPHS = 128
 STALE = 4096
 """Age, in steps, at which an unused graph may be replaced once MOST_GRAPHS are captured."""
 MOST_BYTES, LEAST_BYTES = 1 << 30, 1 << 27
@@ -93,12 +93,14 @@ class Graphs:
         padding_slots: Sequence[int],
         device: torch.device,
         executable: int = 0,
+        tile_rows: int = 1,
     ) -> None:
         """Capture nothing yet.
 
         Args:
             padding_slots: of each table of blocks the KV slot of padding.
             executable: bytes that the driver takes for each graph.
+            tile_rows: as for a `FixedStep`.
         """
         self._run = run
         self._kernels = kernels
@@ -112,7 +114,7 @@ class Graphs:
         self._ran: dict[StepSize, int] = {}
         """Number of the step for which each size was last requested, the oldest first."""
         self._steps = 0
-        self._executable = executable
+        self._executable, self._tile_rows = executable, tile_rows
         self._bytes, self._most_bytes = 0, most_bytes(executable, device)
         self._prepared: tuple[StepBatch, _Graph] | None = None
         """Step that has already been written to its graph's place."""
@@ -199,7 +201,9 @@ class Graphs:
         given = batch.input_ids, batch.contexts, batch.token_map
         began, held = time.monotonic(), self._bytes
         try:
-            step = FixedStep(size, self._slots, self._block_size, self._padding_slots, self._device)
+            step = FixedStep(
+                size, self._slots, self._block_size, self._padding_slots, self._device, self._tile_rows
+            )
 
             def run_pass() -> tuple[torch.Tensor, torch.Tensor]:
                 return self._run(step)
@@ -207,9 +211,10 @@ class Graphs:
             step.load_step(*given)
             wanted = self._kernels.unawaited(run_pass, self._device)
             step.clear()
-            before = self._reserved()
+            before, launched = self._reserved(), time.monotonic()
             replay, (logits, hidden) = self._kernels.capture(run_pass, self._device)
             self._bytes += self._reserved() - before + self._executable
+            recorded = time.monotonic()
             step.load_step(*given)
             replay()
             count = len(batch.input_ids)
@@ -222,8 +227,11 @@ class Graphs:
             logger.warning("kernels: a pass over %d rows is not captured: %s", size.rows, error)
             self._closed |= not is_out_of_memory(error)
             return None
-        seconds, taken = time.monotonic() - began, self._bytes - held
-        logger.info("kernels: %s is captured in %.2f s and %.1f MB", size, seconds, taken / 1e6)
+        times = launched - began, recorded - launched, time.monotonic() - recorded
+        logger.info(
+            "kernels: %s is captured in %.2f s (launched %.2f, captured %.2f, compared %.2f) and %.1f MB",
+            size, sum(times), *times, (self._bytes - held) / 1e6,
+        )  # fmt: skip
         return _Graph(step, replay, logits, hidden)
 
     def _reserved(self) -> int:

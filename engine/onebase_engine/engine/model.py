@@ -262,11 +262,18 @@ class ServedModel:
             self._recorded = self._fuse(lambda number, rows: self._try_pass(number, rows, tables, block_size))
         if self._captures:
             from onebase_engine.engine.graphs import Graphs, executable_bytes  # imports Triton
+            from onebase_engine.kernels.cuda import tile_rows
 
             padding = [DUMP_BLOCK * stride * block_size for stride in strides]
-            own = executable_bytes(self._layers, self._mixtures)
             self._graphs = Graphs(
-                self._run_fixed, self.kernels, self._slot_count, block_size, padding, self.device, own
+                self._run_fixed,
+                self.kernels,
+                self._slot_count,
+                block_size,
+                padding,
+                self.device,
+                executable=executable_bytes(self._layers, self._mixtures),
+                tile_rows=tile_rows(self._attention.groups),
             )
 
     def _fuse(self, try_pass: Callable[[int, int], torch.Tensor]) -> list[RecordedLayer]:

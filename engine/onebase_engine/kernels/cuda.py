@@ -1,7 +1,8 @@
 """The engine's products, attention and norms on a GPU, by kernels in Triton.
 
 Libraries for GPUs choose by the number of rows how they compute, and bitsandbytes even which weights a 4-bit
-layer has: a row's bits would depend on its neighbours. Here a sum has one order, whatever else is in the
+layer has: a row's bits would depend on its neighbours. (The library multiplies many rows where a trial finds
+the same bits.) Here a sum has one order, whatever else is in the
 step. A product of the base has one fp32 accumulator, to which its terms are added in ascending order; an
 adapter's terms are added in pieces of PIECE, the pieces one after the other, and attention's keys in pieces
 of SPLIT. Weights are the numbers of `dequantize_4bit`, adapters those of their files, in fp32.
@@ -31,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
+from torch.nn import functional
 from triton.language.extra import libdevice
 from triton.runtime.errors import OutOfResources
 
@@ -73,8 +75,9 @@ SHRUNK = tl.constexpr(256)
 """Number of terms of a LoRA's product with A that a loop processes at a time, since loads wait."""
 OUTPUTS = tl.constexpr(64)
 RANKS = tl.constexpr(16)
-SPLIT = tl.constexpr(512)
-"""Number of a context's keys that one program attends to."""
+SPLIT = tl.constexpr(256)
+"""Number of a context's keys that one program attends to, one tile after the other: few enough for a single
+decode to occupy many multiprocessors."""
 ATTENTION = (
     (128, {"KEYS": 64, "num_warps": 4, "num_stages": 3}),
     (256, {"KEYS": 32, "num_warps": 8, "num_stages": 1}),
@@ -106,6 +109,12 @@ FEW_ROWS, MANY_ROWS, MOST_ROWS = 16, 64, 128
 """Numbers of rows of a program."""
 UNPACKED_ROWS = 256
 """Number of rows above which a 4-bit weight is unpacked once for all programs."""
+LIBRARY_ROWS = 512
+"""Number of rows of a product by the device's library, which may sum another number in another order."""
+LIBRARY_OUTPUTS = 1 << 16
+"""Largest number of outputs of these: a head's sums take much memory, and few steps want many logits."""
+WHOLE_SUMS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+"""Settings of cuBLAS that leave it no memory to sum terms in parts."""
 STAGES = {FEW_ROWS: 6, MANY_ROWS: 4, MOST_ROWS: 3}
 """Number of loads in flight of a program, by its rows. Few rows have few programs, and need more of them."""
 WIDE = 2 * OUTPUTS.value
@@ -901,6 +910,44 @@ class CudaLayers:
         self._tables = tuple({layer.table for layer in layers})
         self._wide: tuple[list[int], torch.Tensor] = [], self._facts
         """Facts with weights in bf16, and these weights' addresses."""
+        self._by_library = False
+        """Whether the device's library multiplies more than UNPACKED_ROWS rows."""
+        self._by_library = kernels.library_fits(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return the numbers of inputs and of each layer's outputs: a library's algorithm depends on them."""
+        return self._layers[0].size_in, *(layer.size_out for layer in self._layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self._facts.device
+
+    @torch.inference_mode()
+    def library_differs(self) -> bool:
+        """Return True if a sum of the library's product has other bits than the kernel's."""
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(LIBRARY_ROWS, self._layers[0].size_in, generator=draw).to(self.device, torch.bfloat16)
+        _, own = self.products(x)
+        theirs = torch.empty_like(own)
+        self._multiply(x, theirs)
+        return not all(map(torch.equal, self._outputs(own), self._outputs(theirs)))
+
+    def _outputs(self, sums: torch.Tensor) -> list[torch.Tensor]:
+        """Return each layer's columns of the sums."""
+        firsts = [start * OUTPUTS.value for start in (0, *self._starts)]
+        return [sums[:, first:][:, : one.size_out] for first, one in zip(firsts, self._layers, strict=False)]
+
+    def _multiply(self, x: torch.Tensor, sums: torch.Tensor) -> None:
+        """Multiply LIBRARY_ROWS rows at a time, of which x and the sums have a multiple, by the library."""
+        for number, (layer, outputs) in enumerate(zip(self._layers, self._outputs(sums), strict=True)):
+            size = layer.size_out, layer.size_in
+            weight = layer.weight
+            if layer.nf4:
+                weight = self._kernels.unpack(layer, number)[: size[0] * size[1]].view(size)
+            for first in range(0, len(x), LIBRARY_ROWS):
+                rows = slice(first, first + LIBRARY_ROWS)
+                library_product(x[rows], weight, outputs[rows])
 
     def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Compute x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; a single layer's is added to
@@ -945,6 +992,13 @@ class CudaLayers:
             block on.
         """
         count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
+        if self._by_library and count > UNPACKED_ROWS:
+            padded = triton.cdiv(count, LIBRARY_ROWS) * LIBRARY_ROWS
+            if padded > count:
+                x = functional.pad(x, (0, 0, 0, padded - count))
+            sums = torch.empty(padded, self._blocks * OUTPUTS.value, dtype=torch.float32, device=x.device)
+            self._multiply(x, sums)
+            return self._facts, sums[:count]
         unpacked = nf4 and count > UNPACKED_ROWS
         told = self._wide_facts() if unpacked else self._facts
         width = self._blocks * OUTPUTS.value
@@ -966,6 +1020,11 @@ class CudaLayers:
             facts[:, WEIGHT.value] = addresses
             self._wide = addresses, sent(facts, self._facts.device)
         return self._wide[1]
+
+
+def library_product(x: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor) -> None:
+    """Compute sums = x @ weight.T, fp32, by the device's library."""
+    torch.mm(x, weight.T, out_dtype=torch.float32, out=sums)
 
 
 def _is_nf4(base: Any) -> bool:
@@ -1117,8 +1176,8 @@ def _attend(
             sink = tl.load(sinks + head, mask=wanted, other=0.0)
             weight, shrunk = _with_sink(weight, largest, sink)
             mixed *= shrunk[:, None]
-        # The first row of a tile without any is padding.
-        wanted = (query // PADDED < tl.maximum(count, 1)) & (query % PADDED < GROUPS)
+        # The first row of a tile of no rows is padding; a tile of -1 rows is none.
+        wanted = (query // PADDED < tl.where(count == 0, 1, count)) & (query % PADDED < GROUPS)
         given = _divided(mixed, weight[:, None], (place >= 0)[:, None]).to(tl.bfloat16)
         place = (row * heads + head)[:, None] * value_dim + value_place[None, :]
         tl.store(out + place, given, mask=wanted[:, None] & (value_place < value_dim)[None, :])
@@ -1186,13 +1245,15 @@ class _Step:
     tables: torch.Tensor
     """KV blocks, [tables, contexts, blocks]."""
     tiles: torch.Tensor
-    """Tiles, [tiles, 3]: first packed row, number of rows, context."""
+    """Tiles, [tiles, 3]: first packed row, number of rows, context. 0 rows: one of padding; -1: no tile."""
     first_rows: list[int]
     """First packed row of each tile; `splits` is the largest number of splits that its rows see."""
     splits: list[int]
     rows: int
     whole: bool
     """Whether no row has more keys than one SPLIT, and each row is in a tile."""
+    aligned: int = 1
+    """Number to a multiple of which the tiles of a chunk are cut off."""
     held: dict[int, list[_Chunk]] = field(default_factory=dict)
 
     def chunks(self, most: int) -> list[_Chunk]:
@@ -1202,12 +1263,15 @@ class _Step:
         """
         if most not in self.held:
             edges, found, begin, wide = [0, *self.first_rows[1:], self.rows], list[_Chunk](), 0, 0
-            widest, tile_rows = max(self.splits, default=0), max(b - a for a, b in pairwise(edges))
+            widest = max(self.splits, default=0)
+            tile_rows = self.aligned if self.aligned > 1 else max(b - a for a, b in pairwise(edges))
             parts = max(triton.cdiv(self.rows * widest, most), 1)
             # About even ones: a few rows at the end would take as long as many do.
             most_even = min(most, triton.cdiv(self.rows * widest, parts) + tile_rows * widest)
             for tile, own in enumerate(self.splits):
-                if tile > begin and (edges[tile + 1] - edges[begin]) * max(wide, own) > most_even:
+                end = edges[min(tile + self.aligned, len(self.splits))]
+                ends_here = tile > begin and tile % self.aligned == 0
+                if ends_here and (end - edges[begin]) * max(wide, own) > most_even:
                     found.append(_Chunk(begin, tile - begin, edges[begin], edges[tile] - edges[begin], wide))
                     begin, wide = tile, 0
                 wide = max(wide, own)
@@ -1258,6 +1322,12 @@ def _tiles(contexts: Contexts, most: int) -> Iterator[tuple[int, int, int]]:
                 yield first, min(most, stop - first), int(owner[start])
 
 
+def tile_rows(groups: int) -> int:
+    """Return the largest number of a tile's rows, if so many heads share keys."""
+    rows: int = QUERIES.value // triton.next_power_of_2(groups)
+    return max(rows, 1)
+
+
 @dataclass(frozen=True)
 class StepSize:
     """Largest size of a step that fits in a `FixedStep`."""
@@ -1283,12 +1353,18 @@ class FixedStep:
         block_size: int,
         padding_slots: Sequence[int],
         device: torch.device,
+        tile_rows: int = 1,
     ) -> None:
-        """Allocate the places. `padding_slots`: of each table the KV slot to which padding writes, and which
-        is never read."""
+        """Allocate the places.
+
+        Args:
+            padding_slots: of each table the KV slot to which padding writes, and which is never read.
+            tile_rows: largest number of rows of a context that attend together.
+        """
         rows, terms, tables = size.rows, size.terms, len(padding_slots)
         width = -(-size.splits * SPLIT.value // block_size)
         sizes = [rows, rows, rows, tables * rows, 3 * rows, tables * rows * width, rows + 1, *[terms] * 3]
+        self._tile_rows = tile_rows
         self._no_slot, self._padding_slots = slots, np.array(padding_slots, dtype=np.int32)[:, None]
         self._here = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._there = self._here.to(device)
@@ -1300,7 +1376,8 @@ class FixedStep:
         none = np.zeros(rows, dtype=np.int32)
         splits = [size.splits] * rows
         write, table = write.view(tables, rows), table.view(tables, rows, width)
-        step = _Step(position, write, table, tiles, list(range(rows)), splits, rows, size.splits == 1)
+        whole = size.splits == 1
+        step = _Step(position, write, table, tiles, list(range(rows)), splits, rows, whole, tile_rows)
         here = np.zeros((tables, rows, width), dtype=np.int32)
         self.contexts = Contexts(none, none, here[:, :, 0], here, {FIXED: step})
         row, slot, weight = acting
@@ -1333,11 +1410,8 @@ class FixedStep:
         slots_of_rows = write.reshape(len(self._padding_slots), -1)
         slots_of_rows[:, :count] = contexts.write
         slots_of_rows[:, count:] = self._padding_slots
-        tile = tiles.reshape(-1, 3)
-        tile[:, 0] = np.arange(len(tile))
-        tile[:count, 1] = contexts.position >= 0
-        tile[:count, 2] = contexts.table_row
-        wide = table.reshape(len(self._padding_slots), len(tile), -1)
+        self._write_tiles(tiles.reshape(-1, 3), position, contexts.table_row)
+        wide = table.reshape(len(self._padding_slots), len(position), -1)
         some = contexts.tables[:, :, : wide.shape[2]]
         wide[:, : some.shape[1], : some.shape[2]] = some
         slots[:] = self._no_slot
@@ -1346,6 +1420,18 @@ class FixedStep:
         starts[count + 1 :] = own_starts[-1]
         for own, new in zip((term_rows, slots, weights), columns, strict=True):
             own[: len(new)] = new
+
+    def _write_tiles(self, tiles: np.ndarray, position: np.ndarray, table_row: np.ndarray) -> None:
+        """Write the tiles [rows, 3]: tile i begins with row i, or is none if an earlier one has that row."""
+        owner = np.full(len(tiles), -1, dtype=np.int32)
+        owner[: len(table_row)] = table_row
+        owner[position < 0] = -1
+        number = np.arange(len(tiles))
+        begins = (number % self._tile_rows == 0) | (owner < 0) | (owner != np.roll(owner, 1))
+        firsts = np.flatnonzero(begins)
+        tiles[:, 0], tiles[:, 1] = number, -1
+        tiles[firsts, 1] = np.where(owner[firsts] < 0, 0, np.diff(firsts, append=len(tiles)))
+        tiles[firsts, 2] = np.maximum(owner[firsts], 0)
 
     def send(self, ids: np.ndarray) -> None:
         """Copy the prepared step, with its tokens, to the device."""
@@ -1389,7 +1475,9 @@ class CudaAttention:
         kv_heads, _, value_dim = self._cache[1].shape
         groups = heads // kv_heads
         padded = triton.next_power_of_2(groups)
-        step = _step_of(contexts, QUERIES.value // padded, q.device)
+        step = _step_of(contexts, tile_rows(groups), q.device)
+        if step.aligned > tile_rows(groups):
+            raise CaptureError(f"{groups} heads share keys, for which tiles of a graph have too many rows")
         table = step.tables[self._table]
         cosines, sines = rotation if rotation is not None else (q, q)
         sinks = q if self._sinks is None else self._sinks
@@ -1947,8 +2035,13 @@ class CudaKernels(CudaRecurrence):
         and hasattr(torch._C, "_cuda_releasePool")
     )
     asynchronous = True
+    library_device = "cuda"
+    """Type of the device on which the library is tried."""
 
     def __init__(self) -> None:
+        if self.compiles:
+            for name, value in WHOLE_SUMS.items():  # read at the library's first call
+                os.environ.setdefault(name, value)
         self._reference: ReferenceKernels = SamplingKernels(tiled=False)
         self._scratch: dict[int, torch.Tensor] = {}
         self._pool: Any = None
@@ -1958,6 +2051,8 @@ class CudaKernels(CudaRecurrence):
         self._tables: WeakSet[SlotFacts] = WeakSet()
         self._experts_differ: dict[tuple[Any, ...], bool] = {}
         """Whether experts of these shapes have other bits together than one by one."""
+        self._library_differs: dict[tuple[int, ...], bool] = {}
+        """Whether sums of the library's products, of these sizes, have other bits than the kernel's."""
 
     def place_in_slots(self, slots: int, device: torch.device) -> tuple[SlotFacts, int]:
         """Return a table of `slots` slots, and the place of one more layer in it."""
@@ -1982,6 +2077,34 @@ class CudaKernels(CudaRecurrence):
             and not weight.data_ptr() % ALIGNMENT
         )
         return CudaLinear(self, base, slots, reference) if fits and (plain or _is_nf4(base)) else reference
+
+    def library_fits(self, layers: CudaLayers) -> bool:
+        """Return True if the device's library gives the bits of the kernel's sums, by a trial of these sizes.
+
+        Published work says that it does on Hopper, and does not on earlier cards.
+        """
+        sizes, collects = layers.sizes, triton.knobs.runtime.jit_cache_hook is not None
+        if collects or layers.device.type != self.library_device or sum(sizes[1:]) > LIBRARY_OUTPUTS:
+            return False
+        if sizes not in self._library_differs:
+            try:
+                differs = layers.library_differs()
+            except Exception as error:
+                # Whatever another PyTorch may say: the kernel multiplies any number of rows.
+                if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+                    raise
+                logger.warning(
+                    "kernels: the library multiplies nothing of %s, since it fails: %s", sizes, error
+                )
+                differs = True
+            self._library_differs[sizes] = differs
+            who = (
+                "the kernel, since the library has other bits"
+                if differs
+                else "the library, with the same bits"
+            )
+            logger.info("kernels: products of more than %d rows, %s: by %s", UNPACKED_ROWS, sizes, who)
+        return not self._library_differs[sizes]
 
     def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> CudaLayers | None:
         own = [layer for layer in layers if isinstance(layer, CudaLinear)]
