@@ -230,8 +230,8 @@ def test_graphs_of_more_nodes_may_take_more_memory_but_a_part_of_the_device_at_m
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total[0])
     )
     assert graphs.most_bytes(mixture, gpu) == graphs.MOST_BYTES + graphs.MOST_GRAPHS * mixture
-    total[0] = 12 << 30
-    assert graphs.most_bytes(mixture, gpu) == (12 << 30) / 8
+    total[0] = 14 << 30
+    assert graphs.most_bytes(mixture, gpu) == (14 << 30) / 8
     assert graphs.most_bytes(dense, gpu) == graphs.MOST_BYTES + graphs.MOST_GRAPHS * dense
 
 
