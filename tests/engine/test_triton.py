@@ -1176,6 +1176,21 @@ def test_kernels_that_fail_their_trial_are_not(
     assert "kernels: PyTorch, since Triton's" in caplog.text
 
 
+def test_weights_are_unpacked_the_usual_way_where_the_other_one_fails_the_trial(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    permuted, gathered = cuda.PERMUTED.value, cuda.GATHERED.value
+    monkeypatch.setattr(cuda, "UNPACKED_BY", permuted)
+    monkeypatch.setattr(
+        cuda,
+        "_differing",
+        lambda *given, **named: "row 0 of 65" if permuted == cuda.UNPACKED_BY else None,
+    )
+    assert cuda.load_kernels.__wrapped__(torch.device("cpu")) is not None
+    assert gathered == cuda.UNPACKED_BY
+    assert "weights are not unpacked in registers, which changes row 0 of 65" in caplog.text
+
+
 @pytest.mark.parametrize("vocabulary", [7, 320, 4500])
 def test_samples_are_those_that_pytorch_takes(kernels: CudaKernels, vocabulary: int) -> None:
     """To the token: with ties, at both ends, and where all that is left is the most likely token."""
@@ -1242,7 +1257,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
         assert used["shared"] < (227 if capability == 90 else 99) << 10, name
         assert used["registers"] * used["threads"] <= 1 << 16, name
         # Heads of 512 spill registers, and others a few at most.
-        assert used["stack"] <= (320 if "KEY_SIZE=512" in name else 64), name
+        assert used["stack"] <= (320 if "KEY_SIZE=512" in name else 128), name
         # A program waits for as many loads at once, a piece of a row in four iterations.
         assert not name.startswith("_shrink") or used["ld.global.v4.b32"] >= 12, used
         bytewise = any(word.startswith("ld.global") and word.endswith("b8") for word in used)
@@ -1254,10 +1269,13 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
             wide = "ld.global.v4" if large else "cp.async.cg"
             assert any(word.startswith(wide) for word in used), (name, used)
     # The order of terms within an instruction. Did it differ, so would bits of steps of few and many rows.
+    # With Triton before 3.9 it does on cards before Hopper if weights are unpacked in registers, which nobody
+    # has asked for: the trial at a start finds it.
+    other = os.environ.get("ONEBASE_TEST_TRITON") is not None
     orders = {
         tuple(word for word in used if word.startswith("kWidth"))
         for name, used in report.items()
-        if name.startswith(("_products", "_expert_products"))
+        if name.startswith(("_products", "_expert_products")) and not (other and "NF4=2" in name)
     }
     assert orders == ({("kWidth = 2",)} if dot == "mma.sync" else {("kWidth = 2",), ()})
 

@@ -2253,11 +2253,17 @@ class CudaKernels(CudaRecurrence):
 @cache
 def load_kernels(device: torch.device) -> CudaKernels | None:
     """Return the kernels for this device, or None, with the reason logged, if PyTorch computes."""
+    global UNPACKED_BY
     try:
         kernels = CudaKernels()
         if kernels.compiles:
             _compile_trial(kernels, device)
         wrong = _differing(kernels, device)
+        if wrong is not None and PERMUTED.value == UNPACKED_BY:
+            # Triton before 3.9 gives these forms another order of terms on cards before Hopper.
+            logger.warning("kernels: weights are not unpacked in registers, which changes %s", wrong)
+            UNPACKED_BY = GATHERED.value
+            wrong = _differing(kernels, device)
         if not _draws_as_pytorch(device):
             logger.warning("kernels: PyTorch draws tokens, since Triton's kernel draws others")
             kernels.draws_by_pytorch()
