@@ -7,13 +7,14 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from onebase_engine.machine import explain_refusal
+from onebase_engine.machine import describe_refusal, find_refusal
 
 LOG_FORMAT = "ONEBASE_LOG_FORMAT"
 """Environment variable with the log format, `text` or `json`, which the api also passes to its children."""
@@ -39,12 +40,17 @@ def set_up_logs(process: str, level: int | str, form: str | None = None) -> None
 
 
 class _RefusalFormatter(logging.Formatter):
-    """Replaces the traceback of memory or threads that the system refused by a sentence with the remedy: any
-    line may be where they run out."""
+    """Replaces the traceback of memory or threads that the system refused by a sentence with the remedy and
+    the place: any line may be where they run out."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's)
-        refusal = None if ei[1] is None else explain_refusal(ei[1])
-        return super().formatException(ei) if refusal is None else refusal
+        refused = None if ei[1] is None else find_refusal(ei[1])
+        if refused is None:
+            return super().formatException(ei)
+        place = ""
+        for frame, line in traceback.walk_tb(refused.__traceback__):
+            place = f", at {frame.f_code.co_filename}:{line}"
+        return f"{describe_refusal(refused)}{place}"
 
 
 class TextFormatter(_RefusalFormatter):

@@ -34,6 +34,10 @@ NO_LIMIT = 1 << 62
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _ONEDNN = re.compile(r"could not (create a (primitive|memory|memory object)|execute a primitive)")
 """Pattern of oneDNN's out-of-memory errors. Unsupported cases name a "primitive descriptor"."""
+_NOT_MAPPED = ("failed to map segment from shared object", "cannot map zero-fill pages")
+"""Ends of glibc's messages for a library that got no memory. Where it was another reason, that follows."""
+_NO_CPU_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+"""Parts of the messages of C++ libraries for memory that the system, not a GPU, refused."""
 
 
 PROVING = 10
@@ -169,26 +173,49 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_refusal(error: BaseException) -> str | None:
     """Return a sentence for an error that comes from memory or a thread that the system refused, with the
-    remedy; None for any other error, a GPU's lack of memory among them. Its causes are looked at too."""
-    cause: BaseException | None = error
-    while cause is not None and not _is_refusal(cause):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
+    remedy; None for any other error, a GPU's lack of memory among them."""
+    refused = find_refusal(error)
+    return None if refused is None else describe_refusal(refused)
+
+
+def find_refusal(error: BaseException | None, above: frozenset[int] = frozenset()) -> BaseException | None:
+    """Return the error by which the system refused memory or a thread: this one, its cause, or the first of
+    a group in which all are such. What was only being handled when an error was raised is no cause.
+
+    above: ids of the errors that this one is the cause of, since causes may form a circle.
+    """
+    if error is None or id(error) in above:
         return None
-    said = str(cause) or type(cause).__name__
+    if _is_refusal(error):
+        return error
+    above |= {id(error)}
+    if isinstance(error, BaseExceptionGroup):
+        found = [find_refusal(one, above) for one in error.exceptions]
+        if None not in found:
+            return found[0]
+    return find_refusal(error.__cause__, above)
+
+
+def describe_refusal(refused: BaseException) -> str:
+    """Return a sentence that says what the system refused, with the remedy."""
     return (
-        f"the system refuses more memory or threads ({said}): end other programs, or raise the limit of the "
-        "shell (ulimit -v, -d, -u), of the service (MemoryMax=, TasksMax=) or of the container (--memory, "
-        "--pids-limit)"
+        f"the system refuses more memory or threads ({str(refused) or type(refused).__name__}): end other "
+        "programs, or raise what limits memory (ulimit -v and -d, vm.overcommit_memory where it is 2) or "
+        "threads and processes (ulimit -u, TasksMax= of the service, --pids-limit of the container)"
     )
 
 
 def _is_refusal(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    if isinstance(error, ImportError):  # a library was not mapped
-        return "Cannot allocate memory" in str(error)
-    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+    if isinstance(error, ImportError | OSError):  # of Python's own modules, or of ctypes
+        said = str(error)
+        return said.endswith(_NOT_MAPPED) or "Cannot allocate memory" in said
+    # A GPU's lack of memory, and this project's errors, which may quote such a message, are of subclasses.
+    if type(error) is not RuntimeError:
+        return False
+    said = str(error)
+    return said == "can't start new thread" or any(part in said for part in _NO_CPU_MEMORY)
 
 
 def keep_freed_memory() -> None:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base, save_model
-from transformers import RobertaConfig
+from transformers import AutoConfig, RobertaConfig
 
-from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
+from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base, read_config
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import FrameReader, SequenceOutput
@@ -256,6 +256,40 @@ def test_a_base_that_cannot_be_served_is_fatal_with_a_sentence(
     client.start(folder)
     assert words in client.wait_for(protocol.Fatal).message
     assert client.status() == 2
+
+
+def test_memory_that_the_system_refuses_is_fatal_with_the_remedy(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(process, "GOODBYE_SECONDS", None)  # this process goes on without an engine
+    monkeypatch.setattr(process, "_start", refuse)
+    before = sys.getswitchinterval()
+    ours, theirs = socket.socketpair()
+    try:
+        ours.sendall(protocol.encode(protocol.Start(protocol.EngineConfig(base_folder=str(base)))))
+        assert process.run_engine(theirs) == 2
+        (payload,) = FrameReader().feed(ours.recv(1 << 16))
+    finally:
+        ours.close()
+        sys.setswitchinterval(before)
+    fatal = protocol.to_api_decoder().decode(payload)
+    assert isinstance(fatal, protocol.Fatal)
+    assert fatal.message.startswith("the system refuses more memory or threads (std::bad_alloc): ")
+    assert "ulimit -v" in fatal.message
+
+
+def test_memory_that_is_refused_while_a_config_is_read_says_nothing_of_the_base(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(MemoryError):
+        read_config(base)
 
 
 def test_too_little_kv_memory_is_fatal_and_names_the_setting(

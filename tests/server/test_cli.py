@@ -175,7 +175,7 @@ def test_memory_that_the_system_refuses_at_the_start_is_reported_in_a_sentence_w
     said = " ".join(ended.stderr.split())
     assert ended.returncode == 1, said
     assert "the system refuses more memory or threads" in said
-    assert "raise the limit of the shell (ulimit -v, -d, -u)" in said
+    assert "raise what limits memory (ulimit -v and -d" in said
     assert "Traceback" not in said
 
 

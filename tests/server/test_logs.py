@@ -99,7 +99,12 @@ def test_text_ends_with_the_id_too(serve_scripted: Starter) -> None:
         RuntimeError("can't start new thread"),
         MemoryError(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
-        ImportError("libx.so: failed to map segment from shared object: Cannot allocate memory"),
+        ImportError("libx.so: failed to map segment from shared object"),
+        ImportError("libx.so: cannot map zero-fill pages"),
+        OSError("libx.so: failed to map segment from shared object"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+        RuntimeError("std::bad_alloc"),
+        ExceptionGroup("tasks", [MemoryError(), RuntimeError("can't start new thread")]),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -113,16 +118,56 @@ def test_memory_or_threads_that_are_refused_are_logged_with_the_remedy_and_witho
         try:
             raise ValueError("it cannot be followed") from cause
         except ValueError:
-            record = logging.LogRecord("x", logging.ERROR, "", 0, "following failed", (), sys.exc_info())
-        return formatter.format(record)
+            return formatter.format(record())
 
     said = logged(error)
     assert "following failed" in said
     assert "the system refuses more memory or threads" in said
-    assert "(ulimit -v, -d, -u)" in said
+    assert "ulimit -v and -d" in said
+    assert "ulimit -u" in said
     assert "Traceback" not in said
     assert "Traceback" in logged(BlockingIOError(errno.EAGAIN, "a lock is held"))
     assert "Traceback" in logged(torch.OutOfMemoryError("CUDA out of memory"))
+    assert "Traceback" in logged(ExceptionGroup("tasks", [MemoryError(), KeyError("a bug")]))
+    assert "Traceback" in logged(
+        ImportError("libx.so: failed to map segment from shared object: Not permitted")
+    )
+
+
+def record() -> logging.LogRecord:
+    return logging.LogRecord("x", logging.ERROR, "", 0, "following failed", (), sys.exc_info())
+
+
+def test_refused_memory_is_logged_with_its_place() -> None:
+    try:
+        bytearray(sys.maxsize)
+    except MemoryError:
+        said = TextFormatter("%(message)s").format(record())
+    assert re.search(rf"at {re.escape(__file__)}:\d+$", said)
+
+
+@pytest.mark.parametrize("suppressed", [True, False])
+def test_a_bug_in_what_handles_refused_memory_keeps_its_traceback(suppressed: bool) -> None:
+    try:
+        try:
+            raise MemoryError
+        except MemoryError:
+            if suppressed:
+                raise ValueError("a bug") from None
+            raise ValueError("a bug")  # noqa: B904 (what is tested)
+    except ValueError:
+        said = TextFormatter("%(message)s").format(record())
+    assert "Traceback" in said
+    assert "ulimit" not in said
+
+
+def test_errors_that_are_each_others_cause_are_logged() -> None:
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, ExceptionGroup("tasks", [one])
+    try:
+        raise one
+    except ValueError:
+        assert "Traceback" in TextFormatter("%(message)s").format(record())
 
 
 def test_a_start_that_fails_says_why_in_json(serve_scripted: Starter) -> None:

@@ -464,6 +464,8 @@ def read_config(folder: Path) -> Any:
     except UnsupportedBaseError:
         raise
     except Exception as error:
+        if machine.explain_refusal(error) is not None:
+            raise
         raise UnsupportedBaseError(
             f"{folder} holds no base that transformers knows: {described(error)}"
         ) from error

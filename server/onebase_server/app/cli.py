@@ -95,11 +95,11 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
         except Exception as error:
             if (refusal := explain_refusal(error)) is not None:
                 return failed(refusal)
-            from onebase_server.app.startup import StartupError, WrongSettingsError
-
-            if not isinstance(error, StartupError):
+            # Not imported here: what failed may be an import. Its errors come only from where it succeeded.
+            startup = sys.modules.get("onebase_server.app.startup")
+            if startup is None or not isinstance(error, startup.StartupError):
                 raise
-            return failed(error, 2 if isinstance(error, WrongSettingsError) else 1)
+            return failed(error, 2 if isinstance(error, startup.WrongSettingsError) else 1)
         finally:
             lock.close()
     return 0

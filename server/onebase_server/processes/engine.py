@@ -57,7 +57,13 @@ from onebase_engine.engine.scheduler import NeverFitsError, SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.environment import mps_runs
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.machine import free_memory, freeze_loaded, is_out_of_memory, switch_threads_soon
+from onebase_engine.machine import (
+    explain_refusal,
+    free_memory,
+    freeze_loaded,
+    is_out_of_memory,
+    switch_threads_soon,
+)
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 
 logger = logging.getLogger(__name__)
@@ -99,8 +105,9 @@ def run_engine(sock: socket.socket, base_fd: int | None = None) -> int:
             explained = isinstance(error, UnsupportedBaseError | MemoryBudgetError)
             if not explained:
                 logger.exception("the engine cannot start")
-            prefix = "" if explained else f"the engine cannot start: {type(error).__name__}: "
-            channel.send(protocol.Fatal(message=f"{prefix}{error}"))
+            refusal = explain_refusal(error)
+            prefix = "" if explained or refusal else f"the engine cannot start: {type(error).__name__}: "
+            channel.send(protocol.Fatal(message=f"{prefix}{refusal or error}"))
             return 2
         return _serve(engine, channel)
     except ApiGoneError as error:

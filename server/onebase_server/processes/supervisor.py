@@ -30,7 +30,7 @@ from onebase_engine.engine.messages import (
     ToApi,
     to_api_decoder,
 )
-from onebase_engine.machine import explain_refusal
+from onebase_engine.machine import describe_refusal, explain_refusal
 from onebase_server.processes.engine_client import EngineClient
 from onebase_server.processes.inflight import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
@@ -301,7 +301,9 @@ class EngineSupervisor:
             self._link.engine = engine = await ChildProcess.spawn(
                 self._command, to_api_decoder(), receive, lambda: end(""), fds=fds
             )
-        except (OSError, MemoryError) as error:  # no memory, or no more processes or files
+        except BlockingIOError as error:  # no more processes
+            return f"it cannot be started: {describe_refusal(error)}"
+        except (OSError, MemoryError) as error:  # no memory, or no more files
             return f"it cannot be started: {explain_refusal(error) or error}"
         watch = loop.create_task(keep_running("watching for stalls of the engine", partial(self._watch, end)))
         try:
