@@ -563,6 +563,7 @@ def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Loo
         row = part.get_by_role("row", name="Feedback")
         expect(row.get_by_text("Not decided").or_(row.get_by_text("Not worse"))).to_be_visible()
         curves = part.get_by_role("figure", name="Both versions")
+        part.get_by_label("Curves of").select_option("feedback")
         expect(curves).to_contain_text("active: 1 at last")
         expect(curves).to_contain_text("candidate: 1 at last")
         part.get_by_label("Curves of").select_option("errors")
