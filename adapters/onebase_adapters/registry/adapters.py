@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
 from onebase_adapters.registry import activation, audit, gates, rollouts
@@ -45,7 +45,7 @@ from onebase_adapters.registry.records import (
 )
 from onebase_adapters.registry.request_log import RequestLogRecords
 from onebase_adapters.registry.servers import ServerRecords
-from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, HistoryRow, VersionRow
+from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, HistoryRow, ProofRow, VersionRow
 from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import AdapterFiles, Blob
@@ -397,6 +397,8 @@ class Registry:
             version = _require_version(session, adapter, digest)
             if version.state != "ready":
                 _set_state(version, state, now, error=error, report=report, prepared=prepared)
+                if state not in UNFINISHED:
+                    _end_claims(session, version, report if state == "ready" else None)
             return _version_record(version, adapter)
 
     def reopen(
@@ -802,13 +804,20 @@ def _set_state(
     version.prepared_sha256 = prepared.sha256 if prepared else None
     version.prepared_size = prepared.size if prepared else None
     version.finished_at = None if state in UNFINISHED else now
-    if state not in UNFINISHED:
-        # The claim ends with what was claimed: its server may die, or find the registry away, before it
-        # releases it. With other kernels a ready version may still be proved.
-        kernels = (report or {}).get("proof", {}).get("kernels") if state == "ready" else None
-        version.proofs = [
-            proof for proof in version.proofs if proof.until is None or kernels not in (None, proof.kernels)
-        ]
+
+
+def _end_claims(session: Session, version: VersionRow, report: Mapping[str, Any] | None) -> None:
+    """End the claims to what has ended: their servers may die, or find the registry away, before they
+    release them. With kernels other than those of the report a ready version may still be proved.
+
+    A statement, since another server may release its claim at the same moment.
+    """
+    ended = [ProofRow.version_id == version.id, ProofRow.until.is_not(None)]
+    kernels = (report or {}).get("proof", {}).get("kernels")
+    if kernels is not None:
+        ended.append(ProofRow.kernels == kernels)
+    session.execute(delete(ProofRow).where(*ended))
+    session.expire(version, ["proofs"])
 
 
 def _adapter_record(row: AdapterRow) -> AdapterRecord:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.database import Database, clock, plain
@@ -38,6 +38,8 @@ class ProofRecords:
             if not self._is_open(session, version, kernels, seconds):
                 return False
         with self._database.write() as (session, _):  # which excludes other writers
+            # Also those to other versions: a server that died takes none of its claims back.
+            session.execute(delete(ProofRow).where(ProofRow.until <= clock(session)))
             row = self._is_open(session, version, kernels, seconds)
             if row is None:
                 return False

@@ -546,10 +546,16 @@ def test_a_claim_ends_with_the_version_that_it_is_for(
         one.set_state(*HERE, version.digest, state, error=("proof_failed", "it is wrong"))
 
     database = Database(migrated_url)
-    with database.read() as session:
-        claims = session.scalars(select(ProofRow.kernels).where(ProofRow.until.is_not(None))).all()
+
+    def claims() -> list[str]:
+        with database.read() as session:
+            return list(session.scalars(select(ProofRow.kernels).where(ProofRow.until.is_not(None))))
+
+    assert claims() == (["avx2"] if state == "ready" else []), "with other kernels it may still be proved"
+    other.proofs.renew(version, "avx2", -1)
+    assert one.proofs.claim(one.version(*HERE, add(one, "b", "2", ready=False)), "torch", 60)
+    assert claims() == ["torch"], "a claim of a server that died goes with the next claim"
     database.close()
-    assert claims == (["avx2"] if state == "ready" else [])
 
 
 def test_a_claim_from_before_the_clock_went_back_holds_nobody_up(open_registry: Open) -> None:
