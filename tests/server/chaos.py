@@ -592,8 +592,9 @@ class Chaos:
             resource.prlimit(pid, limit, (most, before[1]))
             time.sleep(self.chance.choice(self._short))
             for one in _family(pid):  # what it started meanwhile has inherited the limit
-                if resource.prlimit(one, limit) == (most, before[1]):
-                    resource.prlimit(one, limit, before)
+                with suppress(ProcessLookupError, PermissionError):
+                    if resource.prlimit(one, limit) == (most, before[1]):
+                        resource.prlimit(one, limit, before)
 
     def jump_clock(self) -> None:
         """The clock of all servers jumps, and comes back."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from onebase_adapters.registry import Registry
+from onebase_adapters.registry import QuotaError, Registry
 from onebase_adapters.signatures import ServerKey
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
@@ -219,8 +219,24 @@ def test_a_start_at_which_the_registry_goes_away_ends_with_a_sentence_that_names
         preparation = Preparation(house.adapters, cast(Any, None), cast(Any, None))  # it gets no farther
         with sqlite3.connect(tmp_path / "registry.db") as database:
             database.execute("ALTER TABLE versions RENAME TO gone")
-        with pytest.raises(AdapterStartError, match=r"failed while reading: .*versions.* \(--registry\)"):
+        said = r"failed while reading: .*versions.* \(--registry, --data-dir\)$"
+        with pytest.raises(AdapterStartError, match=said):
             await preparation.prepare_adapters()
+
+    asyncio.run(test())
+
+
+def test_a_start_that_a_quota_ends_does_not_name_the_option(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse() -> None:
+        raise QuotaError("The tenant keeps 2 adapters, and its quota is 2.", "adapters", 2)
+
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        monkeypatch.setattr(house.adapters, "resume", refuse)
+        with pytest.raises(AdapterStartError, match=r"its quota is 2\.$"):
+            await Preparation(house.adapters, cast(Any, None), cast(Any, None)).prepare_adapters()
 
     asyncio.run(test())
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from msgspec.structs import asdict, replace
 
-from onebase_adapters.registry import RegistryError
+from onebase_adapters.registry import RegistryBusyError, RegistryError, RegistryFullError
 from onebase_adapters.signatures import ServerKey, SignaturePolicy
 from onebase_adapters.store.store import StoreError, local_folder
 from onebase_edge.background import Threads
@@ -132,7 +132,11 @@ class Preparation:
                 await self._adapters.resume()
                 await self._folders.serve_given()
             except RegistryError as error:
-                raise AdapterStartError(f"{error} (--registry)") from error
+                # Its other kinds are about what is in it: an adapter, or a quota.
+                failed = type(error) in (RegistryError, RegistryBusyError, RegistryFullError)
+                raise AdapterStartError(
+                    f"{error} (--registry, --data-dir)" if failed else str(error)
+                ) from error
             except StoreError as error:
                 raise AdapterStartError(f"{error} (--store)") from error
             self._served = True
