@@ -568,6 +568,15 @@ def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Loo
         expect(curves).to_contain_text("candidate: 1 at last")
         part.get_by_label("Curves of").select_option("errors")
         expect(curves).to_contain_text("candidate: 0 at last")
+        closer = curves.get_by_role("button", name="Both versions: closer")
+        while not closer.is_enabled():  # before it has looked three times
+            http.post("/generate", json={"prompt": "a b", "adapter": name, "user": "u0", "max_tokens": 3})
+            visit.page.wait_for_timeout(200)
+        closer.click()
+        expect(curves.get_by_role("button", name="All steps")).to_be_visible()
+        part.get_by_label("Curves of").select_option("tokens")
+        expect(curves.get_by_role("button", name="All steps")).to_have_count(0)
+        expect(curves).to_contain_text("candidate: 3 at last")
         assert visit.faults("phone", "narrow") == []
         share = part.get_by_label("Share of the candidate")
         share.fill("80")
