@@ -553,7 +553,7 @@ def test_a_claim_ends_with_the_version_that_it_is_for(
 
     assert claims() == (["avx2"] if state == "ready" else []), "with other kernels it may still be proved"
     other.proofs.renew(version, "avx2", -1)
-    assert one.proofs.claim(one.version(*HERE, add(one, "b", "2", ready=False)), "torch", 60)
+    assert one.proofs.claim(one.version(*HERE, add(one, "a", "2", ready=False)), "torch", 60)
     assert claims() == ["torch"], "a claim of a server that died goes with the next claim"
     database.close()
 
