@@ -7,14 +7,18 @@ import pwd
 import socket
 import sqlite3
 import time
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from onebase.cli import main
-from onebase_adapters.registry import Quotas
+from onebase_adapters.registry import ApiKeys, Quotas, RegistryError, TenantRecord
 from onebase_edge.settings import SettingsError, parse_duration
 from onebase_server.app.cli import keys, tenants
+from onebase_server.app.console import print_tenants
 
 from .access import Keys
 
@@ -76,10 +80,33 @@ def test_whoever_makes_a_first_key_without_admin_is_told_that_nobody_may_do_all(
 ) -> None:
     monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
     said = []
-    for scope in ("generate", "admin", "generate"):
+    for scope in ("generate", "train", "admin", "generate"):
         assert main(["keys", "create", "--scope", scope]) == 0
-        said.append("onebase keys create --scope admin" in capsys.readouterr().err)
-    assert said == [True, False, False]
+        words = " ".join(capsys.readouterr().err.split())
+        remedy = "--scope admin, with the same --data-dir and --registry"
+        said.append((remedy in words, "from now on" in words))
+    assert said == [(True, True), (True, False), (False, False), (False, False)]
+
+
+def test_a_registry_that_fails_once_a_key_is_made_does_not_lose_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, all_keys = ApiKeys.create, ApiKeys.all
+    made = []
+
+    def creating(registry: ApiKeys, *given: Any, **more: Any) -> Any:
+        made.append(create(registry, *given, **more))
+        return made[-1]
+
+    def listing(registry: ApiKeys) -> Any:
+        if made:
+            raise RegistryError("The registry is away.")
+        return all_keys(registry)
+
+    monkeypatch.setattr(ApiKeys, "create", creating)
+    monkeypatch.setattr(ApiKeys, "all", listing)
+    assert keys(["create", "--scope", "generate", "--data-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{made[0][1]}\n"
 
 
 def test_on_a_narrow_terminal_keys_are_blocks_whose_words_are_whole(
@@ -128,6 +155,21 @@ def test_quotas_are_set_for_keys_and_tenants_and_listed(
     assert "adapters=3,bytes=1500MB,training_seconds=20h" in first
     assert second.split() == ["zeta", "training_seconds=90", "0", "0", "B", "0", "0", "s"]
     known.close()
+
+
+@pytest.mark.parametrize(
+    ("stored", "trained", "said"),
+    [
+        (999, 59.0, "999 B 1 59 s"),
+        (999_900_000_000, 45 * 60 + 30.0, "999.9 GB 1 45 min"),
+        (1_250_000_000_000, 71_000.0, "1.2 TB 1 19 h 43 min"),
+    ],
+)
+def test_what_a_tenant_used_has_units_like_its_limits(stored: int, trained: float, said: str) -> None:
+    quotas = Quotas(bytes=2_000_000_000_000, training_seconds=72_000)
+    out = StringIO()
+    print_tenants(Console(file=out, width=200), [TenantRecord("acme", quotas, 2, stored, 1, trained)])
+    assert " ".join(out.getvalue().splitlines()[1].split()) == f"acme bytes=2TB,training_seconds=20h 2 {said}"
 
 
 @pytest.mark.parametrize(

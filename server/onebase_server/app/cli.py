@@ -272,6 +272,10 @@ def keys(argv: Sequence[str]) -> int:
 
     def work(registry: ApiKeys, _: Tenants, console: Console, output: Console) -> None:
         if arguments.action == "create":
+            # What may fail comes before the key is made: it is shown once.
+            settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
+            where = "this --registry" if settings.registry else f"--data-dir {settings.data_dir}"
+            before = registry.all()
             made, key = registry.create(
                 arguments.tenant,
                 arguments.scope,
@@ -281,13 +285,13 @@ def keys(argv: Sequence[str]) -> int:
                 priority=arguments.priority or 0,
             )
             print_keys(console, [made])
-            settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
-            where = "this --registry" if settings.registry else f"--data-dir {settings.data_dir}"
             console.print(f"Servers with {where} know it.", soft_wrap=True, markup=False)
-            if not any("admin" in one.scopes and one.valid_at(time.time()) for one in registry.all()):
+            if not any("admin" in one.scopes and one.valid_at(time.time()) for one in (*before, made)):
+                since = "" if before else " from now on"
                 console.print(
-                    "No valid key has the scope admin. Servers ask everybody for a key from now on, your own "
-                    "commands too: make one for yourself by onebase keys create --scope admin.",
+                    f"No valid key has the scope admin. Servers ask everybody for a key{since}, your own "
+                    "commands too: make one for yourself by onebase keys create --scope admin, with the same "
+                    "--data-dir and --registry.",
                     soft_wrap=True,
                     markup=False,
                 )

@@ -36,12 +36,12 @@ _log = logging.getLogger(__name__)
 
 
 def readable_bytes(count: float) -> str:
-    """`110 MB`, `5.6 GB`: powers of 1000, as disks and model cards count."""
+    """`110 MB`, `5.6 GB`, `1.2 TB`: powers of 1000, as disks and model cards count."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.0f} {unit}"
         count /= 1000
-    return f"{count:.1f} GB"
+    return f"{count:.1f} GB" if count < 999.95 else f"{count / 1000:.1f} TB"
 
 
 class LoadingDisplay:
@@ -232,7 +232,7 @@ def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:
     for title in ("tenant", "quotas", "adapters", "bytes", "jobs", "trained this month"):
         table.add_column(title, overflow="fold")
     for one in tenants:
-        kept = (str(one.adapters), readable_bytes(one.bytes), str(one.jobs), f"{one.training_seconds:.0f} s")
+        kept = (str(one.adapters), readable_bytes(one.bytes), str(one.jobs), _spent(one.training_seconds))
         table.add_row(*map(escape, (one.tenant, _quotas(one.quotas), *kept)))
     console.print(table, highlight=False)
 
@@ -247,6 +247,14 @@ def _limit(name: str, limit: int) -> str:
         if limit and limit % size == 0:
             return f"{limit // size}{unit}"
     return str(limit)
+
+
+def _spent(seconds: float) -> str:
+    """`45 s`, `7 min`, `19 h 43 min`: as long as limits are given, not as many seconds."""
+    minutes = int(seconds // 60)
+    if not minutes:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _day(at: float | None) -> str:
