@@ -449,6 +449,9 @@ def test_a_job_on_hold_shows_its_data_and_what_it_will_take_and_how_to_begin(
     capsys.readouterr()
     assert main(["jobs", "resume", ID]) == 0
     assert "acme begins to train." in capsys.readouterr().out
+    trainer.add(4, "paused", resumable=True, hold=True)  # before its files were checked
+    assert main(["jobs", "resume", job_id(4)]) == 0
+    assert "acme continues." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

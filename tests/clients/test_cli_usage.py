@@ -48,6 +48,7 @@ def test_use_is_shown_by_what_was_asked_for(server: Any, transcript: Callable[[s
     shell.run("usage", "--by", "tenant", "--days", "7")
     shell.run("usage", "--by", "tenant", "--csv")
     shell.run("usage", "--price", "0.5/20")
+    shell.run("usage", "--price", "0.01/0.01")
     shell.run("usage", "--price", "0.5/20", "--csv")
     shell.run("usage", "--tenant", "nobody")
     shell.run("usage", "--days", "0")

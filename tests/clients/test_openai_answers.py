@@ -62,7 +62,7 @@ def test_answers_become_rows_to_train_on_held_out_rows_and_a_gate(
     said = capsys.readouterr()
     assert f"{MODEL} at {old.url} is asked 20 prompts, billed to your key: about" in said.err
     assert "20 answers of" in said.out
-    assert ", $0.00 by --price" in said.out
+    assert ", <$0.01 by --price" in said.out
     assert [body["temperature"] for body in old.asked] == [0] * 20
     assert all(body["messages"][-1]["role"] == "user" for body in old.asked)  # never the row's own reply
     train, held_out, gate = read("train.jsonl"), read("heldout.jsonl"), read_gate(Path("prompts-openai"))

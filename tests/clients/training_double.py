@@ -180,6 +180,8 @@ class Trainer:
         made["status"] = {"cancel": "cancelled", "pause": "paused", "resume": "queued", "stop": "running"}[
             action
         ]
+        if action == "resume" and made.get("estimate"):
+            made["hold"] = False  # as the server, which checks the files first
         if action == "stop":
             made["stopped"] = {"step": None, "steps": 4, "by": "key-1", "at": NOW}
         return made

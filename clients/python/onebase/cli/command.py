@@ -130,6 +130,11 @@ def dollars(price: tuple[float, float], sent: int, answered: int) -> float:
     return (price[0] * sent + price[1] * answered) / 1e6
 
 
+def money(amount: float) -> str:
+    """Return dollars as text: `$1,234.50`, and `<$0.01` of what would look like nothing."""
+    return "<$0.01" if 0 < amount < 0.01 else f"${amount:,.2f}"
+
+
 def add_answer_options(made: argparse.ArgumentParser, *, forms: bool = False) -> None:
     """Add the options that say which adapter answers, and how; with `forms`, also what the text must be."""
     group = made.add_argument_group("answer")

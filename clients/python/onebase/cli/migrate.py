@@ -30,6 +30,7 @@ from .command import (
     action_parser,
     count,
     dollars,
+    money,
     perform,
     price,
     print_json,
@@ -249,7 +250,7 @@ def _say_recorded(folder: Path, recorded: Recorded, gate: QualityGate, args: arg
     if args.json:
         print_json({"folder": str(folder), "answers": len(used), "gate": gate, "tokens": [sent, answered]})
         return OK
-    billed = f", ${dollars(args.price, sent, answered):.2f} by --price" if args.price else ""
+    billed = f", {money(dollars(args.price, sent, answered))} by --price" if args.price else ""
     print(f"{len(used)} answers of {gate.model} are in {folder} ({sent:,} and {answered:,} tokens{billed}).")
     reached = ", ".join(f"{name} {value:.1%}" for name, value in gate.metrics.items())
     print(
@@ -265,7 +266,7 @@ def _say_recorded(folder: Path, recorded: Recorded, gate: QualityGate, args: arg
 
 def _cost(old: Old, rows: Sequence[HeldOutRow], recorded: Recorded, price: tuple[float, float] | None) -> str:
     sent, answered = estimated_tokens(rows, recorded)
-    about = f", about ${dollars(price, sent, answered):.2f}" if price else ""
+    about = f", about {money(dollars(price, sent, answered))}" if price else ""
     kept = len(recorded.answers.keys() - set(map(key_of, rows)))
     rest = f" ({kept} are recorded already)" if kept else ""
     unpriced = "" if price else " --price IN/OUT says what that costs."

@@ -9,7 +9,7 @@ from typing import Final
 from .._sync.client import Client
 from .._terminal.ui import Column, duration, note, print_table
 from ..types import TenantUsage
-from .command import OK, count, dollars, parser, perform, price, print_json
+from .command import OK, count, dollars, money, parser, perform, price, print_json
 
 _DESCRIPTION: Final = """\
 Show requests, tokens and training by day and adapter. A key with the scope admin sees all tenants,
@@ -67,10 +67,10 @@ def run(command: str, argv: list[str]) -> int:
         elif rows:
             columns = [column for column in COLUMNS if column.title in by or column.title not in _COLUMNS]
             if args.price:
-                columns.append(Column("price", lambda row: _dollars(_cost(args.price, row)), right=True))
+                columns.append(Column("price", lambda row: money(_cost(args.price, row)), right=True))
             print_table(columns, rows)
             if args.price:
-                note(f"Together {_dollars(sum(_cost(args.price, row) for row in rows))}")
+                note(f"Together {money(sum(_cost(args.price, row) for row in rows))}")
         else:
             note("Nothing was used in these days.")
         return OK
@@ -80,10 +80,6 @@ def run(command: str, argv: list[str]) -> int:
 
 def _cost(price: tuple[float, float], row: TenantUsage) -> float:
     return dollars(price, row.prompt_tokens, row.completion_tokens)
-
-
-def _dollars(amount: float) -> str:
-    return "<$0.01" if 0 < amount < 0.01 else f"${amount:,.2f}"
 
 
 def _trained(row: TenantUsage) -> str:

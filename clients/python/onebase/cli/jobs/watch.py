@@ -102,12 +102,13 @@ def _use(job: TrainingJob) -> None:
 
 def _change(action: str, client: Client, wanted: str, as_json: bool) -> int:
     job = find(client, wanted)
-    done = "begins to train." if action == "resume" and job.info.held else _DONE[action]
+    held = job.info.held
     {"pause": job.pause, "resume": job.resume, "stop": job.stop, "cancel": job.cancel}[action]()
     if as_json:
         print_json(job.info)
         return OK
-    print(f"{short(job.id)}  {job.name} {done}")
+    begins = action == "resume" and held and not job.info.hold
+    print(f"{short(job.id)}  {job.name} {'begins to train.' if begins else _DONE[action]}")
     if action == "pause":
         note(f"To continue it: onebase jobs resume {short(job.id)}")
     elif action in ("resume", "stop"):
