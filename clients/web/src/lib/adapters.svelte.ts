@@ -52,6 +52,9 @@ export interface Week {
   last: number
 }
 
+/** The job that made a version; what live training made has none. */
+export const jobOf = ({ source }: Pick<Version, 'source'>): string | undefined => (['training', 'checkpoint'].includes(source.kind) ? (source.job ?? undefined) : undefined)
+
 /** The version that a rollback makes active, as far as the history tells; null if there is none. */
 export function before(history: Event[], versions: Version[]): string | null {
   const stack: string[] = []
@@ -148,7 +151,7 @@ class Adapters {
   /** Learn the jobs behind the versions, once each. */
   async loadJobs(): Promise<void> {
     if (!session.may('train')) return
-    const wanted = this.versions.flatMap(({ source }) => (source.job && !(source.job in this.jobs) ? [source.job] : []))
+    const wanted = this.versions.flatMap((version) => jobOf(version) ?? []).filter((job) => !(job in this.jobs))
     await Promise.all(
       [...new Set(wanted)].slice(0, MOST_JOBS).map(async (job_id) => {
         const job = await data(api.GET('/v1/fine_tuning/jobs/{job_id}', { params: { path: { job_id } } })).catch(() => null)

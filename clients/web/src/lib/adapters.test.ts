@@ -4,7 +4,7 @@ vi.stubGlobal('sessionStorage', { getItem: () => null })
 vi.stubGlobal('localStorage', { getItem: () => null })
 vi.stubGlobal('document', { hidden: false, addEventListener: () => {}, baseURI: 'http://localhost/' })
 vi.stubGlobal('fetch', (request: Request) => Promise.resolve(answer(request.url)))
-const { adapters, seenOf } = await import('./adapters.svelte')
+const { adapters, jobOf, seenOf } = await import('./adapters.svelte')
 type Rollout = Parameters<typeof seenOf>[0][number]
 const { session } = await import('./session.svelte')
 
@@ -67,6 +67,11 @@ describe('gates of the versions that are looked at', () => {
     await adapters.loadOne()
     expect(adapters.gates).toEqual({})
   })
+})
+
+it('only versions of training jobs have a job: the id of live training is none', () => {
+  const made = ['training', 'checkpoint', 'live', 'upload'].map((kind) => jobOf({ source: { kind, ...(kind !== 'upload' && { job: 'one' }) } as Parameters<typeof jobOf>[0]['source'] }))
+  expect(made).toEqual(['one', 'one', undefined, undefined])
 })
 
 describe('what a rollout was like at each look', () => {
