@@ -388,6 +388,7 @@ async def run_parts(
     stop: Callable[[str], Callable[[], Awaitable[None]]],
     ready: asyncio.Event,
     on_ready: Callable[[], None],
+    resume: Callable[[], Awaitable[None]],
 ) -> None:
     """Run a server whose parts do nothing but `follow` until they are stopped."""
     services: Any = SimpleNamespace(
@@ -400,13 +401,21 @@ async def run_parts(
         training=SimpleNamespace(scheduler=SimpleNamespace(follow=follow, stop=stop("jobs"))),
         batches=SimpleNamespace(runner=SimpleNamespace(follow=follow, stop=stop("batches"))),
         live=SimpleNamespace(stop=stop("trainer")),
-        samples=SimpleNamespace(stop=stop("samples")),
+        samples=SimpleNamespace(stop=stop("samples"), resume=resume),
         live_training=SimpleNamespace(stop=stop("live training")),
         grading=SimpleNamespace(post=None),
     )
     app: Any = SimpleNamespace(state=SimpleNamespace(authenticator=None))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         await run_server(services, app, listener, on_ready)
+
+
+async def idle(*_: Any) -> None:
+    await asyncio.Event().wait()
+
+
+async def stopping() -> None:
+    pass
 
 
 STEPS = ["live training", "samples", "batches", "trainer", "jobs", "engine"]
@@ -437,7 +446,7 @@ def test_each_step_of_the_end_is_taken_whatever_another_raises(
             raise RuntimeError("http does not stop")
 
     async def serve() -> None:
-        await run_parts(forever, stop, asyncio.Event(), lambda: None)
+        await run_parts(forever, stop, asyncio.Event(), lambda: None, idle)
 
     monkeypatch.setattr(QuietServer, "serve", ends)
     with pytest.raises(RuntimeError, match=f"{broken} does not stop"):
@@ -448,12 +457,6 @@ def test_each_step_of_the_end_is_taken_whatever_another_raises(
 def test_garbage_collections_of_a_server_that_is_ready_leave_out_what_was_loaded_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def idle(*_: Any) -> None:
-        await asyncio.Event().wait()
-
-    async def stopping() -> None:
-        pass
-
     async def serve() -> float:
         ready, frozen = asyncio.Event(), asyncio.get_running_loop().create_future()
         ready.set()
@@ -464,7 +467,11 @@ def test_garbage_collections_of_a_server_that_is_ready_leave_out_what_was_loaded
         monkeypatch.setattr(QuietServer, "serve", until_ready)
         loaded = len(gc.get_objects())
         await run_parts(
-            idle, lambda name: stopping, ready, lambda: frozen.set_result(gc.get_freeze_count() / loaded)
+            idle,
+            lambda name: stopping,
+            ready,
+            lambda: frozen.set_result(gc.get_freeze_count() / loaded),
+            idle,
         )
         return await frozen
 
@@ -472,5 +479,31 @@ def test_garbage_collections_of_a_server_that_is_ready_leave_out_what_was_loaded
     gc.collect()  # what is garbage already is not kept
     try:
         assert asyncio.run(serve()) > 0.9
+    finally:
+        gc.unfreeze()
+
+
+def test_promised_samples_are_drawn_also_if_the_server_cannot_say_that_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def serve() -> None:
+        ready, resumed = asyncio.Event(), asyncio.Event()
+        ready.set()
+
+        async def until_resumed(*_: Any, **__: Any) -> None:
+            await resumed.wait()
+
+        async def resume() -> None:
+            resumed.set()
+
+        def on_ready() -> None:
+            raise BrokenPipeError("nobody reads standard output")
+
+        monkeypatch.setattr(QuietServer, "serve", until_resumed)
+        async with asyncio.timeout(60):
+            await run_parts(idle, lambda name: stopping, ready, on_ready, resume)
+
+    try:
+        asyncio.run(serve())
     finally:
         gc.unfreeze()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import LiveSampler, Registry
+from onebase_adapters.registry import LiveRecords, LiveSample, LiveSampler, Registry, RegistryBusyError
 from onebase_edge.background import Threads
 from onebase_edge.errors import InvalidRequestError, QueueFullError, ResultGoneError
 from onebase_server.adapters.catalog import AdapterChoice
@@ -70,9 +70,19 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     made.close()
 
 
+@pytest.mark.parametrize("failures", [0, 2])
 def test_a_sample_that_an_earlier_process_promised_is_waited_for_while_this_one_starts(
-    registry: Registry,
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
+    found, away = LiveRecords.open_samples, [RegistryBusyError("it is away")] * failures
+
+    def open_samples(records: LiveRecords, server: str) -> list[LiveSample]:
+        if away:
+            raise away.pop()
+        return found(records, server)
+
+    monkeypatch.setattr(LiveRecords, "open_samples", open_samples)
+
     async def run() -> None:
         killed = Drawn(registry, asyncio.get_running_loop().create_future)
         await killed.promised(0)

@@ -91,7 +91,10 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
     await services.supervisor.ready.wait()
     freeze_loaded()
-    on_ready()
+    try:
+        on_ready()
+    except Exception:
+        _log.exception("the server is ready, and cannot say so")
     await services.samples.resume()
 
 

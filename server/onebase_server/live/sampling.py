@@ -265,13 +265,23 @@ class Samples:
         return {one.sample.sampler for one in self._open.values() if not one.finished.is_set()}
 
     async def resume(self) -> None:
-        """Draw the samples that an earlier process of this server promised. Raises RegistryError."""
-        for sample in await self._threads.run_blocking(self._records.open_samples, self._server):
+        """Draw the samples that an earlier process of this server promised."""
+        for sample in await self._unfinished():
             if sample.id in self._open or sample.request is None:
                 continue
             opened = self._open[sample.id] = _Open(sample)
             self._begin(opened, self._resumed(sample))
         self._all_open.set()
+
+    async def _unfinished(self) -> list[LiveSample]:
+        """Return the unfinished samples of this server, once the registry answers."""
+        for pause in _AGAIN.pauses():
+            try:
+                return await self._threads.run_blocking(self._records.open_samples, self._server)
+            except RegistryError as failure:
+                _log.error("the samples that were promised earlier wait for the registry: %s", failure)
+            await asyncio.sleep(pause)
+        raise AssertionError("pauses have no end")
 
     async def stop(self) -> None:
         """End all that run; the next process of this server draws them again."""
