@@ -221,8 +221,7 @@ class LiveStore:
             if seq_id < self.next_seq(model_id):
                 return
             with suppress(FileNotFoundError):
-                found = path.read_bytes()  # maps of a message that is encoded again may have another order
-                if found != content and _operations.decode(found) != _operations.decode(content):
+                if path.read_bytes() != content:
                     raise SequenceConflictError(
                         f"seq_id {seq_id} of model {model_id} waits as another operation"
                     )

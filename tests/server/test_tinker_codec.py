@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tinker
@@ -114,6 +115,28 @@ def test_the_sparse_tensors_of_a_request_have_one_limit_together() -> None:
     assert codec.read_pass(message.SerializeToString(), 16_000).operation is not None
     refused = codec.read_pass(message.SerializeToString(), 15_999)
     assert refused.refused.startswith("data[3].loss_fn_inputs.weights: the sparse tensors")
+
+
+def test_maps_that_were_filled_in_another_order_are_the_same_operation_or_refusal() -> None:
+    names = [f"name_{number:02}" for number in range(32)]
+
+    def read(order: list[str], length: int) -> codec.PassRequest:
+        message = tinker_public_pb2.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="ppo")
+        inputs = message.data.add().loss_fn_inputs
+        for name in order:
+            message.loss_fn_config_v2[name].text = name
+            inputs[name].dtype = tinker_public_pb2.DTYPE_FLOAT32
+            inputs[name].shape.append(length)
+            inputs[name].dense = b"\0" * 4
+        return codec.read_pass(message.SerializeToString(), MOST)
+
+    orders = names, names[::-1]
+    passes = [read(order, 1) for order in orders]
+    assert len({msgspec.msgpack.encode(one) for one in passes}) == 1
+    assert passes[0].operation is not None
+    assert list(passes[0].operation.config) == list(passes[0].operation.data[0].inputs) == names
+    refused = "data[0].loss_fn_inputs.name_00: its shape [3] does not fit its 1 values."
+    assert [read(order, 3).refused for order in orders] == [refused] * 2
 
 
 def test_what_is_no_message_is_refused() -> None:

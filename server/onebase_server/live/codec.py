@@ -89,6 +89,9 @@ def decompressed(body: bytes, most: int) -> bytes:
 def read_pass(body: bytes, most: int) -> PassRequest:
     """Read the body of /forward_backward. Raises InvalidRequestError if not even its place can be read.
 
+    Maps are read in the order of their names: a message that is encoded again may have another order, and is
+    the same operation or refusal.
+
     most: bytes that all sparse tensors together may take once they are dense.
     """
     wire = messages()
@@ -108,7 +111,10 @@ def read_pass(body: bytes, most: int) -> PassRequest:
     except RefusedOperationError as error:
         return PassRequest(message.model_id, message.seq_id, None, error.message)
     operation = ForwardBackward(
-        data=data, loss=message.loss_fn, config=config, forward_only=message.forward_only
+        data=data,
+        loss=message.loss_fn,
+        config=dict(sorted(config.items())),
+        forward_only=message.forward_only,
     )
     return PassRequest(message.model_id, message.seq_id, operation)
 
@@ -142,7 +148,7 @@ def _datum(wire: Any, index: int, message: Any, room: _Room) -> Datum:
         tokens.append(chunk.encoded_text.tokens)
     inputs = {
         name: _tensor(wire, f"{place}.loss_fn_inputs.{name}", tensor, room)
-        for name, tensor in message.loss_fn_inputs.items()
+        for name, tensor in sorted(message.loss_fn_inputs.items())
     }
     return Datum(tokens=b"".join(tokens), inputs=inputs)
 
