@@ -96,6 +96,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         r"onebase serve --(base|adapter|adapters-dir|data-dir|otlp-endpoint|signatures|request-log) ",
         PARSE,
     ),  # other bases, and folders that are not there
+    (r"mkdir -p out/\.vllm_lora$", "a folder of a reader's own"),
     (r"onebase base check ([\w.-]+/|REPO$)", PARSE),  # a repository on the Hub
     (r"onebase route --host 0.0.0.0 ", PARSE),  # tests/server/test_route.py runs it
     (

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from .async_grpo import STEPS
 from .support import Starter
 
 PROGRAM = Path(__file__).with_name("async_grpo.py")
+IDS = list(range(300, 340))
+"""Tokens whose log-probabilities by the last version are compared."""
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +53,20 @@ def test_async_grpo_learns_from_rewards_of_what_the_versions_that_it_loads_say(
     with serve_real("--base", str(base), *options) as server, server.client() as http:
         command = [sys.executable, str(PROGRAM), server.url, str(base), str(synced.parent)]
         environment = os.environ | {"CI": "1", "HF_HUB_OFFLINE": "1"}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300 + 25 * STEPS
+        )
         assert run.returncode == 0, run.stderr[-4000:] + server.log
         adapters = {one["name"]: one["active"] for one in http.get("/v1/adapters").json()["data"]}
         usage = http.get("/v1/usage", params={"group_by": "adapter"}).json()["data"]
+        versions = [f"trl-policy-v{number}" for number in range(1, STEPS + 2)]
+        asked = {"model": versions[-1], "prompt": IDS, "max_tokens": 1, "echo": True, "logprobs": 1}
+        answer = http.post("/v1/completions", json=asked)
+        assert answer.status_code == 200, answer.text
+        served = answer.json()["choices"][0]["logprobs"]["token_logprobs"][1 : len(IDS)]
 
     steps: list[dict[str, Any]] = [one for one in json.loads(run.stdout.splitlines()[-1]) if "kl" in one]
     assert [one["step"] for one in steps] == list(range(1, STEPS + 1))
-    versions = [f"trl-policy-v{number}" for number in range(1, STEPS + 2)]
     assert adapters == {name: name in versions[-2:] for name in versions}
     sampled = {one["adapter"]: one["completion_tokens"] for one in usage}
     assert set(sampled) <= set(adapters), "the base answered"
@@ -65,6 +74,20 @@ def test_async_grpo_learns_from_rewards_of_what_the_versions_that_it_loads_say(
     # Rows of the first step are those of the first version, and others at most one version old.
     assert abs(steps[0]["kl"]) < 1e-3  # of the logprobs that came with the ids, and of the trainer's
     assert abs(steps[0]["ratio"] - 1) < 0.02
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(whole, synced / versions[-1])
+    with torch.no_grad(), model.disable_adapter():
+        untrained = logprobs(model)
+    with torch.no_grad():
+        trained = logprobs(model)
+    assert (trained - untrained).abs().max() > 0.5
+    torch.testing.assert_close(torch.tensor(served), trained, atol=1e-2, rtol=0)
     assert all(one["sample/staleness_max"] <= 1 for one in steps)
     rewards = [one["reward"] for one in steps]
     assert fmean(rewards[-4:]) > fmean(rewards[:2]) + 0.1, rewards
+
+
+def logprobs(model: PeftModel) -> torch.Tensor:
+    """Those of all of IDS but the first."""
+    scores = model(torch.tensor([IDS])).logits[0, :-1].log_softmax(-1)
+    return scores.gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
