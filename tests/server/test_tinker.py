@@ -739,7 +739,8 @@ class KilledServer:
             server.exit_status()
             self._server = self._lives.enter_context(self._start(ready=False))
             return
-        server.wait_ready()  # one whose first engine does not start ends
+        # One whose first engine does not start ends.
+        server.wait_for(lambda: self._ended.is_set() or server.status_of("/ready") == 200)
         while not pids and not self._ended.is_set():
             with contextlib.suppress(ValueError):  # there is none at this moment
                 pids = server.live_pids() if victim == "trainer" else [server.engine_pid()]
@@ -833,6 +834,7 @@ class Lesson:
             assert again.content == self._results[future].content, future
 
 
+@pytest.mark.timeout(1200 + 60 * KILLS)
 def test_processes_killed_at_any_moment_lose_no_future_and_do_nothing_twice(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
