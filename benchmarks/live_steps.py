@@ -5,13 +5,17 @@ the trainer's, as the cookbook's `kl_sample_train` does. The client is the Tinke
 (`pip install 'onebase[tinker]'`), against a server that runs already.
 
 With `--tenants SECONDS` it starts a server of its own instead, and measures three loads for so long each: 16
-streams; two tenants that train three adapters of ranks 4, 16 and 64 with other targets; and both at once.
+streams; two tenants that train three adapters of ranks 4, 16 and 64 with other targets; and both at once. A
+load with training lasts until each adapter has had two passes. The rate of an adapter is that between its
+first and its last pass of the load.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
+import functools
 import itertools
 import json
 import os
@@ -20,16 +24,15 @@ import statistics
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 
 from bench import machine, report
 from bench.command import COMMON
-from bench.processes import end_on_signals, make_key, onebase_server
+from bench.processes import StartError, end_on_signals, make_key, onebase_server, tail
 from bench.stream import DONE, HttpError, request
 from bench.workload import Prompts, Shape
 from onebase_engine.base.default_base import fetch_default_base
@@ -48,6 +51,16 @@ ROW_TOKENS = 64
 """Tokens of each row of a pass."""
 WARM_SECONDS = 5.0
 """Seconds of each load, at least, before its tokens are counted; all its parts have got some by then."""
+LONE_OPTIONS, TENANTS_OPTIONS = ("url", "key", "steps", "rank", "compare"), ("base", "onebase_args", "busy")
+"""Options that only one of the two measurements has."""
+T = TypeVar("T")
+
+
+class Rate(NamedTuple):
+    """Tokens a second of a part of a load, and how many of its passes were finished; None of streams."""
+
+    tokens: float
+    passes: int | None = None
 
 
 def main() -> None:
@@ -67,12 +80,21 @@ def main() -> None:
     for name in ("base", "onebase-args", "busy"):
         parser.add_argument(f"--{name}", **COMMON[name])
     arguments = parser.parse_args()
+    if arguments.tenants < 0:
+        parser.error(f"--tenants is {arguments.tenants:g}: it must be a number of seconds above 0")
+    for name in LONE_OPTIONS if arguments.tenants else TENANTS_OPTIONS:
+        if getattr(arguments, name) != parser.get_default(name):
+            where = "with" if arguments.tenants else "without"
+            parser.error(f"--{name.replace('_', '-')} does nothing {where} --tenants: leave it out")
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     if arguments.tenants:
         end_on_signals()
         console = Console()
         machine.demand_quiet(arguments.busy, console)
-        asyncio.run(tenants(arguments, console))
+        try:
+            asyncio.run(tenants(arguments, console))
+        except (StartError, HttpError) as error:
+            raise SystemExit(str(error)) from error
         return
     import tinker
 
@@ -91,21 +113,56 @@ async def tenants(arguments: argparse.Namespace, console: Console) -> None:
     folder = arguments.base or fetch_default_base()
     options = ["--base", folder] if arguments.base else []
     with tempfile.TemporaryDirectory(prefix="onebase-tenants-") as place:
-        data = Path(place) / "data"
+        data, log = Path(place) / "data", Path(place) / "server.log"
         keys = {tenant: make_key(data, tenant) for tenant in TENANTS}
         options += ["--data-dir", data, *shlex.split(arguments.onebase_args)]
-        async with onebase_server(Path(place) / "server.log", *options) as (url, _):
-            base, trained = await asyncio.to_thread(begin_runs, url, keys)  # the client is not asynchronous
+        async with onebase_server(log, *options) as (url, process):
             prompts = Prompts(folder, Shape().prompt_tokens, 0)
-            load = TenantsLoad(url, base, keys, prompts, trained, arguments.rows)
-            streams = await load.rates(arguments.tenants, streams=True)
-            training = await load.rates(arguments.tenants, trains=True)
-            both = await load.rates(arguments.tenants, streams=True, trains=True)
+            loads = asyncio.create_task(measured_loads(url, keys, prompts, arguments))
+            try:
+                while not loads.done():
+                    await asyncio.wait({loads}, timeout=0.5)
+                    if process.poll() is not None:  # the client would wait for it
+                        raise StartError(f"The server ended with {process.returncode}:\n{tail(log)}")
+                alone, both = loads.result()
+            finally:
+                loads.cancel()
+                await asyncio.gather(loads, return_exceptions=True)
     rows = []
-    for name, alone in ((STREAMS, streams[STREAMS]), *((name, training[name]) for name in (*RUNS, TRAINED))):
-        left = f"{both[name] / alone:.0%}" if alone else "-"
-        rows.append([name, f"{alone:.1f}", f"{both[name]:.1f}", left])
-    console.print(report.table(["tokens a second", "alone", "together", "left"], rows))
+    for name in (STREAMS, *RUNS, TRAINED):
+        passes = ["-" if rate.passes is None else str(rate.passes) for rate in (alone[name], both[name])]
+        before, after = alone[name].tokens, both[name].tokens
+        left = f"{after / before:.0%}" if before else "-"
+        rows.append([name, f"{before:.1f}", f"{after:.1f}", left, *passes])
+    titles = ["tokens a second", "alone", "together", "left", "passes alone", "together"]
+    console.print(report.table(titles, rows))
+
+
+async def measured_loads(
+    url: str, keys: Mapping[str, str], prompts: Prompts, arguments: argparse.Namespace
+) -> tuple[dict[str, Rate], dict[str, Rate]]:
+    """Return the rates of streams and training alone, and those of both at once."""
+    base, trained = await in_thread(lambda: begin_runs(url, keys))  # the client is not asynchronous
+    load = TenantsLoad(url, base, keys, prompts, trained, arguments.rows)
+    alone = await load.rates(arguments.tenants, streams=True)
+    alone |= await load.rates(arguments.tenants, trains=True)
+    return alone, await load.rates(arguments.tenants, streams=True, trains=True)
+
+
+def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Return what comes of work in a thread that does not keep the process from ending, unlike those of
+    `asyncio.to_thread`: the client waits for a server that is gone."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+
+    def run_work() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run_work, daemon=True).start()
+    return asyncio.wrap_future(future)
 
 
 def begin_runs(url: str, keys: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
@@ -144,35 +201,50 @@ class TenantsLoad:
         self._prompts = prompts
         self._trained = trained
         self._rows = rows
-        self._tokens: Counter[str] = Counter()
+        self._tokens = 0
+        """Tokens of all streams of this load so far."""
+        self._finished: dict[str, list[float]] = {}
+        """Times at which passes of this load were finished, by adapter."""
         self._numbers = itertools.count()
         self._ended = threading.Event()
 
-    async def rates(self, seconds: float, *, streams: bool = False, trains: bool = False) -> dict[str, float]:
-        """Return tokens a second of each part of a load that runs for so long. Raises what one fails of."""
+    async def rates(self, seconds: float, *, streams: bool = False, trains: bool = False) -> dict[str, Rate]:
+        """Return the rate of each part of a load that runs for so long. Raises what one fails of."""
         self._ended.clear()
-        parts: list[asyncio.Task[None]] = []
-        if streams:
-            keys = itertools.islice(itertools.cycle(self._keys.values()), Shape().streams)
-            parts += [asyncio.create_task(self._stream(key)) for key in keys]
-        streaming = list(parts)
-        if trains:
-            parts += [asyncio.create_task(asyncio.to_thread(self._train, name)) for name in self._trained]
-        names, first = (STREAMS,) * streams + tuple(RUNS) * trains, self._tokens.copy()
+        self._tokens, self._finished = 0, {name: [] for name in RUNS if trains}
+        keys = itertools.islice(itertools.cycle(self._keys.values()), Shape().streams if streams else 0)
+        streaming = [asyncio.create_task(self._stream(key)) for key in keys]
+        training = [in_thread(functools.partial(self._train, name)) for name in self._finished]
+        parts = [*streaming, *training]
         try:
             await _pause(WARM_SECONDS, parts)
-            while any(self._tokens[name] == first[name] for name in names):
+            while (streams and not self._tokens) or not all(self._finished.values()):
                 await _pause(0.1, parts)
-            began, before = time.perf_counter(), self._tokens.copy()
+            began, before = time.perf_counter(), self._tokens
             await _pause(seconds, parts)
+            while any(len(self._since(began, name)) < 2 for name in self._finished):
+                await _pause(0.1, parts)
             lasted = time.perf_counter() - began
-            rates = {name: (self._tokens[name] - before[name]) / lasted for name in (STREAMS, *RUNS)}
+            rates = {STREAMS: Rate((self._tokens - before) / lasted)} if streams else {}
+            rates |= {name: self._rate(self._since(began, name)) for name in self._finished}
+            self._ended.set()
+            await asyncio.gather(*training)  # the next load begins without them
         finally:
             self._ended.set()
-            for part in streaming:
+            for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-        return rates | {TRAINED: sum(rates[name] for name in RUNS)}
+        if trains:
+            runs = [rates[name] for name in RUNS]
+            rates[TRAINED] = Rate(sum(one.tokens for one in runs), sum(one.passes or 0 for one in runs))
+        return rates
+
+    def _since(self, began: float, name: str) -> list[float]:
+        return [at for at in self._finished[name] if at >= began]
+
+    def _rate(self, finished: list[float]) -> Rate:
+        tokens = (len(finished) - 1) * self._rows * ROW_TOKENS
+        return Rate(tokens / (finished[-1] - finished[0]), len(finished))
 
     async def _stream(self, key: str) -> None:
         """Stream one text after the other."""
@@ -192,10 +264,17 @@ class TenantsLoad:
                 if response.status != 200:
                     raise HttpError(response.status, (await response.body()).decode(errors="replace"))
                 async for event in response.events():
-                    usage = None if event == DONE else json.loads(event).get("usage")
+                    if event == DONE:
+                        break
+                    parsed = json.loads(event)
+                    if "error" in parsed:
+                        raise HttpError(200, json.dumps(parsed["error"]))
+                    usage = parsed.get("usage")
                     if usage is not None:
-                        self._tokens[STREAMS] += usage["completion_tokens"] - before
+                        self._tokens += usage["completion_tokens"] - before
                         before = usage["completion_tokens"]
+                else:
+                    raise HttpError(200, f"a stream ended after {before} tokens without {DONE.decode()}")
 
     def _train(self, name: str) -> None:
         """Train one adapter step by step: a pass and a step in flight."""
@@ -206,11 +285,11 @@ class TenantsLoad:
             passed = training.forward_backward(data, "cross_entropy")
             stepped = training.optim_step(types.AdamParams(learning_rate=1e-4))
             passed.result()
-            self._tokens[name] += self._rows * ROW_TOKENS
+            self._finished[name].append(time.perf_counter())
             stepped.result()
 
 
-async def _pause(seconds: float, parts: list[asyncio.Task[None]]) -> None:
+async def _pause(seconds: float, parts: Sequence[asyncio.Future[None]]) -> None:
     """Wait for so long. Raises what a part of the load fails of meanwhile."""
     done, _ = await asyncio.wait(parts, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
     for part in done:

@@ -22,8 +22,26 @@ def test_two_tenants_train_beside_streams_and_none_is_counted_before_all_got_tok
     environment = os.environ | {"COLUMNS": "200"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = dict(re.findall(r"^ *(.*?)((?: +[\d.]+%?| +-){3}) *$", done.stdout, re.MULTILINE))
+    found = dict(re.findall(r"^ *(.*?)((?: +[\d.]+%?| +-){5}) *$", done.stdout, re.MULTILINE))
     assert [name.split(":")[0] for name in found] == [
         "16 streams, 8 of each tenant", "acme", "acme", "globex", "all three",
     ]  # fmt: skip
-    assert all(float(one.rstrip("%")) > 0 for one in found["16 streams, 8 of each tenant"].split())
+    for name, told in found.items():
+        alone, together, left, *passes = told.split()
+        assert float(alone) > 0, name
+        assert float(together) > 0, name
+        assert left.endswith("%")
+        if name == "16 streams, 8 of each tenant":
+            assert passes == ["-", "-"]
+        else:
+            assert min(map(int, passes)) >= (6 if name == "all three" else 2), name
+
+
+@pytest.mark.parametrize(
+    "options", [["--tenants", "3", "--steps", "5"], ["--onebase-args", "--threads 1"], ["--tenants", "-1"]]
+)
+def test_an_option_that_does_nothing_is_refused_by_name(options: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/live_steps.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2
+    assert f"error: {options[-2]} " in done.stderr
