@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx2
+import psutil
 import pytest
 from tests.training.runs import talking_base
 
@@ -17,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.full
 def test_two_tenants_train_beside_streams_and_none_is_counted_before_all_got_tokens(tmp_path: Path) -> None:
     base = talking_base(tmp_path / "base")
-    command = [sys.executable, str(ROOT / "benchmarks/live_steps.py"), "--tenants", "3", "--busy"]
-    command += ["--base", str(base), "--onebase-args", "--kv-memory 100MB --threads 1"]
     environment = os.environ | {"COLUMNS": "200"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        tenants_command(base, 3), env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = dict(re.findall(r"^ *(.*?)((?: +[\d.]+%?| +-){5}) *$", done.stdout, re.MULTILINE))
     assert [name.split(":")[0] for name in found] == [
@@ -35,6 +39,39 @@ def test_two_tenants_train_beside_streams_and_none_is_counted_before_all_got_tok
             assert passes == ["-", "-"]
         else:
             assert min(map(int, passes)) >= (6 if name == "all three" else 2), name
+
+
+@pytest.mark.full
+def test_a_server_that_dies_ends_the_measurement_with_a_line_that_says_so(tmp_path: Path) -> None:
+    base = talking_base(tmp_path / "base")
+    with subprocess.Popen(tenants_command(base, 3600), stderr=subprocess.PIPE, text=True) as running:
+        try:
+            server = ready_server(running)
+            server.kill()
+            _, told = running.communicate(timeout=120)
+        finally:
+            running.terminate()
+    assert running.returncode == 1
+    assert "ended with -9" in told
+    assert "Traceback" not in told
+
+
+def tenants_command(base: Path, seconds: int) -> list[str]:
+    command = [sys.executable, str(ROOT / "benchmarks/live_steps.py"), "--tenants", str(seconds), "--busy"]
+    return [*command, "--base", str(base), "--onebase-args", "--kv-memory 100MB --threads 1"]
+
+
+def ready_server(running: subprocess.Popen[str]) -> psutil.Process:
+    """The server that a measurement has started, once it is ready."""
+    while running.poll() is None:
+        for process in psutil.Process(running.pid).children():
+            with contextlib.suppress(psutil.Error, ValueError, httpx2.TransportError):
+                command = process.cmdline()
+                port = command[command.index("--port") + 1]
+                if httpx2.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200:
+                    return process
+        time.sleep(0.1)
+    raise RuntimeError(f"the measurement ended with {running.returncode}")
 
 
 @pytest.mark.parametrize(
