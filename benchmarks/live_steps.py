@@ -51,6 +51,8 @@ ROW_TOKENS = 64
 """Tokens of each row of a pass."""
 WARM_SECONDS = 5.0
 """Seconds of each load, at least, before its tokens are counted; all its parts have got some by then."""
+MOST_WAITED = 4
+"""Largest multiple of a load's length for which it waits for passes: beside streams they may hardly come."""
 LONE_OPTIONS, TENANTS_OPTIONS = ("url", "key", "steps", "rank", "compare"), ("base", "onebase_args", "busy")
 """Options that only one of the two measurements has."""
 T = TypeVar("T")
@@ -217,17 +219,25 @@ class TenantsLoad:
         training = [in_thread(functools.partial(self._train, name)) for name in self._finished]
         parts = [*streaming, *training]
         try:
+            longest = MOST_WAITED * max(seconds, WARM_SECONDS)
+            started = time.perf_counter()
             await _pause(WARM_SECONDS, parts)
-            while (streams and not self._tokens) or not all(self._finished.values()):
+            while not (all(self._finished.values()) and (self._tokens or not streams)):
+                if time.perf_counter() - started > longest:
+                    break
                 await _pause(0.1, parts)
             began, before = time.perf_counter(), self._tokens
             await _pause(seconds, parts)
             while any(len(self._since(began, name)) < 2 for name in self._finished):
+                if time.perf_counter() - began > longest:
+                    break
                 await _pause(0.1, parts)
             lasted = time.perf_counter() - began
             rates = {STREAMS: Rate((self._tokens - before) / lasted)} if streams else {}
             rates |= {name: self._rate(self._since(began, name)) for name in self._finished}
             self._ended.set()
+            for one in streaming:
+                one.cancel()
             await asyncio.gather(*training)  # the next load begins without them
         finally:
             self._ended.set()
@@ -243,6 +253,8 @@ class TenantsLoad:
         return [at for at in self._finished[name] if at >= began]
 
     def _rate(self, finished: list[float]) -> Rate:
+        if len(finished) < 2:
+            return Rate(0.0, len(finished))
         tokens = (len(finished) - 1) * self._rows * ROW_TOKENS
         return Rate(tokens / (finished[-1] - finished[0]), len(finished))
 
