@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.nn import functional
 
 from bench import random_base as bases
 from bench.gpu_kernels import exact_weight
@@ -75,7 +76,7 @@ def forms(setup: Setup, found: Findings) -> None:
 def _compiled(setup: Setup, found: Findings) -> list[dict[str, Any]]:
     base = new_base(setup)
     began = time.perf_counter()
-    model = ServedModel(base, 4)
+    model = ServedModel(base, 4, step_tokens=LIMITS.step_tokens)
     model.allocate_kv(RESERVED_BLOCKS + 8, BLOCK)
     found.figure("making the model, with its trials", time.perf_counter() - began, "s")
     found.figure("kernels", model.kernels.name)
@@ -181,7 +182,7 @@ def absent(capability: int, count: int, folder: Path) -> None:
 def bits(setup: Setup, found: Findings) -> None:
     """Compare fp32 sums to the last bit: of each form with those of 16 rows, and of cuBLAS with ours."""
     # One sum is one accumulator there too, if its terms are not split.
-    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+    os.environ |= cuda.WHOLE_SUMS
     own: Any = own_kernels(setup, found)
     draw = torch.Generator(setup.device).manual_seed(0)
     shape = bases.SHAPES[setup.shape]
@@ -191,7 +192,16 @@ def bits(setup: Setup, found: Findings) -> None:
     )
     add = found.table(
         "fp32 sums with other bits than in steps of 16 rows",
-        ("layer", "rows", "ours", "of", "cuBLAS", "by ulps", "first at", "cuBLAS by 1,024 rows"),
+        (
+            "layer",
+            "rows",
+            "ours",
+            "of",
+            "cuBLAS",
+            "by ulps",
+            "first at",
+            f"cuBLAS by {cuda.LIBRARY_ROWS} rows",
+        ),
     )
     layers: dict[str, Any] = {
         "o": bases.one_layer(hidden, shape["num_attention_heads"] * shape["head_dim"], draw),
@@ -200,14 +210,13 @@ def bits(setup: Setup, found: Findings) -> None:
     }
     for name, layer in layers.items():
         linear, weight = own.linear(layer, 1), exact_weight(layer)
+        linear.use_library(False)  # which the kernel's sums are compared with
         x = torch.randn(max(counts), layer.in_features, device=setup.device, generator=draw).to(
             torch.bfloat16
         )
         few = torch.cat([linear.sums(some) for some in torch.split(x, 16)])
         wrong = list[str]()
-        padded = torch.zeros(-(-len(x) // 1024) * 1024 if not setup.interpreted else len(x), x.shape[1]).to(x)
-        padded[: len(x)] = x
-        chunked = torch.cat([_multiplied(some, weight) for some in torch.split(padded, 1024)])
+        chunked = _by_chunks(x, weight)
         for rows in counts:
             ours, theirs = linear.sums(x[:rows]), _multiplied(x[:rows], weight)
             count, largest, first = difference(ours, few[:rows])
@@ -228,6 +237,23 @@ def _multiplied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         multiply: Callable[..., torch.Tensor] = torch.mm
         return multiply(x, weight.T, out_dtype=torch.float32)
     return x.float() @ weight.float().T
+
+
+def _by_chunks(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x @ weight.T in fp32 as an engine has the library compute it.
+
+    That is LIBRARY_ROWS rows at a time, padded, into columns of a wider tensor.
+    """
+    count, size = len(x), len(weight)
+    x = functional.pad(x, (0, 0, 0, -count % cuda.LIBRARY_ROWS))
+    sums = torch.empty(len(x), -(-size // cuda.WIDE) * cuda.WIDE, device=x.device)[:, :size]
+    for first in range(0, len(x), cuda.LIBRARY_ROWS):
+        rows = slice(first, first + cuda.LIBRARY_ROWS)
+        if x.device.type == "cuda":
+            cuda.library_product(x[rows], weight, sums[rows])
+        else:
+            sums[rows] = _multiplied(x[rows], weight)
+    return sums[:count]
 
 
 def difference(got: torch.Tensor, wanted: torch.Tensor) -> tuple[int, int, str]:

@@ -126,6 +126,7 @@ def rows_of(count: int, slots: int) -> RowMap:
 def kernels(setup: Setup, found: Findings) -> None:
     """Check each kernel against PyTorch in fp64, and a row's bits alone and in company; then measure each."""
     own = own_kernels(setup, found)
+    own.step_rows = 2048  # as an engine on a GPU has, so that the library is tried
     draw = torch.Generator(setup.device).manual_seed(0)
     shape = bases.SHAPES[setup.shape]
     hidden, wide, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
@@ -163,11 +164,13 @@ class Products:
         self.per_second = bandwidth(setup)
         found.figure("a large copy, read and written", self.per_second / 1e9, "GB/s")
         self.watch = Stopwatch(setup, found)
-        self._timed = self._counts if setup.interpreted else (1, 2, 4, 8, 16, 32, 64, 65, 128, 256, 512, 2048)
+        timed = 1, 2, 4, 8, 16, 32, 64, 65, 128, 256, 257, 512, 513, 2048
+        self._timed = self._counts if setup.interpreted else timed
         headings = [
             "layer",
             "rows",
             "ours",
+            "without cuBLAS",
             "unpacked the other way",
             "with adapters",
             "bitsandbytes, cuBLAS",
@@ -195,16 +198,24 @@ class Products:
             times = self.watch(own, some, NOBODY), self.watch(own, some, rows), self.watch(layer, some)
             with _other_way():
                 other_way = self.watch(own, some, NOBODY) if own.nf4 else None
+            used = own.use_library(False)
+            kernel = self.watch(own, some, NOBODY) if used and count > cuda.UNPACKED_ROWS else times[0]
+            own.use_library(used)
             work = 2 * count * layer.in_features * layer.out_features
             reached = (None, None) if times[0] is None else (read / times[0] / 1e3, work / times[0] / 1e6)
-            self._add(name, count, times[0], other_way, *times[1:], *_beside_floor(times[0], floor), *reached)
+            beside = _beside_floor(times[0], floor)
+            self._add(name, count, times[0], kernel, other_way, *times[1:], *beside, *reached)
         if name in ("q", "down"):
             call = partial(own, x[: min(len(x), 256)], rows_of(min(len(x), 256), self._slots))
             tell_launches(self._setup, self._found, f"{name} with adapters", call)
         if own.nf4:
-            sums = own.sums(x[:65])
+            kernels: Any = self._own
+            size = layer.in_features * layer.out_features
+            sums, weight = own.sums(x[:65]), kernels.unpack(own, 0)[:size].clone()
             with _other_way():
                 same = torch.equal(own.sums(x[:65]), sums)
+                alike = torch.equal(kernels.unpack(own, 0)[:size], weight)
+            self._found.check(f"{name}: both ways unpack the same weights", alike)
             told = "the same bits" if same else "other bits"
             self._found.figure(f"{name}: sums of weights that are unpacked the other way", told)
 

@@ -70,6 +70,7 @@ def own_kernels(setup: Setup, found: Findings) -> Kernels:
         own: Any = cuda.CudaKernels()
         own.captures, own.capture = True, mended.Capture().of
         return cast(Kernels, own)
+    cuda.keep_sums_whole(torch.device(setup.device))
     kernels = cuda.CudaKernels()
     wrong: str | None = None
     try:
@@ -166,7 +167,7 @@ def make_engine(
 ) -> Engine:  # fmt: skip
     """Return an engine as a server has it, for the kernels given; None: those that suit the device."""
     limits = SchedulerLimits(64, step_tokens, bases.SHAPES[setup.shape]["max_position_embeddings"])
-    model = ServedModel(base, slots, kernels=kernels)
+    model = ServedModel(base, slots, kernels=kernels, step_tokens=step_tokens)
     return Engine(
         base,
         name="gpu-check",

@@ -219,6 +219,24 @@ def test_passes_are_captured_until_the_budget_is_taken_what_the_driver_keeps_inc
     assert found.run_graph(batch(1)) is not None
 
 
+def test_no_graph_has_so_many_splits_that_its_tiles_exceed_attentions_scratch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels, split = CudaKernels(), cuda.SPLIT.value
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    monkeypatch.setattr(cuda, "SCRATCH", 8 * 4 * 100)
+    found = Graphs(passes, kernels, 2, 16, [16], CPU, tile_rows=8, part_bytes=100)
+    for rows, at, is_graph in (
+        (16, split - 9, True),
+        (16, 2 * split, True),
+        (16, 5 * split, False),
+        (2, 5 * split, True),
+        (2, 17 * split, False),
+    ):
+        steps = [found.run_graph(batch(*range(rows), at=at - rows)) for _ in range(2)]
+        assert (steps[1] is not None) == is_graph, (rows, at)
+
+
 def test_graphs_of_more_nodes_may_take_more_memory_but_a_part_of_the_device_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -182,7 +182,9 @@ class Engine:
         """Check of the base whose launches are not all made."""
         self._sum_awaited = self._check_again = False
         self.layers = adaptable_layers(base)
-        self.model = model or ServedModel(base, slots, max_length=limits.max_length)
+        self.model = model or ServedModel(
+            base, slots, max_length=limits.max_length, step_tokens=limits.step_tokens
+        )
         if self.model.device.type != "cpu":
             self.watch_content()
         places = state_places or 1 + 4 * limits.max_sequences

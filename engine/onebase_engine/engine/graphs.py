@@ -94,6 +94,7 @@ class Graphs:
         device: torch.device,
         executable: int = 0,
         tile_rows: int = 1,
+        part_bytes: int = 0,
     ) -> None:
         """Capture nothing yet.
 
@@ -101,6 +102,7 @@ class Graphs:
             padding_slots: of each table of blocks the KV slot of padding.
             executable: bytes that the driver takes for each graph.
             tile_rows: as for a `FixedStep`.
+            part_bytes: bytes of attention's partial results of a row in one split.
         """
         self._run = run
         self._kernels = kernels
@@ -114,7 +116,7 @@ class Graphs:
         self._ran: dict[StepSize, int] = {}
         """Number of the step for which each size was last requested, the oldest first."""
         self._steps = 0
-        self._executable, self._tile_rows = executable, tile_rows
+        self._executable, self._tile_rows, self._part_bytes = executable, tile_rows, part_bytes
         self._bytes, self._most_bytes = 0, most_bytes(executable, device)
         self._prepared: tuple[StepBatch, _Graph] | None = None
         """Step that has already been written to its graph's place."""
@@ -242,7 +244,10 @@ class Graphs:
         return torch.cuda.memory_reserved(self._device)
 
     def _size(self, batch: StepBatch) -> StepSize | None:
-        """Return the size that the batch needs, rounded up, or None if no graph has it."""
+        """Return the size that the batch needs, rounded up, or None if no graph has it.
+
+        None has so many splits that the tiles which attend at once exceed SCRATCH.
+        """
         groups = batch.token_map.groups
         slots = {slot for group in groups for slot, _ in group.terms}
         rows = next((count for count in ROWS if count >= len(batch.input_ids)), None)
@@ -253,9 +258,11 @@ class Graphs:
         if terms is None:
             return None
         rank = max((self.ranks.get(slot, 0) for slot in slots), default=0)
-        splits = int(batch.contexts.position.max(initial=0)) // cuda.SPLIT.value + 1
+        splits = _rounded_up(int(batch.contexts.position.max(initial=0)) // cuda.SPLIT.value + 1)
+        if splits > 1 and min(rows, self._tile_rows) * splits * self._part_bytes > cuda.SCRATCH:
+            return None
         rank = triton.next_power_of_2(max(rank, LEAST_RANK)) if terms else 0
-        return StepSize(rows, _rounded_up(splits), terms, rank)
+        return StepSize(rows, splits, terms, rank)
 
 
 def _rounded_up(splits: int) -> int:

@@ -70,6 +70,7 @@ class ServedModel:
         kv_dtype: torch.dtype | None = None,
         kernels: Kernels | None = None,
         max_length: int | None = None,
+        step_tokens: int = 0,
     ) -> None:
         """Build the view and check that its attention can be replaced.
 
@@ -78,6 +79,7 @@ class ServedModel:
             kv_dtype: int8, or None for the base's own.
             kernels: the back-end to use instead of the best one for the device.
             max_length: largest number of tokens of a sequence; layers with a window of so many see all.
+            step_tokens: largest number of tokens of a step; more than 256 may be worth a trial of a library.
         """
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
@@ -89,6 +91,7 @@ class ServedModel:
         self._decoder = decoder_of(self._view)
         self._rows = StepRows()
         self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
+        self.kernels.step_rows = max(self.kernels.step_rows, step_tokens)
         self._recorded: list[RecordedLayer] = []
         self._fused = False
         self._attention = PagedAttention(self.kernels)
@@ -262,7 +265,7 @@ class ServedModel:
             self._recorded = self._fuse(lambda number, rows: self._try_pass(number, rows, tables, block_size))
         if self._captures:
             from onebase_engine.engine.graphs import Graphs, executable_bytes  # imports Triton
-            from onebase_engine.kernels.cuda import tile_rows
+            from onebase_engine.kernels.cuda import part_bytes, tile_rows
 
             padding = [DUMP_BLOCK * stride * block_size for stride in strides]
             self._graphs = Graphs(
@@ -274,6 +277,10 @@ class ServedModel:
                 self.device,
                 executable=executable_bytes(self._layers, self._mixtures),
                 tile_rows=tile_rows(self._attention.groups),
+                part_bytes=max(
+                    part_bytes(heads * self._attention.groups, size)
+                    for heads, _, size in self._attention.shapes.values()
+                ),
             )
 
     def _fuse(self, try_pass: Callable[[int, int], torch.Tensor]) -> list[RecordedLayer]:

@@ -345,6 +345,7 @@ class CpuKernels(ReferenceRecurrence):
     compiles = False
     narrows = False
     captures = False
+    step_rows = 0
     asynchronous = False
 
     def __init__(self, library: Any, name: str) -> None:

@@ -114,7 +114,12 @@ LIBRARY_ROWS = 512
 LIBRARY_OUTPUTS = 1 << 16
 """Largest number of outputs of these: a head's sums take much memory, and few steps want many logits."""
 WHOLE_SUMS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
-"""Settings of cuBLAS that leave it no memory to sum terms in parts."""
+"""Settings of cuBLAS that leave it hardly any memory to sum terms in parts, so that the trial should pass."""
+LIBRARY_CAPABILITY = 9
+"""Smallest compute capability with which the library is tried."""
+LIBRARY_ALIGNMENT = 256
+"""Alignment in bytes of what the library multiplies, which its choice of an algorithm depends on: that of
+PyTorch's allocator."""
 STAGES = {FEW_ROWS: 6, MANY_ROWS: 4, MOST_ROWS: 3}
 """Number of loads in flight of a program, by its rows. Few rows have few programs, and need more of them."""
 WIDE = 2 * OUTPUTS.value
@@ -873,6 +878,11 @@ class CudaLinear:
         """Return the products with the base's weights as they are summed, fp32 [rows, out]."""
         return self._layers.products(x.contiguous())[1][:, : self.size_out]
 
+    def use_library(self, used: bool) -> bool:
+        """Have the device's library multiply many rows, or the kernel. Return which of them did before."""
+        before, self._layers.by_library = self._layers.by_library, used
+        return before
+
     def exact(self, slot: int) -> bool:
         return False
 
@@ -910,14 +920,19 @@ class CudaLayers:
         self._tables = tuple({layer.table for layer in layers})
         self._wide: tuple[list[int], torch.Tensor] = [], self._facts
         """Facts with weights in bf16, and these weights' addresses."""
-        self._by_library = False
+        self.by_library = False
         """Whether the device's library multiplies more than UNPACKED_ROWS rows."""
-        self._by_library = kernels.library_fits(self)
+        self.by_library = kernels.library_fits(self)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Return the numbers of inputs and of each layer's outputs: a library's algorithm depends on them."""
         return self._layers[0].size_in, *(layer.size_out for layer in self._layers)
+
+    @property
+    def aligned(self) -> bool:
+        """Return True if the weights lie where those that are unpacked do, which the verdict is for."""
+        return not any(one.weight.data_ptr() % LIBRARY_ALIGNMENT for one in self._layers if not one.nf4)
 
     @property
     def device(self) -> torch.device:
@@ -992,10 +1007,12 @@ class CudaLayers:
             block on.
         """
         count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
-        if self._by_library and count > UNPACKED_ROWS:
+        if self.by_library and count > UNPACKED_ROWS:
             padded = triton.cdiv(count, LIBRARY_ROWS) * LIBRARY_ROWS
             if padded > count:
                 x = functional.pad(x, (0, 0, 0, padded - count))
+            elif x.data_ptr() % LIBRARY_ALIGNMENT:
+                x = x.clone()
             sums = torch.empty(padded, self._blocks * OUTPUTS.value, dtype=torch.float32, device=x.device)
             self._multiply(x, sums)
             return self._facts, sums[:count]
@@ -1259,7 +1276,7 @@ class _Step:
     def chunks(self, most: int) -> list[_Chunk]:
         """Return chunks of all tiles and rows, computed once.
 
-        Rows times splits of a chunk are at most `most`, unless it has one tile.
+        Rows times splits of a chunk are at most `most`, unless it has the fewest tiles that it may have.
         """
         if most not in self.held:
             edges, found, begin, wide = [0, *self.first_rows[1:], self.rows], list[_Chunk](), 0, 0
@@ -1320,6 +1337,12 @@ def _tiles(contexts: Contexts, most: int) -> Iterator[tuple[int, int, int]]:
         if stop > start and owner[start] >= 0:
             for first in range(start, stop, most):
                 yield first, min(most, stop - first), int(owner[start])
+
+
+def part_bytes(heads: int, value_dim: int) -> int:
+    """Return the bytes of attention's partial results of a row in one split: of each head its values, the sum
+    of weights and the largest score, fp32."""
+    return heads * (value_dim + 2) * 4
 
 
 def tile_rows(groups: int) -> int:
@@ -1490,7 +1513,7 @@ class CudaAttention:
         if step.whole:
             chunks, held = [_Chunk(0, len(step.splits), 0, count, 1)], 0
         else:
-            chunks = step.chunks(SCRATCH // (heads * (value_dim + 2) * 4))
+            chunks = step.chunks(SCRATCH // part_bytes(heads, value_dim))
             held = max(one.splits * one.rows for one in chunks)
         part = q.new_empty(held, heads, value_dim, dtype=torch.float32)
         stats = q.new_empty(held, heads, 2, dtype=torch.float32)
@@ -2035,13 +2058,9 @@ class CudaKernels(CudaRecurrence):
         and hasattr(torch._C, "_cuda_releasePool")
     )
     asynchronous = True
-    library_device = "cuda"
-    """Type of the device on which the library is tried."""
 
     def __init__(self) -> None:
-        if self.compiles:
-            for name, value in WHOLE_SUMS.items():  # read at the library's first call
-                os.environ.setdefault(name, value)
+        self.step_rows = 0
         self._reference: ReferenceKernels = SamplingKernels(tiled=False)
         self._scratch: dict[int, torch.Tensor] = {}
         self._pool: Any = None
@@ -2081,22 +2100,29 @@ class CudaKernels(CudaRecurrence):
     def library_fits(self, layers: CudaLayers) -> bool:
         """Return True if the device's library gives the bits of the kernel's sums, by a trial of these sizes.
 
-        Published work says that it does on Hopper, and does not on earlier cards.
+        Nothing is tried where no step has so many rows: the trial takes memory.
         """
         sizes, collects = layers.sizes, triton.knobs.runtime.jit_cache_hook is not None
-        if collects or layers.device.type != self.library_device or sum(sizes[1:]) > LIBRARY_OUTPUTS:
+        few = self.step_rows <= UNPACKED_ROWS or sum(sizes[1:]) > LIBRARY_OUTPUTS
+        if collects or few or not layers.aligned or not library_may_fit(layers.device):
             return False
         if sizes not in self._library_differs:
+            short = False
             try:
                 differs = layers.library_differs()
             except Exception as error:
                 # Whatever another PyTorch may say: the kernel multiplies any number of rows.
-                if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+                short, differs = is_out_of_memory(error), True
+                if isinstance(error, torch.AcceleratorError) and not short:
                     raise
                 logger.warning(
                     "kernels: the library multiplies nothing of %s, since it fails: %s", sizes, error
                 )
-                differs = True
+            self._scratch.clear()
+            if layers.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if short:
+                return False
             self._library_differs[sizes] = differs
             who = (
                 "the kernel, since the library has other bits"
@@ -2250,20 +2276,39 @@ class CudaKernels(CudaRecurrence):
         return self._reference.draw(logits, draws, allowed)
 
 
+def library_may_fit(device: torch.device) -> bool:
+    """Return True if the library is tried on this device.
+
+    On earlier cards it takes terms in other orders, so that its settings would be changed for nothing.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= LIBRARY_CAPABILITY
+
+
+def keep_sums_whole(device: torch.device) -> None:
+    """Set WHOLE_SUMS for the process where the library is tried. It reads them at its first call."""
+    if library_may_fit(device):
+        for name, value in WHOLE_SUMS.items():
+            os.environ.setdefault(name, value)
+
+
 @cache
 def load_kernels(device: torch.device) -> CudaKernels | None:
     """Return the kernels for this device, or None, with the reason logged, if PyTorch computes."""
     global UNPACKED_BY
     try:
+        keep_sums_whole(device)
         kernels = CudaKernels()
-        if kernels.compiles:
-            _compile_trial(kernels, device)
-        wrong = _differing(kernels, device)
+        try:
+            wrong = _tried(kernels, device)
+        except Exception as error:
+            if PERMUTED.value != UNPACKED_BY or isinstance(error, torch.AcceleratorError):
+                raise
+            wrong = f"what is computed, since it fails: {error}"
         if wrong is not None and PERMUTED.value == UNPACKED_BY:
             # Triton before 3.9 gives these forms another order of terms on cards before Hopper.
             logger.warning("kernels: weights are not unpacked in registers, which changes %s", wrong)
             UNPACKED_BY = GATHERED.value
-            wrong = _differing(kernels, device)
+            wrong = _tried(kernels, device)
         if not _draws_as_pytorch(device):
             logger.warning("kernels: PyTorch draws tokens, since Triton's kernel draws others")
             kernels.draws_by_pytorch()
@@ -2275,6 +2320,13 @@ def load_kernels(device: torch.device) -> CudaKernels | None:
         logger.warning("kernels: PyTorch, since Triton's give something else for %s", wrong)
         return None
     return kernels
+
+
+def _tried(kernels: CudaKernels, device: torch.device) -> str | None:
+    """Compile what the trial needs, and return the part of it in which the kernels are wrong, or None."""
+    if kernels.compiles:
+        _compile_trial(kernels, device)
+    return _differing(kernels, device)
 
 
 def _compile_trial(kernels: CudaKernels, device: torch.device) -> None:
@@ -2309,6 +2361,7 @@ def _differing(kernels: CudaKernels, device: torch.device, *, dry: bool = False)
     lora = LoraWeights(random(rank, size_in).float(), random(size_out, rank).float(), 0.5)
     for name, layer, weight in _trial_layers(size_in, size_out, device):
         linear = CudaLinear(kernels, layer, 1, ReferenceLinear(layer, tiled=False))
+        linear.use_library(False)  # which has a trial of its own, against these kernels
         linear.put(0, lora)
         x = random(max(TRIAL_ROWS), size_in)
         exact = x.double() @ weight.double().T + layer.bias.double()
@@ -2357,8 +2410,8 @@ def _differing_attention(
 ) -> str | None:
     """Return the part of attention's trial that is wrong: contexts of one, two and three splits.
 
-    The last rows of each are computed as a chunk, and the very last again as a decode, alone and among the
-    others.
+    The last rows of each are computed as a chunk, and again in steps at a fixed place, as a graph has them;
+    the very last again as a decode, alone and among the others.
     """
     heads, dim, block, chunk = 4, 64, 16, 20
     lengths = [chunk + 1, SPLIT.value + 64, 2 * SPLIT.value + 1]
@@ -2381,11 +2434,22 @@ def _differing_attention(
         own = slice(firsts[number] * block, firsts[number] * block + length)
         k, v = keys[:, own].clone(), values[:, own].clone()
         given = random(heads, chunk, dim), k[:, -chunk:], v[:, -chunk:]
-        got = attend(*given, step(*((number, place) for place in range(length - chunk, length))))
+        own_step = step(*((number, place) for place in range(length - chunk, length)))
+        got = attend(*given, own_step)
         scores = given[0][:, -1].double() @ k[0].double().T * dim**-0.5
         exact = scores.softmax(-1) @ v[0].double()
         if not (dry or bool(((got[-1].double() - exact).abs() <= 0.02).all())):
             return f"attention to {length} keys"
+        for splits in (1, 4):
+            if length > splits * SPLIT.value:
+                continue
+            fixed = FixedStep(
+                StepSize(chunk + 4, splits, 0, 0), 1, block, [0], device, tile_rows=tile_rows(heads)
+            )
+            fixed.load_step(np.zeros(chunk, dtype=np.int32), own_step, RowMap())
+            wide = (functional.pad(one, (0, 0, 0, 4)) for one in given)
+            if not (torch.equal(attend(*wide, fixed.contexts)[:chunk], got) or dry):
+                return f"a chunk of {length} keys, in a step of {splits} splits that a graph has"
         q, k, v = (one[:, -1:].contiguous() for one in given)
         if not (torch.equal(attend(q, k, v, step((number, length - 1)))[0], got[-1]) or dry):
             return f"a decode behind {length - 1} tokens, which has other bits in a chunk"

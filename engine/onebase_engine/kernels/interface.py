@@ -354,6 +354,8 @@ class Kernels(RecurrentKernels, Protocol):
     """Whether kernels are compiled when a launch first asks for them (`engine/forms.py`)."""
     captures: bool
     """Whether passes are captured as CUDA graphs (`engine/graphs.py`)."""
+    step_rows: int
+    """Largest number of rows of a step, as far as an engine has told it; 0: nothing is known of any."""
 
     @property
     def asynchronous(self) -> bool:

@@ -161,6 +161,7 @@ class ReferenceKernels(ReferenceRecurrence):
     compiles = False
     narrows = False
     captures = False
+    step_rows = 0
 
     def __init__(self, *, tiled: bool = True) -> None:
         """Choose the shapes. `tiled`: fixed ones (the CPU)."""

@@ -253,16 +253,18 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
     max_length = _max_length(config, base)
+    step_tokens = config.step_tokens or DEFAULT_STEP_TOKENS[device.type]
     model = ServedModel(
         base,
         config.max_slots,
         unpacked=config.cpu_weights == "bf16",
         kv_dtype=torch.int8 if config.kv_dtype == "int8" else None,
         max_length=max_length,
+        step_tokens=step_tokens,
     )
     limits = SchedulerLimits(
         max_sequences=config.max_sequences,
-        step_tokens=config.step_tokens or DEFAULT_STEP_TOKENS[device.type],
+        step_tokens=step_tokens,
         max_length=max_length,
         draft_tokens=config.draft_tokens,
     )
