@@ -291,6 +291,10 @@ def test_a_write_to_memory_that_another_process_has_mapped_to_be_read_is_told(
         pytest.skip("there is no C compiler here")
     command = [compiler, "-shared", "-fPIC", f"-DKEEPS={int(keeps)}", source, "-o", library]
     subprocess.run(command, check=True, timeout=600)
+    with monkeypatch.context() as broken:
+        broken.setenv("PYTHONHOME", str(tmp_path))
+        with pytest.raises(RuntimeError, match="exit status"):
+            gpu_processes.write_to_read_only(str(library), 3)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     said, kept = gpu_processes.write_to_read_only(str(library), 3)
     assert kept is keeps

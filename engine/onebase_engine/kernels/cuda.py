@@ -2447,8 +2447,8 @@ def _differing_attention(
                 StepSize(chunk + 4, splits, 0, 0), 1, block, [0], device, tile_rows=tile_rows(heads)
             )
             fixed.load_step(np.zeros(chunk, dtype=np.int32), own_step, RowMap())
-            wide = (functional.pad(one, (0, 0, 0, 4)) for one in given)
-            if not (torch.equal(attend(*wide, fixed.contexts)[:chunk], got) or dry):
+            q, k, v = (functional.pad(one, (0, 0, 0, 4)) for one in given)
+            if not (torch.equal(attend(q, k, v, fixed.contexts)[:chunk], got) or dry):
                 return f"a chunk of {length} keys, in a step of {splits} splits that a graph has"
         q, k, v = (one[:, -1:].contiguous() for one in given)
         if not (torch.equal(attend(q, k, v, step((number, length - 1)))[0], got[-1]) or dry):
