@@ -500,7 +500,11 @@ class Passes:
         size = graphs._size(batch)
         if size is None:
             many = len(batch.input_ids) > captured.ROWS[-1]
-            return f"of more than {captured.ROWS[-1]} rows" if many else "with adapters that no graph has"
+            return (
+                f"of more than {captured.ROWS[-1]} rows"
+                if many
+                else "with adapters or contexts that no graph has"
+            )
         return "of a size that cannot be captured" if size in graphs._graphs else "of a size that is new"
 
     def report(self, found: Findings) -> None:

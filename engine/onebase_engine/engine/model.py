@@ -278,8 +278,11 @@ class ServedModel:
                 executable=executable_bytes(self._layers, self._mixtures),
                 tile_rows=tile_rows(self._attention.groups),
                 part_bytes=max(
-                    part_bytes(heads * self._attention.groups, size)
-                    for heads, _, size in self._attention.shapes.values()
+                    (
+                        part_bytes(heads * self._attention.groups, size)
+                        for heads, _, size in self._attention.shapes.values()
+                    ),
+                    default=0,
                 ),
             )
 

@@ -2277,10 +2277,7 @@ class CudaKernels(CudaRecurrence):
 
 
 def library_may_fit(device: torch.device) -> bool:
-    """Return True if the library is tried on this device.
-
-    On earlier cards it takes terms in other orders, so that its settings would be changed for nothing.
-    """
+    """Return True if the library is tried on this device, whose settings for the process are changed then."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= LIBRARY_CAPABILITY
 
 
