@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -291,14 +292,22 @@ def test_a_write_to_memory_that_another_process_has_mapped_to_be_read_is_told(
         pytest.skip("there is no C compiler here")
     command = [compiler, "-shared", "-fPIC", f"-DKEEPS={int(keeps)}", source, "-o", library]
     subprocess.run(command, check=True, timeout=600)
-    with monkeypatch.context() as broken:
-        broken.setattr(sys, "executable", "false")
-        with pytest.raises(RuntimeError, match="exit status 1"):
-            gpu_processes.write_to_read_only(str(library), 3)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     said, kept = gpu_processes.write_to_read_only(str(library), 3)
     assert kept is keeps
     assert said == ("cuMemsetD32_v2: CUDA_ERROR_ILLEGAL_ADDRESS (700)" if keeps else "it may write")
+
+
+def test_a_process_that_does_not_come_to_its_write_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = MagicMock()
+    driver.return_value.create.return_value = 1, 4
+    driver.return_value.export_file.side_effect = lambda handle: os.open(os.devnull, os.O_RDONLY)
+    monkeypatch.setattr(gpu_processes, "Driver", driver)
+    for said, code in (("", 1), ("another line", 0)):
+        done = subprocess.CompletedProcess([], code, said, "a traceback")
+        monkeypatch.setattr(subprocess, "run", lambda *given, done=done, **named: done)
+        with pytest.raises(RuntimeError, match=f"exit status {code}: {said or 'a traceback'}"):
+            gpu_processes.write_to_read_only()
 
 
 def test_kernels_that_are_launched_before_an_error_are_named() -> None:
