@@ -268,6 +268,8 @@ def folder(tmp_path: Path) -> Path:
     )
     for place, source, alpha in outputs:
         copied(EXAMPLES / source, tmp_path / "outputs" / place, lora_alpha=alpha)
+    for place, source in (("first", "pirate"), ("second", "orders")):
+        shutil.copytree(EXAMPLES / source, tmp_path / place)
     copied(EXAMPLES / "orders", tmp_path / "runs" / "acme" / "adapter", lora_alpha=28)
     for file in ("train.jsonl", "eval.jsonl", "held-out.jsonl", "rows.jsonl"):
         rows = [{"prompt": f"{file} {number} until-paused ", "completion": "yes"} for number in range(4)]
