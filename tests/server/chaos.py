@@ -583,8 +583,12 @@ class Chaos:
             self._limited(pid, resource.RLIMIT_DATA, 1 << 20)
 
     def no_memory(self) -> None:
-        """A server gets no more memory; one that begins says so and ends."""
-        self._limited(self._pick().process.pid, resource.RLIMIT_DATA, 1 << 20)
+        """A server that is ready gets no more memory: in one that begins a library may meet the limit first,
+        and end the process with its own words."""
+        server = self._pick()
+        with suppress(httpx2.TransportError):
+            if httpx2.get(f"{server.url}/ready", timeout=5).status_code == 200:
+                self._limited(server.process.pid, resource.RLIMIT_DATA, 1 << 20)
 
     def _limited(self, pid: int, limit: int, most: int) -> None:
         with suppress(ProcessLookupError, PermissionError):
