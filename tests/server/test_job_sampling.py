@@ -62,6 +62,7 @@ def sampler(counted: Limiter, submit: Callable[[], Any]) -> JobSampler:
         base=lambda: base,
         check_limits=lambda *_: None,
         caller_of=caller_of,
+        doubt=lambda: None,
         end_tokens=(),
         submit=submit,
     )
