@@ -46,7 +46,6 @@ from bench.engines import engine_on, outputs
 from bench.random_base import SHAPES, random_adapter, random_base, write_folder
 from bench.report import table
 from onebase_engine.base.default_base import fetch_default_base, fetch_gguf
-from onebase_engine.base.experts import expert_matrices
 from onebase_engine.base.load import base_bytes
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
@@ -200,10 +199,10 @@ def _begin(file: Path, config: Any) -> GGUFWriter:
 
 def measure_resident(shape: str, layers: int | None, console: Console) -> None:
     """Print the memory and the speed of an engine over a mixture of this shape."""
-    changes = {} if layers is None else {"num_hidden_layers": layers}
+    layers = layers or SHAPES[shape]["num_hidden_layers"]
     with tempfile.TemporaryDirectory(prefix="onebase-mixture-") as name:
         folder = Path(name)
-        write_folder(shape, folder, **changes)
+        write_folder(shape, folder, num_hidden_layers=layers)
         with console.status(f"making the weights of {shape}"):
             base = random_base(folder, torch.device("cpu"))
         engine = engine_on(base, torch.device("cpu"), folder, slots=ADAPTERS)
@@ -220,7 +219,7 @@ def measure_resident(shape: str, layers: int | None, console: Console) -> None:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         for title, field in (("memory now", "VmRSS"), ("the most", "VmHWM")):
             rows.append([f"this process, {title}", f"{int(status[field].split()[0]) * 1024 / 1e9:.1f} GB"])
-        console.print(table(["", ""], rows, f"{shape}, {len(list(expert_matrices(base))) // 2} layers"))
+        console.print(table(["", ""], rows, f"{shape}, {layers} layers"))
 
 
 def _load(engine: Engine, streams: int, tokens: int) -> tuple[float, float]:
@@ -250,11 +249,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layers", type=positive, help="of the mixture (default: all; OLMoE has 16)")
     parser.add_argument("--folder", type=Path, help="folder in which it is kept for the next time")
     parser.add_argument("--prepare", action="store_true", help="write the mixture to --folder, and end")
+    mixtures = [name for name, fields in SHAPES.items() if "num_experts" in fields]
     parser.add_argument(
-        "--resident", choices=SHAPES, help="shape of a mixture to be measured in this process"
+        "--resident", choices=mixtures, help="shape of a mixture to be measured in this process"
     )
     options, rest = parser.parse_known_args(argv)
     if options.resident is not None:
+        if rest:
+            parser.error(f"--resident is measured without a server: leave out {' '.join(rest)}")
         torch.set_num_threads(os.cpu_count() or 1)
         measure_resident(options.resident, options.layers, Console())
         return 0

@@ -175,9 +175,7 @@ def test_too_few_open_files_are_reported_in_a_sentence_with_the_remedy(files: in
 def test_memory_that_the_system_refuses_at_the_start_is_reported_in_a_sentence_with_the_remedy(
     refused: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the system refuses it: where a limit strikes for real, a library may end the process by itself."""
-
-    def resolve(*_: object) -> None:
+    def resolve(*_: object) -> None:  # under a real limit a library may end the process first
         raise refused
 
     monkeypatch.setattr(startup, "resolve", resolve)

@@ -1,11 +1,12 @@
 """The engine's products, attention and norms on a GPU, by kernels in Triton.
 
 Libraries for GPUs choose by the number of rows how they compute, and bitsandbytes even which weights a 4-bit
-layer has: a row's bits would depend on its neighbours. (The library multiplies many rows where a trial finds
-the same bits.) Here a sum has one order, whatever else is in the
+layer has: a row's bits would depend on its neighbours. Here a sum has one order, whatever else is in the
 step. A product of the base has one fp32 accumulator, to which its terms are added in ascending order; an
 adapter's terms are added in pieces of PIECE, the pieces one after the other, and attention's keys in pieces
-of SPLIT. Weights are the numbers of `dequantize_4bit`, adapters those of their files, in fp32.
+of SPLIT. Weights are the numbers of `dequantize_4bit`, adapters those of their files, in fp32. Where a trial
+at the start finds that cuBLAS gives the same bits, it multiplies the rows of steps with more than
+UNPACKED_ROWS.
 
 A kernel is compiled for the types of its arguments and for facts of the base. Numbers that differ from step
 to step are never compiled in, nor where an index array begins, so that all forms are known at the start.

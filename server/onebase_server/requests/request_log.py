@@ -743,16 +743,17 @@ class RequestLog:
             for tenant in due:
                 counts = self._erase(tenant, due[tenant])
                 for one in erasures:
-                    if one.tenant == tenant:
-                        self._count_erased(
-                            one.number, counts.total() if one.user is None else counts[one.user]
-                        )
+                    if one.tenant == tenant:  # a look may come between its commit and its waiter
+                        count = counts.total() if one.user is None else counts[one.user]
+                        self._erased_counts[one.number] = self._erased_counts.pop(one.number, 0) + count
                 del begins[tenant]
                 self._note_applied(min(begins.values(), default=erasures[-1].number + 1) - 1)
                 for number in [number for number, one in waiters.items() if one.tenant == tenant]:
                     waiters.pop(number).done(self._erased_counts.pop(number, 0))
             for number, waiter in waiters.items():
                 waiter.done(self._erased_counts.pop(number, 0))
+            while len(self._erased_counts) > _ERASED_COUNTS:
+                self._erased_counts.popitem(last=False)
         except Exception as error:
             for waiter in waiters.values():
                 waiter.done(error)
@@ -760,13 +761,6 @@ class RequestLog:
                 raise
             if isinstance(error, OSError):
                 _log.warning("what was erased stays until the request log can be written: %s", error)
-
-    def _count_erased(self, number: int, count: int) -> None:
-        """Add to what an erasure has erased, for its waiter: a look may come between its commit and its
-        waiter."""
-        self._erased_counts[number] = self._erased_counts.pop(number, 0) + count
-        while len(self._erased_counts) > _ERASED_COUNTS:
-            self._erased_counts.popitem(last=False)
 
     def _erase(self, tenant: str, due: Mapping[str | None, float]) -> Counter[str | None]:
         """Erase requests of a tenant from memory and from every file, and return their numbers by user.
