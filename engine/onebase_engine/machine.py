@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import math
 import os
 import re
 import resource
@@ -48,6 +49,8 @@ BESIDE_SERVING = 15
 be several."""
 BEHIND_SERVING = 19
 """Niceness of a process for whose result nobody waits: a seventieth of such a core."""
+_STEP_OF_NICENESS = 1.25
+"""Ratio of the times that Linux gives to two processes that want one core, one step of niceness apart."""
 
 
 SWITCH_SECONDS = 0.0002
@@ -77,6 +80,17 @@ def thread_seconds() -> float:
     """Return the processor time that this thread has taken, and other processes for it, in seconds."""
     counted: float = getattr(_counted, "seconds", 0.0)
     return time.thread_time() + counted
+
+
+def niceness_for(share: float) -> int:
+    """Return the niceness with which a process gets `share` (0 to 1) of a core that the engine wants as well.
+
+    It is 0, with which each of the two gets a half, for a larger share too.
+    """
+    if share <= 0.0:
+        return BEHIND_SERVING
+    others = max(1.0 - share, 0.5) / min(share, 0.5)
+    return min(round(math.log(others, _STEP_OF_NICENESS)), BEHIND_SERVING)
 
 
 def step_aside(pid: int, niceness: int) -> None:

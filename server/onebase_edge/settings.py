@@ -515,8 +515,8 @@ class Settings:
     train_share: float = setting(
         0.2,
         "training",
-        "part of the time in which a job computes while sequences run, 0 to 1; 0: only when there are "
-        "none. When the server is idle, it takes all",
+        "part of the time in which a job computes while sequences run, 0 to 1 (on a CPU of each core, and at "
+        "most a half); 0: only when there are none. When the server is idle, it takes all",
         low=0,
         high=1,
         metavar="PART",

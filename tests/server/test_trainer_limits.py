@@ -24,7 +24,7 @@ from onebase_server.processes.job_memory import job_bytes
 from onebase_server.processes.link import ChildProcess
 from onebase_server.processes.trainer import failure_of, memory_limit
 from onebase_server.processes.trainer_client import TrainerClient
-from onebase_server.processes.trainer_protocol import Check, TrainJob
+from onebase_server.processes.trainer_protocol import Check, Train, TrainJob
 from onebase_training.data.dataset import DataError, Problem
 from onebase_training.data.reader import load_dataset
 from onebase_training.loop import TrainingDivergedError
@@ -120,14 +120,17 @@ def test_what_is_left_free_for_a_job_of_an_8b_is_some_gigabytes() -> None:
     assert 2e9 < job_bytes(shape, EngineConfig(base_folder="")) < 8e9
 
 
-def test_a_trainer_leaves_the_processor_to_others_and_dies_first() -> None:
+@pytest.mark.parametrize(("share", "niceness"), [(None, 19), (0.0, 19), (0.02, 17), (0.2, 6)])
+def test_a_trainer_gets_its_share_of_the_processor_and_dies_first(share: float | None, niceness: int) -> None:
     async def start_and_look() -> None:
         command = (sys.executable, "-c", "import time; time.sleep(600)")
         config = EngineConfig(base_folder="/nowhere")
-        trainer = await TrainerClient.start(command, Check(config=config, job=job()), {}, lambda event: None)
+        check = Check(config=config, job=job())
+        message = check if share is None else Train(config=config, manifest=b"", job=job(), share=share)
+        trainer = await TrainerClient.start(command, message, {}, lambda event: None)
         try:
             assert trainer.pid is not None
-            assert_behind(trainer.pid, 19)
+            assert_behind(trainer.pid, niceness)
         finally:
             trainer.kill()
             await trainer.outcome()

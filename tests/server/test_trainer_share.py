@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from onebase_server.processes.time_share import NAP_SECONDS, BusyFlag, SharedGate
+from onebase_engine.machine import niceness_for
+from onebase_server.processes.time_share import NAP_SECONDS, BusyFlag, SharedGate, device_gate
 from onebase_training.events import Interrupted, Reason
 
 
@@ -80,6 +82,43 @@ def test_a_share_of_one_never_waits() -> None:
     clock.now += 5.0
     gate.wait()
     assert clock.slept == 0.0
+
+
+LINUX_WEIGHTS = (
+    1024, 820, 655, 526, 423, 335, 272, 215, 172, 137, 110, 87, 70, 56, 45, 36, 29, 23, 18, 15,
+)  # fmt: skip
+"""Linux's `sched_prio_to_weight` for niceness 0 to 19: processes that want one core share it by them."""
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
+def test_a_job_on_a_cpu_has_the_niceness_with_which_the_system_gives_it_its_share(share: float) -> None:
+    weight = LINUX_WEIGHTS[niceness_for(share)]
+    assert weight / (weight + LINUX_WEIGHTS[0]) == pytest.approx(share, rel=0.12)
+
+
+def test_niceness_is_that_of_a_half_for_more_and_the_greatest_for_next_to_nothing() -> None:
+    assert [niceness_for(share) for share in (0.0, 0.001, 0.5, 0.9, 1.0)] == [19, 19, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("share", "waits"), [(0.0, True), (0.2, False)])
+def test_on_a_cpu_a_job_waits_for_the_rows_only_if_it_gets_no_time_beside_them(
+    share: float, waits: bool
+) -> None:
+    flag, asked = BusyFlag.make(), 0
+    flag.set(True)
+
+    def stopping() -> Reason | None:
+        nonlocal asked
+        asked += 1
+        return "pause" if asked > 3 else None
+
+    gate = device_gate(torch.device("cpu"), flag, share, stopping)
+    if waits:
+        with pytest.raises(Interrupted):
+            gate.wait()
+    else:
+        gate.wait()
+        assert asked == 1
 
 
 @pytest.mark.parametrize("reason", ["pause", "cancel"])

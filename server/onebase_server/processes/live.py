@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,8 +27,8 @@ from onebase_server.processes.live_protocol import (
     ToLive,
     to_live_decoder,
 )
-from onebase_server.processes.time_share import BusyFlag, SharedGate
-from onebase_server.processes.trainer import CPU, alone, bound_memory, memory_limit, no_wait, threads_of
+from onebase_server.processes.time_share import BusyFlag, device_gate
+from onebase_server.processes.trainer import CPU, alone, bound_memory, memory_limit, threads_of
 from onebase_training.events import Interrupted, Reason
 from onebase_training.live import BaseName, LiveModels
 from onebase_training.live_operations import Refused
@@ -70,7 +69,7 @@ class _LiveWork:
     def __init__(self, channel: Channel[ToLive], base_fd: int | None, busy_fd: int | None) -> None:
         self._channel = channel
         self._base_fd = base_fd
-        self._busy_fd = busy_fd
+        self._busy = None if busy_fd is None else BusyFlag(busy_fd)
         self._reason: Reason | None = None
         self._looks: dict[str, None] = {}
 
@@ -98,7 +97,7 @@ class _LiveWork:
         models = LiveModels(
             base,
             LiveStore(Path(start.root), start.base_id),
-            self._gate(start.share, device),
+            device_gate(device, self._busy, start.share, self._stopping),
             BaseName(start.base_name, start.base_commit),
             int8_cache=start.config.kv_dtype == "int8",
             memory=memory,
@@ -119,11 +118,6 @@ class _LiveWork:
         except Interrupted:
             pass
         models.write_points()
-
-    def _gate(self, share: float, device: torch.device) -> SharedGate:
-        flag = None if self._busy_fd is None else BusyFlag(self._busy_fd)
-        finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else no_wait
-        return SharedGate(lambda: bool(flag), share, self._stopping, finish=finish)
 
     def _stopping(self) -> Reason | None:
         for message in self._channel.arrived():

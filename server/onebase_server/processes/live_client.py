@@ -15,7 +15,7 @@ from functools import partial
 from onebase_edge.background import Backoff, Threads, keep_running
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.environment import behind_serving
-from onebase_engine.machine import BEHIND_SERVING
+from onebase_engine.machine import niceness_for
 from onebase_server.processes.link import ChildProcess
 from onebase_server.processes.live_protocol import (
     Done,
@@ -243,7 +243,7 @@ class LiveTrainer:
             lost.set,
             {"--base-fd": base.fd, "--busy-fd": settings.busy_fd},
             ENVIRONMENT | behind_serving(),
-            BEHIND_SERVING,
+            niceness_for(settings.share),
         )
         try:
             child.send(

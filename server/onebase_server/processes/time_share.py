@@ -6,8 +6,12 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from onebase_training.events import Interrupted, Reason
+
+if TYPE_CHECKING:
+    import torch
 
 NAP_SECONDS = 0.005
 """Longest time, in seconds, until a waiting run notices that no sequences run, or that it is to stop."""
@@ -88,3 +92,22 @@ class SharedGate:
         reason = self._stopping()
         if reason is not None:
             raise Interrupted(reason)
+
+
+def device_gate(
+    device: torch.device,
+    busy: BusyFlag | None,
+    share: float,
+    stopping: Callable[[], Reason | None] = lambda: None,
+) -> SharedGate:
+    """Return the gate for a run that gets `share` of a device's time, whose first interval begins now.
+
+    A CPU's time is shared by the system, which gives the process what its niceness says
+    (`machine.niceness_for`); its gate holds back only a run that gets no time at all. A GPU knows no
+    priorities between processes.
+    """
+    if device.type != "cuda":
+        return SharedGate(lambda: bool(busy), 1.0 if share else 0.0, stopping)
+    import torch
+
+    return SharedGate(lambda: bool(busy), share, stopping, finish=torch.cuda.synchronize)

@@ -13,7 +13,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -27,7 +27,7 @@ from onebase_engine.machine import free_memory, is_out_of_memory, keep_freed_mem
 from onebase_server.processes.child import Channel, begin
 from onebase_server.processes.engine import base_settings
 from onebase_server.processes.job_memory import job_bytes
-from onebase_server.processes.time_share import BusyFlag, SharedGate
+from onebase_server.processes.time_share import BusyFlag, device_gate
 from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
     Active,
@@ -106,7 +106,7 @@ class Work:
     def __init__(self, channel: Channel[ToTrainer], base_fd: int | None, busy_fd: int | None) -> None:
         self._channel = channel
         self._base_fd = base_fd
-        self._busy_fd = busy_fd
+        self._busy = None if busy_fd is None else BusyFlag(busy_fd)
         self._limit = 0
         self._reason: Reason | None = None
         self._last_step: int | None = None
@@ -150,7 +150,8 @@ class Work:
             self._limit = memory_limit(job.memory_limit, CPU, config)
             bound_memory(max(self._limit, CHECK_BYTES), CPU)
             budget = memory_limit(job.memory_limit, device, config) if on_gpu else self._limit
-            run_job, gate = _run_job(job, config, device, budget), self._gate(1.0, CPU)
+            run_job = _run_job(job, config, device, budget)
+            gate = device_gate(CPU, self._busy, 1.0, self._stopping)
             self._listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
             plan = prepare(
                 load_config(run_job.base.folder), run_job, self._listen, gate, rate=rate, reread=True
@@ -172,7 +173,7 @@ class Work:
             bound_memory(self._limit, device)
             run_job = _run_job(job, config, device, self._limit)
             self._last_step = job.last_step
-            gate = self._gate(message.share, device)
+            gate = device_gate(device, self._busy, message.share, self._stopping)
             report = train(
                 lambda: base,
                 run_job,
@@ -183,11 +184,6 @@ class Work:
                 rollouts=self,
             )
             return Trained(report.to_json())
-
-    def _gate(self, share: float, device: torch.device) -> SharedGate:
-        flag = None if self._busy_fd is None else BusyFlag(self._busy_fd)
-        finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else no_wait
-        return SharedGate(lambda: bool(flag), share, self._stopping, finish=finish)
 
     def _stopping(self) -> Reason | None:
         """Return the reason why the run is to stop, or None."""
@@ -263,10 +259,6 @@ def _parent(files: ParentFiles | None) -> Parent | None:
 
 def threads_of(config: EngineConfig) -> int:
     return config.threads or len(os.sched_getaffinity(0))
-
-
-def no_wait() -> None:
-    """Do nothing: on the CPU nothing is left to wait for."""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from onebase_engine.engine.messages import encode
 from onebase_engine.environment import behind_serving
-from onebase_engine.machine import BEHIND_SERVING
+from onebase_engine.machine import BEHIND_SERVING, niceness_for
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Active,
@@ -100,8 +100,9 @@ class TrainerClient:
             return isinstance(message, RunEvent | FindActive | RolloutOrder)
 
         environment = ENVIRONMENT | behind_serving()
+        niceness = niceness_for(message.share) if isinstance(message, Train) else BEHIND_SERVING
         process = await AskedProcess.spawn(
-            command, from_trainer_decoder(), take_news, fds, environment, BEHIND_SERVING
+            command, from_trainer_decoder(), take_news, fds, environment, niceness
         )
         client = cls(process)
         process.ask(frame)

@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from onebase_engine.base.load import BaseChangedError, BaseSettings
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
 from onebase_engine.machine import freeze_loaded, is_out_of_memory
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
-from onebase_server.processes.time_share import BusyFlag, SharedGate
+from onebase_server.processes.time_share import BusyFlag, SharedGate, device_gate
 from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
@@ -54,9 +54,9 @@ ALIVE_SECONDS = 1.0
 """Time, in seconds, between two signs of life of a job."""
 PROGRESS_SECONDS = 0.1
 """Time, in seconds, between two progress messages of one stage."""
-SHARE = {"cpu": 1.0, "cuda": 0.5}
-"""Part of the time in which a proof computes while sequences run. On a CPU its low priority spares them. A
-GPU knows none between processes; but somebody waits for the proof, so it has more than a job does."""
+SHARE = 0.5
+"""Part of a GPU's time in which a proof computes while sequences run: somebody waits for it, so it has more
+than a job does. On a CPU its niceness spares them."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -129,7 +129,7 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
             continue
         try:
             with _signs_of_life(channel):
-                reporter = _Reporter(message.digest, channel, _gate(verifier.device, busy))
+                reporter = _Reporter(message.digest, channel, device_gate(verifier.device, busy, SHARE))
                 reply = answer(verifier, message, reporter.report)
             _send(channel, reply)
             gc.collect()  # PEFT's model, while nobody waits
@@ -152,12 +152,6 @@ def _send(channel: VerifierChannel, reply: Proved | Merged | Rejected) -> None:
         logger.exception("the result of %s cannot be sent", reply.digest[:12])
         message = f"the result cannot be sent: {type(error).__name__}"
         channel.send(Rejected(digest=reply.digest, code="proof_error", message=message))
-
-
-def _gate(device: torch.device, busy: BusyFlag | None) -> SharedGate:
-    """Return the gate for one job: its first interval of computing begins now."""
-    finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return SharedGate(lambda: bool(busy), SHARE[device.type], lambda: None, finish=finish)
 
 
 @contextlib.contextmanager
