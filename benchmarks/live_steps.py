@@ -8,6 +8,10 @@ With `--tenants SECONDS` it starts a server of its own instead, and measures thr
 streams; two tenants that train three adapters of ranks 4, 16 and 64 with other targets; and both at once. A
 load with training lasts until each adapter has had two passes. The rate of an adapter is that between its
 first and its last pass of the load.
+
+With `--vllm-python PYTHON` it measures the same step as TRL and PEFT with a vLLM beside them take it: a pass
+over the base in bf16, PyTorch's AdamW, PEFT's `save_pretrained`, vLLM's reload of the adapter in place, and a
+token. vLLM serves no adapter of the head, so that this one has only the layers' linear modules.
 """
 
 from __future__ import annotations
@@ -30,10 +34,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 
-from bench import machine, report
+from bench import machine, report, targets
 from bench.command import COMMON
 from bench.processes import StartError, end_on_signals, make_key, onebase_server, tail
-from bench.stream import DONE, HttpError, request
+from bench.stream import DONE, HttpError, fetch_json, request
 from bench.workload import Prompts, Shape
 from onebase_engine.base.default_base import fetch_default_base
 
@@ -53,8 +57,22 @@ WARM_SECONDS = 5.0
 """Seconds of each load, at least, before its tokens are counted; all its parts have got some by then."""
 MOST_WAITED = 4
 """Largest multiple of a load's length for which it waits for passes: beside streams they may hardly come."""
-LONE_OPTIONS, TENANTS_OPTIONS = ("url", "key", "steps", "rank", "compare"), ("base", "onebase_args", "busy")
-"""Options that only one of the two measurements has."""
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "": ("url", "key", "steps", "rank", "compare"),
+    "tenants": ("base", "onebase_args", "busy"),
+    "vllm_python": ("steps", "rank", "base", "vllm_args", "busy"),
+}
+"""Options of each measurement, by the option that asks for it."""
+NAMES = {
+    "pass": "forward_backward",
+    "step": "optim_step",
+    "save": "save_weights_and_get_sampling_client",
+    "sample": "sample, one token",
+    "whole": "from the step to the first token",
+}
+"""Parts of a step, in their order, and what they are called."""
+RELOADED = "live"
+"""Name of the adapter that vLLM reloads."""
 T = TypeVar("T")
 
 
@@ -79,22 +97,25 @@ def main() -> None:
         "--tenants", type=float, default=0.0, metavar="SECONDS",
         help="length of each of three loads: streams, training, both",
     )  # fmt: skip
-    for name in ("base", "onebase-args", "busy"):
+    for name in ("base", "onebase-args", "vllm-python", "vllm-args", "busy"):
         parser.add_argument(f"--{name}", **COMMON[name])
     arguments = parser.parse_args()
     if arguments.tenants < 0:
         parser.error(f"--tenants is {arguments.tenants:g}: it must be a number of seconds above 0")
-    for name in LONE_OPTIONS if arguments.tenants else TENANTS_OPTIONS:
+    asked = next((name for name in OPTIONS if name and getattr(arguments, name)), "")
+    for name in sorted({*OPTIONS, *itertools.chain(*OPTIONS.values())} - {"", asked, *OPTIONS[asked]}):
         if getattr(arguments, name) != parser.get_default(name):
-            where = "with" if arguments.tenants else "without"
-            parser.error(f"--{name.replace('_', '-')} does nothing {where} --tenants: leave it out")
+            where = f"with --{asked}" if asked else "without --tenants or --vllm-python"
+            parser.error(f"--{name} does nothing {where}: leave it out".replace("_", "-"))
+    if asked == "vllm_python" and not arguments.vllm_python.with_name("vllm").exists():
+        parser.error(f"--vllm-python is {arguments.vllm_python}: there is no vllm next to it")
     os.environ.setdefault("TINKER_TELEMETRY", "0")
-    if arguments.tenants:
+    if asked:
         end_on_signals()
         console = Console()
         machine.demand_quiet(arguments.busy, console)
         try:
-            asyncio.run(tenants(arguments, console))
+            asyncio.run((tenants if asked == "tenants" else reloads)(arguments, console))
         except (StartError, HttpError) as error:
             raise SystemExit(str(error)) from error
         return
@@ -332,7 +353,7 @@ def measured(training: Any, arguments: argparse.Namespace) -> dict[str, list[flo
 
     data = rows_of(arguments.rows)
     prompt = types.ModelInput.from_ints(data[0].model_input.to_ints()[:32])
-    parts: dict[str, list[float]] = {name: [] for name in ("pass", "step", "save", "sample", "whole")}
+    parts: dict[str, list[float]] = {name: [] for name in NAMES}
 
     def timed(name: str, future: Any) -> Any:
         begin = time.perf_counter()
@@ -348,6 +369,57 @@ def measured(training: Any, arguments: argparse.Namespace) -> dict[str, list[flo
         timed("sample", lambda of=sampler: of.sample(prompt, 1, types.SamplingParams(max_tokens=1)))
         parts["whole"].append((time.perf_counter() - begin) * 1e3)
     return {name: values[2:] for name, values in parts.items()}
+
+
+async def reloads(arguments: argparse.Namespace, console: Console) -> None:
+    """Measure each part of a step of PEFT and PyTorch whose adapter a vLLM reloads, and print a table."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = arguments.base or fetch_default_base()
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    rank = arguments.rank
+    model = get_peft_model(plain, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4)
+    rows = [
+        [*row.model_input.to_ints(), row.loss_fn_inputs["target_tokens"].data[-1]]
+        for row in rows_of(arguments.rows)
+    ]
+    ids = torch.tensor(rows)
+    parts: dict[str, list[float]] = {name: [] for name in NAMES}
+    with tempfile.TemporaryDirectory(prefix="onebase-reload-") as place:
+        folders = itertools.cycle([str(Path(place) / name) for name in ("one", "other")])
+        model.save_pretrained(first := next(folders))
+        setup = targets.Setup(base, {RELOADED: Path(first)}, rank, os.cpu_count() or 1)
+        running = targets.vllm(
+            setup, Path(place) / "vllm.log", arguments.vllm_python, shlex.split(arguments.vllm_args)
+        )
+        async with running as vllm:
+            asked = {"model": RELOADED, "prompt": rows[0][:32], "max_tokens": 1, "temperature": 0}
+            for _ in range(arguments.steps + 2):
+                times = [time.perf_counter()]
+                model(input_ids=ids, labels=ids).loss.backward()
+                times.append(time.perf_counter())
+                optimizer.step()
+                optimizer.zero_grad()
+                times.append(time.perf_counter())
+                model.save_pretrained(folder := next(folders))
+                reload = {"lora_name": RELOADED, "lora_path": folder, "load_inplace": True}
+                async with request(f"{vllm.url}/v1/load_lora_adapter", "POST", reload) as response:
+                    body = await response.body()
+                    if response.status != 200:
+                        raise HttpError(response.status, body.decode(errors="replace"))
+                times.append(time.perf_counter())
+                await fetch_json(f"{vllm.url}/v1/completions", "POST", asked)
+                times.append(time.perf_counter())
+                took = [(after - before) * 1e3 for before, after in itertools.pairwise(times)]
+                for name, value in zip(parts, [*took, sum(took[1:])], strict=True):
+                    parts[name].append(value)
+    measured = {name: values[2:] for name, values in parts.items()}
+    for line in table(measured, NAMES | {"step": "AdamW", "save": "save_pretrained, load_lora_adapter"}):
+        console.print(line)
 
 
 def comparison(training: Any, tokens: int) -> str:
@@ -383,15 +455,8 @@ def comparison(training: Any, tokens: int) -> str:
     )
 
 
-def table(parts: dict[str, list[float]]) -> list[str]:
+def table(parts: dict[str, list[float]], names: Mapping[str, str] = NAMES) -> list[str]:
     """Return the lines of the result: median, fastest and slowest of each part, and all as JSON."""
-    names = {
-        "pass": "forward_backward",
-        "step": "optim_step",
-        "save": "save_weights_and_get_sampling_client",
-        "sample": "sample, one token",
-        "whole": "from optim_step to the first token",
-    }
     lines = [f"{'':38}{'median':>9}{'fastest':>9}{'slowest':>9}   ms"]
     for name, told in names.items():
         values = parts[name]

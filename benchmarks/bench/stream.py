@@ -127,6 +127,9 @@ class Sample:
 async def stream_completion(url: str, payload: dict[str, Any], *, silent: bool = False) -> Sample:
     """Stream one `/v1/completions` request and time it. silent: it may have no text.
 
+    The first token of a stream without text came when llama.cpp says that it had read the prompt, else with
+    the end.
+
     Raises:
         HttpError: another status than 200, or an error event in the stream.
         ValueError: the stream ended without text or without usage.
@@ -143,15 +146,17 @@ async def stream_completion(url: str, payload: dict[str, Any], *, silent: bool =
             last = time.perf_counter()
             events.append(event)
             first = first or (last if _text(json.loads(event)) else 0.0)
-    text, tokens, cached = "", 0, 0
+    text, tokens, cached, prompt_seconds = "", 0, 0, 0.0
     for parsed in map(json.loads, events):
         if "error" in parsed:
             raise HttpError(200, json.dumps(parsed["error"]))
         text += _text(parsed)
         usage = parsed.get("usage") or {}
         tokens = usage.get("completion_tokens", tokens)
+        prompt_seconds = (parsed.get("timings") or {}).get("prompt_ms", 0.0) / 1e3 or prompt_seconds
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", cached)
-    first = first or (last if silent else 0.0)
+    if silent and not first:
+        first = started + prompt_seconds if prompt_seconds else last
     if not first or not tokens:
         raise ValueError(f"a stream of {len(events)} events ended with {tokens} tokens: {events[-1:]!r}")
     return Sample(started, first - started, last, tokens, text, cached)

@@ -137,6 +137,7 @@ async def vllm(
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{setup.threads - 1}",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "HF_HUB_OFFLINE": "1",
     }
     # vLLM's own advice for the CPU; the library comes with its wheel's dependencies.
@@ -165,7 +166,7 @@ async def llama_cpp(
         libraries = {"LD_LIBRARY_PATH": str(program.parent)}
         numbers = {name: number for number, name in enumerate(setup.adapters)}
         async with server([*command, *extra], f"{url}/health", log, libraries, setup.start_seconds):
-            yield HttpSession(url, numbers=numbers)
+            yield HttpSession(url, numbers=numbers, silent=True)  # as random weights may be
 
 
 def _keywords(setup: Setup) -> dict[str, Any]:

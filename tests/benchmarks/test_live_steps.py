@@ -76,9 +76,15 @@ def ready_server(running: subprocess.Popen[str]) -> psutil.Process:
 
 
 @pytest.mark.parametrize(
-    "options", [["--tenants", "3", "--steps", "5"], ["--onebase-args", "--threads 1"], ["--tenants", "-1"]]
+    "options",
+    [
+        ["--tenants", "3", "--steps", "5"],
+        ["--onebase-args", "--threads 1"],
+        ["--tenants", "-1"],
+        ["--vllm-python", "/nowhere/python"],
+    ],
 )
-def test_an_option_that_does_nothing_is_refused_by_name(options: list[str]) -> None:
+def test_an_option_that_does_nothing_or_cannot_be_used_is_refused_by_name(options: list[str]) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/live_steps.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2

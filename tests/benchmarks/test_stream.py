@@ -66,6 +66,9 @@ def test_an_empty_first_piece_is_no_first_token() -> None:
                 await stream_completion(url, {})
         async with serving([CHUNKED, chunk(completion("")), b"0\r\n\r\n"]) as url:
             assert (await stream_completion(url, {}, silent=True)).tokens == 1
+        timed = events({"choices": [], "timings": {"prompt_ms": 0.25}}) + completion("")
+        async with serving([CHUNKED, chunk(timed), b"0\r\n\r\n"]) as url:
+            assert (await stream_completion(url, {}, silent=True)).ttft == pytest.approx(0.00025)
 
     asyncio.run(run())
 
