@@ -346,6 +346,12 @@ ERROR_CODES = (
     ),
     _meaning(
         503,
+        "memory_refused",
+        "the machine refuses the server more memory or threads: its log says what limits them; with "
+        "`Retry-After`",
+    ),
+    _meaning(
+        503,
         "body_unread",
         "the process that reads bodies over 128 KiB does not answer; with `Retry-After`",
     ),

@@ -362,7 +362,9 @@ class Chaos:
                     status, told = 0, repr(error)
                 why = self._judged(asked, name, since, status, told)
                 if why:
-                    self.wrong.append(f"{asked.path} of {name}: {why}: {told[-400:]}")
+                    logged = [one for server in self.servers for one in server.log.splitlines()]
+                    failed = [one for one in logged if f"{asked.path} (" in one][-1:] if status == 500 else []
+                    self.wrong.append(f"{asked.path} of {name}: {why}: {told[-400:]} {failed}")
 
     def _judged(self, asked: Asked, name: str | None, since: float, status: int, told: str) -> str:
         """What is wrong with an answer; "" for nothing."""
@@ -764,9 +766,9 @@ class Chaos:
                         self.wrong.append(f"orphaned sequences: {stats['sequences_running']}")
                     self._check_log(http)
         for server in (*self._started, self.route):
-            for part in server.log.split("Traceback")[1:]:  # scripted processes may end as they like
-                if re.search("/onebase_(server|route)/", part[:3000]):
-                    self.wrong.append(f"a log has a traceback: {part[:3000]}")
+            for frames in re.findall(r"Traceback.*\n((?:[ |].*\n|\n)*.*)", server.log):
+                if re.search("/onebase_(server|route)/", frames):  # scripted processes may end as they like
+                    self.wrong.append(f"a log has a traceback: {frames[-4000:]}")
 
     def _check_jobs(self) -> None:
         client = openai_client(self.servers[0])

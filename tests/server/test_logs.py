@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging
@@ -18,8 +19,10 @@ import httpx2
 import openai
 import pytest
 import torch
+from starlette.requests import Request
 
 from onebase_engine.logs import JsonFormatter, TextFormatter
+from onebase_server.http import app
 
 from .access import Keys, bearer
 from .conftest import make_adapter
@@ -93,19 +96,23 @@ def test_text_ends_with_the_id_too(serve_scripted: Starter) -> None:
         assert re.search(r'INFO uvicorn.access: \S+ - "GET /version HTTP/1.1" 200 mine-3\n', server.log)
 
 
+REFUSALS: list[Exception] = [
+    RuntimeError("can't start new thread"),
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ImportError("libx.so: failed to map segment from shared object"),
+    ImportError("libx.so: cannot map zero-fill pages"),
+    OSError("libx.so: failed to map segment from shared object"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+    RuntimeError("std::bad_alloc"),
+    ExceptionGroup("tasks", [MemoryError(), RuntimeError("can't start new thread")]),
+]
+"""Errors by which the system refuses memory or threads."""
+
+
 @pytest.mark.parametrize(
     "error",
-    [
-        RuntimeError("can't start new thread"),
-        MemoryError(),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
-        ImportError("libx.so: failed to map segment from shared object"),
-        ImportError("libx.so: cannot map zero-fill pages"),
-        OSError("libx.so: failed to map segment from shared object"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
-        RuntimeError("std::bad_alloc"),
-        ExceptionGroup("tasks", [MemoryError(), RuntimeError("can't start new thread")]),
-    ],
+    REFUSALS,
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize(
@@ -132,6 +139,14 @@ def test_memory_or_threads_that_are_refused_are_logged_with_the_remedy_and_witho
     assert "Traceback" in logged(
         ImportError("libx.so: failed to map segment from shared object: Not permitted")
     )
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
+def test_a_request_whose_memory_or_thread_is_refused_is_to_be_sent_again(error: Exception) -> None:
+    request = Request({"type": "http", "method": "POST", "path": "/generate/many", "headers": []})
+    answer = asyncio.run(app._answer_unexpected(request, error))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert asyncio.run(app._answer_unexpected(request, ValueError("a fault"))).status_code == 500
 
 
 def record() -> logging.LogRecord:

@@ -13,10 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
-from onebase_edge.errors import ApiError, BodyTooLargeError, error_dict
+from onebase_edge.errors import ApiError, BodyTooLargeError, UnavailableError, error_dict
 from onebase_edge.refusals import ErrorAnswer, refusal
 from onebase_edge.request_id import request_id
 from onebase_engine.logs import REQUEST
+from onebase_engine.machine import find_refusal
 from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload, longest_body
 from onebase_server.http.deps import (
     ARRIVED,
@@ -251,5 +252,11 @@ async def _answer_unexpected(request: Request, error: Exception) -> Response:
     _log.error(
         "%s %s (%s) failed", request.method, request.url.path, request_id(request.scope), exc_info=error
     )
+    if find_refusal(error) is not None:
+        message = (
+            "The machine refuses the server more memory or threads now. Send the request again; if it goes "
+            "on, the server's log says what to raise."
+        )
+        return refusal(UnavailableError(message, code="memory_refused", retry_after=1.0))
     message = "The server failed on this request; its log says why. Please report it."
     return ErrorAnswer(error_dict(message, "server_error", "internal_error"), 500, {})
