@@ -17,7 +17,7 @@ from tests.clients.real_server import Server as RealServer
 from tests.http_server import StandInServer
 
 from onebase.cli import conform as conform_command
-from onebase.cli import main
+from onebase.cli import conform_servers, main
 from onebase.cli.conform import Specimens
 from onebase.cli.conform_adapters import Adapters, Base, Crafted
 
@@ -57,9 +57,11 @@ BASE_TEXT = "once upon a time"
 
 
 class Server:
-    """A stand-in of vLLM, which knows what each adapter says. faults: what it does wrong."""
+    """A stand-in of vLLM, or of another server by its owner, which knows what each adapter says. faults: what
+    it does wrong."""
 
-    def __init__(self, specimens: Specimens, *faults: str) -> None:
+    def __init__(self, specimens: Specimens, *faults: str, owner: str = "vllm") -> None:
+        self.owner = owner
         self._known = {one.name: one for one in specimens.all()}
         self.faults = faults
         self._served: dict[str, Crafted] = {}
@@ -85,6 +87,24 @@ class Server:
         if inplace:
             self.swapped.set()
         return 200, "Success"
+
+    def start_with(self, *adapters: Crafted) -> None:
+        """Serve adapters under the names of their folders, as a server that was started with them."""
+        self._served |= {one.name: one for one in adapters}
+
+    def models(self) -> list[dict[str, str]]:
+        return [{"id": name, "owned_by": self.owner} for name in ("base", *self._served)]
+
+    def load_of_worker(self, name: str, uri: str) -> dict[str, str]:
+        """Load as a Dynamo worker does, which says what went wrong in a body."""
+        if name in self._served:
+            return {"status": "success", "message": f"LoRA adapter {name!r} already loaded"}
+        status, said = self.load(name, uri.removeprefix("file://"), False)
+        return {"status": "success" if status == 200 else "error", "message": said}
+
+    def unload(self, name: str) -> None:
+        self._served.pop(name, None)
+        self.swapped.set()
 
     def text(self, name: str, prompt: str, count: int) -> str | None:
         """Return the continuation; None if there is no such model."""
@@ -116,7 +136,7 @@ class Server:
         begun = self._served[name]
         self.swapped.clear()
         for number in range(12):
-            if number == 6:
+            if number == 6 and "streams come whole" not in self.faults:
                 self.swapped.wait(20)
             adapter = self._served[name] if "streams are swapped" in self.faults else begun
             yield f" {adapter.says.first}"
@@ -128,7 +148,11 @@ def served(server: Server) -> Iterator[Server]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": "base", "owned_by": "vllm"}]})
+            self._send(200, {"data": server.models()})
+
+        def do_DELETE(self) -> None:
+            server.unload(self.path.removeprefix("/v1/loras/"))
+            self._send(200, {"status": "success"})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -141,6 +165,8 @@ def served(server: Server) -> Iterator[Server]:
                 return self._send(status, {"error": {"message": said}} if status != 200 else {})
             if self.path == "/v1/unload_lora_adapter":
                 return self._send(200, {})
+            if self.path == "/v1/loras":
+                return self._send(200, server.load_of_worker(body["lora_name"], body["source"]["uri"]))
             text = server.text(body["model"], body["prompt"], body["max_tokens"])
             if "answers are odd" in server.faults and body["model"] != "base":
                 return self._send(200, {"choices": [{}]})
@@ -256,6 +282,47 @@ def test_what_a_server_does_wrong_is_found(
     assert status == 1
     assert wrong <= found, findings
     assert any(why in findings[name]["detail"] for name in found), findings
+
+
+def test_a_stream_that_ends_before_the_swap_proves_nothing(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, findings = conform(base, capsys, "streams come whole")
+    assert findings["a stream during a swap"]["verdict"] == "not offered", findings
+
+
+def test_dynamo_is_known_and_takes_adapters_at_its_workers_address(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specimens = Specimens.of(Adapters(Base(base), 0))
+    with served(Server(specimens, owner="nvidia")) as server, served(Server(specimens)) as other:
+        at_worker = ["conform", server.url, "--base", str(base), "--json", "--admin", server.url]
+        assert main(at_worker) == 0
+        found = json.loads(capsys.readouterr().out)
+        findings = {one["check"]: one for one in found["findings"]}
+        assert (found["server"], verdicts(findings, "wrong")) == ("dynamo", set()), findings
+        assert verdicts(findings, "refused") == REFUSED
+        assert findings["reloaded under the same name"]["verdict"] == "right"
+        monkeypatch.setattr(conform_servers, "LISTED_SECONDS", 0.0)
+        assert main([*at_worker[:-1], other.url]) == 1
+        assert "the address of its own worker as --admin" in capsys.readouterr().out
+
+
+def test_any_other_server_is_asked_that_was_started_with_the_adapters(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specimens = Specimens.of(Adapters(Base(base), 0))
+    server = Server(specimens, owner="somebody")
+    server.start_with(*specimens.plain, *specimens.more)
+    with served(server):
+        asked = ["conform", server.url, "--base", str(base), "--json"]
+        assert main(asked) == 3
+        assert "name it with --server" in capsys.readouterr().err
+        assert main([*asked, "--server", "openai"]) == 0
+    findings = {one["check"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+    assert verdicts(findings, "wrong") == set(), findings
+    assert verdicts(findings, "right") == ADAPTERS | {"the base itself, next to adapters"}
+    assert "lists no adapter 'mark'" in findings["a prefix that another adapter computed"]["detail"]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ same adapters, prompts and verdicts.
 
 Verdicts: `right`; `refused`, a clear error instead of an answer; `wrong`, an answer of another
 adapter, of the base, or of parts of an adapter, one that cannot be read, or an error of the
-server's own (HTTP 500 and above); `not offered`, the server has no such function.
+server's own (HTTP 500 and above); `not offered`, the server has no such function, or it cannot
+be asked for.
 The exit status is 1 if a verdict is `wrong`, if no adapter's is `right`, and if the server
 answers nothing of this key (HTTP 401, 403, 429).
 """
@@ -45,6 +46,7 @@ _EXAMPLES: Final = """\
   onebase conform http://127.0.0.1:8000 --base ./base --json > conform.json
   onebase conform --base ./base --write ./conform
   onebase conform http://127.0.0.1:8080 --base ./base --adapters ./conform
+  onebase conform http://127.0.0.1:8000 --base ./base --server dynamo --admin http://127.0.0.1:8081
 """
 
 RIGHT: Final = "right"
@@ -53,10 +55,12 @@ WRONG: Final = "wrong"
 NOT_OFFERED: Final = "not offered"
 
 _TOKENS: Final = 12
-_STREAM_TOKENS: Final = 240
-"""Tokens of the stream during which an adapter is replaced: enough that it still runs then."""
+_STREAM_TOKENS: Final = (240, 960)
+"""Tokens of the stream during which an adapter is replaced: more where the first one has ended by then."""
 _BEFORE_SWAP: Final = 4
 """Pieces of the stream before the swap."""
+_ENDED_SECONDS: Final = 0.2
+"""Time, in seconds, within which the rest of a stream is read that its server has sent as a whole."""
 _MOST_FOREIGN: Final = 0.25
 """Largest part of an answer that words of no adapter may be: an update may vanish for a token."""
 _MORE: Final = 8
@@ -134,8 +138,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--server",
-        choices=("onebase", "vllm", "sglang", "lorax", "llama.cpp"),
-        help="what server it is (default: what /v1/models says)",
+        choices=("onebase", "vllm", "sglang", "lorax", "llama.cpp", "dynamo", "openai"),
+        help="what server it is (default: what /v1/models says); openai: any other one that was started with "
+        "the adapters of --write, each under its folder's name",
+    )
+    made.add_argument(
+        "--admin",
+        metavar="URL",
+        help="where adapters are loaded, if that is another address: a Dynamo worker's system port "
+        "(default: port 8081 of the same machine)",
     )
     made.add_argument(
         "--model", metavar="NAME", help="the base's name in requests (default: the first model listed)"
@@ -188,7 +199,7 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
     key = api_key_or_default(args.key)
     try:
         kind = args.server or recognized(args.url, key)
-        server = SERVERS[kind](args.url, key, args.model)
+        server = SERVERS[kind](args.url, key, args.model, args.admin)
     except UnreachableError as error:
         note(f"onebase: {error}")
         return NO_SERVER
@@ -406,14 +417,23 @@ class ConformRun:
         adapter, other = self._loaded(self._specimens.plain)[1], self._specimens.other
         name = self._name(adapter)
         switch = self._replace(name, other)
-        stream = _Stream(self._server, name)
-        stream.wait_for(_BEFORE_SWAP)
-        runs = not stream.done.is_set()
+        stream = self._running_stream(name, adapter)
         switch()
-        text = stream.text()
-        self._check(name, text, adapter)
+        self._check(name, stream.text(), adapter)
         self._ask(name, _PROMPTS[0])
-        return "the stream keeps its version" if runs else "the stream had ended before the swap"
+        return "the stream keeps its version"
+
+    def _running_stream(self, name: str, adapter: Crafted) -> _Stream:
+        """Return a stream that has begun and runs. Raises NotOfferedError if the longest one has ended."""
+        from .conform_servers import NotOfferedError
+
+        for tokens in _STREAM_TOKENS:
+            stream = _Stream(self._server, name, tokens)
+            stream.wait_for(_BEFORE_SWAP)
+            if not stream.done.wait(_ENDED_SECONDS):
+                return stream
+            self._check(name, stream.text(), adapter)
+        raise NotOfferedError(f"a stream of {tokens} tokens has ended before its adapter can be replaced")
 
     def _special(self, adapter: Crafted | None) -> str:
         from .conform_servers import NotOfferedError
@@ -541,6 +561,7 @@ class _Stream:
 
     server: LoraServer
     name: str
+    tokens: int
     pieces: list[str] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
     _grown: threading.Condition = field(default_factory=threading.Condition)
@@ -552,7 +573,7 @@ class _Stream:
 
     def _read(self) -> None:
         try:
-            for piece in self.server.stream(self.name, _PROMPTS[0], _STREAM_TOKENS):
+            for piece in self.server.stream(self.name, _PROMPTS[0], self.tokens):
                 with self._grown:
                     self.pieces.append(piece)
                     self._grown.notify()

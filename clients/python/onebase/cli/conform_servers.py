@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote, urlsplit
 
 import httpx2
 
@@ -17,6 +19,11 @@ from .conform_adapters import CONFIG_FILE, GGUF_FILE, WEIGHTS_FILE
 TIMEOUT_SECONDS: Final = 600.0
 _NO_NUMBER: Final = 10_000
 """A number that no adapter of llama.cpp has."""
+_SYSTEM_PORT: Final = 8081
+"""Port of a Dynamo worker's own routes in Dynamo's examples (DYN_SYSTEM_PORT)."""
+LISTED_SECONDS: Final = 30.0
+"""Longest time, in seconds, until Dynamo's frontend lists what its worker has loaded."""
+_LOOK_SECONDS: Final = 0.2
 
 
 class ServerRefusedError(Exception):
@@ -43,14 +50,14 @@ class LoraServer:
     """An OpenAI-compatible server of LoRA adapters. Adapters are folders on this machine, by their names.
 
     url: its address, with or without `/v1`. model: the name of its base in requests; None: the first model
-    that it lists.
+    that it lists. admin: the address at which adapters are loaded, where it is another one.
 
     All methods raise ServerRefusedError, NotOfferedError, UnreachableError, DeniedError and BrokenError.
     """
 
-    kind = "openai"
+    kind = ""
 
-    def __init__(self, url: str, key: str | None, model: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None, model: str | None = None, admin: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = Pool(self.url, None)
         self._http.timeout = httpx2.Timeout(TIMEOUT_SECONDS)
@@ -72,6 +79,12 @@ class LoraServer:
                     raise UnreachableError(f"{self.url}/v1/models lists no model: name the base with --model")
                 self._model = str(listed[0]["id"])
         return self._model
+
+    def listed(self) -> set[str]:
+        """Return the names of all models that it lists."""
+        models = self.call("GET", "/v1/models")
+        with self._translated():
+            return {str(one["id"]) for one in models["data"]}
 
     # ---- adapters ------------------------------------------------------------------------------
 
@@ -246,7 +259,7 @@ class LoraxServer(LoraServer):
 
     kind = "lorax"
 
-    def __init__(self, url: str, key: str | None, model: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None, model: str | None = None, admin: str | None = None) -> None:
         super().__init__(url, key, model or "")
         self._folders: dict[str, Path] = {}
 
@@ -265,7 +278,7 @@ class LlamaServer(LoraServer):
 
     kind = "llama.cpp"
 
-    def __init__(self, url: str, key: str | None, model: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None, model: str | None = None, admin: str | None = None) -> None:
         super().__init__(url, key, model)
         self._numbers: dict[str, int] = {}
         self._files: dict[int, Path] = {}
@@ -297,9 +310,92 @@ class LlamaServer(LoraServer):
         return {"lora": [{"id": self._numbers.get(name, _NO_NUMBER), "scale": 1.0}]}
 
 
+class DynamoServer(LoraServer):
+    """Dynamo: a worker reads folders of its machine by a route of its own, at another port than the frontend.
+    Started with DYN_LORA_ENABLED=true."""
+
+    kind = "dynamo"
+
+    def __init__(self, url: str, key: str | None, model: str | None = None, admin: str | None = None) -> None:
+        super().__init__(url, key, model)
+        parts = urlsplit(self.url)
+        self._worker = LoraServer(admin or f"{parts.scheme}://{parts.hostname}:{_SYSTEM_PORT}", None)
+
+    def close(self) -> None:
+        self._worker.close()
+        super().close()
+
+    def load(self, name: str, folder: Path) -> None:
+        if "already loaded" in self._load(name, folder):
+            raise ServerRefusedError(f"{name} is already loaded")
+        until = time.monotonic() + LISTED_SECONDS
+        while name not in self.listed():
+            if time.monotonic() > until:
+                raise UnreachableError(
+                    f"{self.url} does not list {name}, which {self._worker.url} has loaded: give the address "
+                    "of its own worker as --admin"
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def stage(self, name: str, folder: Path) -> Callable[[], None]:
+        def switch() -> None:
+            if "already loaded" in self._load(name, folder):  # without DYN_LORA_HOTSWAP_ENABLED
+                self.unload(name)
+                self.load(name, folder)
+
+        return switch
+
+    def unload(self, name: str) -> None:
+        self._answer("DELETE", f"/v1/loras/{quote(name)}")
+
+    def _load(self, name: str, folder: Path) -> str:
+        body = {"lora_name": name, "source": {"uri": folder.as_uri()}}
+        return self._answer("POST", "/v1/loras", json=body)
+
+    def _answer(self, method: str, path: str, **content: Any) -> str:
+        """Return what the worker says of what it did."""
+        try:
+            answer = self._worker.call(method, path, **content)
+        except ServerRefusedError as error:
+            if str(error).startswith("HTTP 404: Route not found"):
+                raise NotOfferedError(
+                    "Dynamo's worker takes adapters only with DYN_LORA_ENABLED=true in its environment"
+                ) from error
+            raise
+        said = answer if isinstance(answer, dict) else {}
+        if said.get("status") == "error":
+            raise ServerRefusedError(str(said.get("message")))
+        return str(said.get("message") or "")
+
+
+class OpenAIServer(LoraServer):
+    """Any other server with OpenAI's API: it was started with the adapters, and lists each by its folder's
+    name."""
+
+    kind = "openai"
+
+    def __init__(self, url: str, key: str | None, model: str | None = None, admin: str | None = None) -> None:
+        super().__init__(url, key, model)
+        self._names: dict[str, str] = {}
+
+    def load(self, name: str, folder: Path) -> None:
+        if folder.name not in self.listed():
+            raise NotOfferedError(f"it lists no adapter {folder.name!r}: start it with {folder}")
+        self._names[name] = folder.name
+
+    def unload(self, name: str) -> None:
+        """Do nothing: an adapter that no request names has no effect."""
+
+    def named(self, name: str | None) -> Mapping[str, Any]:
+        return {"model": self.base if name is None else self._names.get(name, name)}
+
+
 SERVERS: Final[Mapping[str, type[LoraServer]]] = {
-    one.kind: one for one in (OneBaseServer, VllmServer, SglangServer, LoraxServer, LlamaServer)
-}
+    one.kind: one
+    for one in (
+        OneBaseServer, VllmServer, SglangServer, LoraxServer, LlamaServer, DynamoServer, OpenAIServer
+    )
+}  # fmt: skip
 
 
 def recognized(url: str, key: str | None) -> str:
@@ -319,7 +415,10 @@ def recognized(url: str, key: str | None) -> str:
         raise UnreachableError(f"{server.url} is no OpenAI-compatible server: {error!r}") from error
     finally:
         server.close()
-    found = {"onebase": "onebase", "vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}.get(owner)
+    kinds = {
+        "onebase": "onebase", "vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "nvidia": "dynamo"
+    }  # fmt: skip
+    found = kinds.get(owner)
     if found is None:
         known = ", ".join(SERVERS)
         raise UnreachableError(
