@@ -16,6 +16,7 @@ from tests.hub_standin import HubStandIn
 from tests.server.access import Keys, client_with
 from tests.server.support import CONFIG, Server, Starter, make_folder, pace, upload, upload_folder
 from tests.server.test_many_adapters import MODULES, REPORT, add, copies, register
+from tests.server.training_support import openai_client, run_job, sha256
 from tests.signing import make_key, sign, signing
 
 from onebase_adapters.registry import AdapterFiles
@@ -552,8 +553,13 @@ def test_a_rollout_is_started_looked_at_and_rolled_back(words: Server, look: Loo
         part = visit.page.get_by_role("region", name="Rollout")
         part.get_by_text("Start one").click()
         part.get_by_label("Percent of the users").fill("50")
+        part.get_by_label("Judge", exact=True).select_option("pirate")
+        part.get_by_label("Percent of the answers that it judges").fill("0.1")
         part.get_by_role("button", name="Start").click()
         expect(part.get_by_text("Running")).to_be_visible()
+        begun = http.get(f"/v1/adapters/{name}/rollout").json()
+        assert begun["judge"] == {"adapter": "pirate", "approves": "yes", "percent": 0.1}
+        expect(part.get_by_text("judge: no answer of pirate yet")).to_be_visible()
         for number in range(60):
             answer = http.post(
                 "/generate", json={"prompt": "a b", "adapter": name, "user": f"u{number}", "max_tokens": 3}
@@ -682,4 +688,51 @@ def test_a_version_says_who_signed_it_or_why_its_signature_was_refused(
             visit.open("#/adapters?name=unsigned")
             expect(versions).to_contain_text("It has no signature, and the policy only warns:")
             expect(versions).to_contain_text("model.sig")
+            assert visit.faults("phone", "narrow") == []
+
+
+def test_a_signed_folder_is_sent_with_its_signature_and_taken_elsewhere_with_it(
+    serve_scripted: Starter, tmp_path: Path, look: Look
+) -> None:
+    signing()
+    acme, _ = make_key(tmp_path, "acme")
+    policy = tmp_path / "policy.json"
+    rules = [{"policy": "require", "signers": ["acme"]}]
+    policy.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": rules}))
+    folder = make_folder(tmp_path, "sent")
+    (folder / "onebase.json").write_text('{"temperature": 0.5}')
+    sign(folder, acme)
+    files = [
+        {"name": one.name, "mimeType": "application/octet-stream", "buffer": one.read_bytes()}
+        for one in folder.iterdir()
+    ]
+    with serve_scripted("words", "--signatures", str(policy)) as server, look(server) as visit:
+        page = visit.page
+        visit.open("#/adapters")
+        add_by_page(visit, "sent", files)
+        expect(page.get_by_role("table", name="Versions")).to_contain_text("Signed by acme")
+        with server.client() as http:
+            version = http.get("/v1/adapters/sent").json()["version"]
+        with page.expect_download() as saved:
+            page.get_by_role("button", name=f"Download {version[:12]}").click()
+        archive = tmp_path / "sent.tar"
+        saved.value.save_as(archive)
+    with tarfile.open(archive) as unpacked:
+        member = unpacked.extractfile(f"sent-{version[:12]}/model.sig")
+        assert member is not None
+        assert member.read() == (folder / "model.sig").read_bytes()
+
+
+def test_a_version_that_was_trained_here_shows_what_the_server_signed(
+    serve_scripted: Starter, tmp_path: Path, look: Look
+) -> None:
+    signing()
+    with serve_scripted("words", "--signing-key", str(tmp_path / "server.key")) as server:
+        job = run_job(server, openai_client(server), "rows scored", extra={"name": "made"}, seed=7)
+        with look(server) as visit:
+            visit.open("#/adapters?name=made")
+            visit.page.get_by_text("Signed by server: what it was made of").click()
+            signed = visit.page.get_by_role("region", name="What was signed")
+            for fact in (job.id, sha256("rows scored"), "activation decision rule", "if_better"):
+                expect(signed).to_contain_text(fact)
             assert visit.faults("phone", "narrow") == []

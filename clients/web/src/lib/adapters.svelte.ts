@@ -16,13 +16,16 @@ export type Rollout = Schemas['Rollout']
 export type VersionGates = Schemas['VersionGates']
 type RolloutBody = paths['/v1/adapters/{name}/rollout']['post']['requestBody']['content']['application/json']
 /** What is asked for here; the rest is as the server has it. */
-type NewRollout = Pick<RolloutBody, 'version' | 'percent' | 'shadow' | 'promote'>
+type NewRollout = Pick<RolloutBody, 'version' | 'percent' | 'shadow' | 'promote'> & { judge: { adapter: string; percent: number } | null }
 export type Usage = Schemas['UsageRowAnswer']
 
+const SIGNATURE = 'model.sig'
+/** Names of files with defaults of requests, of which the server reads the first that is there. */
+const DEFAULTS = ['onebase.json', 'io.yaml', 'Modelfile']
 /** Names of the files of a version: the two that it has, and what may be among them. */
 export const FILES = [
-  'adapter_config.json', 'adapter_model.safetensors', 'config.json',
-  'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'generation_config.json',
+  'adapter_config.json', 'adapter_model.safetensors', 'config.json', SIGNATURE,
+  'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'generation_config.json', ...DEFAULTS,
 ]
 const SOON = 800
 const LATER = 5000
@@ -54,6 +57,16 @@ export interface Week {
 
 /** The job that made a version; what live training made has none. */
 export const jobOf = ({ source }: Pick<Version, 'source'>): string | undefined => (['training', 'checkpoint'].includes(source.kind) ? (source.job ?? undefined) : undefined)
+
+/** What the server signed about a version that it trained: each fact by its name, such as `data training sha256`. */
+export function statementFacts(statement: Record<string, unknown>, of = ''): [string, string][] {
+  return Object.entries(statement).flatMap(([name, value]): [string, string][] => {
+    const whole = of ? `${of} ${name}` : name
+    if (value === null || value === '') return []
+    if (typeof value === 'object' && !Array.isArray(value)) return statementFacts(value as Record<string, unknown>, whole)
+    return [[whole.replaceAll('_', ' '), typeof value === 'string' ? value : JSON.stringify(value)]]
+  })
+}
 
 /** The version that a rollback makes active, as far as the history tells; null if there is none. */
 export function before(history: Event[], versions: Version[]): string | null {
@@ -160,9 +173,11 @@ class Adapters {
     )
   }
 
-  /** Save the two files of a version as an archive with a folder that PEFT reads. Throws ApiError. */
+  /** Save the two files of a version, and its signature, as an archive with a folder that PEFT reads. Throws ApiError. */
   async download(version: Version): Promise<void> {
     const folder = `${version.name.replace(/[^A-Za-z0-9._-]+/g, '-').slice(0, 64)}-${version.version.slice(0, 12)}`
+    const path = { name: version.name, version: version.version }
+    const { signature } = await data(api.GET('/v1/adapters/{name}/versions/{version}/files', { params: { path } }))
     const files = await Promise.all(
       FILES.slice(0, 2).map(async (file) => {
         const used = credentials.key()
@@ -172,6 +187,7 @@ class Adapters {
         return { name: `${folder}/${file}`, content: await answer.blob() }
       }),
     )
+    if (signature) files.push({ name: `${folder}/${SIGNATURE}`, content: new Blob([signature]) })
     download(`${folder}.tar`, tar(files, version.created_at), 'application/x-tar')
   }
 
@@ -360,7 +376,9 @@ export const adapters = new Adapters()
 
 /** Of what was dropped or chosen the files of an adapter, and what is missing or not one; '' if nothing is. */
 export function filesOf(given: File[]): { files: File[]; problem: string } {
-  const files = FILES.flatMap((name) => given.filter((file) => file.name === name).slice(0, 1))
+  const found = FILES.flatMap((name) => given.filter((file) => file.name === name).slice(0, 1))
+  const [first] = found.filter((file) => DEFAULTS.includes(file.name))
+  const files = found.filter((file) => file === first || !DEFAULTS.includes(file.name))
   const missing = FILES.slice(0, 2).filter((name) => !files.some((file) => file.name === name))
   if (!missing.length) return { files, problem: '' }
   const had = given.length ? `, which is not among ${given.slice(0, 3).map((file) => file.name).join(', ')}${given.length > 3 ? ' …' : ''}` : ''

@@ -4,7 +4,7 @@ vi.stubGlobal('sessionStorage', { getItem: () => null })
 vi.stubGlobal('localStorage', { getItem: () => null })
 vi.stubGlobal('document', { hidden: false, addEventListener: () => {}, baseURI: 'http://localhost/' })
 vi.stubGlobal('fetch', (request: Request) => Promise.resolve(answer(request.url)))
-const { adapters, jobOf, seenOf } = await import('./adapters.svelte')
+const { adapters, filesOf, jobOf, seenOf, statementFacts } = await import('./adapters.svelte')
 type Rollout = Parameters<typeof seenOf>[0][number]
 const { session } = await import('./session.svelte')
 
@@ -92,4 +92,25 @@ describe('what a rollout was like at each look', () => {
     expect(seen.length).toBeLessThanOrEqual(401)
     expect([seen[0], seen.at(-1)].map((one) => one?.sides[0]?.requests)).toEqual([0, 1999])
   })
+})
+
+describe('the files of an adapter', () => {
+  const given = (...names: string[]) => filesOf(names.map((name) => new File([name], name)))
+
+  it('are sent with the signature, and with the first file of defaults', () => {
+    const { files, problem } = given('Modelfile', 'model.sig', 'README.md', 'adapter_model.safetensors', 'io.yaml', 'adapter_config.json')
+    expect(files.map(({ name }) => name)).toEqual(['adapter_config.json', 'adapter_model.safetensors', 'model.sig', 'io.yaml'])
+    expect(problem).toBe('')
+  })
+
+  it('are asked for where one is missing', () => {
+    expect(given('adapter_config.json', 'model.sig').problem).toContain('add adapter_model.safetensors')
+  })
+})
+
+it('what was signed is a list of facts, without those that are not known', () => {
+  const statement = { base: { name: 'base', repo: null }, data: { training: { sha256: 'ab', bytes: 3 } }, seed: 7, parent: null, proof: { exact: true, kernels: 'c' }, activation_decision: { rule: 'never' } }
+  expect(statementFacts(statement)).toEqual([
+    ['base name', 'base'], ['data training sha256', 'ab'], ['data training bytes', '3'], ['seed', '7'], ['proof exact', 'true'], ['proof kernels', 'c'], ['activation decision rule', 'never'],
+  ])
 })
