@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from onebase_adapters.registry import RolloutRecord
-from onebase_protocol.adapters import RolloutRules
+from onebase_protocol.adapters import RolloutJudge, RolloutRules
 from onebase_server.adapters.rollout_rules import (
     RequestUnit,
     RolloutSettings,
@@ -242,6 +243,16 @@ def test_a_candidate_is_promoted_after_its_requests_if_no_metric_is_open() -> No
     scored = rollout(active=side(2700) | sums(feedback=[1.0]), candidate=side(600))
     assert decide(scored, settings()).waits_for == ("not decided: feedback",)
     assert decide(scored, settings(feedback=None)).state == "promoted"
+
+
+def test_a_candidate_is_not_promoted_past_a_judge_that_says_nothing() -> None:
+    same: Any = {side: sums(errors=[0.0] * 2000) for side in ("active", "candidate")}
+    asked = replace(settings(), judge=RolloutJudge(adapter="polite"))
+    silent = decide(rollout(**same), asked)
+    assert (silent.state, silent.waits_for) == (None, ("judge: no answer of polite yet",))
+    assert decide(rollout(**same), replace(settings(judge=None), judge=asked.judge)).state == "promoted"
+    heard: Any = {side: one | sums(judge=[1.0] * 2000) for side, one in same.items()}
+    assert decide(rollout(**heard), asked).state == "promoted"
 
 
 def test_a_copy_that_fails_rolls_back_too_and_a_margin_of_none_never_does() -> None:

@@ -163,14 +163,22 @@ def test_one_rollout_at_a_time_and_its_candidate_is_not_deleted_under_it(scripte
         assert rollout_of(http, "busy")["state"] == "stopped"
 
 
-def test_classifiers_have_no_rollouts(scripted: Server) -> None:
+def test_classifiers_have_no_rollouts_and_judge_none(scripted: Server) -> None:
     with scripted.client() as http:
-        upload(http, "sorter", b"old sorter", query="wait=true&activate=true")
+        old = upload(http, "sorter", b"old sorter", query="wait=true&activate=true").json()["version"]
         config = json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"],
                              "task_type": "SEQ_CLS"})  # fmt: skip
         new = upload(http, "sorter", b"sorts", config).json()["version"]
         answer = http.post("/v1/adapters/sorter/rollout", json={"version": new, "percent": 10})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "adapter_task")
+        _, other = two_versions(http, "sorted")
+        for judge, status in ((f"sorter@{new}", 400), (f"sorter@{old}", 200)):
+            body = {"version": other, "percent": 10, "judge": {"adapter": judge}}
+            answer = http.post("/v1/adapters/sorted/rollout", json=body)
+            assert answer.status_code == status, answer.text
+            if status == 400:
+                error = answer.json()["error"]
+                assert (error["param"], error["code"]) == ("judge.adapter", "adapter_task")
 
 
 # ---- ends ---------------------------------------------------------------------------------------

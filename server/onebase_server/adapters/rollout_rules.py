@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -310,8 +310,8 @@ def decide(rollout: RolloutRecord, settings: RolloutSettings) -> RolloutDecision
     """Return what the figures of a running rollout ask for.
 
     Worse by one metric's margin rolls back. A promotion needs the rules' number of answers, and each metric
-    that has a margin and any value at all to be not worse. Nor may clients have left more of the candidate's
-    answers, by the margin of errors.
+    that has a margin and any value at all to be not worse. A judge that was asked for must have said
+    something, and clients may not have left more of the candidate's answers, by the margin of errors.
     """
     comparisons = compare(rollout.figures, settings)
     ruled = [one for one in comparisons if one.margin is not None]
@@ -324,6 +324,7 @@ def decide(rollout: RolloutRecord, settings: RolloutSettings) -> RolloutDecision
         waits.append(f"requests: {answered} of {settings.rules.requests}")
     waits += _lacking(rollout, settings)
     waits += _left_more(rollout, settings.rules)
+    waits += _unjudged(comparisons, settings)
     if undecided := [_name(one) for one in ruled if one.verdict == "undecided"]:
         waits.append(f"not decided: {', '.join(undecided)}")
     if waits or not settings.promote:
@@ -360,6 +361,14 @@ def _left_more(rollout: RolloutRecord, rules: RolloutRules) -> list[str]:
         f"clients left {_percent(shares[1])}% of the candidate's answers, and {_percent(shares[0])}% of the "
         "active version's"
     ]
+
+
+def _unjudged(comparisons: Sequence[RolloutComparison], settings: RolloutSettings) -> list[str]:
+    """Return what is said of a judge that was asked for and has said nothing: it may be deleted by now."""
+    if settings.judge is None or settings.rules.judge is None:
+        return []
+    silent = (one.verdict == "no_data" for one in comparisons if one.metric == "judge")
+    return [f"judge: no answer of {settings.judge.adapter} yet"] if all(silent) else []
 
 
 def _name(one: RolloutComparison) -> str:

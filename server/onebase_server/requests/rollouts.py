@@ -411,6 +411,7 @@ class RolloutService:
             planned = await self._planner.generate(body, caller)
         except ApiError as error:
             _log.warning("rollout %s: its judge cannot be asked: %s", part.rollout.id, error)
+            self.record(part, {"skipped": 1.0})
             return
         planned = self._in_background(planned, "judge-", request)
         verdict = await self._run(planned, "judge", began, None)
@@ -574,9 +575,20 @@ class RolloutService:
         settings: RolloutSettings,
         actor: str,
     ) -> Rollout:
-        """Start a rollout. Raises what ActivationService.start_rollout raises."""
+        """Start a rollout.
+
+        Raises what ActivationService.start_rollout raises; AdapterNotFoundError, StateConflictError and
+        InvalidRequestError also for a judge that is not there, is not ready or generates no text.
+        """
         if settings.judge is not None:
-            self._catalog.of(tenant).choose(settings.judge.adapter, param="judge.adapter")
+            judge = self._catalog.of(tenant).choose(settings.judge.adapter, param="judge.adapter")
+            if judge.task != "CAUSAL_LM":
+                raise InvalidRequestError(
+                    f"judge.adapter: a judge answers with a word, and {judge.named!r} generates no text: its "
+                    f"task_type is {judge.task}. Name an adapter that does.",
+                    param="judge.adapter",
+                    code="adapter_task",
+                )
         wanted = RolloutRecord(
             id=new_id("rollout-"),
             tenant=tenant,
