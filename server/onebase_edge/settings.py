@@ -258,7 +258,11 @@ class Settings:
         "with their text",
     )
     request_log_days: float = setting(
-        30.0, "server", "days for which the log of requests is kept", low=0.01, high=3650
+        30.0,
+        "server",
+        "days for which the log of requests is kept, unless a tenant's quota log_days is less",
+        low=0.01,
+        high=3650,
     )
     request_log_size: int = setting(
         256_000_000,

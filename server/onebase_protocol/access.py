@@ -59,7 +59,8 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["tenant"] = "tenant"
     tenant: str
     quotas: dict[str, int]
-    """Quotas as those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
+    """Quotas as those of a key, and `adapters`, `bytes`, `jobs`, `training_seconds` in a month (UTC), and
+    `log_days`."""
     used: dict[str, int] = {}
     """Amount that counts now against each of `quotas` that a key can have, too."""
     adapters: int

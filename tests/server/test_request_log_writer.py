@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,12 +14,19 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from onebase_adapters.registry import ErasuresError, LogErasure, RegistryError, RequestLogRecords
+from onebase_adapters.registry import (
+    ErasuresError,
+    LogErasure,
+    RegistryError,
+    RequestLogRecords,
+    Tenants,
+)
 from onebase_adapters.registry.database import Database
 from onebase_adapters.registry.tables import LogErasureRow
 from onebase_engine.engine.messages import Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt
 from onebase_server.inference.stream import OutputPiece
+from onebase_server.requests import request_log
 from onebase_server.requests.request_log import RequestLog, part_sizes, user_hash
 
 from .conftest import REGISTRIES, registry_url
@@ -94,6 +102,31 @@ def ids(log: RequestLog, tenant: str = "acme") -> list[str]:
 
 def erase(log: RequestLog, user: str | None, tenant: str = "acme") -> int:
     return asyncio.run(asyncio.wait_for(log.erase(tenant, user), SECONDS))
+
+
+def test_a_tenants_quota_says_for_how_long_its_requests_are_kept_and_whether_any_are(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "TIDY_SECONDS", 0.01)
+    log, tenants, ago = logs.open(), Tenants(logs.database), time.time() - 3 * 86400
+    old = {tenant: logs.put(log, tenant=tenant) for tenant in ("acme", "zeta")}
+    for segment in (logs.folder / "log").rglob("*.jsonl"):
+        os.utime(segment, (ago, ago))
+    tenants.set_quotas("acme", {"log_days": 2})
+    wait_for(lambda: ids(log) == [])
+    assert ids(log, "zeta") == [old["zeta"]]
+    new = logs.put(log)
+    tenants.set_quotas("acme", {"log_days": 0})
+    wait_for(lambda: ids(log) == [])
+    written = log.written
+    entry = log.begin(logs.request())
+    assert entry is not None
+    entry.ended(1, Counter(stop=1))
+    wait_for(lambda: log.written == written + 2)
+    assert not list(log._place("acme").glob("*.jsonl"))
+    tenants.set_quotas("acme", {"log_days": None})
+    wait_for(lambda: "acme" not in log._days)
+    assert logs.put(log) != new
 
 
 def test_who_erases_is_told_how_many_though_the_writer_applied_it_first(

@@ -196,6 +196,8 @@ class Quotas:
     jobs: int | None = None
     """Training jobs that have not ended: queued, running, held and paused ones, and failed ones that can be
     resumed."""
+    log_days: int | None = None
+    """Days for which the servers' logs of requests keep those of the tenant; 0: none of them is kept."""
 
     def given(self) -> dict[str, int]:
         """Return the limits that are set, by name."""

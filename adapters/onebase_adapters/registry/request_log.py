@@ -1,4 +1,5 @@
-"""Parts of the request logs that all servers of a registry share: the keys of the hashes, and erasures."""
+"""Parts of the request logs that all servers of a registry share: the keys of the hashes, erasures, and for
+how long a tenant's requests are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 from onebase_adapters.registry.audit import note
 from onebase_adapters.registry.database import Database, plain
 from onebase_adapters.registry.errors import ErasuresError
-from onebase_adapters.registry.tables import LogErasureRow, LogKeyRow
+from onebase_adapters.registry.tables import LogErasureRow, LogKeyRow, TenantRow
 
 MOST_ERASURES = 10_000
 """Largest number of a tenant's users whose erasures are kept one by one."""
@@ -54,6 +55,12 @@ class RequestLogRecords:
             return found
         with self._database.write_uncounted() as session:
             return _made_key(session, tenant)
+
+    def days(self) -> dict[str, int]:
+        """Return the days for which requests are kept of each tenant that has the quota `log_days`."""
+        with self._database.read() as session:
+            rows = session.execute(select(TenantRow.tenant, TenantRow.quotas)).all()
+            return {tenant: quotas["log_days"] for tenant, quotas in rows if "log_days" in quotas}
 
     def erase(
         self, tenant: str, hashed: Callable[[bytes], str] | None, keep_seconds: float = math.inf

@@ -413,7 +413,9 @@ def tenants_parser() -> argparse.ArgumentParser:
 
 
 def _add_quota(parser: argparse.ArgumentParser, names: Sequence[str], *, required: bool = False) -> None:
-    kept = "; bytes as in 10GB, training_seconds (a calendar month's) as in 20h" if "bytes" in names else ""
+    kept = ""
+    if "bytes" in names:
+        kept = "; bytes as in 10GB, training_seconds (a calendar month's) as in 20h, log_days in the log"
     parser.add_argument(
         "--quota",
         action=_Merge,

@@ -52,7 +52,8 @@ _CLOCKS = 300.0
 """Largest difference, in seconds, of two servers' clocks that an erasure allows for."""
 _ERASED_COUNTS = 64
 """Newest erasures whose numbers of erased requests are kept for whoever asked for them."""
-_TIDY_SECONDS = 60.0
+TIDY_SECONDS = 60.0
+"""Time, in seconds, between two looks at what is too old or too much, and at the tenants' quotas for that."""
 _OPEN_FILES = 64
 _TOKENS = 8
 """Bytes of a token that waits."""
@@ -301,7 +302,7 @@ class RequestLog:
     Args:
         folder: its own, for one registry.
         most_bytes: of each tenant; its oldest requests are deleted first.
-        days: for which requests are kept.
+        days: for which requests are kept, unless the tenant's quota `log_days` is less.
     """
 
     def __init__(
@@ -331,6 +332,8 @@ class RequestLog:
         self._folder = folder
         self._records = records
         self._seconds = days * _DAY
+        self._days: Mapping[str, int] = {}
+        """The quota `log_days` of each tenant that has it, as it was last known."""
         self._most_bytes = most_bytes
         self._sync_seconds = sync_seconds
         self._lock = threading.Condition()
@@ -575,6 +578,7 @@ class RequestLog:
     def _write_on(self) -> None:
         with contextlib.suppress(Exception):  # the next look says why
             self._apply_erasures()  # before anything new is there
+        self._learn_days()
         while True:
             with self._lock:
                 if not self._ready() and not self._erasing:
@@ -615,11 +619,12 @@ class RequestLog:
         try:
             key = self.key(tenant)
             data = bytearray()
-            if dropped:
-                data += _encode(Dropped(at=time.time(), lines=dropped)) + b"\n"
-            for entry, make, _ in lines:
-                if not entry.is_left_out:
-                    data += self._line(entry, make, key)
+            if self._kept_seconds(tenant):
+                if dropped:
+                    data += _encode(Dropped(at=time.time(), lines=dropped)) + b"\n"
+                for entry, make, _ in lines:
+                    if not entry.is_left_out:
+                        data += self._line(entry, make, key)
             if data:
                 self._segment(tenant, len(data)).append(data)
         except (OSError, RegistryError) as error:
@@ -682,9 +687,19 @@ class RequestLog:
             self._look_at = now + self._sync_seconds
             self._apply_erasures()
         if now >= self._tidy_at:
-            self._tidy_at = now + _TIDY_SECONDS
+            self._tidy_at = now + TIDY_SECONDS
+            self._learn_days()
             for tenant in self.tenants():
                 self._tidy(tenant)
+
+    def _learn_days(self) -> None:
+        """Learn for how many days tenants' requests are kept: what was known, while the registry is away."""
+        with contextlib.suppress(RegistryError):
+            self._days = self._records.days()
+
+    def _kept_seconds(self, tenant: str) -> float:
+        """Return for how long a tenant's requests are kept, in seconds."""
+        return min(self._seconds, self._days.get(tenant, math.inf) * _DAY)
 
     def _tidy(self, tenant: str) -> None:
         """Delete the tenant's oldest segments: those whose time is over, and those that are too much."""
@@ -694,7 +709,7 @@ class RequestLog:
             state = path.stat()
             left -= state.st_size
             is_open = own is not None and own.path == path
-            if now - state.st_mtime > self._seconds or (left < 0 and not is_open):
+            if now - state.st_mtime >= self._kept_seconds(tenant) or (left < 0 and not is_open):
                 if is_open:
                     self._files.pop(tenant).close()
                 if tenant in self._newest and self._newest[tenant][0] == path:

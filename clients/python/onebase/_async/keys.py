@@ -99,7 +99,8 @@ class AsyncTenants:
         Args:
             quotas: Those to change; None as a value: no limit. What it does not name stays. There are
                 `requests` and `tokens` in any 60 seconds, `sequences` at once, `adapters`, `bytes`, `jobs`
-                that have not ended, and `training_seconds` in a calendar month (UTC).
+                that have not ended, `training_seconds` in a calendar month (UTC), and `log_days` for which
+                the log of requests keeps theirs.
 
         Raises:
             BadRequestError: no tenant can have such a name or quota.

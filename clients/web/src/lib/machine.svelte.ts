@@ -26,6 +26,7 @@ export const TENANT_QUOTAS = [
   { name: 'bytes', title: 'Stored, in bytes', short: 'Stored' },
   { name: 'jobs', title: 'Jobs that have not ended', short: 'Jobs' },
   { name: 'training_seconds', title: 'Seconds of training a month', short: 'Trained' },
+  { name: 'log_days', title: 'Days in the log of requests (0: nothing is kept)', short: 'Log, days' },
 ]
 
 /** Of a million tokens, in whatever money. */
