@@ -4,7 +4,7 @@ It stands in for the verifier beside a scripted engine, which has no base to att
 the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd N [--base-fd N]`:
 
     proves    everything is proved, unless its weights begin with the word `broken`; what TASKS has is no
-              adapter for text
+              adapter for text, and `score 1.5` has that `weight_score`
     slow      as `proves`, after a second
     threaded=F  as `proves`, after a tenth of one; says that it computes with one thread. Each job adds the
         process's id to the file F
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -105,7 +106,9 @@ class ScriptedVerifier:
         shutil.copyfile(job.weights_path, job.packed_path)
         sha256 = hashlib.sha256(content).hexdigest()
         task, labels = TASKS.get(content, (REPORT.task, REPORT.labels))
-        report = msgspec.structs.replace(REPORT, task=task, labels=labels)
+        score = re.match(rb"score ([\d.]+)", content)
+        weights = float(score[1]) if score else None
+        report = msgspec.structs.replace(REPORT, task=task, labels=labels, weight_score=weights)
         self.send(Proved(digest=job.digest, report=report, sha256=sha256, bytes=len(content)))
 
     def merge(self, job: Merge) -> None:

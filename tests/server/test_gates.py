@@ -211,6 +211,34 @@ def test_the_command_and_the_sdk_set_rules_approve_and_evaluate(
         client.adapters.send_evaluation("cli-a", version, None, "m", [score])
 
 
+def test_a_threshold_of_the_weights_is_found_on_good_versions_and_keeps_others_out(
+    server: tuple[Server, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ann = ("--url", f"http://127.0.0.1:{server[0].port}", "--key", server[1]["ann"])
+    with (
+        client_with(server[0], server[1]["ann"]) as http,
+        client_with(server[0], server[1]["admin"]) as admin,
+    ):
+        assert main(["gates", "calibrate", "--name", "scored", *ann]) == 1
+        for number in range(39):
+            send(http, "scored", f"score {number / 10}".encode()).raise_for_status()
+        capsys.readouterr()
+        assert main(["gates", "calibrate", "--name", "scored", "--json", *ann]) == 0
+        found = json.loads(capsys.readouterr().out)
+        figures = {"versions": 39, "least": 0.0, "median": 1.9, "largest": 3.8}
+        assert found == {**figures, "threshold": 3.7, "false_alarms": 0.05}
+        set_gate(admin, name="scored", weights=found["threshold"])
+        for score, status in ((3.7, 200), (3.8, 409)):
+            version = send(http, "scored", f"score {score}".encode()).json()["version"]
+            answer = http.post("/v1/adapters/scored/activate", json={"version": version})
+            assert answer.status_code == status, answer.text
+        few = ("gates", "calibrate", "--name", "scored", "--false-alarms", "0.01")
+        assert main([*few, *ann]) == 0
+        printed = capsys.readouterr()
+        assert "Threshold 3.8" in printed.out
+        assert "too few for 0.01, which needs 99 or more" in printed.err
+
+
 @pytest.mark.parametrize("kind", REGISTRIES)
 def test_servers_of_one_registry_have_the_same_gates(
     serve_scripted: Starter, tmp_path: Path, request: pytest.FixtureRequest, kind: str

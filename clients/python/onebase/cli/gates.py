@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
+import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from .._sync.client import Client
 from .._terminal.ui import Column, note, print_table
-from ..adapter_types import EvaluationGate, GateRule
-from .command import OK, USAGE, action_parser, perform, print_json
+from ..adapter_types import READY, EvaluationGate, GateRule
+from .command import FAILED, OK, USAGE, action_parser, perform, print_json
 
 HELP: Final = """\
 usage: onebase gates ACTION [options]
@@ -18,15 +22,25 @@ usage: onebase gates ACTION [options]
 Say what a version must pass before it answers under its name, on all servers of a
 registry. All rules apply whose patterns match the tenant and the name.
 
-  list      the rules that apply to your tenant; for an admin all of them
-  set       set a rule, in place of the one with the same patterns; for admins
-  rm ID     delete a rule; for admins
+  list        the rules that apply to your tenant; for an admin all of them
+  set         set a rule, in place of the one with the same patterns; for admins
+  rm ID       delete a rule; for admins
+  calibrate   find the score for `set --weights` that few of your good versions exceed
 
 `onebase gates ACTION --help` explains an action. All of them take --json.
 """
-ACTIONS: Final = ("list", "set", "rm")
+ACTIONS: Final = ("list", "set", "rm", "calibrate")
 _SET: Final = """\
 Set a rule, in place of the one with the same patterns. Rollbacks pass no gate.
+"""
+_CALIBRATE: Final = """\
+Read the scores of the weights of all ready versions that you see, and print the least score that
+the next version exceeds with no more than a probability, if it is like these. So name versions
+that you know to be good. What a poisoned version scores nobody can know beforehand.
+"""
+_EXAMPLES_CALIBRATE: Final = """\
+  onebase gates calibrate --name 'support-*'
+  onebase gates calibrate --false-alarms 0.01
 """
 _EXAMPLES: Final = """\
   onebase gates set --name 'support-*' --signature acme --proof proved
@@ -47,12 +61,23 @@ def run(command: str, argv: list[str]) -> int:
     if action not in ACTIONS:
         sys.stderr.write(HELP if not action else f"onebase gates: there is no action {action!r}.\n")
         return USAGE
-    texts = (_SET, _EXAMPLES) if action == "set" else ("", "")
+    texts = {"set": (_SET, _EXAMPLES), "calibrate": (_CALIBRATE, _EXAMPLES_CALIBRATE)}.get(action, ("", ""))
     made = action_parser(f"gates {action}", *texts)
     if action == "set":
         _add_options(made)
     elif action == "rm":
         made.add_argument("id", metavar="ID")
+    elif action == "calibrate":
+        made.add_argument(
+            "--name", default="*", metavar="PATTERN", help="adapters whose versions are read (default: *)"
+        )
+        made.add_argument(
+            "--false-alarms",
+            type=_probability,
+            default=0.05,
+            metavar="P",
+            help="largest probability that a good version is refused, above 0 and below 1 (default: 0.05)",
+        )
     args = made.parse_args(argv[1:])
     return perform(made, args, lambda client: _perform(action, client, args))
 
@@ -110,7 +135,16 @@ def _field(text: str) -> tuple[str, float | str]:
         raise argparse.ArgumentTypeError(f"{text!r}: write {name}=NUMBER") from None
 
 
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
+    return value
+
+
 def _perform(action: str, client: Client, args: argparse.Namespace) -> int:
+    if action == "calibrate":
+        return _calibrate(client, args)
     if action == "rm":
         client.gates.delete(args.id)
         print_json({"id": args.id, "deleted": True}) if args.json else print(f"Deleted {args.id}.")
@@ -141,6 +175,51 @@ def _set(client: Client, args: argparse.Namespace) -> GateRule:
         approvals=args.approvals,
         approvers=args.approver,
     )
+
+
+def _calibrate(client: Client, args: argparse.Namespace) -> int:
+    scores = sorted(_scores(client, args.name))
+    if not scores:
+        note(f"onebase: no ready version of {args.name!r} has a score of its weights")
+        return FAILED
+    threshold, alarms = weights_threshold(scores, args.false_alarms)
+    least, median, largest = scores[0], statistics.median(scores), scores[-1]
+    if args.json:
+        found = {"versions": len(scores), "least": least, "median": median, "largest": largest}
+        print_json({**found, "threshold": threshold, "false_alarms": alarms})
+        return OK
+    half = f"half of them {median:.4g} or less"
+    print(f"{len(scores)} ready versions score {least:.4g} to {largest:.4g}, {half}.")
+    print(f"Threshold {threshold:g}: one more like these is above it with probability {alarms:.2g} at most.")
+    if alarms > args.false_alarms:
+        needed = math.ceil(1 / args.false_alarms) - 1
+        note(f"These are too few for {args.false_alarms:g}, which needs {needed} or more.")
+    print(f"Set it: onebase gates set --name {shlex.quote(args.name)} --weights {threshold:g}")
+    return OK
+
+
+def _scores(client: Client, pattern: str) -> Iterator[float]:
+    """Yield the scores of all ready versions of the adapters that a pattern names, each content once."""
+    seen: set[str] = set()
+    for adapter in client.adapters.list():
+        if fnmatchcase(adapter.name, pattern):
+            for version in client.adapters.versions(adapter.name):
+                score = None if version.report is None else version.report.weight_score
+                if version.state == READY and score is not None and version.version not in seen:
+                    seen.add(version.version)
+                    yield score
+
+
+def weights_threshold(scores: Sequence[float], share: float) -> tuple[float, float]:
+    """Return a threshold, and the largest probability that the next score is above it, if that one comes from
+    where these do: a conformal prediction (Vovk, Gammerman and Shafer, 2005), which assumes nothing else.
+
+    share: the largest probability that is wanted. With too few scores the threshold is the largest of them.
+    """
+    ordered = sorted(scores, reverse=True)
+    place = max(1, math.floor(share * (len(ordered) + 1) + 1e-9))
+    threshold = math.ceil(ordered[place - 1] * 1e4) / 1e4
+    return threshold, place / (len(ordered) + 1)
 
 
 def conditions(rule: GateRule) -> str:
