@@ -17,7 +17,7 @@ from onebase.cli import main
 
 from ..hub_standin import HubStandIn
 from .support import Server, Starter, make_folder, upload_folder
-from .training_support import add_file, openai_client, run_job
+from .training_support import BASE, add_file, openai_client, run_job
 
 signing()
 
@@ -461,6 +461,35 @@ def test_a_trained_version_is_signed_with_what_it_was_made_of_and_passes_a_gate(
     assert weak.activated is False, "nothing shows that it is not worse"
     further = run_job(trained, client, "rows", model="support-own", extra={"name": "support-next"})
     assert further.status == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("signers", "options", "code"),
+    [
+        (["acme"], ("--signing-key",), "signer_not_allowed"),
+        (["acme"], (), "signature_missing"),
+        (["acme", "server"], ("--signing-key",), ""),
+    ],
+)
+def test_nobody_trains_under_a_name_that_others_must_sign(
+    serve_scripted: Starter, keys: dict[str, Path], signers: list[str], options: tuple[str, ...], code: str
+) -> None:
+    folder = keys["acme"].parent
+    rule = {"name": "support*", "policy": "require", "signers": signers}
+    file = folder / f"training-{'-'.join((*signers, *options))}.json"
+    file.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": [rule]}))
+    key = [str(folder / "server.key")] * len(options)
+    with serve_scripted("words", "--signatures", str(file), *options, *key) as server:
+        http, client = server.client(), openai_client(server)
+        asked = {"model": BASE, "training_file": add_file(client, "rows"), "activate": "never"}
+        answer = http.post("/v1/fine_tuning/jobs", json={**asked, "name": "support-own"})
+        if not code:
+            assert answer.status_code == 200, answer.text
+            return
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (422, code, "name")
+        assert [one["details"]["code"] for one in audited(http, "support-own")] == [code]
+        assert http.post("/v1/fine_tuning/jobs", json={**asked, "name": "mine"}).status_code == 200
 
 
 def test_training_goes_on_from_no_unsigned_version_under_a_name_that_needs_signatures(

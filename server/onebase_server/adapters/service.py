@@ -243,6 +243,29 @@ class AdapterService:
             await self.note_refusal(tenant, name, error, actor=actor)
             raise VersionFailedError(str(error), code=error.code, param=param)
 
+    async def check_trained(self, tenant: str, name: str, *, actor: str = "") -> None:
+        """Refuse to train under a name that needs a signature, unless this server may sign it and can.
+
+        Raises VersionFailedError, which is in the audit log then.
+        """
+        rule = self.signatures.rule(tenant, name)
+        if rule.policy != "require" or (self._key is not None and OWN in rule.signers):
+            return
+        signers = " or ".join(rule.signers)
+        remedy = f"Train under another name, or have the operator add {OWN} to the signers of this one"
+        error = SignatureError(
+            "signer_not_allowed",
+            f"What is trained here is {OWN}'s, and only {signers} may sign this name. {remedy}.",
+        )
+        if self._key is None:
+            error = SignatureError(
+                "signature_missing",
+                f"This name needs a signature of {signers}, and what this server trains has none. {remedy}, "
+                "and start it with --signing-key.",
+            )
+        await self.note_refusal(tenant, name, error, actor=actor)
+        raise VersionFailedError(str(error), code=error.code, param="name")
+
     @property
     def signs(self) -> bool:
         """Return True if the server has a key to sign trained versions with."""

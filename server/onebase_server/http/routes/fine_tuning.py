@@ -80,6 +80,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
     base = services.catalog.base_name
     parent = None if body.model == base else await _parent(body.model, services, caller)
     name = _adapter_name(body, base, parent)
+    await services.adapters.check_trained(caller.tenant, name or NEW_NAME, actor=caller.key)
     if parent is not None:
         await services.adapters.check_parents(
             caller.tenant, name or NEW_NAME, [parent], actor=caller.key, act="training", param="model"
