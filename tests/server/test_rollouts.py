@@ -256,6 +256,27 @@ def test_a_candidate_that_is_not_worse_is_promoted_by_itself(scripted: Server) -
         assert all(new.startswith(version_of(ask(http, "good", f"user-{n}"))) for n in range(10))
 
 
+def test_a_promotion_that_a_gate_refuses_says_which_and_comes_once_it_is_open(scripted: Server) -> None:
+    with scripted.client() as http, ThreadPoolExecutor(8) as pool:
+        _, new = two_versions(http, "gated")
+        rules = {"requests": 40, "errors": 0.5, "first_token": 20, "per_token": 20, "refusals": 0.5}
+        start(http, "gated", new, percent=50, promote=True, rules=rules)
+        gate = http.post("/v1/gates", json={"name": "gated", "signature": ["acme"]}).json()
+
+        def waits_for() -> str:
+            return "; ".join(rollout_of(http, "gated")["waits_for"])
+
+        asked = 0
+        while "signature: a signature of acme is needed" not in waits_for() and asked < 2000:
+            list(pool.map(lambda n: ask(http, "gated", f"user-{n}").status_code, range(asked, asked + 40)))
+            asked += 40
+        assert "signature: a signature of acme is needed" in waits_for()
+        assert rollout_of(http, "gated")["state"] == "running"
+        http.delete(f"/v1/gates/{gate['id']}").raise_for_status()
+        scripted.wait_for(lambda: rollout_of(http, "gated")["state"] == "promoted", 60)
+        assert http.get("/v1/adapters/gated").json()["version"] == new
+
+
 def test_streams_end_on_their_version_after_a_rollback(scripted: Server) -> None:
     with scripted.client() as http, ExitStack() as running:
         old, new = two_versions(http, "streamed")

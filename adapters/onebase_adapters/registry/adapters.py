@@ -298,11 +298,16 @@ class Registry:
             _store_signature(session, adapter, version, signature)
             return _version_record(version, adapter)
 
-    def version_gates(self, tenant: str, name: str, digest: str) -> VersionGates:
-        """Return the gates of a version, for the caller. Raises UnknownAdapterError, UnknownVersionError."""
+    def version_gates(
+        self, tenant: str, name: str, digest: str, askers: Collection[str] = ()
+    ) -> VersionGates:
+        """Return the gates of a version, for the caller and the keys that ask for its activation besides.
+
+        Raises UnknownAdapterError, UnknownVersionError.
+        """
         with self._database.read() as session:
             adapter = _require_adapter(session, self.base_id, tenant, name)
-            return gates.view(session, adapter, _require_version(session, adapter, digest))
+            return gates.view(session, adapter, _require_version(session, adapter, digest), askers)
 
     def approve(self, tenant: str, name: str, digest: str, *, approved: bool = True) -> VersionGates:
         """Record that the caller's key approves a version, or not any more.

@@ -164,9 +164,11 @@ def note_maker(session: Session, version: VersionRow) -> None:
     session.execute(delete(ApprovalRow).where(ApprovalRow.version_id == version.id, ApprovalRow.key == key))
 
 
-def view(session: Session, adapter: AdapterRow, version: VersionRow) -> VersionGates:
-    """Return the gates of a version, for the caller."""
-    evidence = _Evidence.of(session, adapter, version)
+def view(
+    session: Session, adapter: AdapterRow, version: VersionRow, askers: Collection[str] = ()
+) -> VersionGates:
+    """Return the gates of a version, for the caller. askers: see `check`."""
+    evidence = _Evidence.of(session, adapter, version, askers)
     states = _states(evidence)
     return VersionGates(
         version=version.digest,

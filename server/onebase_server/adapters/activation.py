@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -271,11 +271,18 @@ class ActivationService:
         with storage_errors():
             return await self._records.write(self._registry.gates.delete, rule, actor=actor)
 
-    async def gates(self, tenant: str, name: str, version: str) -> wire.VersionGates:
-        """Return the gates of a version. Raises AdapterNotFoundError, ForbiddenError, UnavailableError."""
+    async def gates(
+        self, tenant: str, name: str, version: str, askers: Collection[str] = ()
+    ) -> wire.VersionGates:
+        """Return the gates of a version, for the caller and the keys that ask for its activation besides.
+
+        Raises AdapterNotFoundError, ForbiddenError, UnavailableError.
+        """
         self._catalog.of(tenant).check_own(name, "look at its gates")
         with storage_errors(name):
-            return await self._records.run_blocking(self._registry.version_gates, tenant, name, version)
+            return await self._records.run_blocking(
+                self._registry.version_gates, tenant, name, version, askers
+            )
 
     async def approve(self, tenant: str, name: str, version: str, *, approved: bool) -> wire.VersionGates:
         """Record that the caller's key approves a version, or not any more.

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ from onebase_adapters.registry import (
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
     CALLER_CODES,
+    AdapterNotFoundError,
     ApiError,
     ClientGoneError,
     EngineRestartedError,
@@ -632,7 +634,22 @@ class RolloutService:
         await self.flush()
         with storage_errors(name):
             found = await self._records.run_blocking(self._registry.rollouts.of_adapter, tenant, name, _SHOWN)
-        return [view(one) for one in found]
+        shown = [view(one) for one in found]
+        if found and found[0].state == "running":
+            decision = decide(found[0], RolloutSettings.of(found[0]))
+            if decision.state == "promoted":
+                closed = tuple(await self._closed_gates(found[0]))
+                shown[0] = msgspec.structs.replace(shown[0], waits_for=closed)
+        return shown
+
+    async def _closed_gates(self, rollout: RolloutRecord) -> list[str]:
+        """Return the gates that refuse a promotion whose figures are good enough, with the reasons."""
+        with acting(Origin()), suppress(AdapterNotFoundError):  # it asks by itself, not for whoever looks
+            found = await self._activation.gates(
+                rollout.tenant, rollout.name, rollout.candidate, (rollout.created_by,)
+            )
+            return [f"{one.gate}: {one.reason.rstrip('.')}" for one in found.gates if not one.passed]
+        return []
 
     async def _found(self, rollout: RolloutRecord) -> RolloutRecord:
         """Return the rollout with its figures of now."""
