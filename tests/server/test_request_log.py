@@ -164,6 +164,11 @@ def test_with_hashes_no_file_has_text_and_the_body_replays_the_request(
         assert (other.status_code, other.json()["error"]["code"]) == (409, "replay_prompt")
         more = replay(http, one["id"], body={**body, "n": 2})
         assert (more.status_code, more.json()["error"]["code"]) == (409, "replay_prompt")
+        for changed in ({"temperature": 0.5}, {"max_tokens": body["max_tokens"] + 1}):
+            differs = replay(http, one["id"], body={**body, **changed})
+            assert (differs.status_code, differs.json()["error"]["code"]) == (409, "replay_prompt")
+            assert f"body: {next(iter(changed))}: " in differs.json()["error"]["message"]
+        assert replay(http, one["id"], body={**body, "logprobs": 1}).json()["equal"]
         wrong = replay(http, one["id"], body={**body, "max_tokens": -1})
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "body.max_tokens")
 

@@ -23,7 +23,7 @@ from onebase_server.inference.generation import GenerationRequest, Prompt, new_i
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.transcript import Opening, Transcript
 from onebase_server.requests.planner import Planner
-from onebase_server.requests.request_log import Begun, answer_hash, prompt_hash
+from onebase_server.requests.request_log import Begun, answer_hash, prompt_hash, sampling_settings
 from onebase_server.requests.schemas.anthropic import MessagesRequest
 from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.requests.schemas.items import conversation
@@ -46,6 +46,8 @@ ROUTES = (
     "/v1/messages",
 )
 """Routes whose requests can be replayed. Replays, samples, and a rollout's copies have other ones."""
+_OF_SCORES = ("logprobs", "prompt_logprobs")
+"""Settings that do not change a text."""
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -133,6 +135,12 @@ class ReplayPlanner:
                 "only --request-log text can replay it.",
                 code="replay_prompt",
             )
+        if is_supplied and is_same and (other := _other_settings(logged, planned)):
+            raise StateConflictError(
+                f"body: {', '.join(other)}: the logged request had other settings. Send the request as it "
+                "was sent.",
+                code="replay_prompt",
+            )
         if planned.choices != len(logged.answers):
             raise StateConflictError(
                 f"body: it asks for {planned.choices} choices, and the logged request got "
@@ -204,6 +212,16 @@ class ReplayPlanner:
         format = await self._planner.thought_format(caller, read.model, read)
         chat = await self._threads.run_for(caller.tenant, read.chat, format)
         return await self._planner.chat(chat, caller, versions)
+
+
+def _other_settings(logged: LoggedRequest, planned: GenerationRequest) -> list[str]:
+    """Return the names of the sampling settings that differ and may make another text."""
+    settings = sampling_settings(planned.sampling)
+    return [
+        name
+        for name, value in settings.items()
+        if name not in _OF_SCORES and logged.sampling.get(name, value) != value
+    ]
 
 
 def _read(kind: type[_Body], body: Any) -> _Body:

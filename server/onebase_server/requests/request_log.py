@@ -31,6 +31,7 @@ import msgspec
 
 from onebase_adapters.registry import RegistryError, RequestLogRecords
 from onebase_edge.background import Threads
+from onebase_engine.engine.messages import Sampling
 from onebase_protocol.request_log import LoggedAdapter, LoggedAnswer, LoggedRequest
 from onebase_server.inference.generation import GenerationRequest
 from onebase_server.inference.stream import OutputPiece
@@ -175,9 +176,6 @@ class RequestEntry:
         sampling, log = request.sampling, self.log
         names = [use.name for use in request.adapter.uses]
         uses = zip(request.adapter.uses, request.adapter.refs, strict=True)
-        settings = msgspec.to_builtins(sampling)
-        for private in ("seed", "prompt_targets", "end_token_ids", "thought"):
-            settings.pop(private)
         logged = LoggedRequest(
             id=request.id,
             state="running",
@@ -195,7 +193,7 @@ class RequestEntry:
             base=log.base,
             base_id=log.base_id,
             seed=sampling.seed,
-            sampling=settings,
+            sampling=sampling_settings(sampling),
             n=request.n,
             stream=self.stream,
             prompt_tokens=sum(len(prompt.tokens) for prompt in request.prompts),
@@ -234,6 +232,15 @@ class RequestEntry:
             answers=answers,
             error=self.error,
         )
+
+
+def sampling_settings(sampling: Sampling) -> dict[str, Any]:
+    """Return a request's sampling settings as the log has them, without the seed and what follows from the
+    adapter or the prompt."""
+    settings: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(sampling))
+    for name in ("seed", "prompt_targets", "end_token_ids", "thought"):
+        settings.pop(name)
+    return settings
 
 
 def _one_body(body: bytes, number: int | None) -> bytes:
