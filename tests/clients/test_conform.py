@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ HIDDEN, WORDS, HEADS = 128, 3000, 4
 
 @pytest.fixture(autouse=True)
 def _no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's texts are of a real base: one test asks for them."""
+    """PEFT's texts are of a real base: two tests ask for them."""
     monkeypatch.setattr(conform_command, "entry_points", lambda group: ())
 
 
@@ -373,6 +375,22 @@ def test_an_adapter_forces_its_words_whatever_the_hidden_state_is(base: Path) ->
             assert int(np.argmax(head @ normed)) in crafted.says.tokens
 
 
+def test_neither_torch_nor_peft_is_needed_though_the_entry_point_for_texts_is_there(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conform_command, "entry_points", entry_points)
+    for name in ("torch", "peft"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with served(Server(Specimens.of(Adapters(Base(base), 0)))) as server:
+        assert main(["conform", server.url, "--base", str(base)]) == 0
+        printed = capsys.readouterr()
+        assert "DoRA" in printed.out
+        assert "that PEFT makes" not in printed.out
+        assert "pip install 'onebase[conform,train]'" in printed.err
+        assert main(["conform", server.url, "--base", str(base), "--no-texts"]) == 0
+        assert "PEFT" not in capsys.readouterr().err
+
+
 def test_wrong_arguments_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--base", str(base)], ["http://127.0.0.1:1", "--base", str(tmp_path)]):
         with pytest.raises(SystemExit) as ended:
@@ -382,9 +400,10 @@ def test_wrong_arguments_are_told(base: Path, tmp_path: Path, capsys: pytest.Cap
     assert "does not answer" in capsys.readouterr().err
 
 
-def test_this_server_applies_every_adapter_that_it_takes(
-    server: RealServer, capsys: pytest.CaptureFixture[str]
+def test_this_server_applies_every_adapter_that_it_takes_and_its_texts_are_nearest_to_pefts(
+    server: RealServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(conform_command, "entry_points", entry_points)
     base = server.adapters.parent / "smollm2-135m-instruct"
     status = main(["conform", server.url, "--base", str(base), "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -392,4 +411,5 @@ def test_this_server_applies_every_adapter_that_it_takes(
     assert (status, found["server"], verdicts(findings, "wrong")) == (0, "onebase", set()), findings
     refused = verdicts(findings, "refused")
     assert refused == {"a name that is unknown", "a module that the base lacks"}, findings
+    assert findings["the text that PEFT makes"]["verdict"] == "right", findings
     assert len(verdicts(findings, "right")) == len(findings) - len(refused), findings

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -167,8 +168,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the adapters and their words (default: 0)"
     )
+    made.add_argument(
+        "--no-texts",
+        dest="texts",
+        action="store_false",
+        help="do not compare with the texts that PEFT makes, for which the whole base is loaded in fp32",
+    )
     made.add_argument("--json", action="store_true", help="print the result as JSON")
     return made
+
+
+def makes_texts() -> bool:
+    """Return True if PEFT can make texts here. Its entry point is there in any installation."""
+    return any(entry_points(group=_TEXTS)) and all(find_spec(name) for name in ("peft", "torch"))
 
 
 def _write(base: Base, adapters: Adapters, folder: Path) -> int:
@@ -209,7 +221,8 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="onebase-conform-") as temporary:
             folder = args.adapters or Path(temporary)
-            trial = ConformRun(server, Specimens.of(adapters), folder.absolute(), args.seed, args.base)
+            place, texts = folder.absolute(), args.texts and makes_texts()
+            trial = ConformRun(server, Specimens.of(adapters), place, args.seed, args.base, texts=texts)
             findings = list(trial.findings())
     except UnreachableError as error:
         note(f"onebase: {error}")
@@ -224,6 +237,11 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
         print_json({"url": server.url, "server": kind, "seed": args.seed, **counts, "findings": findings})
     else:
         print_table(_COLUMNS, findings)
+    if args.texts and not texts:
+        note(
+            "onebase: no text was compared with PEFT's, which is not here. Install it with: "
+            "pip install 'onebase[conform,train]'"
+        )
     wrong = any(one.verdict == WRONG for one in findings)
     right = any(one.verdict == RIGHT and one.check != _BASE for one in findings)
     return OK if right and not wrong else FAILED
@@ -290,9 +308,20 @@ class Specimens:
 
 
 class ConformRun:
-    """One run against one server. folder: where adapters are written. base: the base's folder."""
+    """One run against one server. folder: where adapters are written. base: the base's folder. texts: whether
+    texts are compared with PEFT's."""
 
-    def __init__(self, server: LoraServer, specimens: Specimens, folder: Path, seed: int, base: Path) -> None:
+    def __init__(
+        self,
+        server: LoraServer,
+        specimens: Specimens,
+        folder: Path,
+        seed: int,
+        base: Path,
+        *,
+        texts: bool = False,
+    ) -> None:
+        self._makes_texts = texts
         self._server = server
         self._base_folder = base
         self._specimens = specimens
@@ -321,7 +350,7 @@ class ConformRun:
             ("a prefix from before the reload", self._cached_before),
             ("a stream during a swap", self._swapped),
         ]
-        if any(entry_points(group=_TEXTS)):
+        if self._makes_texts:
             checks.append(("the text that PEFT makes", self._texts))
         checks += [(name, _bound(self._special, one)) for name, one in self._specimens.special.items()]
         try:
@@ -452,11 +481,18 @@ class ConformRun:
 
         They need not be equal: the server's base may be quantized.
         """
+        from .conform_servers import NotOfferedError
+
+        adapters = self._specimens.ordinary
+        if not adapters:
+            raise NotOfferedError("the base has no q_proj and v_proj")
         (plugin,) = entry_points(group=_TEXTS)
         make: _Texts = plugin.load()
-        adapters = self._specimens.ordinary
         written = {one.name: one.write(self._folder) for one in adapters}
-        known = make(self._base_folder, written, _PROMPTS, _TEXT_TOKENS)
+        try:
+            known = make(self._base_folder, written, _PROMPTS, _TEXT_TOKENS)
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            raise NotOfferedError(f"PEFT makes no texts of this base here: {error!r:.200}") from error
         equal = 0
         for adapter in adapters:
             self._load(adapter)
