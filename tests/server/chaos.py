@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import logging
 import math
 import os
@@ -36,6 +37,7 @@ from typing import Any, Self
 import httpx2
 from sqlalchemy import text
 
+from onebase.cli import main as command
 from onebase_adapters.registry.database import Database
 from onebase_adapters.store.blobs import version_digest
 from onebase_server.processes.crash_suspects import FORGIVEN_AFTER
@@ -761,6 +763,7 @@ class Chaos:
             ]
             if any(one != seen[0] for one in seen):
                 self.wrong.append(f"the servers know different adapters: {seen}")
+            self._check_audit(self.servers[0])
             with self._timed("request logs end"):
                 for http in https:
                     stats = http.get("/status").json()["stats"]
@@ -816,6 +819,14 @@ class Chaos:
             if active.get(name) not in possible:
                 told = self._told_of(name, now)
                 self.wrong.append(f"{name} is at {active.get(name)}, not {possible}, after {told}")
+
+    def _check_audit(self, server: Server) -> None:
+        """The entries of the audit log, which all servers write, are one chain."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = command(["audit", "verify", "--url", server.url])
+        if status:
+            self.wrong.append(f"the audit log is no chain: {said.getvalue()}")
 
     def _check_log(self, http: httpx2.Client) -> None:
         """A request of the log runs only while it does."""
