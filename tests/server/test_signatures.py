@@ -492,6 +492,18 @@ def test_nobody_trains_under_a_name_that_others_must_sign(
         assert http.post("/v1/fine_tuning/jobs", json={**asked, "name": "mine"}).status_code == 200
 
 
+def test_live_training_is_refused_where_others_must_sign_every_name(
+    serve_scripted: Starter, keys: dict[str, Path]
+) -> None:
+    file = keys["acme"].parent / "everything.json"
+    rules = [{"policy": "require", "signers": ["acme"]}]
+    file.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": rules}))
+    with serve_scripted("words", "--signatures", str(file)) as server, server.client() as http:
+        session = http.post("/api/v1/create_session", json={}).json()["session_id"]
+        run = {"session_id": session, "model_seq_id": 0, "base_model": BASE, "lora_config": {"rank": 4}}
+        assert refused(http.post("/api/v1/create_model", json=run)) == "signature_missing"
+
+
 def test_training_goes_on_from_no_unsigned_version_under_a_name_that_needs_signatures(
     trained: Server, tmp_path: Path
 ) -> None:

@@ -243,8 +243,12 @@ class AdapterService:
             await self.note_refusal(tenant, name, error, actor=actor)
             raise VersionFailedError(str(error), code=error.code, param=param)
 
-    async def check_trained(self, tenant: str, name: str, *, actor: str = "") -> None:
+    async def check_trained(
+        self, tenant: str, name: str, *, actor: str = "", param: str | None = "name"
+    ) -> None:
         """Refuse to train under a name that needs a signature, unless this server may sign it and can.
+
+        param: the request's field that names it.
 
         Raises VersionFailedError, which is in the audit log then.
         """
@@ -264,7 +268,7 @@ class AdapterService:
                 "and start it with --signing-key.",
             )
         await self.note_refusal(tenant, name, error, actor=actor)
-        raise VersionFailedError(str(error), code=error.code, param="name")
+        raise VersionFailedError(str(error), code=error.code, param=param)
 
     @property
     def signs(self) -> bool:

@@ -325,6 +325,7 @@ class LiveTraining:
             )
         await self._open_session(caller, session_id)
         run = f"{session_id}:train:{number}"
+        await self._library.check_trained(caller.tenant, adapter_name(run), actor=caller.key, param=None)
         if seed is None:  # the same for a request that comes again
             seed = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4])
         mine = await self._disk(self._live_runs, caller.tenant)

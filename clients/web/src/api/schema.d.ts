@@ -20929,6 +20929,15 @@ export interface operations {
                     "application/json": components["schemas"]["Error"];
                 };
             };
+            /** @description The version was found not to be fit to be served, or the request ended engines again and again */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
             /** @description The address and headers are over their limit */
             431: {
                 headers: {

@@ -246,7 +246,7 @@ async def telemetry(body: TelemetryRequest) -> Response:
 # ---- runs ------------------------------------------------------------------------------------------
 
 
-@router.post("/create_model", responses=answer(wire.FutureAnswer, 404, 507))
+@router.post("/create_model", responses=answer(wire.FutureAnswer, 404, 422, 507))
 @needs("train")
 async def create_model(body: CreateModelRequest, services: Provided, caller: Calling) -> Response:
     """Create a run: an adapter of the base, which the client trains step by step."""
