@@ -318,8 +318,9 @@ class DynamoServer(LoraServer):
 
     def __init__(self, url: str, key: str | None, model: str | None = None, admin: str | None = None) -> None:
         super().__init__(url, key, model)
-        parts = urlsplit(self.url)
-        self._worker = LoraServer(admin or f"{parts.scheme}://{parts.hostname}:{_SYSTEM_PORT}", None)
+        at = urlsplit(self.url)
+        place = at._replace(netloc=f"{at.netloc.removesuffix(f':{at.port}')}:{_SYSTEM_PORT}", path="")
+        self._worker = LoraServer(admin or place.geturl(), None)
 
     def close(self) -> None:
         self._worker.close()
