@@ -34,7 +34,10 @@ SECURITY_HEADERS = {
 """Headers of every answer; a page brings a Content-Security-Policy of its own."""
 _ANY = "*"
 _HOST = re.compile(r"(?:\[[^][]*\]|[^][:@/?#\s]+)(?::[0-9]*)?")
+ADAPTER_HEADER = "x-onebase-adapter"
+"""Header of an answer of one text: the version that made it."""
 _EXPOSED = (
+    ADAPTER_HEADER,
     "Allow",
     "Retry-After",
     "WWW-Authenticate",

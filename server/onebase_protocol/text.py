@@ -279,6 +279,11 @@ TgiEvent = TgiTokenEvent | Error
 
 # ---- OpenAI --------------------------------------------------------------------------------------
 
+Fingerprint = Annotated[
+    str | UnsetType,
+    Meta(description="what answered: `name@digest`, or such terms of a sum; missing for the base alone"),
+]
+
 
 class OpenAIUsage(msgspec.Struct, frozen=True):
     prompt_tokens: int
@@ -308,6 +313,7 @@ class CompletionAnswer(msgspec.Struct, kw_only=True):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: Fingerprint = UNSET
     choices: list[CompletionChoice]
     usage: OpenAIUsage
 
@@ -319,6 +325,7 @@ class CompletionChunk(msgspec.Struct, kw_only=True):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: Fingerprint = UNSET
     usage: OpenAIUsage | UnsetType | None = UNSET
     choices: list[CompletionChunkChoice]
 
@@ -349,6 +356,7 @@ class ChatAnswer(msgspec.Struct, kw_only=True):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: Fingerprint = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     choices: list[ChatChoice]
@@ -378,6 +386,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: Fingerprint = UNSET
     usage: OpenAIUsage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     choices: list[ChatChunkChoice]

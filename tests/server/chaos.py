@@ -240,7 +240,7 @@ def stream_of(http: httpx2.Client, asked: Asked, name: str | None) -> tuple[int,
 def same_events(text: str) -> dict[tuple[int, ...], str]:
     """The events of each choice without what differs from one answer to the next."""
     text = re.sub(r'"adapter":"[^"]*"', '"adapter":null', text)
-    text = re.sub(r'"model":"[^"]*"', '"model":""', text)
+    text = re.sub(r'"model":"[^"]*"(,"system_fingerprint":"[^"]*")?', '"model":""', text)
     return by_choice(re.sub(r'"cached_tokens":\d+', '"cached_tokens":0', text))
 
 
@@ -392,7 +392,8 @@ class Chaos:
             return f"status {status} {code}"
         if same_events(told) != asked.events:
             return "other events"
-        versions = {one.partition("@")[2] for one in re.findall(r'"adapter":"([^"]*)"', told)}
+        named = re.findall(r'"(?:adapter|system_fingerprint)":"([^"]*)"', told)
+        versions = {one.partition("@")[2] for one in named}
         possible = self._possible(name, since)
         allowed = {(one.digest or "")[:12] for one in possible}
         if versions <= allowed:

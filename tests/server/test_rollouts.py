@@ -29,6 +29,7 @@ from onebase_server.requests.planner import OwnParts, Planner
 
 from .access import Keys, client_with
 from .support import Server, Starter, upload
+from .training_support import BASE
 
 ASKED = {"prompt": "a b c", "max_tokens": 4, "temperature": 0}
 
@@ -94,8 +95,10 @@ def test_a_share_of_the_users_gets_the_candidate_and_each_keeps_its_version(scri
         chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "model": "shared-out"}
         for user in users[:5]:
             for named in ({"user": user}, {"safety_identifier": user}):
-                answer = http.post("/v1/chat/completions", json={**chat, **named}).json()
-                assert answer["model"].partition("@")[2] == first[user] or answer["model"] == "shared-out"
+                answer = http.post("/v1/chat/completions", json={**chat, **named})
+                label = f"shared-out@{first[user]}"
+                assert (answer.json()["model"], answer.json()["system_fingerprint"]) == ("shared-out", label)
+                assert answer.headers["x-onebase-adapter"] == label
 
         grown = http.post("/v1/adapters/shared-out/rollout/share", json={"percent": 70}).json()
         assert grown["percent"] == 70
@@ -105,6 +108,38 @@ def test_a_share_of_the_users_gets_the_candidate_and_each_keeps_its_version(scri
         for pinned in (old, new):
             answer = ask(http, f"shared-out@{pinned}", users[0])
             assert pinned.startswith(version_of(answer))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"adapter": "named", "prompt": "a b"}),
+        ("/v1/completions", {"model": "named", "prompt": "a b"}),
+        ("/v1/chat/completions", {"model": "named", "messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", {"model": "named", "input": "a b"}),
+        ("/v1/messages", {"model": "named", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}),
+        ("/", {"inputs": "a b", "parameters": {"adapter_id": "named"}}),
+    ],
+)
+def test_each_route_names_the_version_that_answered(
+    scripted: Server, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    with scripted.client() as http:
+        version = upload(http, "named", b"named", query="wait=true&activate=true").json()["version"]
+        label = f"named@{version[:12]}"
+        answer = http.post(path, json={**body, "stream": stream})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-onebase-adapter"] == label
+        if path in ("/v1/completions", "/v1/chat/completions"):
+            said = [line for line in answer.text.split("\n\n") if '"choices"' in line]
+            assert said
+            assert all(f'"system_fingerprint":"{label}"' in line for line in said)
+        of_base = {"/generate": {"prompt": "a b"}, "/": {"inputs": "a b"}}
+        bare = http.post(path, json={**of_base.get(path, {**body, "model": BASE}), "stream": stream})
+        assert bare.status_code == 200, bare.text
+        assert "x-onebase-adapter" not in bare.headers
+        assert "system_fingerprint" not in bare.text
 
 
 def test_without_a_user_a_key_has_one_version_and_requests_can_be_divided_instead(scripted: Server) -> None:

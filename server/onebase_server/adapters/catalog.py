@@ -98,6 +98,13 @@ class AdapterChoice:
         return self.label if self.label is None or isinstance(self.label, str) else "a sum of adapters"
 
     @property
+    def version_label(self) -> str | None:
+        """Versions in one line, as `a@5d0c2f7a9b31*0.7+b@9f3a21c07d55*0.3`; None for the base."""
+        if self.label is None or isinstance(self.label, str):
+            return self.label
+        return "+".join(f"{term['name']}*{term['weight']:g}" for term in self.label)
+
+    @property
     def weighted(self) -> bool:
         """Whether the choice is anything but one adapter of weight 1."""
         return len(self.refs) != 1 or self.refs[0].weight != 1.0

@@ -5937,6 +5937,8 @@ export interface components {
             object: "text_completion";
             created: number;
             model: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
+            system_fingerprint?: string;
             choices: components["schemas"]["CompletionChoice"][];
             usage: components["schemas"]["OpenAIUsage"];
         };
@@ -5984,6 +5986,8 @@ export interface components {
             object: "text_completion";
             created: number;
             model: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
+            system_fingerprint?: string;
             usage?: components["schemas"]["OpenAIUsage"] | null;
             choices: components["schemas"]["CompletionChunkChoice"][];
         };
@@ -6006,6 +6010,8 @@ export interface components {
             object: "chat.completion";
             created: number;
             model: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
+            system_fingerprint?: string;
             prompt_token_ids?: number[];
             prompt_logprobs?: ({
                 [key: string]: components["schemas"]["PromptTokenLogprob"];
@@ -6059,6 +6065,8 @@ export interface components {
             object: "chat.completion.chunk";
             created: number;
             model: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
+            system_fingerprint?: string;
             usage?: components["schemas"]["OpenAIUsage"] | null;
             prompt_token_ids?: number[];
             choices: components["schemas"]["ChatChunkChoice"][];

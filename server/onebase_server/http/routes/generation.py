@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Path, Request, Response
 
+from onebase_edge.cross_site import ADAPTER_HEADER
 from onebase_edge.errors import (
     ApiError,
     ClientGoneError,
@@ -424,18 +425,26 @@ async def answer_generation(
         events = guarded(view.events(generation), failure, view.closing)
         if resume_state is not None:
             events = with_transcript(events, generation.take_transcript)
-        return EventStream(
+        streamed = EventStream(
             generation, events, engine_request.timeout_s or 0.0, with_transcript=resume_state is not None
         )
+        return _labelled(streamed, engine_request)
     with cancelled_when_gone(request.receive, generation):
         choices = await generation.collect()
 
     def whole() -> Response:
-        return json_response(view.answer(generation, choices))
+        return _labelled(json_response(view.answer(generation, choices)), engine_request)
 
     if _scores(engine_request, choices) <= INLINE_SCORES:
         return whole()
     return await services.reading.run_for(engine_request.tenant, whole)
+
+
+def _labelled(response: Response, engine_request: GenerationRequest) -> Response:
+    """Add the header with the version that answers, which the answers of some routes have no place for."""
+    if (label := engine_request.adapter.version_label) is not None:
+        response.headers[ADAPTER_HEADER] = label.encode("ascii", "backslashreplace").decode()
+    return response
 
 
 def _scores(engine_request: GenerationRequest, choices: Sequence[OutputPiece]) -> int:

@@ -376,7 +376,10 @@ class OpenAIView(GenerationView):
 
     def _head(self, generation: GenerationRun) -> Json:
         job = generation.request
-        return {"id": job.id, "created": job.created, "model": self._model}
+        head: Json = {"id": job.id, "created": job.created, "model": self._model}
+        if (label := job.adapter.version_label) is not None:
+            head["system_fingerprint"] = label
+        return head
 
 
 def openai_usage(usage: TokenUsage) -> text.OpenAIUsage:
