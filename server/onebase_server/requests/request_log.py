@@ -583,9 +583,9 @@ class RequestLog:
         return self._folder / hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _write_on(self) -> None:
-        with contextlib.suppress(Exception):  # the next look says why
-            self._apply_erasures()  # before anything new is there
-        self._learn_days()
+        for step in (self._apply_erasures, self._learn_days):  # before anything new is there
+            with contextlib.suppress(Exception):  # the next look says why
+                step()
         while True:
             with self._lock:
                 if not self._ready() and not self._erasing:
