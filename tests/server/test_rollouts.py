@@ -110,6 +110,33 @@ def test_a_share_of_the_users_gets_the_candidate_and_each_keeps_its_version(scri
             assert pinned.startswith(version_of(answer))
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "asker"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "prompt_cache_key"),
+        ("/v1/responses", {"input": "a b"}, "prompt_cache_key"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}, "metadata"),
+    ],
+)
+def test_a_session_or_a_user_of_anthropics_keeps_its_version(
+    scripted: Server, path: str, body: dict[str, Any], asker: str
+) -> None:
+    with scripted.client() as http:
+        name = f"by-{path.rpartition('/')[2]}"
+        _, new = two_versions(http, name)
+        start(http, name, new, percent=50)
+
+        def version(asked_by: str) -> str:
+            named = {"user_id": asked_by} if asker == "metadata" else asked_by
+            answer = http.post(path, json={**body, "model": name, asker: named})
+            assert answer.status_code == 200, answer.text
+            return answer.headers["x-onebase-adapter"]
+
+        first = {one: version(one) for one in map("asker {}".format, range(30))}
+        assert len(set(first.values())) == 2
+        assert {one: version(one) for one in first} == first
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("path", "body"),
