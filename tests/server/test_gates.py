@@ -232,6 +232,8 @@ def test_a_threshold_of_the_weights_is_found_on_good_versions_and_keeps_others_o
             version = send(http, "scored", f"score {score}".encode()).json()["version"]
             answer = http.post("/v1/adapters/scored/activate", json={"version": version})
             assert answer.status_code == status, answer.text
+        assert main(["adapters", "show", f"scored@{version}", *ann]) == 0
+        assert "score of its weights 3.8" in capsys.readouterr().out
         few = ("gates", "calibrate", "--name", "scored", "--false-alarms", "0.01")
         assert main([*few, *ann]) == 0
         printed = capsys.readouterr()

@@ -217,6 +217,8 @@ def print_version(out: Console, version: AdapterVersion) -> None:
     if report.dropped:
         dropped = ", ".join(report.dropped)
         out.print(line(f"left out, as they are the base's own: {dropped}", "dim"))
+    if report.weight_score is not None:
+        out.print(line(f"score of its weights {report.weight_score:.3g}", "dim"))
     for text in _defaults(report.defaults):
         out.print(line(text))
     for warning in report.warnings:
