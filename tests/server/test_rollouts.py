@@ -41,6 +41,9 @@ def keys(tmp_path: Path) -> Iterator[Keys]:
     made.close()
 
 
+TALK = [{"role": "user", "content": "a"}]
+
+
 def two_versions(http: httpx2.Client, name: str, new: bytes = b"new") -> tuple[str, str]:
     """The digests of an active version and of one that is not."""
     old = upload(http, name, f"old {name}".encode(), query="wait=true&activate=true").json()["version"]
@@ -113,9 +116,9 @@ def test_a_share_of_the_users_gets_the_candidate_and_each_keeps_its_version(scri
 @pytest.mark.parametrize(
     ("path", "body", "asker"),
     [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "prompt_cache_key"),
-        ("/v1/responses", {"input": "a b"}, "prompt_cache_key"),
-        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}, "metadata"),
+        ("/v1/chat/completions", {"messages": TALK, "max_tokens": 2}, "prompt_cache_key"),
+        ("/v1/responses", {"input": "a b", "max_output_tokens": 2}, "prompt_cache_key"),
+        ("/v1/messages", {"messages": TALK, "max_tokens": 2}, "metadata"),
     ],
 )
 def test_a_session_or_a_user_of_anthropics_keeps_its_version(
@@ -141,12 +144,12 @@ def test_a_session_or_a_user_of_anthropics_keeps_its_version(
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/generate", {"adapter": "named", "prompt": "a b"}),
-        ("/v1/completions", {"model": "named", "prompt": "a b"}),
-        ("/v1/chat/completions", {"model": "named", "messages": [{"role": "user", "content": "a"}]}),
-        ("/v1/responses", {"model": "named", "input": "a b"}),
-        ("/v1/messages", {"model": "named", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}),
-        ("/", {"inputs": "a b", "parameters": {"adapter_id": "named"}}),
+        ("/generate", {"adapter": "named", "prompt": "a b", "max_tokens": 2}),
+        ("/v1/completions", {"model": "named", "prompt": "a b", "max_tokens": 2}),
+        ("/v1/chat/completions", {"model": "named", "messages": TALK, "max_tokens": 2}),
+        ("/v1/responses", {"model": "named", "input": "a b", "max_output_tokens": 2}),
+        ("/v1/messages", {"model": "named", "messages": TALK, "max_tokens": 2}),
+        ("/", {"inputs": "a b", "parameters": {"adapter_id": "named", "max_new_tokens": 2}}),
     ],
 )
 def test_each_route_names_the_version_that_answered(
@@ -162,7 +165,10 @@ def test_each_route_names_the_version_that_answered(
             said = [line for line in answer.text.split("\n\n") if '"choices"' in line]
             assert said
             assert all(f'"system_fingerprint":"{label}"' in line for line in said)
-        of_base = {"/generate": {"prompt": "a b"}, "/": {"inputs": "a b"}}
+        of_base: dict[str, dict[str, Any]] = {
+            "/generate": {"prompt": "a b", "max_tokens": 2},
+            "/": {"inputs": "a b", "parameters": {"max_new_tokens": 2}},
+        }
         bare = http.post(path, json={**of_base.get(path, {**body, "model": BASE}), "stream": stream})
         assert bare.status_code == 200, bare.text
         assert "x-onebase-adapter" not in bare.headers
