@@ -22,6 +22,7 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -36,6 +37,7 @@ from typing import Any, Self
 
 import httpx2
 from sqlalchemy import text
+from tests.disks import fill
 
 from onebase.cli import main as command
 from onebase_adapters.registry.database import Database
@@ -64,6 +66,7 @@ DELETED = "adapter_deleted"
 STOPS = (0.3, 1.0, 2.0, 9.0)
 """Seconds for which a process stands still: the longest is longer than a lease."""
 SHORT = (0.3, 1.5, 4.0)
+DISK_BYTES = 192 << 20
 DELAYS = (0.01, 0.05, 0.2)
 """Seconds by which a disk, a database or a store is slower."""
 JUMPS = (-86400.0, -120.0, 120.0, 86400.0)
@@ -131,7 +134,10 @@ class Proxy:
 
 
 class Places:
-    """Where the servers of one run keep what they share. remote: PostgreSQL and an object store."""
+    """Where the servers of one run keep what they share. remote: PostgreSQL and an object store.
+
+    is_small: whether it is a disk of its own, which can be filled: that takes the right to mount one.
+    """
 
     def __init__(self, folder: Path, *, remote: bool) -> None:
         self.folder = folder
@@ -141,9 +147,22 @@ class Places:
         self.environment: dict[str, str] = {}
         self.registry = f"sqlite:///{folder / 'registry.db'}"
         self.options: tuple[str, ...] = ()
+        self.is_small = False
         self._stack = ExitStack()
 
+    def _mount(self) -> bool:
+        """Put a small disk in the folder's place. Return False where that is not permitted."""
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.folder)]
+        try:
+            mounted = subprocess.run(mount, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            mounted = False
+        if mounted:
+            self._stack.callback(subprocess.run, ["umount", "--lazy", str(self.folder)], check=True)
+        return mounted
+
     def __enter__(self) -> Self:
+        self.is_small = self._mount()
         store = str(self.folder / "store")
         url = self.registry
         if self.remote:
@@ -313,7 +332,8 @@ class Chaos:
     # ---- servers ----------------------------------------------------------------------------------
 
     def _start(self, number: int) -> Server:
-        options = (*self._places.options, "--port", str(self._ports[number]), "--request-log", "text")
+        options = (*self._places.options, "--port", str(self._ports[number]))
+        options += ("--request-log", "text", "--request-log-size", "20MB")
         place = self._places.folder / f"server{number}"
         place.mkdir(exist_ok=True)
         environment = LEASE | self._places.environment
@@ -619,6 +639,12 @@ class Chaos:
         time.sleep(self.chance.choice(self._short))
         self._set(self._disk, 0.0)
 
+    def full_disk(self) -> None:
+        """Nothing more fits on the disk of all servers."""
+        filler = fill(self._places.folder)
+        time.sleep(self.chance.choice(self._short))
+        filler.unlink()
+
     def _set(self, place: Path, value: float) -> None:
         made = place.with_suffix(".new")
         made.write_text(str(value))
@@ -652,6 +678,8 @@ class Chaos:
         ways = [self.kill_server] * 2 + [self.kill_engine, self.kill_verifier, self.kill_trainer]
         ways += [self.stop_server, self.stop_engine, self.lock_database, self.fail_writes]
         ways += [self.slow_disk, self.tight_memory, self.no_memory, self.jump_clock]
+        if self._places.is_small:
+            ways += [self.full_disk]
         if self._places.remote:
             ways += [self.cut_database, self.cut_store, self.slow_database, self.slow_store]
         return ways
@@ -870,6 +898,8 @@ class Chaos:
         lines += [f"| {name} | {seconds:.0f} |" for name, seconds in self.phases.items()]
         lines += ["", "| outcome | times |", "|---|---:|"]
         lines += [f"| {name} | {count} |" for name, count in sorted(self.outcomes.items())]
+        if not self._places.is_small:
+            lines += ["", "No disk was filled: that takes the right to mount one."]
         verdict = "nothing lost, wrong or orphaned" if not self.wrong else f"{len(self.wrong)} findings"
         return "\n".join([*lines, "", f"seed {self._seed}, {sum(self.faults.values())} faults: {verdict}"])
 
