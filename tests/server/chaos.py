@@ -771,7 +771,7 @@ class Chaos:
             https = [clients.enter_context(server.client()) for server in self.servers]
             with self._timed("requests end"):
                 for server, http in zip(self.servers, https, strict=True):
-                    server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)  # noqa: B023
+                    server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 240)  # noqa: B023
             with self._timed("jobs end"):
                 self._check_jobs()
             self._check_kept(https[0])
@@ -783,7 +783,7 @@ class Chaos:
             with self._timed("tables clear"):
                 for what, query in clean.items():
                     try:
-                        self.servers[0].wait_for(lambda: not self._rows(query), 90)  # noqa: B023
+                        self.servers[0].wait_for(lambda: not self._rows(query), 240)  # noqa: B023
                     except TimeoutError:
                         self.wrong.append(f"orphaned {what}: {self._rows(query)}")
             seen = [
@@ -822,7 +822,7 @@ class Chaos:
                 http.post(f"/v1/fine_tuning/jobs/{job.id}/resume")
         with suppress(TimeoutError):
             self.servers[0].wait_for(
-                lambda: all(job.status in ("succeeded", "failed") for job in jobs().values()), 60
+                lambda: all(job.status in ("succeeded", "failed") for job in jobs().values()), 240
             )
         found = jobs()
         self.wrong += [f"lost job {one}" for one in self._jobs if one not in found]
@@ -864,7 +864,7 @@ class Chaos:
             self.wrong.append(f"the log has requests that run for ever: {left[:5]}")
 
     def _logged(self, http: httpx2.Client) -> list[dict[str, Any]]:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while True:
             found: list[dict[str, Any]] = http.get("/v1/requests?limit=1000").json()["data"]
             if time.monotonic() > end or not any(one["state"] == "running" for one in found):
@@ -873,7 +873,7 @@ class Chaos:
 
     def _check_orphans(self) -> None:
         """No process of the run is left, and no temporary file but what the store sweeps by its age."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while (left := list(self._processes())) and time.monotonic() < end:
             time.sleep(0.2)
         self.wrong += [f"orphaned process {one}" for one in left]

@@ -17,6 +17,7 @@ whose file begins with the word `sick` ends with an error, and one with `stuck` 
     paced        as `words`, but takes a byte from the pipe `--pace` before each step
     die-ready    takes a byte from that pipe once it is ready, and exits
     poison       as `words`, but exits in the step after a row came that asks for POISON tokens
+    gated-words  as `words`, but takes a byte from that pipe before it is ready; so any other behaviour
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class ScriptedEngine:
     """Rows that copy their prompt, in one loop over the socket."""
 
     def __init__(self, behaviour: str, connection: socket.socket, pipe: str = "") -> None:
-        self.behaviour = behaviour
+        self.behaviour = behaviour.removeprefix("gated-")
+        self.is_gated = behaviour != self.behaviour
         self.pipe = pipe
         self.paused = False
         self.connection = connection
@@ -154,6 +156,8 @@ class ScriptedEngine:
             max_slots=config.max_slots if self.behaviour == "few" else 1,
             max_rank=8, vocab_size=49152, load_seconds=0.0,
         )  # fmt: skip
+        if self.is_gated:
+            self.wait_for_byte()
         self.send(Ready(base))
         if self.behaviour == "die-ready":
             self.wait_for_byte()

@@ -12,6 +12,7 @@ several:
     dies-at-7-once  only when it has not gone on from a checkpoint
     dies-checking   is killed while it checks the file
     dies-checking-twice  only the first two times
+    checked-after=F waits with the check until the file F is there
     full            says that the disk is full at step 3, once
     worse           the report says that the adapter is no better
     worse-than-active  it says so of the active version alone
@@ -25,6 +26,7 @@ several:
     stands-at-7     stands still after that step, unless it has gone on from a checkpoint
     until-full      saves after step 5 until the disk is full, unless it has gone on from a checkpoint
     until-paused    waits after step 5 until it is to stop, unless it has gone on from a checkpoint
+    until=F         waits after step 5 until the file F is there, whatever it is told meanwhile
 """
 
 from __future__ import annotations
@@ -107,6 +109,7 @@ class ScriptedTrainer:
     def check(self, message: Check) -> None:
         words = Path(message.job.train).read_text().split()
         self.say(events.Phase(at=time.time(), name="validating_files"))
+        self.wait_for_file("checked-after", words)
         if "dies-checking" in words or ("dies-checking-twice" in words and self.checks(message) <= 2):
             os.kill(os.getpid(), signal.SIGKILL)
         if "broken" in words:
@@ -152,6 +155,8 @@ class ScriptedTrainer:
                 self.heed(None)
             while "until-paused" in words and step == 5 and not first and self.stop is None:
                 self.heed(None)
+            if step == 5:
+                self.wait_for_file("until", words)
             while "until-full" in words and step == 5 and not first:
                 self.save(folder, step)
                 self.heed(STEP_SECONDS)
@@ -183,6 +188,13 @@ class ScriptedTrainer:
                 self.last_step = message.step
             elif isinstance(message, Active):
                 self.active = message
+
+    def wait_for_file(self, name: str, words: list[str]) -> None:
+        """Wait for the file that the word `name=FILE` names, if there is such a word."""
+        for word in words:
+            wanted, _, file = word.partition("=")
+            while wanted == name and not Path(file).exists():
+                self.heed(STEP_SECONDS)
 
     def step(self, step: int, steps: int) -> None:
         self.heed(STEP_SECONDS)

@@ -6,6 +6,7 @@ the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd 
     proves    everything is proved, unless its weights begin with the word `broken`; what TASKS has is no
               adapter for text, and `score 1.5` has that `weight_score`
     slow      as `proves`, after a second
+    held=F    as `proves`, but no proof ends while F is there
     threaded=F  as `proves`, after a tenth of one; says that it computes with one thread. Each job adds the
         process's id to the file F
     steady=F  as `threaded`, after half a second
@@ -20,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import select
 import shutil
 import socket
 import sys
@@ -98,7 +100,9 @@ class ScriptedVerifier:
                 file.write(f"{os.getpid()}\n")
         self.send(VersionStage(job.digest, "validating", 0.1))
         self.send(VersionStage(job.digest, "proving", 0.5))
-        time.sleep({"slow": 1.0, "hangs": 3600.0, "steady": 0.5}.get(self.name, 0.1 * self.is_threaded))
+        self.pause({"slow": 1.0, "hangs": 3600.0, "steady": 0.5}.get(self.name, 0.1 * self.is_threaded))
+        while self.name == "held" and self.file.exists():
+            self.pause(0.02)
         content = Path(job.weights_path).read_bytes()
         if content.startswith(b"broken"):
             self.send(Rejected(digest=job.digest, code="broken_weights", message="these weights are broken"))
@@ -110,6 +114,15 @@ class ScriptedVerifier:
         weights = float(score[1]) if score else None
         report = msgspec.structs.replace(REPORT, task=task, labels=labels, weight_score=weights)
         self.send(Proved(digest=job.digest, report=report, sha256=sha256, bytes=len(content)))
+
+    def pause(self, seconds: float) -> None:
+        """Wait for so long, or end with the server."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if select.select([self.connection], [], [], left)[0]:
+                if not self.connection.recv(1, socket.MSG_PEEK):
+                    os._exit(0)
+                time.sleep(min(left, 0.02))  # its next job waits
 
     def merge(self, job: Merge) -> None:
         """The first one's config, and the weights of all with what each weighs, one after the other."""

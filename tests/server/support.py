@@ -54,20 +54,35 @@ class Server:
         self.data_dir = data_dir
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
+        self._log = bytearray()
+        self._reading = threading.Lock()
+        """Held from before a part of the log is taken out of its pipe until it is in `_log`."""
+        threading.Thread(target=self._read_log, daemon=True).start()
 
     def _read_log(self) -> None:
-        if self.process.stderr is None:
-            return
-        with self.process.stderr as log:
-            for line in log:
-                self._lines.append(line)
+        pipe = self.process.stderr
+        while pipe is not None:
+            select.select([pipe], [], [])
+            with self._reading:
+                data = os.read(pipe.fileno(), 1 << 16)
+                self._log += data
+                if not data:
+                    pipe.close()
+                    return
+
+    def _read_rest(self) -> None:
+        """Wait until all is read that was written so far: the end of the pipe comes with the last process
+        that inherited it, which may live on."""
+        pipe = self.process.stderr
+        while pipe is not None:
+            with self._reading:
+                if pipe.closed or not select.select([pipe], [], [], 0)[0]:
+                    return
+            time.sleep(0.01)
 
     @property
     def log(self) -> str:
-        return "".join(self._lines)
+        return bytes(self._log).decode(errors="replace")
 
     def client(self, timeout: float = 300.0) -> httpx2.Client:
         """What it answers must have a status that the OpenAPI file names."""
@@ -107,7 +122,7 @@ class Server:
     def exit_status(self, seconds: float = PATIENCE) -> int:
         """Wait for the process to end."""
         status = self.process.wait(seconds)
-        self._reader.join(5)
+        self._read_rest()
         return status
 
     def engine_pid(self) -> int:
@@ -172,11 +187,15 @@ def is_told(answer: httpx2.Response) -> None:
             return
 
 
+GONE = (FileNotFoundError, ProcessLookupError)
+"""What reading in /proc raises of a process that has ended before its file was opened, or since."""
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started, from any of its threads."""
     found: list[int] = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that thread has just ended
+        with contextlib.suppress(*GONE):  # that thread has just ended
             found += map(int, (thread / "children").read_text().split())
     return found
 
@@ -185,7 +204,7 @@ def live_trainers(pid: int) -> list[int]:
     """The trainers of live adapters that a process has started."""
     found = []
     for child in children(pid):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*GONE):
             if "live" in Path(f"/proc/{child}/cmdline").read_text().split("\0"):
                 found.append(child)
     return found
@@ -195,7 +214,7 @@ def command_of(pid: int) -> str:
     """The last part of the program that a process runs, as in `onebase_server.engine`."""
     try:
         parts = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    except FileNotFoundError:
+    except GONE:
         return ""
     return next((part.rpartition("/")[2] for part in parts if any(kind in part for kind in KINDS)), "")
 
@@ -204,7 +223,7 @@ def alive(pid: int) -> bool:
     """Whether a process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except GONE:
         return False
 
 
@@ -418,12 +437,14 @@ def routing(
 
 
 @contextlib.contextmanager
-def pace(folder: Path) -> Iterator[tuple[dict[str, str], Callable[[int], None]]]:
-    """The environment of a server whose scripted engine takes a byte a step, and what gives it some."""
+def pace(folder: Path, steps: int = 0) -> Iterator[tuple[dict[str, str], Callable[[int], None]]]:
+    """The environment of a server whose scripted engine takes a byte a step, and what gives it some more than
+    it has from the start."""
     pipe = folder / "pace"
     os.mkfifo(pipe)
     end = os.open(pipe, os.O_RDWR)  # opened for both ways, it waits for nobody
     try:
+        allow(end, steps)
         yield {"ONEBASE_TEST_PACE": str(pipe)}, lambda steps: allow(end, steps)
     finally:
         os.close(end)

@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from .support import Server, Starter, make_folder, upload
+from .support import PATIENCE, Server, Starter, make_folder, upload
 
 BODY = {"prompt": "word", "max_tokens": 1}
 
@@ -34,7 +34,7 @@ def check_whole(server: Server, http: httpx2.Client, name: str) -> None:
         found: list[dict[str, Any]] = http.get(f"/v1/adapters/{name}/versions").json()["data"]
         return found
 
-    server.wait_for(lambda: all(v["state"] in ("ready", "failed") for v in versions()), 60)
+    server.wait_for(lambda: all(v["state"] in ("ready", "failed") for v in versions()))
     assert versions()
     for version in versions():
         assert version["state"] == "ready"
@@ -69,7 +69,7 @@ class Sender:
                 self.acknowledged.append(answer.json()["version"])
 
     def join(self) -> None:
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
 
 
 def test_killed_at_any_moment_of_uploads_and_activations_nothing_is_half_done_or_forgotten(
@@ -82,7 +82,7 @@ def test_killed_at_any_moment_of_uploads_and_activations_nothing_is_half_done_or
             if run:
                 check_acknowledged(server, http, acknowledged)
             sender = Sender(server, run)
-            assert sender.third.wait(60)
+            assert sender.third.wait(PATIENCE)
             time.sleep(delay)
             kill(server)
             sender.join()
@@ -102,16 +102,17 @@ def check_acknowledged(server: Server, http: httpx2.Client, acknowledged: list[s
 def test_a_version_killed_in_its_proof_is_proved_and_activated_after_the_restart(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
-    data_dir = tmp_path / "data"
-    with serve_scripted("words,slow", data_dir=data_dir) as server, server.client() as http:
+    data_dir, held = tmp_path / "data", tmp_path / "held"
+    with serve_scripted(f"words,held={held}", data_dir=data_dir) as server, server.client() as http:
         old = upload(http, "acme", b"old", query="wait=true&activate=true").json()["version"]
+        held.touch()
         new = upload(http, "acme", b"new", query="activate=true").json()["version"]
-        server.wait_for(lambda: state_of(http, new) == "proving", 30)
+        server.wait_for(lambda: state_of(http, new) == "proving")
         kill(server)
 
-    with serve_scripted("words,slow", data_dir=data_dir) as server, server.client() as http:
+    with serve_scripted("words", data_dir=data_dir) as server, server.client() as http:
         assert http.get("/v1/adapters/acme").json()["version"] in (old, new)
-        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["version"] == new, 60)
+        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["version"] == new)
         check_whole(server, http, "acme")
 
 
@@ -133,14 +134,14 @@ def test_an_upload_cut_by_a_kill_leaves_nothing_that_a_later_start_does_not_swee
         before = stored(data_dir)
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head.encode() + b"w" * 3_000_000)
-            server.wait_for(lambda: stored(data_dir) > before, 30)
+            server.wait_for(lambda: stored(data_dir) > before)
             kill(server)
 
     (left,) = stored(data_dir) - before
     long_ago = time.time() - 7200
     os.utime(left, (long_ago, long_ago))
     with serve_scripted("words", data_dir=data_dir) as server, server.client() as http:
-        server.wait_for(lambda: stored(data_dir) == before, 30)
+        server.wait_for(lambda: stored(data_dir) == before)
         assert used_version(http, "acme") == kept
 
 
@@ -148,17 +149,26 @@ def stored(data_dir: Path) -> set[Path]:
     return {path for path in (data_dir / "store").rglob("*") if path.is_file()}
 
 
+@pytest.fixture
+def held(tmp_path: Path) -> Path:
+    """A file while which is there the verifier `held=FILE` ends no proof."""
+    file = tmp_path / "held"
+    file.touch()
+    return file
+
+
 def test_a_verifier_that_is_killed_is_replaced_and_the_version_still_gets_ready(
-    serve_scripted: Starter,
+    serve_scripted: Starter, held: Path
 ) -> None:
-    with serve_scripted("words,slow") as server, server.client() as http:
+    with serve_scripted(f"words,held={held}") as server, server.client() as http:
         digest = upload(http, "acme", b"acme", query="").json()["version"]
-        server.wait_for(lambda: state_of(http, digest) == "proving", 30)
+        server.wait_for(lambda: state_of(http, digest) == "proving")
         first = server.verifier_pid()
 
         os.kill(first, signal.SIGKILL)
+        held.unlink()
 
-        server.wait_for(lambda: state_of(http, digest) == "ready", 60)
+        server.wait_for(lambda: state_of(http, digest) == "ready")
         assert server.verifier_pid() != first
 
 
@@ -174,17 +184,18 @@ def test_a_version_whose_proof_never_ends_well_fails_by_itself(
         assert http.post("/generate", json=BODY).status_code == 200
 
 
-def test_versions_wait_for_the_next_engine_when_the_engine_dies(serve_scripted: Starter) -> None:
-    with serve_scripted("words,slow") as server, server.client() as http:
+def test_versions_wait_for_the_next_engine_when_the_engine_dies(serve_scripted: Starter, held: Path) -> None:
+    with serve_scripted(f"words,held={held}") as server, server.client() as http:
         digest = upload(http, "acme", b"acme", query="activate=true").json()["version"]
-        server.wait_for(lambda: state_of(http, digest) == "proving", 30)
+        server.wait_for(lambda: state_of(http, digest) == "proving")
         verifier = server.verifier_pid()
 
         os.kill(server.engine_pid(), signal.SIGKILL)
-        server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == 1, 30)
+        server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == 1)
         server.wait_ready()
+        held.unlink()
 
-        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["active"], 60)
+        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["active"])
         assert server.verifier_pid() != verifier
         assert used_version(http, "acme").startswith("acme@")
 
@@ -196,7 +207,7 @@ def test_what_is_pinned_is_in_memory_again_when_a_new_engine_is_ready(serve_scri
         http.post("/v1/adapters/pinned/pin", json={"pinned": True}).raise_for_status()
 
         os.kill(server.engine_pid(), signal.SIGKILL)
-        server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == 1, 30)
+        server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == 1)
         server.wait_ready()
 
         assert http.get("/v1/adapters/pinned").json()["tier"] == "host"
@@ -227,9 +238,7 @@ def test_a_prepared_file_that_is_lost_or_damaged_is_made_again(
         first = http.post("/generate", json={**BODY, "adapter": "acme"})
         assert first.status_code == 503
         assert first.json()["error"]["code"] == "adapter_unavailable"
-        server.wait_for(
-            lambda: http.post("/generate", json={**BODY, "adapter": "acme"}).status_code == 200, 60
-        )
+        server.wait_for(lambda: http.post("/generate", json={**BODY, "adapter": "acme"}).status_code == 200)
         assert used_version(http, "acme") == used
 
 
@@ -261,15 +270,17 @@ def test_a_folder_given_at_start_gives_way_to_what_was_activated_since(
 
 
 def test_a_version_whose_proof_ends_while_the_registry_cannot_be_written_is_ready_afterwards(
-    serve_scripted: Starter, tmp_path: Path
+    serve_scripted: Starter, held: Path
 ) -> None:
-    with serve_scripted("words,slow", data_dir=tmp_path / "data") as server, server.client() as http:
+    with serve_scripted(f"words,held={held}") as server, server.client() as http:
         upload(http, "acme", b"proved", query="activate=true").raise_for_status()
+        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["state"] == "proving")
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-        server.wait_for(lambda: "of acme waits: " in server.log, 60)
+        held.unlink()
+        server.wait_for(lambda: "of acme waits: " in server.log)
         assert http.get("/v1/adapters/acme").json()["state"] in ("validating", "proving")
 
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, unlimited)
 
-        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["active"], 60)
+        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["active"])

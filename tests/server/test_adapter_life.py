@@ -16,7 +16,7 @@ import pytest
 
 from ..hub_standin import HubStandIn
 from .conftest import make_adapter
-from .support import ROOT, Server, Starter, upload, upload_folder
+from .support import PATIENCE, ROOT, Server, Starter, upload, upload_folder
 
 ORDERS, PIRATE = (ROOT / "examples" / "adapters" / name for name in ("orders", "pirate"))
 OPTIONS = ["--kv-memory", "300MB", "--max-sequences", "16", "--threads", "1", "--hub-allow", "acme/*"]
@@ -72,7 +72,7 @@ class Stream:
 
     def ended(self) -> tuple[str, Any]:
         """The whole text and the version, once the stream has ended well."""
-        self._thread.join(300)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         assert self.error is None
         return self.text, self.label
@@ -81,7 +81,7 @@ class Stream:
 def started(server: Server, prompts: list[str], adapter: str, tokens: int) -> list[Stream]:
     streams = [Stream(server, prompt, adapter, tokens) for prompt in prompts]
     for stream in streams:
-        assert stream.begun.wait(120)
+        assert stream.begun.wait(PATIENCE)
     return streams
 
 
@@ -177,17 +177,17 @@ def test_a_verifier_killed_under_streams_disturbs_none_and_its_version_is_proved
     weights = (ORDERS / "adapter_model.safetensors").read_bytes()
     pending = upload(http, "third", weights, json.dumps(config), query="activate=true").json()
     path = f"/v1/adapters/third/versions/{pending['version']}"
-    server.wait_for(lambda: http.get(path).json()["state"] == "proving", 120)
+    server.wait_for(lambda: http.get(path).json()["state"] == "proving")
     streams = started(server, PROMPTS, "shop", LONG)
 
     verifier = server.verifier_pid()
     os.kill(verifier, signal.SIGKILL)
 
     assert [stream.ended() for stream in streams] == before
-    server.wait_for(lambda: http.get(path).json()["state"] not in ("validating", "proving"), 240)
+    server.wait_for(lambda: http.get(path).json()["state"] not in ("validating", "proving"))
     assert http.get(path).json()["state"] == "ready"
     assert server.verifier_pid() != verifier
-    server.wait_for(lambda: http.get("/v1/adapters/third").json()["active"], 60)
+    server.wait_for(lambda: http.get("/v1/adapters/third").json()["active"])
     assert answer_of(http, PROMPTS[0], "third")[0] != answer_of(http, PROMPTS[0], "shop")[0]
 
 
@@ -224,7 +224,7 @@ def test_adapters_come_back_when_the_engine_is_killed(
     restarts = http.get("/status").json()["engine"]["restarts"]
 
     os.kill(server.engine_pid(), signal.SIGKILL)
-    server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == restarts + 1, 60)
+    server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == restarts + 1)
     server.wait_ready()
 
     assert http.get("/v1/adapters/shop").json()["tier"] == "host"

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from .support import CONFIG, Server, Starter, one_server, upload
+from .support import CONFIG, PATIENCE, Server, Starter, one_server, upload
 
 LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
 
@@ -99,7 +99,7 @@ def test_without_wait_the_answer_is_a_version_on_its_way(http: httpx2.Client, se
     version = answer.json()
     assert answer.status_code == 202
     assert version["state"] in ("validating", "proving")
-    server.wait_for(lambda: http.get("/v1/adapters/soon").json()["active"], 30)
+    server.wait_for(lambda: http.get("/v1/adapters/soon").json()["active"])
     assert http.post("/generate", json={"prompt": "word", "max_tokens": 1, "adapter": "soon"}).json()[
         "adapter"
     ] == (f"soon@{version['version'][:12]}")
@@ -114,7 +114,7 @@ def test_a_version_may_be_waited_for(http: httpx2.Client, server: Server) -> Non
     version = http.get(path, params={"wait_seconds": 10}).json()
 
     assert (version["state"], version["active"]) == ("ready", True) or time.monotonic() - asked >= 10
-    server.wait_for(lambda: http.get(path, params={"wait_seconds": 10}).json()["active"], 60)
+    server.wait_for(lambda: http.get(path, params={"wait_seconds": 10}).json()["active"])
     version = http.get(path).json()
     assert http.get(path, params={"wait_seconds": 10}).json() == version
     assert error(http.get(path, params={"wait_seconds": 11}), 400)["param"] == "query.wait_seconds"
@@ -299,21 +299,21 @@ def test_what_is_in_use_is_deleted_by_force_only_which_ends_its_rows_and_no_othe
     ended: list[str] = []
     going: list[str] = []
     threads = [running_stream(server, "used", ended), running_stream(server, "other", going)]
-    server.wait_for(lambda: bool(ended and going), 30)
+    server.wait_for(lambda: bool(ended and going))
 
     assert error(http.delete("/v1/adapters/used"), 409)["code"] == "adapter_in_use"
     assert error(http.delete(f"/v1/adapters/used/versions/{first}"), 409)["code"] == "adapter_in_use"
     assert http.delete("/v1/adapters/used?force=true").json()["deleted"] is True
-    threads[0].join(30)
+    threads[0].join(PATIENCE)
 
     assert json.loads(ended[-2])["error"]["code"] == "adapter_deleted"
     assert ended[-1] == "[DONE]"
     assert http.get("/v1/adapters/used").status_code == 404
     seen = len(going)
-    server.wait_for(lambda: len(going) > seen + 5, 30)
+    server.wait_for(lambda: len(going) > seen + 5)
     assert http.delete("/v1/adapters/other?force=true").status_code == 200
-    threads[1].join(30)
-    server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 30)
+    threads[1].join(PATIENCE)
+    server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
 
 
 def test_deleting_frees_memory_and_the_same_content_can_come_back(
@@ -325,7 +325,7 @@ def test_deleting_frees_memory_and_the_same_content_can_come_back(
 
     http.delete("/v1/adapters/phoenix").raise_for_status()
 
-    server.wait_for(lambda: http.get("/status").json()["host_memory"]["used"] <= full - 7000, 30)
+    server.wait_for(lambda: http.get("/status").json()["host_memory"]["used"] <= full - 7000)
     again = upload(http, "phoenix", b"phoenix" * 1000, query="wait=true&activate=true")
     assert used_version(http, "phoenix") == again.json()["id"]
 

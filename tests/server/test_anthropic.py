@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -19,7 +20,7 @@ from onebase_server.requests.schemas.anthropic import ConversationRequest, Messa
 from onebase_server.requests.schemas.openai import ChatRequest
 from onebase_server.requests.schemas.wire import validation_error
 
-from .support import Server, Starter, one_server
+from .support import Server, Starter, one_server, pace
 
 BASE = "smollm2-135m-instruct"
 USER = {"role": "user", "content": "hi"}
@@ -292,10 +293,11 @@ def test_a_stream_is_made_of_named_events_and_has_no_mark_at_its_end(server: Ser
 
 @one_server
 def test_an_error_has_the_clients_type_and_comes_in_a_stream_as_an_event(
-    serve_scripted: Starter,
+    serve_scripted: Starter, tmp_path: Path
 ) -> None:
     with (
-        serve_scripted("words") as server,
+        pace(tmp_path, 1) as (environment, _),  # only the first engine gets ready
+        serve_scripted("gated-words", environment=environment) as server,
         anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client,
     ):
         with pytest.raises(anthropic.NotFoundError) as unknown:
@@ -337,5 +339,5 @@ def test_where_the_base_does_not_think_a_budget_is_refused_but_anthropics_change
             400,
             "thinking_budget_not_supported",
         )
-        thinking = {"type": "enabled", "budget_tokens": 1024}
-        assert http.post("/v1/messages", json=asked | {"thinking": thinking}).status_code == 200
+        more = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "stop_sequences": ["hello"]}
+        assert http.post("/v1/messages", json=asked | more).status_code == 200

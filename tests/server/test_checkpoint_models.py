@@ -82,7 +82,7 @@ def test_a_checkpoint_is_gone_with_the_end_of_its_job_and_the_error_says_what_to
     model = newest(client, cancelled.id)
     ask(client, model)
     client.fine_tuning.jobs.cancel(cancelled.id)
-    assert server.client().get(f"/v1/adapters/{model}").status_code == 404
+    server.wait_for(lambda: server.client().get(f"/v1/adapters/{model}").status_code == 404)
     with pytest.raises(openai.NotFoundError, match="is gone"):
         ask(client, model)
 

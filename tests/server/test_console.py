@@ -220,4 +220,5 @@ def test_a_server_names_the_page_in_its_root_and_when_it_starts(scripted: Server
         assert http.get("/").json()["console"] == "/console"
         told = http.get("/console").status_code == 200
         assert http.post("/console").status_code == 405
+    scripted.wait_for(lambda: scripted.url in scripted.log)
     assert (f"{scripted.url}/console" in scripted.log) == told

@@ -36,6 +36,7 @@ from onebase_server.http.server import run_server
 
 from .scripted_engine import POISON
 from .support import HERE, PATIENCE, Server, Starter, alive, free_port, make_folder, pace
+from .training_support import until
 
 LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
 
@@ -57,7 +58,7 @@ def test_running_requests_end_with_an_error_when_the_engine_dies_and_new_ones_ar
         server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
 
         os.kill(first_pid, signal.SIGKILL)
-        reader.join(30)
+        reader.join(PATIENCE)
 
         assert json.loads(events[-2])["error"]["code"] == "engine_restarted"
         assert events[-1] == "[DONE]"
@@ -87,8 +88,14 @@ def test_a_request_that_kills_two_engines_gets_422_from_then_on(serve_scripted: 
         assert http.get("/status").json()["engine"]["restarts"] == 2
 
 
-def test_while_the_engine_restarts_requests_get_503_with_retry_after(serve_scripted: Starter) -> None:
-    with serve_scripted("words") as server, server.client() as http:
+def test_while_the_engine_restarts_requests_get_503_with_retry_after(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with (
+        pace(tmp_path, 1) as (environment, allow),  # only the first engine gets ready by itself
+        serve_scripted("gated-words", environment=environment) as server,
+        server.client() as http,
+    ):
         whole: dict[str, httpx2.Response] = {}
         body = {**LONG, "stream": False}
         waiting = threading.Thread(
@@ -98,7 +105,7 @@ def test_while_the_engine_restarts_requests_get_503_with_retry_after(serve_scrip
         server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
 
         os.kill(server.engine_pid(), signal.SIGKILL)
-        waiting.join(30)
+        waiting.join(PATIENCE)
         refused = http.post("/generate", json={"prompt": "word"})
 
         for answer in (whole["answer"], refused):
@@ -106,11 +113,18 @@ def test_while_the_engine_restarts_requests_get_503_with_retry_after(serve_scrip
             assert int(answer.headers["retry-after"]) >= 1
         assert whole["answer"].json()["error"]["code"] == "engine_restarted"
         assert refused.json()["error"]["code"] == "engine_restarting"
+        allow(1)
         server.wait_ready()
 
 
-def test_an_engine_that_makes_no_progress_turns_health_bad_and_is_replaced(serve_scripted: Starter) -> None:
-    with serve_scripted("deaf", "--stall-timeout", "0.5") as server, server.client() as http:
+def test_an_engine_that_makes_no_progress_turns_health_bad_and_is_replaced(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with (
+        pace(tmp_path, 1) as (environment, allow),
+        serve_scripted("gated-deaf", "--stall-timeout", "0.5", environment=environment) as server,
+        server.client() as http,
+    ):
         first_pid = server.engine_pid()
         assert http.get("/health").status_code == 200
 
@@ -120,6 +134,7 @@ def test_an_engine_that_makes_no_progress_turns_health_bad_and_is_replaced(serve
         assert answer.status_code == 503
         assert unhealthy.status_code == 503
         assert unhealthy.json()["engine"] == "stalled"
+        allow(1)
         server.wait_for(lambda: server.status_of("/health") == 200)
         server.wait_ready()
         assert server.engine_pid() != first_pid
@@ -128,24 +143,24 @@ def test_an_engine_that_makes_no_progress_turns_health_bad_and_is_replaced(serve
 def test_a_pause_that_a_frozen_engine_does_not_take_hides_no_stall_and_leaves_no_pause(
     serve_scripted: Starter,
 ) -> None:
-    with serve_scripted("words", "--stall-timeout", "1") as server, server.client() as http:
+    with serve_scripted("words", "--stall-timeout", "2") as server, server.client() as http:
         pid = server.engine_pid()
         with ThreadPoolExecutor() as threads:
             request = threads.submit(http.post, "/generate", json={"prompt": "word", "max_tokens": 400})
             server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
             os.kill(pid, signal.SIGSTOP)
             assert http.post("/pause", params={"mode": "keep"}).status_code == 503
-            assert request.result(60).json()["error"]["code"] == "engine_restarted"
+            assert request.result(PATIENCE).json()["error"]["code"] == "engine_restarted"
         server.wait_ready()
         assert server.engine_pid() != pid
         assert http.get("/is_paused").json() == {"is_paused": False}
 
 
 def test_an_engine_whose_rows_all_wait_for_grammars_is_no_stall(serve_scripted: Starter) -> None:
-    with serve_scripted("awaits", "--stall-timeout", "0.2") as server, server.client() as http:
+    with serve_scripted("awaits", "--stall-timeout", "2") as server, server.client() as http:
         pid = server.engine_pid()
 
-        answer = http.post("/generate", json={"prompt": "word", "timeout_s": 1.0})
+        answer = http.post("/generate", json={"prompt": "word", "timeout_s": 4.0})
 
         assert answer.json()["choices"][0]["finish_reason"] == "cancelled", answer.text
         assert server.status_of("/health") == 200
@@ -250,9 +265,13 @@ def test_requests_beyond_the_queue_get_429_with_retry_after(serve_scripted: Star
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_new_requests_and_lets_running_ones_end(
-    serve_scripted: Starter, stop: signal.Signals
+    serve_scripted: Starter, tmp_path: Path, stop: signal.Signals
 ) -> None:
-    with serve_scripted("words") as server, server.client() as http:
+    with (
+        pace(tmp_path, 2) as (environment, allow),
+        serve_scripted("paced", environment=environment) as server,
+        server.client() as http,
+    ):
         events: list[str] = []
         body = {"prompt": "word", "max_tokens": 60, "stream": True}
         reader = threading.Thread(target=lambda: events.extend(stream_until_end(server, body)))
@@ -262,7 +281,8 @@ def test_a_signal_stops_new_requests_and_lets_running_ones_end(
         server.signal(stop)
         server.wait_for(lambda: http.get("/ready").status_code == 503)
         refused = http.post("/generate", json={"prompt": "word"})
-        reader.join(30)
+        allow(60)
+        reader.join(PATIENCE)
 
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "server_stopping"
@@ -313,23 +333,28 @@ def test_a_server_whose_terminal_is_closed_lets_running_requests_end(tmp_path: P
             terminal.close()
             events = [first, *(line for line in lines if line)]
         assert sum('"text":"word"' in event for event in events) == 60
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(PATIENCE) == 0
     finally:
         terminal.process.kill()
         terminal.process.wait()
 
 
-def test_a_hang_up_that_comes_twice_ends_no_request(serve_scripted: Starter) -> None:
-    with serve_scripted("words") as server, server.client() as http:
+def test_a_hang_up_that_comes_twice_ends_no_request(serve_scripted: Starter, tmp_path: Path) -> None:
+    with (
+        pace(tmp_path, 2) as (environment, allow),
+        serve_scripted("paced", environment=environment) as server,
+        server.client() as http,
+    ):
         events: list[str] = []
-        body = {"prompt": "word", "max_tokens": 100, "stream": True}
+        body = {"prompt": "word", "max_tokens": 9, "stream": True}
         reader = threading.Thread(target=lambda: events.extend(stream_until_end(server, body)))
         reader.start()
         server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
         server.signal(signal.SIGHUP)
         server.wait_for(lambda: server.status_of("/ready") == 503)
         server.signal(signal.SIGHUP)
-        reader.join(30)
+        allow(9)
+        reader.join(PATIENCE)
         assert events[-1] == "[DONE]"
         assert server.exit_status() == 0
 
@@ -377,10 +402,7 @@ def test_the_engine_ends_when_the_api_is_killed(serve_scripted: Starter) -> None
         server.signal(signal.SIGKILL)
         server.exit_status()
 
-        end = time.monotonic() + 30
-        while alive(engine) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not alive(engine)
+        until(lambda: not alive(engine))
 
 
 async def run_parts(

@@ -115,7 +115,7 @@ def test_a_stop_string_never_shows_in_a_stream_and_frees_the_row(api: Any) -> No
 
     assert text_of(events) == plain[: plain.index(stop)]
     assert events[-3]["finish_reason"] == "stop"
-    api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0, 30)
+    api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0)
 
 
 def test_a_stop_token_ends_the_text_before_itself(api: Any, tokenizer: BaseTokenizer) -> None:
@@ -243,8 +243,8 @@ def test_a_caller_who_leaves_frees_the_row(api: Any) -> None:
         assert next(lines).startswith("data: ")
         assert api.http.get("/status").json()["requests"] == 1
 
-    api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0, 30)
-    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["sequences_running"] == 0, 30)
+    api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0)
+    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["sequences_running"] == 0)
 
 
 @one_server
@@ -254,7 +254,7 @@ def test_a_caller_who_leaves_without_a_stream_frees_the_row(api: Any) -> None:
     with api.server.client(timeout=1.0) as impatient, pytest.raises(Exception, match="timed out"):
         impatient.post("/generate", json=body)
 
-    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["sequences_running"] == 0, 30)
+    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["sequences_running"] == 0)
 
 
 def test_hugging_faces_client_gets_texts_tokens_and_streams(api: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from .access import Keys, bearer, client_with
 from .scripted_engine import POISON
-from .support import Server, Starter, one_server, pace
+from .support import PATIENCE, Server, Starter, one_server, pace
 from .test_slow_readers import is_cut_off
 
 FRANCE = "The capital of France is"
@@ -286,6 +286,6 @@ def test_a_reader_that_does_not_read_is_cut_off(serve_scripted: Starter) -> None
         server.wait_for(lambda: "not read fast enough" in server.log)
         with server.client() as http:
             server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
-        lazy.settimeout(30)
+        lazy.settimeout(PATIENCE)
         assert is_cut_off(lazy)
         assert "Traceback" not in server.log

@@ -307,7 +307,7 @@ def server(
             text = text.replace(f'"{old}"', f'"{new}"')
         file.write_text(text)
     (folder / "chat_template.jinja").write_text(ECHOED)
-    with serve_scripted("words", "--base", str(folder)) as server:
+    with serve_scripted("flood", "--base", str(folder)) as server:
         yield server
 
 

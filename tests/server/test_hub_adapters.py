@@ -17,7 +17,7 @@ import pytest
 
 from ..hub_standin import Faults, HubStandIn
 from .access import Keys, client_with
-from .support import CONFIG, Server, Starter, one_server, upload
+from .support import CONFIG, PATIENCE, Server, Starter, one_server, upload
 
 ALLOW = ("--hub-allow", "acme/*", "--hub-allow", "solo/one", "--max-upload", "1MB")
 
@@ -108,7 +108,7 @@ def test_an_explicit_pull_is_seen_while_it_runs_under_its_own_id(
         fractions.append(seen["progress"]["fraction"] if seen["progress"] else 1.0)
         return bool(seen["state"] == "ready")
 
-    server.wait_for(ready, 60)
+    server.wait_for(ready)
     assert any(0 < fraction < 1 for fraction in fractions)
     assert len(http.get(path).json()["version"]) == 64
 
@@ -302,7 +302,7 @@ def test_a_failed_pull_says_why_under_its_id(http: httpx2.Client, hub: HubStandI
     pending = pull(http, "acme/never", "", name="never").json()
     path = f"/v1/adapters/never/versions/{pending['version']}"
 
-    server.wait_for(lambda: http.get(path).json()["state"] == "failed", 60)
+    server.wait_for(lambda: http.get(path).json()["state"] == "failed")
 
     assert http.get(path).json()["error"]["code"] == "hub_not_found"
 
@@ -349,11 +349,11 @@ def test_a_slow_hub_holds_up_nobody_else_and_the_request_as_long_as_its_timeout_
             assert generate(http, "local").status_code == 200
             assert upload(http, "meanwhile", b"meanwhile").status_code == 200
             assert http.get("/v1/adapters").status_code == 200
-            assert len(events) > seen
+            server.wait_for(lambda: len(events) > seen)
             assert not any(request.done() for request in waiting)
             refused = [error(request.result(), 503) for request in waiting]
     stop.set()
-    streaming.join(30)
+    streaming.join(PATIENCE)
 
     assert {one["code"] for one in refused} == {"adapter_timeout"}
 

@@ -51,8 +51,8 @@ def logging_json(serve_scripted: Starter) -> Iterator[Server]:
 
 
 def test_each_line_is_an_object_that_says_who_speaks(logging_json: Server) -> None:
+    logging_json.wait_for(lambda: "is ready at" in logging_json.log)
     found = lines(logging_json)
-    assert found
     for one in found:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", one["time"])
         assert one["level"] in ("debug", "info", "warning", "error", "critical")

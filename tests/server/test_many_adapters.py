@@ -21,7 +21,7 @@ from onebase_adapters.store.store import Store
 from onebase_edge.settings import Settings
 from onebase_server.storage.opening import open_storage
 
-from .support import Server, Starter, make_folder, upload
+from .support import PATIENCE, Server, Starter, make_folder, upload
 
 ADAPTERS = 1000
 SIZE = 20_000
@@ -156,7 +156,7 @@ def test_one_that_is_pinned_or_running_is_never_evicted(http: httpx2.Client, ser
 
     running = threading.Thread(target=stream)
     running.start()
-    server.wait_for(lambda: len(events) > 3, 30)
+    server.wait_for(lambda: len(events) > 3)
     for number in range(100, 100 + 3 * RESIDENT):
         name = f"tenant-{number:04}"
         version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
@@ -166,7 +166,7 @@ def test_one_that_is_pinned_or_running_is_never_evicted(http: httpx2.Client, ser
     assert http.get("/v1/adapters/tenant-0002").json()["tier"] != "disk"
     assert memory(http)["used"] <= RESIDENT * SIZE
     http.delete("/v1/adapters/tenant-0002?force=true").raise_for_status()
-    running.join(30)
+    running.join(PATIENCE)
     assert json.loads(events[-4].removeprefix("data: "))["error"]["code"] == "adapter_deleted"
 
 

@@ -17,6 +17,8 @@ from onebase_server.jobs import grading
 from onebase_server.jobs.grading import PythonProcess
 from onebase_training.graders import Graded, GradingError
 
+from .support import PATIENCE
+
 pytestmark = pytest.mark.skipif(not can_confine_code(), reason="the kernel has no Landlock or no seccomp")
 GRADED = Graded("one two", {"words": 2})
 Start = Callable[[str], PythonProcess]
@@ -117,7 +119,7 @@ def test_closing_ends_a_grader_that_hangs(start: Start, monkeypatch: pytest.Monk
         time.sleep(0.01)
     time.sleep(0.5)
     process.close()
-    thread.join(30)
+    thread.join(PATIENCE)
     assert failed == ["python_grader_runtime_error"]
 
 

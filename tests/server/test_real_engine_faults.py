@@ -19,7 +19,7 @@ from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_server.processes.verifier_protocol import scratch_folder
 
 from .conftest import make_adapter
-from .support import Server, Starter, alive, children, command_of, launch, make_folder
+from .support import PATIENCE, Server, Starter, alive, children, command_of, launch, make_folder
 from .training_support import make_job, openai_client
 
 ENDLESS = {"prompt": "word", "max_tokens": 30_000, "n": 4, "ignore_eos": True}
@@ -51,7 +51,7 @@ def test_a_killed_and_a_frozen_engine_are_replaced_and_answer_as_before(
                 server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
                 first = server.engine_pid()
                 os.kill(first, fault)
-                answer = request.result(120)
+                answer = request.result(PATIENCE)
 
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "engine_restarted"
@@ -76,11 +76,11 @@ def test_an_engine_whose_sequences_wait_longer_for_a_mask_than_a_stall_takes_is_
         (follower,) = children(template)
         os.kill(follower, signal.SIGSTOP)
         with ThreadPoolExecutor() as threads:
-            request = threads.submit(http.post, "/generate", json=body | {"temperature": 0}, timeout=120)
+            request = threads.submit(http.post, "/generate", json=body | {"temperature": 0}, timeout=PATIENCE)
             time.sleep(12)
             assert not request.done()
             os.kill(follower, signal.SIGCONT)
-            assert request.result(120).json()["choices"] == before
+            assert request.result(PATIENCE).json()["choices"] == before
         assert server.engine_pid() == engine
 
 
@@ -165,7 +165,7 @@ def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(
             server.signal(signal.SIGTERM)
 
             assert server.exit_status() == 128 + signal.SIGTERM
-            request.join(30)
+            request.join(PATIENCE)
             assert [pid for pid in started if alive(pid)] == []
             assert not any(scratch_folder(pid).exists() for pid in started)
         finally:

@@ -27,7 +27,7 @@ from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.requests.stored_responses import OVERHEAD, StoredResponse, StoredResponses
 
 from .access import Keys, client_with
-from .support import Server, Starter
+from .support import PATIENCE, Server, Starter
 
 BASE = "smollm2-135m-instruct"
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
@@ -411,9 +411,9 @@ def test_a_stream_whose_engine_dies_ends_with_a_response_that_failed(
 
     reader = threading.Thread(target=read)
     reader.start()
-    begun.wait(60)
+    begun.wait(PATIENCE)
     os.kill(server.engine_pid(), signal.SIGKILL)
-    reader.join(60)
+    reader.join(PATIENCE)
     server.wait_ready()
     failed = events[-1]
     assert (failed.type, failed.response.status) == ("response.failed", "failed")

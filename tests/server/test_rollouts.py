@@ -280,7 +280,7 @@ def test_a_candidate_that_stalls_is_rolled_back(scripted: Server) -> None:
         asked = 0
 
         def wait_for_answer(number: int) -> int:
-            return ask(http, "stalling", f"user-{number}", timeout_s=0.3).status_code
+            return ask(http, "stalling", f"user-{number}", timeout_s=1.0).status_code
 
         while rollout_of(http, "stalling")["state"] == "running" and asked < 400:
             list(pool.map(wait_for_answer, range(asked, asked + 16)))

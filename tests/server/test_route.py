@@ -362,8 +362,7 @@ def test_a_route_without_an_admin_key_says_what_is_missing_and_passes_requests_o
         assert generate(http).status_code == 200
         told = http.post("/generate", json={"prompt": "a", "max_tokens": 2, "stream": True})
         assert told.text.endswith("data: [DONE]\n\n")
-        assert "gives this route no secret" in route.log
-        assert "--key-file" in route.log
+        assert wait(lambda: "gives this route no secret" in route.log and "--key-file" in route.log)
         assert client_with(route, admin).get("/route_secret").json()["error"]["code"] == "of_one_server"
 
 

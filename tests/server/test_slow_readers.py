@@ -8,7 +8,7 @@ import socket
 import struct
 from pathlib import Path
 
-from .support import Server, Starter, pace
+from .support import PATIENCE, Server, Starter, pace
 
 ENDLESS = {"prompt": "word " * 50, "max_tokens": 90_000, "stream": True}
 
@@ -37,7 +37,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_others_are_served(serve_scri
 
             assert other.json()["choices"][0]["text"] == "wordwordword"
             assert other.json()["timing"]["decode_s"] == 2.0  # when steps were made, not when they were read
-            lazy.settimeout(30)
+            lazy.settimeout(PATIENCE)
             assert is_cut_off(lazy)
         assert "Traceback" not in server.log
 
@@ -82,7 +82,7 @@ def test_a_stream_that_nobody_reads_gives_its_rows_back(serve_scripted: Starter)
     ):
         server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
 
-        server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 120)
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
 
 
 def test_connections_that_are_reset_in_mid_stream_leave_no_descriptor(scripted: Server) -> None:
@@ -94,8 +94,8 @@ def test_connections_that_are_reset_in_mid_stream_leave_no_descriptor(scripted: 
                 connection.recv(100)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-        scripted.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
-        scripted.wait_for(lambda: open_sockets(scripted) <= before + 1, 60)  # and the client's own
+        scripted.wait_for(lambda: http.get("/status").json()["requests"] == 0)
+        scripted.wait_for(lambda: open_sockets(scripted) <= before + 1)  # and the client's own
 
 
 def open_sockets(server: Server) -> int:

@@ -54,7 +54,7 @@ async def soak(url: str) -> list[str]:
 def test_requests_and_abandoned_streams_leave_no_row_and_no_open_file(serve_scripted: Starter) -> None:
     with serve_scripted("words") as server, server.client() as http:
         asyncio.run(soak(server.url))
-        server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
         before = open_files(server)
 
         def are_closed() -> bool:
@@ -62,8 +62,8 @@ def test_requests_and_abandoned_streams_leave_no_row_and_no_open_file(serve_scri
 
         for _ in range(5):  # connections to the registry are opened as they are needed, and kept
             outcomes = asyncio.run(soak(server.url))
-            server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
-            server.wait_for(lambda: http.get("/status").json()["stats"]["sequences_running"] == 0, 60)
+            server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
+            server.wait_for(lambda: http.get("/status").json()["stats"]["sequences_running"] == 0)
             assert set(outcomes) == {"whole", "left"}
             with suppress(TimeoutError):
                 server.wait_for(are_closed, 15)

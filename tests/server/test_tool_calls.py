@@ -692,11 +692,12 @@ def test_a_server_says_at_start_what_its_template_keeps_from_being_served(
     folder = shutil.copytree(small_base, tmp_path / "base")
     (folder / "chat_template.jinja").write_text(template)
     with serve_scripted("words", "--base", str(folder)) as server:
-        assert re.search(row, server.log)
+        server.wait_for(lambda: re.search(row, server.log) is not None)
 
 
 def test_a_server_whose_base_calls_tools_says_nothing_of_them_at_start(serve_scripted: Starter) -> None:
     with serve_scripted("words") as server:
+        server.wait_for(lambda: server.url in server.log)  # what it says at its start has been read
         assert "not served" not in server.log
 
 

@@ -23,8 +23,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from tests.http_server import StandInServer
 
 from .access import bearer
-from .support import SOURCES, Server, Starter, upload
-from .test_logs import BASE, CANARY, lines, speak
+from .support import PATIENCE, SOURCES, Server, Starter, upload
+from .test_logs import BASE, CANARY, about, speak
 from .training_support import ended, make_job, openai_client, wait_job
 
 PARTS = ["adapter load", "queue", "prefill", "decode", "stream"]
@@ -65,7 +65,7 @@ class Collector:
 
     def wait(self, found: Callable[[Any], bool], count: int = 1) -> list[Any]:
         """The spans for which that holds, once there are so many."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while len(some := [span for span in list(self.spans) if found(span)]) < count:
             assert time.monotonic() < end, [span.name for span in self.spans]
             time.sleep(0.05)
@@ -204,7 +204,8 @@ def test_without_a_callers_context_a_trace_begins_here_and_logs_name_it(
             http.post("/generate", json={"prompt": "x", "max_tokens": 1}, headers=headers)
             (span,) = collector.wait(of_request(name))
             assert span.parent_span_id == b""
-            (logged,) = (one for one in lines(server) if one.get("request_id") == name)
+            server.wait_for(lambda name=name: about(server, name) != [])
+            (logged,) = about(server, name)
             assert logged["trace_id"] == span.trace_id.hex()
 
 

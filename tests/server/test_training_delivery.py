@@ -161,7 +161,7 @@ def test_an_adapter_that_no_verifier_proves_fails_its_job_for_now(deliver: Any) 
 def test_a_job_that_is_stopped_before_it_is_delivered_again_never_gets_active(
     serve_scripted: Starter, tmp_path: Path, wish: str, state: str
 ) -> None:
-    with serve_scripted("words,slow", data_dir=tmp_path) as server:
+    with serve_scripted("words,hangs", data_dir=tmp_path) as server:
         client = openai_client(server)
         job = make_job(client, "rows", extra={"name": "orders", "activate": "always"})
         server.wait_for(lambda: _state_of_the_version(server) in ("validating", "proving"))
@@ -186,18 +186,21 @@ def test_a_job_that_is_stopped_before_it_is_delivered_again_never_gets_active(
 
 @pytest.mark.parametrize("then", ["another", "none"])
 def test_a_version_is_not_activated_in_place_of_one_that_it_was_not_compared_with(
-    serve_scripted: Starter, then: str
+    serve_scripted: Starter, tmp_path: Path, then: str
 ) -> None:
-    with serve_scripted("words,slow") as server, server.client() as http:
+    held = tmp_path / "held"
+    with serve_scripted(f"words,held={held}") as server, server.client() as http:
         client = openai_client(server)
         old = run_job(server, client, "rows", extra={"name": "orders"})
         other = run_job(server, client, "rows", extra={"name": "orders", "activate": "never"})
+        held.touch()
         job = make_job(client, "rows", extra={"name": "orders"})
         server.wait_for(lambda: "The adapter is being proved." in messages(client, job.id))
         if then == "none":
             assert http.post("/v1/adapters/orders/deactivate").is_success
         else:
             assert http.post("/v1/adapters/orders/activate", json={"version": other.version}).is_success
+        held.unlink()
         done = wait_job(server, client, job.id, ended)
         assert (done.status, done.activated, done.report["active"]) == ("succeeded", False, old.version)
         (said, *_) = client.fine_tuning.jobs.list_events(job.id)

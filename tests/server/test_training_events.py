@@ -19,7 +19,7 @@ from onebase_server.jobs import job_record
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
 from onebase_training.events import Notice
 
-from .support import Server, Starter
+from .support import PATIENCE, Server, Starter
 from .training_support import job_folder, make_job, openai_client, run_job, step_of, wait_job
 
 
@@ -153,10 +153,10 @@ def test_a_server_that_stops_ends_its_streams(serve_scripted: Starter) -> None:
 
         thread = threading.Thread(target=follow)
         thread.start()
-        assert begun.wait(60)
+        assert begun.wait(PATIENCE)
         server.process.terminate()
         assert server.exit_status() == 0
-        thread.join(30)
+        thread.join(PATIENCE)
         assert ended.is_set()
 
 

@@ -51,15 +51,15 @@ def test_a_job_whose_disk_filled_up_fails_once_there_is_space_and_is_resumed_to_
 def test_a_real_trainer_whose_disk_filled_up_is_resumed_to_its_end_too(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
-    settings = {"max_steps": 200, "save_every": 20, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
+    settings = {"max_steps": 60, "save_every": 20, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": settings}}
-    rows = write_chats(tmp_path / "rows.jsonl", 400).read_text()
+    rows = write_chats(tmp_path / "rows.jsonl", 130).read_text()
     options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
     with (
         small_disk(tmp_path / "disk", 24_000_000) as disk,
         serve_real(*options, data_dir=disk) as server,
     ):
-        fill_the_disk_and_resume(server, make_job(openai_client(server), rows, method=method), steps=200)
+        fill_the_disk_and_resume(server, make_job(openai_client(server), rows, method=method), steps=60)
 
 
 def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
@@ -68,7 +68,10 @@ def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
     checkpoints = job_folder(server.data_dir, job.id) / "checkpoints"
     # The best adapter so far is written before the checkpoint of its step.
     server.wait_for(lambda: any(checkpoints.glob("[!.b]*")))
+    (trainer,) = server.trainer_pids()
+    os.kill(trainer, signal.SIGSTOP)  # it gets no farther until the disk is full
     filler = fill(server.data_dir)
+    os.kill(trainer, signal.SIGCONT)
     server.wait_for(lambda: not server.trainer_pids())
     filler.unlink()
     failed = wait_job(server, client, job.id, ended)
@@ -127,7 +130,7 @@ def test_jobs_outlive_a_server_that_is_killed(serve_scripted: Starter, tmp_path:
         client = openai_client(server)
         again = wait_job(server, client, first.id, lambda job: step_of(job) > step_of(running))
         assert again.status == "running"
-        server.wait_for(lambda: not any(map(alive, trainers)), seconds=30)
+        server.wait_for(lambda: not any(map(alive, trainers)))
         told = "\n".join(messages(client, first.id))
         assert "The server was started again; the job continues after step" in told
         assert client.fine_tuning.jobs.retrieve(paused.id).status == "paused"
@@ -157,7 +160,7 @@ def test_a_server_that_stops_lets_jobs_save_and_says_that_they_go_on(
 def test_a_job_whose_adapter_is_being_proved_is_delivered_after_a_restart(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
-    with serve_scripted("words,slow", data_dir=tmp_path) as server:
+    with serve_scripted("words,hangs", data_dir=tmp_path) as server:
         client = openai_client(server)
         job = make_job(client, "rows")
         server.wait_for(lambda: "The adapter is being proved." in messages(client, job.id))
@@ -214,7 +217,7 @@ def test_a_ready_version_that_cannot_be_activated_is_told_and_its_job_succeeds_e
 def test_a_job_whose_adapter_is_lost_trains_on_when_it_is_resumed(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
-    with serve_scripted("words,slow", data_dir=tmp_path) as server:
+    with serve_scripted("words,hangs", data_dir=tmp_path) as server:
         client = openai_client(server)
         job = make_job(client, "rows")
         server.wait_for(lambda: "The adapter is being proved." in messages(client, job.id))
@@ -291,15 +294,17 @@ def test_of_two_servers_on_one_registry_each_runs_its_own_jobs_and_either_may_st
 def test_a_job_that_is_trained_while_a_pause_is_on_its_way_is_not_delivered_before_it_is_resumed(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
+    goes_on = tmp_path / "go-on"
     registry = ("--registry", f"sqlite:///{tmp_path / 'shared.db'}", "--sync-seconds", "3600")
     with serve_scripted("words", *registry) as one, serve_scripted("words", *registry) as other:
         here, there = openai_client(one), openai_client(other)
-        job = make_job(here, "long")
-        wait_job(one, here, job.id, lambda job: step_of(job) > 0)
+        job = make_job(here, f"until={goes_on}")
+        wait_job(one, here, job.id, lambda job: step_of(job) == 5)
         assert there.fine_tuning.jobs.pause(job.id).status == "paused"
+        goes_on.touch()
         one.wait_for(lambda: any(told.startswith("Paused.") for told in messages(here, job.id)))
         paused = here.fine_tuning.jobs.retrieve(job.id)
-        assert (paused.status, step_of(paused), paused.version) == ("paused", 100, None)
+        assert (paused.status, step_of(paused), paused.version) == ("paused", 10, None)
         here.fine_tuning.jobs.resume(job.id)
         assert wait_job(one, here, job.id, ended).status == "succeeded"
         assert "Continuing after" not in "\n".join(messages(here, job.id))

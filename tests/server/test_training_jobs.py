@@ -6,6 +6,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -356,11 +357,13 @@ def test_a_job_on_hold_fails_by_its_file_and_leaves_nothing_if_it_is_cancelled(
 
 
 def test_a_word_that_comes_before_the_check_is_done_is_refused_and_told_when_to_come(
-    server: Server, client: OpenAI
+    server: Server, client: OpenAI, tmp_path: Path
 ) -> None:
-    job = make_job(client, "dies-checking-twice", extra={"hold": True})
+    may_check = tmp_path / "may-check"
+    job = make_job(client, f"checked-after={may_check}", extra={"hold": True})
     with pytest.raises(openai.ConflictError, match="once its files are checked; send this again then"):
         client.fine_tuning.jobs.resume(job.id)
+    may_check.touch()
     assert wait_job(server, client, job.id, lambda job: job.status == "paused").hold is True
     client.fine_tuning.jobs.resume(job.id)
     assert wait_job(server, client, job.id, ended).status == "succeeded"

@@ -222,9 +222,9 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(server: Server
             "Content-Length: 1900000\r\n\r\n"
         )
         connection.sendall(head.encode() + NAME + CONFIG_PART + WEIGHTS_PART[:-2] + b"w" * 1_200_000)
-        server.wait_for(lambda: len(stored(server)) > len(before), 30)
+        server.wait_for(lambda: len(stored(server)) > len(before))
 
-    server.wait_for(lambda: stored(server) == before, 30)
+    server.wait_for(lambda: stored(server) == before)
 
 
 def test_two_files_in_any_order_with_the_fields_last_are_an_upload(http: httpx2.Client) -> None:
@@ -270,7 +270,7 @@ def begun(server: Server, more: int) -> socket.socket:
         f"Content-Type: multipart/form-data; boundary=B\r\nContent-Length: {len(first) + more}\r\n\r\n"
     )
     connection.sendall(head.encode() + first)
-    server.wait_for(lambda: len(stored(server)) > len(before), 30)
+    server.wait_for(lambda: len(stored(server)) > len(before))
     return connection
 
 

@@ -32,7 +32,7 @@ def sha256(content: str) -> str:
 
 
 def openai_client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 def add_file(client: OpenAI, content: str, name: str = "rows.jsonl") -> str:

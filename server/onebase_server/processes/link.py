@@ -272,8 +272,10 @@ def kill_children() -> list[int]:
 
     For a process that is about to exit. Returns their ids once they are gone, or after DEATH_SECONDS.
     """
-    lists = Path("/proc/self/task").glob("*/children")
-    pids = [int(pid) for path in lists for pid in path.read_text().split()]
+    pids: list[int] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # that thread has just ended
+            pids += map(int, path.read_text().split())
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(pid) == pid:
