@@ -214,7 +214,7 @@ def test_leaving_early_hangs_up_so_that_the_server_can_stop(
     hung_up: queue.Queue[bool] = queue.Queue()
     left: list[bool] = []
     server = serve(unfinished(wire, hung_up))
-    sdk.leave(pieces, server.url, after=lambda: left.append(hung_up.get(timeout=10)))
+    sdk.leave(pieces, server.url, after=lambda: left.append(hung_up.get(timeout=120)))
     assert left == [True]
 
 
@@ -230,7 +230,7 @@ def test_an_exception_in_the_with_block_hangs_up(serve: Serve, wire: Any) -> Non
     with Client(server.url) as client:
         with pytest.raises(KeyboardInterrupt):
             interrupted(client)
-        assert hung_up.get(timeout=30)
+        assert hung_up.get(timeout=120)
 
 
 def test_cancelling_the_task_hangs_up(serve: Serve, wire: Any) -> None:
@@ -244,7 +244,7 @@ def test_cancelling_the_task_hangs_up(serve: Serve, wire: Any) -> None:
                     async for _ in stream:
                         scope.cancel()
             assert scope.cancelled_caught
-            assert await anyio.to_thread.run_sync(lambda: hung_up.get(timeout=30))
+            assert await anyio.to_thread.run_sync(lambda: hung_up.get(timeout=120))
 
     anyio.run(run)
 

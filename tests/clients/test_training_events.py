@@ -264,14 +264,14 @@ def test_leaving_closes_the_connection_and_can_be_gone_on_from(sdk: Any, trainer
         with client.training.get(ID).stream_events() as events:
             assert next(events).message == "message 1"
             assert next(iter(events)).message == "message 2"
-        assert left.get(timeout=30)
+        assert left.get(timeout=120)
         return events.last_id
 
     async def aleave(client: Any) -> Any:
         async with (await client.training.get(ID)).stream_events() as events:
             assert (await anext(events)).message == "message 1"
             assert (await anext(aiter(events))).message == "message 2"
-        assert left.get(timeout=30)
+        assert left.get(timeout=120)
         return events.last_id
 
     assert sdk.call(aleave if sdk.asynchronous else leave, url=url) == TOLD[1]["id"]

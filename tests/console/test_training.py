@@ -330,6 +330,7 @@ def test_a_slice_that_got_worse_is_shown_and_why_nothing_was_activated(words: Se
         came = visit.page.locator("section").filter(has_text="Before and after").last
         expect(came).to_contain_text("worse on 1 slice, for which it is not activated")
         row = visit.page.get_by_role("table", name="By slice").locator("tbody tr")
+        expect(row).to_have_count(1)
         assert row.all_inner_texts() == ["de\t12\t1\t1.5\tworse than allowed"]
         assert visit.violations() == []
 
@@ -419,15 +420,19 @@ def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(words: Ser
         expect(page.get_by_role("region", name="Runs compared")).to_be_visible()
 
 
-def test_a_job_goes_on_being_watched_when_the_server_is_back(serve_scripted: Starter, look: Look) -> None:
+def test_a_job_goes_on_being_watched_when_the_server_is_back(
+    serve_scripted: Starter, look: Look, tmp_path: Path
+) -> None:
+    goes_on = tmp_path / "goes-on"
     with serve_scripted("words") as server:
         client = openai_client(server)
-        job = make_job(client, "long", extra={"name": "kept"})
+        job = make_job(client, f"long until={goes_on}", extra={"name": "kept"})
         with look(server, errors=("ERR_", "503")) as visit:  # it is gone, and then it starts
             visit.open(f"#/training?job={job.id}")
             expect(visit.page.locator("article .state")).to_contain_text("Training, step")
             server.process.kill()
             server.exit_status()
+            goes_on.touch()
             expect(visit.page.get_by_text("This page goes on by itself once it can.")).to_be_visible()
             options = ["--port", str(server.port)]
             with serve_scripted("words", *options, data_dir=server.data_dir, ready=False):
