@@ -36,6 +36,8 @@ GIVEN = "ONEBASE_TEST_NURSERY"
 """In the environment of a program that has a nursery of its own: the descriptor for its requests."""
 CONFINED = "onebase_server.jobs.python_grader"
 """Program that is never a fork: it confines itself by what it has when it begins."""
+Popen: type[subprocess.Popen[Any]] = subprocess.Popen
+"""As Python has it: `subprocess.Popen` is replaced where programs begin as forks."""
 ROOM = "." * 200
 """In the command line of the program that forks, for those of what it starts."""
 
@@ -94,16 +96,19 @@ class Nursery:
         if self._process is not None:
             self._process.wait()
 
-    def popen(self, children: Literal["plain", "forks", "own"] = "plain") -> type[subprocess.Popen[Any]]:
+    def popen(
+        self, children: Literal["plain", "forks", "forks of forks", "own"] = "plain"
+    ) -> type[subprocess.Popen[Any]]:
         """`subprocess.Popen`, but for how programs of this Python begin.
 
-        Their own children begin as any process, or as forks too, or as what they ask of `Nursery.given()`.
+        Their own children begin as any process, or as forks too, whose children may be forks as well, or as
+        what they ask of `Nursery.given()`.
 
         A `preexec_fn` is not run; Ctrl-C reaches what is forked.
         """
-        whole = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
+        whole = inspect.signature(Popen._execute_child)  # type: ignore[attr-defined]
 
-        class ForkingPopen(subprocess.Popen[Any]):
+        class ForkingPopen(Popen):  # type: ignore[misc, valid-type]
             def _execute_child(popen, *arguments: Any) -> None:  # noqa: N805
                 how = whole.bind(popen, *arguments).arguments
                 words = [how["args"]] if isinstance(how["args"], str) else [str(one) for one in how["args"]]
@@ -188,8 +193,9 @@ def become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
     if request["children"] == "own":
         os.environ[GIVEN] = str(Nursery.fork()._socket.detach())
-    if request["children"] == "forks":
-        subprocess.Popen = Nursery.fork().popen()  # type: ignore[misc]
+    if request["children"] in ("forks", "forks of forks"):
+        deeper: Literal["plain", "forks"] = "plain" if request["children"] == "forks" else "forks"
+        subprocess.Popen = Nursery.fork().popen(deeper)  # type: ignore[misc]
         asyncio.create_subprocess_exec = create_subprocess_exec  # type: ignore[assignment]
     end_with(lambda: run(request["words"]))
 

@@ -16,7 +16,7 @@ from types import FrameType
 
 from bench.stream import request
 
-ONEBASE = str(Path(sys.executable).with_name("onebase"))
+ONEBASE = (sys.executable, "-P", "-m", "onebase.cli")
 
 
 class StartError(Exception):
@@ -82,16 +82,16 @@ async def server(
 async def onebase_server(
     log: Path, *options: object, timeout: float = 300.0
 ) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run `onebase serve`, as installed next to this Python, on a free port; yield its URL and process."""
+    """Run `onebase serve`, as installed in this Python, on a free port; yield its URL and process."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [ONEBASE, "serve", "--port", str(port), *map(str, options)]
+    command = [*ONEBASE, "serve", "--port", str(port), *map(str, options)]
     async with server(command, f"{url}/ready", log, timeout=timeout) as process:
         yield url, process
 
 
 def make_key(data: Path, tenant: str) -> str:
     """Return a new key of a tenant, for a server on that data folder, with all scopes but `admin`."""
-    command = [ONEBASE, "keys", "create", "--tenant", tenant]
+    command = [*ONEBASE, "keys", "create", "--tenant", tenant]
     command += ["--scope", "generate,adapters,train", "--data-dir", str(data)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return next(word for word in done.stdout.split() if word.startswith("ob"))

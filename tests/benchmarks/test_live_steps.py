@@ -13,9 +13,16 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+from tests.forks import Nursery
 from tests.training.runs import talking_base
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _forks(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement, its server, and the server's own processes begin as forks."""
+    monkeypatch.setattr(subprocess, "Popen", nursery.popen("forks of forks"))
 
 
 @pytest.mark.full

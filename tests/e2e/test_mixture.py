@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tests.forks import Nursery
 from tests.oracle import greedy
-from tests.server.support import serving
+from tests.server.support import launch, serving
 from tests.tiny import load_folder
 from tests.training.runs import talking_base, write_chats
 
@@ -20,6 +22,7 @@ MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "initializer_range": 0.15
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     ("targets", "changed"),
     [
@@ -29,7 +32,7 @@ MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "initializer_range": 0.15
     ],
 )
 def test_an_adapter_trained_on_a_mixture_is_served_as_peft_computes_it(
-    targets: str, changed: int, tmp_path: Path
+    targets: str, changed: int, nursery: Nursery, tmp_path: Path
 ) -> None:
     base = talking_base(tmp_path / "base", "OlmoeConfig", **MIXTURE)
     data = write_chats(tmp_path / "chats.jsonl", 16)
@@ -42,7 +45,11 @@ def test_an_adapter_trained_on_a_mixture_is_served_as_peft_computes_it(
     options = ["--base", str(base), "--adapter", f"one={adapter}", "--kv-memory", "50MB", "--threads", "1"]
     prompt = list(range(100, 160))
     texts = {}
-    with serving([sys.executable, "-m", "onebase_server"], *options) as server, server.client() as http:
+    start = partial(launch, popen=nursery.popen("forks"))
+    with (
+        serving([sys.executable, "-m", "onebase_server"], *options, start=start) as server,
+        server.client() as http,
+    ):
         report = http.get("/v1/adapters/one/versions").json()["data"][0]["report"]
         assert report["proof"]["modules_changed"] == changed
         for model in ("base", "one"):

@@ -17,6 +17,7 @@ from onebase_engine.user_cache import default_cache
 from onebase_training.data.dataset import DataError
 from onebase_training.data.hub import DatasetId, choose, parse_dataset_id
 
+pytestmark = pytest.mark.usefixtures("forks")
 SFT = "train_sft-00000-of-00001-b42a775f407cee45.parquet"
 GEN = "train_gen-00000-of-00001-0a1b775f407cee45.parquet"
 _FETCH = """
