@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Route, expect
 from tests.server.support import Server, Starter
-from tests.server.test_reinforcement import begin
+from tests.server.test_reinforcement import CHECK, begin
+from tests.server.test_reinforcement import rows as prompts
 from tests.server.test_training_real import rows
 from tests.server.training_support import (
     BASE,
@@ -557,3 +559,73 @@ def test_a_job_that_learns_from_rewards_shows_rewards_and_the_replies_that_got_t
         assert visit.faults() == []
         visit.open("#/training")
         expect(page.locator(".jobs")).to_contain_text("reward ")
+
+
+def test_a_job_that_learns_from_rewards_is_made_in_the_form_and_its_grader_tried_before(
+    talking: Server, look: Look
+) -> None:
+    with look(talking) as visit:
+        page = visit.page
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        dialog = page.get_by_role("dialog", name="Train an adapter")
+        payload: Any = {"name": "a.jsonl", "mimeType": "application/jsonl", "buffer": prompts(8).encode()}
+        page.locator("dialog .drop input[type=file]").set_input_files([payload])
+        dialog.get_by_label("Method").select_option("reinforcement")
+        kind, reward = (
+            dialog.get_by_label("Grader, which gives"),
+            dialog.locator("[role=status]", has_text="Reward"),
+        )
+        dialog.get_by_text("Try it on a reply").click()
+        reply, grade = dialog.get_by_label("Reply", exact=True), dialog.get_by_role("button", name="Grade it")
+        assert '"letter": "k"' in dialog.get_by_label("Its row, as JSON").input_value()
+        reply.fill("OK")
+        grade.click()
+        expect(reward).to_have_text("Reward 0")
+        expect(dialog).to_contain_text("A template names what the reply or the row does not have.")
+        dialog.get_by_label("Text that it is compared with").fill("{{item.letter}}")
+        grade.click()
+        expect(reward).to_have_text("Reward 1")
+        expect(dialog.get_by_text("A template names")).to_have_count(0)
+        assert visit.faults() == []
+
+        kind.select_option("python")
+        source = "def grade(sample, item):\n    return sample['output_text'].count(item['letter']) / 4\n"
+        dialog.get_by_label("Python: a function").fill(source)
+        reply.fill("kk")
+        grade.click()
+        expect(reward).to_have_text("Reward 0.5")
+        kind.select_option("score_model")
+        dialog.get_by_label("Highest number").fill("0")
+        grade.click()
+        expect(dialog.get_by_role("alert")).to_contain_text("grader.range")
+        kind.select_option("python")
+        kind.select_option("multi")
+        written = json.loads(dialog.get_by_label("Grader, as JSON").input_value())
+        one = {"type": "python", "name": "first", "source": source}
+        several = {**written, "graders": {**written["graders"], "k": CHECK}, "calculate_output": "first + k"}
+        assert written["graders"] == {"first": one}
+        dialog.get_by_label("Grader, as JSON").fill(json.dumps(several))
+        grade.click()
+        expect(reward).to_have_text("Reward 1.5, first 0.5, k 1")
+        assert visit.violations() == []
+
+        values = {"Epochs": "3", "Rank": "4", "Prompts in a step": "2", "Replies to each prompt": "4"}
+        for label, value in (values | {"Longest reply": "4"}).items():
+            dialog.get_by_label(label).fill(value)
+        dialog.get_by_text("More", exact=True).click()
+        dialog.get_by_label("More settings").fill('{"max_steps": 4, "temperature": 0.3}')
+        train(visit, prompts(8), "by-form")
+        expect(page.locator("article .state")).to_have_text("Done", timeout=300_000)
+        expect(page.get_by_role("figure", name="Reward by step")).to_be_visible()
+    with talking.client() as http:
+        method = http.get("/v1/fine_tuning/jobs").json()["data"][0]["method"]
+    assert method["type"] == "reinforcement"
+    assert method["reinforcement"]["grader"] == several
+    settings = method["reinforcement"]["hyperparameters"]
+    assert [settings[name] for name in ("n_epochs", "batch_size", "group_size", "sample_tokens")] == [
+        3,
+        2,
+        4,
+        4,
+    ]

@@ -3,6 +3,7 @@ import { ApiError, api, data, type Schemas } from '../api/client'
 import { follow, type Job, type JobEvent } from '../api/follow'
 import { upload } from '../api/upload'
 import { Curve } from './curves'
+import type { Grader } from './graders'
 import { models } from './models.svelte'
 import { server } from './server.svelte'
 import { duration, many } from './units'
@@ -293,6 +294,11 @@ class Training {
     form.append('purpose', 'fine-tune')
     form.append('file', file, file.name)
     return (await upload<TrainingFile>('v1/files', form, sent, signal)).id
+  }
+
+  /** Have a grader give one reply its reward, as a job would. item: the row that it answers. Throws ApiError. */
+  async grade(grader: Grader, reply: string, item: Record<string, unknown> | null): Promise<Schemas['GraderRun']> {
+    return data(api.POST('/v1/fine_tuning/alpha/graders/run', { body: { grader, model_sample: reply, item } }))
   }
 
   /** Throws ApiError. */
