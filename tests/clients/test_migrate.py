@@ -55,6 +55,7 @@ def wanted(rows: Path, job: dict[str, Any] | None = None, **options: Any) -> Wan
         "set": [],
         "validation": None,
         "recorded": None,
+        "grader": None,
         **options,
     }
     if job is not None:
@@ -109,6 +110,45 @@ def test_preferences_are_seen_in_the_job_or_in_the_rows(rows: Path, tmp_path: Pa
         assert wanted(pairs).method == "supervised"
 
 
+GRADER = {
+    "type": "string_check", "name": "asked", "input": "{{sample.output_text}}",
+    "reference": "{{item.letter}}", "operation": "ilike",
+}  # fmt: skip
+
+
+def by_rewards(grader: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A job of reinforcement fine-tuning, as OpenAI's API gives it."""
+    hyperparameters = {
+        "n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 1.0, "reasoning_effort": "medium",
+        "compute_multiplier": 0.5, "eval_interval": 2, "eval_samples": 1,
+    }  # fmt: skip
+    inside = {"grader": grader, "hyperparameters": hyperparameters, **more}
+    return {**JOB, "hyperparameters": None, "method": {"type": "reinforcement", "reinforcement": inside}}
+
+
+def test_a_grader_is_taken_over_unless_it_asks_a_judge_that_only_openai_has(rows: Path) -> None:
+    found = wanted(rows, by_rewards(GRADER, response_format={"type": "json_schema"}))
+    assert (found.method, found.grader) == ("reinforcement", GRADER)
+    assert found.settings == {
+        "epochs": 2, "batch_size": 2, "learning_rate_multiplier": 1.0, "compute_multiplier": 0.5,
+        "eval_every": 2, "eval_samples": 1,
+    }  # fmt: skip
+    assert any("no meaning here: reasoning_effort." in sentence for sentence in found.lost)
+    assert any("response_format is not applied" in sentence for sentence in found.lost)
+
+    judge = {"type": "score_model", "name": "nice", "model": "gpt-4o", "input": []}
+    several = {"type": "multi", "name": "all", "graders": {"a": GRADER, "b": judge}, "calculate_output": "b"}
+    for asks in (judge, several):
+        with pytest.raises(ValueError, match=r"--job: its grader asks 'gpt-4o'.+--grader"):
+            wanted(rows, by_rewards(asks))
+    given = json.dumps(GRADER)
+    assert wanted(rows, by_rewards(several), grader=given).grader == GRADER
+    alone = wanted(rows, grader=given)
+    assert (alone.method, alone.grader, alone.settings) == ("reinforcement", GRADER, {})
+    with pytest.raises(ValueError, match="--grader: it is for reinforcement, and the method is supervised"):
+        wanted(rows, JOB, grader=given)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -133,7 +173,8 @@ def test_what_does_not_carry_over_is_said(rows: Path, change: dict[str, Any], sa
         (b"{", "not JSON"),
         (b"[1]", "no fine-tuning job"),
         (b'{"object": "file"}', "jobs.retrieve"),
-        (b'{"object": "fine_tuning.job", "method": {"type": "reinforcement"}}', "grader liked best"),
+        (b'{"object": "fine_tuning.job", "method": {"type": "reinforcement"}}', "it has no grader"),
+        (b'{"object": "fine_tuning.job", "method": {"type": "other"}}', "'other', which is not run here"),
         (b"[" * 100_000, "not JSON"),
         (b" " * (MOST_JOB_BYTES + 1), "give the JSON of one job"),
         (b"\xff", "not JSON"),
@@ -205,6 +246,31 @@ def test_a_job_becomes_an_adapter_that_answers_and_the_changes_are_shown(
         (job,) = client.training.list(metadata={"openai_job": "ftjob-abc123"})
         assert (job.info.seed, job.info.settings["epochs"]) == (1234, 2.0)
         assert (job.info.settings["batch_size"], job.info.settings["r"]) == (4, 4)
+
+
+def test_a_job_of_rewards_learns_from_its_grader(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEBASE_URL", server.url)
+    prompts = [
+        {"messages": [{"role": "user", "content": f"Say number {one}."}], "letter": "k"} for one in range(8)
+    ]
+    file, place = tmp_path / "prompts.jsonl", tmp_path / "job.json"
+    file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    place.write_text(json.dumps(by_rewards(GRADER)))
+    quick = ["--set", "r=4", "--set", "max_steps=2", "--set", "sample_tokens=4", "--set", "temperature=0.3"]
+    command = ["migrate", "openai", "--file", str(file), "--job", str(place), "--name", "by-rewards", *quick]
+    assert main([*command, "--yes"]) == 0
+    printed = capsys.readouterr()
+    assert "no meaning here: reasoning_effort." in printed.err
+    assert "held-out reward" in printed.out
+    assert '+ model="by-rewards' in printed.out
+    with Client(server.url) as client:
+        (job,) = [one for one in client.training.list() if one.name == "by-rewards"]
+        method = job.info.method_settings
+    assert method["type"] == "reinforcement"
+    assert method["reinforcement"]["grader"] == GRADER
+    assert method["reinforcement"]["hyperparameters"]["group_size"] == 4
 
 
 def test_a_no_leaves_nothing_on_the_server_and_a_yes_trains(

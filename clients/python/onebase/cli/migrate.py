@@ -37,7 +37,7 @@ from .command import (
     report,
     run_action,
 )
-from .jobs.create import parse_settings
+from .jobs.create import parse_grader, parse_settings
 from .jobs.show import settings_line, short, time_taken
 from .jobs.watch import follow
 from .openai_answers import (
@@ -100,15 +100,19 @@ _MOST_NAME: Final = 64
 _NO_NAME: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _TAKEN: Final = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")
 """OpenAI's hyperparameters."""
-_OURS: Final = {"n_epochs": "epochs"}
+_TAKEN_BY_REWARDS: Final = ("eval_interval", "eval_samples", "compute_multiplier")
+"""OpenAI's hyperparameters of reinforcement fine-tuning besides."""
+_OURS: Final = {"n_epochs": "epochs", "eval_interval": "eval_every"}
 _METRICS: Final = ("exact_match", "word_f1")
 """Measured on replies, unless --set metrics says otherwise."""
 _FINE_TUNED = "ft:"
+_REWARDS: Final = "reinforcement"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A job to be created here. lost: what does not carry over, a sentence each. was: the model at OpenAI."""
+    """A job to be created here. grader: of reinforcement alone. lost: what does not carry over, a sentence
+    each. was: the model at OpenAI."""
 
     name: str
     method: TrainingMethod
@@ -116,6 +120,7 @@ class Wanted:
     seed: int | None
     metadata: Mapping[str, str]
     was: str
+    grader: Mapping[str, Any] | None = None
     lost: tuple[str, ...] = field(default=())
 
 
@@ -154,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     add_validation(made, "rows to measure on (default: some are held out)")
     made.add_argument("--job", metavar="FILE", help="the job at OpenAI, as JSON (default: default settings)")
     made.add_argument("--name", help="the adapter's name (default: the job's suffix, or the file's name)")
+    made.add_argument(
+        "--grader",
+        metavar="GRADER",
+        help="for reinforcement: a file with the grader as JSON, or the JSON itself (default: that of --job)",
+    )
     made.add_argument(
         "--set",
         action="append",
@@ -334,10 +344,11 @@ def read_wanted(args: argparse.Namespace, gate: QualityGate | None = None) -> Wa
     if not rows.is_file():
         raise ValueError(f"--file: {rows} is not there: give the .jsonl file that was trained on")
     job = read_job(Path(args.job).expanduser()) if args.job else {}
-    kind = "supervised" if gate else _method(job) or method_of_rows(rows)
+    kind: TrainingMethod
+    kind = "supervised" if gate else _method(job) or (_REWARDS if args.grader else method_of_rows(rows))
     given = parse_settings(args.set)
     settings: dict[str, Any] = {
-        "metrics": list(_METRICS),
+        **({} if kind == _REWARDS else {"metrics": list(_METRICS)}),
         **(_measured_as(gate) if gate else {}),
         **{_OURS.get(key, key): value for key, value in _hyperparameters(job, kind).items()},
         **given,
@@ -347,7 +358,7 @@ def read_wanted(args: argparse.Namespace, gate: QualityGate | None = None) -> Wa
             raise ValueError(f"--set metric_rows=0: replies are compared with those of {gate.model}")
         settings["metrics"] = list(dict.fromkeys([*gate.metrics, *given.get("metrics", ())]))
     elif settings.get("metric_rows") == 0 and "metrics" not in given:
-        del settings["metrics"]
+        settings.pop("metrics", None)
     return Wanted(
         name=args.name or _name(job) or _named(Path(args.recorded).name if gate else rows.stem) or "migrated",
         method=kind,
@@ -355,6 +366,7 @@ def read_wanted(args: argparse.Namespace, gate: QualityGate | None = None) -> Wa
         seed=job["seed"] if _is_whole(job.get("seed")) else None,
         metadata=_metadata(job),
         was=gate.model if gate else _text(job.get("fine_tuned_model")) or _text(job.get("model")) or "ft:...",
+        grader=_grader(job, kind, args.grader),
         lost=tuple(_lost(job, given, kind, has_validation=args.validation is not None)),
     )
 
@@ -401,23 +413,57 @@ def _method(job: Mapping[str, Any]) -> TrainingMethod | None:
     kind = method.get("type") if isinstance(method, dict) else None
     if kind is None:
         return None
-    if kind not in ("supervised", "dpo"):
+    if kind not in ("supervised", "dpo", _REWARDS):
         raise ValueError(
-            f"--job: its method is {str(kind)[:40]!r}, which is not run here. Train on the replies that the "
-            "grader liked best (supervised), or on pairs of them (dpo), without --job"
+            f"--job: its method is {str(kind)[:40]!r}, which is not run here. Leave --job out to train on "
+            "the rows with default settings"
         )
     return cast(TrainingMethod, kind)
+
+
+def _grader(job: Mapping[str, Any], kind: str, given: str | None) -> Mapping[str, Any] | None:
+    """Return the grader of a job that learns from rewards: `given`, or else the job's own.
+
+    Raises:
+        ValueError: there is none, it is for another method, or it asks a judge that only OpenAI has.
+    """
+    if kind != _REWARDS:
+        if given is not None:
+            raise ValueError(f"--grader: it is for reinforcement, and the method is {kind}. Leave it out")
+        return None
+    if given is not None:
+        return parse_grader(given)
+    grader = _chosen(job, kind).get("grader")
+    if not isinstance(grader, dict):
+        raise ValueError("--job: its method is reinforcement, and it has no grader. Give one with --grader")
+    for one in graders_of(grader):
+        if one.get("type") in ("score_model", "label_model"):
+            raise ValueError(
+                f"--job: its grader asks {str(one.get('model'))[:80]!r}, which this server does not have. "
+                "Write the grader with a judge of this server, and give it with --grader"
+            )
+    return grader
+
+
+def _chosen(job: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Return what the job says of its method; nothing if it is an older job."""
+    method = job.get("method")
+    inside = method.get(kind) if isinstance(method, dict) else None
+    return inside if isinstance(inside, dict) else {}
+
+
+def _taken(kind: str) -> tuple[str, ...]:
+    """Return the names of OpenAI's hyperparameters that a method here has too."""
+    return (*_TAKEN, *_TAKEN_BY_REWARDS) if kind == _REWARDS else _TAKEN
 
 
 def _hyperparameters(job: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return OpenAI's, of both places that they have been in; "auto" is left to this server."""
     found: dict[str, Any] = {}
-    method = job.get("method")
-    inside = method.get(kind) if isinstance(method, dict) else None
-    for place in (job, inside):
-        given = place.get("hyperparameters") if isinstance(place, dict) else None
+    for place in (job, _chosen(job, kind)):
+        given = place.get("hyperparameters")
         if isinstance(given, dict):
-            found |= {name: given[name] for name in _TAKEN if _is_number(given.get(name))}
+            found |= {name: given[name] for name in _taken(kind) if _is_number(given.get(name))}
     return found
 
 
@@ -448,9 +494,11 @@ def _lost(
             "learning_rate_multiplier is a factor on this server's own rate, not on OpenAI's. If the loss "
             "rises: --set learning_rate_multiplier=1"
         )
-    unknown = sorted(set(_all_hyperparameters(job)) - set(_TAKEN))
+    unknown = sorted(set(_all_hyperparameters(job)) - set(_taken(kind)))
     if unknown:
         yield f"These hyperparameters have no meaning here: {', '.join(unknown)[:200]}."
+    if _chosen(job, kind).get("response_format"):
+        yield "Its response_format is not applied: replies are sampled freely. A grader can reward the form."
     if job.get("status") not in (None, "succeeded"):
         yield f"The job there is {str(job['status'])[:40]}: there is nothing to compare with."
 
@@ -517,6 +565,7 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted, gate: Qua
             method=wanted.method,
             seed=wanted.seed,
             metadata=dict(wanted.metadata) or None,
+            grader=wanted.grader,
             progress=display,
             **cast(TrainingSettings, dict(wanted.settings)),
         )
