@@ -69,15 +69,23 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "control_token no_chat_template chat_template_failed",
-        "messages that this base [cannot be kept from reading as control tokens](security.md#messages); a "
-        "base that takes plain prompts alone; messages that the template does not take",
+        "control_token",
+        "messages that this base [cannot be kept from reading as control tokens](security.md#messages)",
     ),
     _meaning(
         400,
-        "adapter_task tools_not_supported thinking_budget_not_supported",
-        "an adapter that classifies is asked to write, or the reverse; the base's template has no place for "
-        "tools, or no token that ends a thought",
+        "no_chat_template chat_template_failed",
+        "a base that takes plain prompts alone; messages that the template does not take",
+    ),
+    _meaning(
+        400,
+        "adapter_task",
+        "an adapter that classifies is asked to write, or the reverse",
+    ),
+    _meaning(
+        400,
+        "tools_not_supported thinking_budget_not_supported",
+        "the base's template has no place for tools, or no token that ends a thought",
     ),
     _meaning(
         400,
@@ -86,21 +94,38 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "invalid_http host_not_allowed invalid_transcript too_many_values",
-        "a request that is no HTTP/1.1, or has no one Host; a transcript that this server does not continue; "
-        "a body with more values than any request has",
+        "invalid_http host_not_allowed",
+        "a request that is no HTTP/1.1, or has no one Host",
     ),
     _meaning(
         400,
-        "context_length_exceeded conversation_too_large kv_memory_exceeded slot_memory_exceeded "
-        "too_many_adapters empty_prompt prompt_logprobs_too_large vector_too_large",
+        "invalid_transcript too_many_values",
+        "a transcript that this server does not continue; a body with more values than any request has",
+    ),
+    _meaning(
+        400,
+        "context_length_exceeded conversation_too_large empty_prompt",
         "it could not run even alone; the message names the limit and its option",
     ),
     _meaning(
         400,
-        "invalid_multipart bad_defaults",
-        "an upload that cannot be read as a form, or holds something else; the "
-        "[defaults of requests](reference/adapters.md#defaults-of-requests) that came with it are wrong",
+        "kv_memory_exceeded slot_memory_exceeded too_many_adapters",
+        "it needs more memory, or more adapters, than may be; the message says which",
+    ),
+    _meaning(
+        400,
+        "prompt_logprobs_too_large vector_too_large",
+        "its answer would be longer than one may be; the message names the limit",
+    ),
+    _meaning(
+        400,
+        "invalid_multipart",
+        "an upload that cannot be read as a form, or holds something else",
+    ),
+    _meaning(
+        400,
+        "bad_defaults",
+        "the [defaults of requests](reference/adapters.md#defaults-of-requests) that came with it are wrong",
     ),
     _meaning(
         400,
@@ -109,17 +134,30 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "hub_invalid adapter_exists adapter_not_composable file_not_found",
-        "a field names no Hub repository, an adapter that is loaded already (in vLLM's words), adapters that "
-        "do not go together, or no file",
+        "hub_invalid file_not_found",
+        "a field names no Hub repository, or no file",
     ),
     _meaning(
         400,
-        "sequence_conflict session_finished too_many_checkpoints other_base not_installed training_off",
-        "[live training](how-to/tinker.md) has another request under this `seq_id`, which is still waiting; "
-        "the session has finished; the tenant has as many named checkpoints as are kept; the run or the "
-        "checkpoint was trained on another base; the server was installed without `onebase[tinker]`; "
-        "`--train-jobs` is 0",
+        "adapter_exists adapter_not_composable",
+        "an adapter that is loaded already (in vLLM's words), or adapters that do not go together",
+    ),
+    _meaning(
+        400,
+        "sequence_conflict session_finished",
+        "[live training](how-to/tinker.md): another request with this `seq_id` is waiting; the session has "
+        "finished",
+    ),
+    _meaning(
+        400,
+        "too_many_checkpoints other_base",
+        "the tenant has as many named checkpoints as are kept; the run or the checkpoint was trained on "
+        "another base",
+    ),
+    _meaning(
+        400,
+        "not_installed training_off",
+        "the server was installed without `onebase[tinker]`; `--train-jobs` is 0",
     ),
     _meaning(
         400,
@@ -168,8 +206,8 @@ ERROR_CODES = (
     _meaning(
         403,
         "approval_refused",
-        "this key cannot approve the version, or evaluate it: it made it, or the "
-        "[gates](how-to/gates.md) name other keys",
+        "this key cannot approve the version, or evaluate it: it made it, or the [gates](how-to/gates.md) "
+        "name other keys",
     ),
     _meaning(
         403,
@@ -188,17 +226,33 @@ ERROR_CODES = (
     ),
     _meaning(
         404,
-        "adapter_not_found version_not_found model_not_found hub_not_found file_not_found job_not_found "
-        "checkpoint_gone batch_not_found request_not_found key_not_found gate_not_found rollout_not_found "
-        "answer_not_found response_not_found conversation_not_found item_not_found generation_not_found",
-        "no such name, version, repository, file, job, checkpoint, batch, logged request, key, gate, "
-        "rollout, answer, response, conversation, item or running text; also if another tenant has it",
+        "adapter_not_found version_not_found model_not_found hub_not_found",
+        "no such name, version or repository; also if another tenant has it",
     ),
     _meaning(
         404,
-        "session_not_found run_not_found sampler_not_found checkpoint_not_found result_not_found",
-        "[live training](how-to/tinker.md) has no such session, run, sampler, checkpoint or result; also if "
-        "another tenant or another server has it",
+        "file_not_found job_not_found checkpoint_gone batch_not_found",
+        "no such file, job, checkpoint or batch; also if another tenant has it",
+    ),
+    _meaning(
+        404,
+        "request_not_found key_not_found gate_not_found rollout_not_found answer_not_found",
+        "no such logged request, key, gate, rollout or answer",
+    ),
+    _meaning(
+        404,
+        "response_not_found conversation_not_found item_not_found generation_not_found",
+        "no such response, conversation, item or running text",
+    ),
+    _meaning(
+        404,
+        "session_not_found run_not_found sampler_not_found",
+        "[live training](how-to/tinker.md) has none such; also if another tenant or server has it",
+    ),
+    _meaning(
+        404,
+        "checkpoint_not_found result_not_found",
+        "live training has no such checkpoint or result; also if another tenant or server has it",
     ),
     _meaning(
         404,
@@ -217,21 +271,28 @@ ERROR_CODES = (
     ),
     _meaning(
         409,
-        "base_mismatch version_not_ready stale_activation nothing_to_roll_back rollout_state adapter_in_use "
-        "adapter_not_composable ranks_differ",
-        "the state of the adapter does not allow it; the message says what would",
+        "base_mismatch version_not_ready stale_activation nothing_to_roll_back",
+        "the adapter's state does not allow it; the message says what would",
     ),
     _meaning(
         409,
-        "gate_signature gate_proof gate_evaluation gate_weights gate_approval",
-        "[a gate](how-to/gates.md) does not let the version answer under this name; the code names the first "
-        "one, `error.gates` has all that are closed, each with how to open it",
+        "rollout_state adapter_in_use adapter_not_composable ranks_differ",
+        "this does not go with the adapter as it is; the message says why",
+    ),
+    _meaning(
+        409,
+        "gate_signature gate_proof gate_evaluation",
+        "[a gate](how-to/gates.md) does not let the version answer under this name; `error.gates` has all",
+    ),
+    _meaning(
+        409,
+        "gate_weights gate_approval",
+        "a gate does not let the version answer under this name; `error.gates` says how to open it",
     ),
     _meaning(
         409,
         "job_state batch_state file_in_use training_off",
-        "the job's or the batch's state does not allow it, a job or a batch needs the file, or "
-        "`--train-jobs` is 0",
+        "the job's or batch's state does not allow it, one needs the file, or `--train-jobs` is 0",
     ),
     _meaning(
         409,
@@ -240,9 +301,13 @@ ERROR_CODES = (
     ),
     _meaning(
         409,
-        "replay_base replay_no_answer replay_no_text replay_prompt replay_route replay_version",
-        "a [logged request](how-to/request-log.md) cannot be replayed: another base, no answer to compare "
-        "with, no text, another prompt, a route without text, or a version that is gone",
+        "replay_base replay_no_answer replay_no_text",
+        "a [logged request](how-to/request-log.md) is of another base, or has no answer, or no text",
+    ),
+    _meaning(
+        409,
+        "replay_prompt replay_route replay_version",
+        "its prompt would be another one, its route gives no text, or its version is gone",
     ),
     _meaning(
         410,
@@ -256,23 +321,48 @@ ERROR_CODES = (
     ),
     _meaning(
         422,
-        "bad_config bad_defaults unknown_field missing_file bad_weights bad_shape incomplete empty "
-        "foreign_tensor unknown_module untargeted unsupported_kind rank_too_large not_finite no_effect "
-        "bad_tokenizer hub_no_adapter",
-        "the files of the version are not served; the message names the file, the field or the tensor: "
-        "[which are](reference/adapters.md)",
+        "bad_config unknown_field missing_file empty",
+        "files of the version are missing, or its config is [not served](reference/adapters.md)",
     ),
     _meaning(
         422,
-        "signature_missing signature_invalid signature_expired signer_not_allowed",
-        "the version has no signature, a wrong or an expired one, or one of a signer who may not sign this "
-        "name, and the server's [policy](how-to/signatures.md) requires one",
+        "bad_weights bad_shape incomplete foreign_tensor",
+        "its tensors are wrong; the message names the file and the tensor",
     ),
     _meaning(
         422,
-        "proof_failed proof_timeout proof_crashed proof_error prepared_damaged base_changed device_error "
-        "no_memory",
+        "unknown_module untargeted unsupported_kind rank_too_large not_finite",
+        "its layers, its kind, its rank or its numbers are not served",
+    ),
+    _meaning(
+        422,
+        "no_effect bad_defaults bad_tokenizer",
+        "it changes nothing, or what comes with it is wrong; the message names the field",
+    ),
+    _meaning(
+        422,
+        "hub_no_adapter",
+        "the Hub's repository holds no adapter",
+    ),
+    _meaning(
+        422,
+        "signature_missing signature_invalid signature_expired",
+        "the server's [policy](how-to/signatures.md) requires a signature that holds",
+    ),
+    _meaning(
+        422,
+        "signer_not_allowed",
+        "it is signed by one who may not sign this name",
+    ),
+    _meaning(
+        422,
+        "proof_failed proof_timeout proof_crashed proof_error",
         "the version was not proved, and is not served; the message says what its proof found",
+    ),
+    _meaning(
+        422,
+        "prepared_damaged base_changed device_error no_memory",
+        "the machine kept the version from being proved; the message says how",
     ),
     _meaning(
         422,
@@ -281,9 +371,13 @@ ERROR_CODES = (
     ),
     _meaning(
         429,
-        "rate_limit_exceeded insufficient_quota",
-        "beyond a [quota](security.md#quotas) of the key or the tenant: wait for `Retry-After` seconds; or "
-        "waiting does not help, and the message says what does",
+        "rate_limit_exceeded",
+        "beyond a [quota](security.md#quotas) of the key or the tenant: wait for `Retry-After` seconds",
+    ),
+    _meaning(
+        429,
+        "insufficient_quota",
+        "beyond a quota, and waiting does not help; the message says what does",
     ),
     _meaning(
         429,
@@ -324,25 +418,34 @@ ERROR_CODES = (
     _meaning(
         503,
         "grammars_busy",
-        "the tenant's grammars that are in use take all the memory that they may (256 MB), 64 other tenants "
-        "use grammars, or their process does not start; `Retry-After`",
+        "the tenant's grammars take all the memory that they may (256 MB), 64 tenants use some, or their "
+        "process does not start",
     ),
     _meaning(
         503,
-        "engine_starting engine_restarting engine_restarted engine_busy server_stopping timeout",
+        "engine_starting engine_restarting engine_restarted",
+        "nothing can be generated now; with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "engine_busy server_stopping timeout",
         "nothing can be generated now, or not in time; with `Retry-After`",
     ),
     _meaning(
         503,
         "no_replica replica_lost of_one_server",
-        "behind `onebase route`: no server answers, the one that answered is lost, or only one server can "
-        "tell this; with `Retry-After`",
+        "behind `onebase route`: no server answers, the one that did is lost, or only one knows; "
+        "`Retry-After`",
     ),
     _meaning(
         503,
-        "too_many_connections too_many_bodies",
-        "`--max-connections` or `--max-connections-per-host` are open, or their bodies take all the memory "
-        "that they may; with `Retry-After`",
+        "too_many_connections",
+        "`--max-connections` or `--max-connections-per-host` are open; with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "too_many_bodies",
+        "the bodies of connections take all the memory that they may; with `Retry-After`",
     ),
     _meaning(
         503,
@@ -367,15 +470,18 @@ ERROR_CODES = (
     ),
     _meaning(
         503,
-        "adapter_unavailable adapter_timeout hub_unreachable hub_offline hub_damaged hub_wrong_answer "
-        "verifier_unavailable",
+        "adapter_unavailable adapter_timeout verifier_unavailable",
         "this adapter cannot be had now, others can; with `Retry-After`",
     ),
     _meaning(
         503,
+        "hub_unreachable hub_offline hub_damaged hub_wrong_answer",
+        "the Hub does not answer, or not as it should; with `Retry-After`",
+    ),
+    _meaning(
+        503,
         "registry_unavailable store_unavailable request_log_unavailable",
-        "the registry's database, the store's files, or the log of requests cannot be reached now; with "
-        "`Retry-After`",
+        "the database, the store's files or the log of requests cannot be reached",
     ),
     _meaning(
         505,
