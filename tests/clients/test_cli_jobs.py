@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.clients.golden import Transcript
 from tests.clients.registry_double import NOW, RefusalError
@@ -25,10 +26,12 @@ from tests.clients.training_double import (
     succeeded,
 )
 
+from onebase._terminal.jobs import lines_of
 from onebase.cli import jobs as command
 from onebase.cli import main
 from onebase.cli.jobs.create import parse_labels, parse_settings
 from onebase.cli.jobs.show import time_taken
+from onebase_protocol.training import TrainingEvent
 
 pytestmark = pytest.mark.usefixtures("slept")
 ID = job_id(1)
@@ -363,6 +366,14 @@ def test_events_are_printed_from_the_oldest_on(
     assert main(["jobs", "events", ID, "--follow", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["id"] for line in lines] == [one["id"] for one in told]
+
+
+@pytest.mark.parametrize(
+    ("share", "says"), [(0.5, []), (0.75, ["step 2: 75% of the replies could not be graded"])]
+)
+def test_a_step_whose_replies_could_mostly_not_be_graded_is_said(share: float, says: list[str]) -> None:
+    told = msgspec.convert(step(1, 2, rewards_mean=0.1, rewards_failed=share), TrainingEvent)
+    assert [text.partition(", and")[0] for text, _ in lines_of(told)] == says
 
 
 def test_checkpoints_are_a_table(

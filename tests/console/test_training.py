@@ -618,6 +618,8 @@ def test_a_job_that_learns_from_rewards_is_made_in_the_form_and_its_grader_tried
         train(visit, prompts(8), "by-form")
         expect(page.locator("article .state")).to_have_text("Done", timeout=300_000)
         expect(page.get_by_role("figure", name="Reward by step")).to_be_visible()
+        expect(page.locator("article")).to_contain_text("0% of the replies could not be graded")
+        assert visit.faults() == []
     with talking.client() as http:
         method = http.get("/v1/fine_tuning/jobs").json()["data"][0]["method"]
     assert method["type"] == "reinforcement"

@@ -29,6 +29,8 @@ _PHASES: Final = {
     "baseline": "measuring the base",
     "samples": "answering the sample prompts",
 }
+_MOST_UNGRADED: Final = 0.5
+"""Part of a step's replies that could not be graded, above which the log says so."""
 _SILENT: Final = frozenset({"phase", "progress", "saved"})
 """Kinds of messages that the bar shows anyway, or that say too little."""
 
@@ -145,7 +147,10 @@ def lines_of(event: TrainingEvent) -> Iterator[tuple[str, str]]:
 
 
 def _measured(data: Any) -> Iterator[tuple[str, str]]:
-    """Held-out losses and metrics. Steps move the bar instead."""
+    """Held-out losses and metrics. Steps move the bar instead, but for those whose grader fails."""
+    if (ungraded := data.get("rewards_failed") or 0.0) > _MOST_UNGRADED:
+        share = f"{ungraded:.0%} of the replies could not be graded"
+        yield f"{_who(data)}: {share}, and got the lowest reward", "yellow"
     if (reward := data.get("rewards_mean")) is not None and data.get("valid_loss") is not None:
         best = "  best" if data.get("best") else ""
         yield f"{_who(data)}: held-out reward {reward:.4f}{best}", "green" if best else ""

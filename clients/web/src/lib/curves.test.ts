@@ -9,6 +9,7 @@ describe('curves of a run', () => {
     expect([curve.steps, curve.values]).toEqual([[1, 2, 3], [5, 3.5, 2]])
     expect([curve.last, curve.best]).toEqual([{ step: 3, value: 2 }, { step: 3, value: 2 }])
     expect(new Curve().last).toBeNull()
+    expect([curve.mean, new Curve().mean]).toEqual([3.5, 0])
   })
 
   it('stand on the same steps in a chart', () => {

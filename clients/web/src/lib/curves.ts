@@ -24,6 +24,11 @@ export class Curve {
     return step === undefined ? null : { step, value: this.values.at(-1) ?? NaN }
   }
 
+  /** The mean of all; 0 where there is none. */
+  get mean(): number {
+    return this.values.reduce((sum, value) => sum + value, 0) / Math.max(1, this.values.length)
+  }
+
   get best(): Point | null {
     let best: Point | null = null
     this.values.forEach((value, at) => {

@@ -125,6 +125,10 @@ export class Run {
   readonly train = new Curve()
   readonly heldOut = new Curve()
   readonly rate = new Curve()
+  /** Of each step that learns from rewards: the part of the replies that could not be graded. */
+  readonly ungraded = new Curve()
+  /** Of each step that learns from rewards: the part of the prompts whose replies all had the same reward. */
+  readonly even = new Curve()
   messages = $state.raw<JobEvent[]>([])
   samples = $state.raw<Sample[]>([])
   data = $state.raw<DataReport | null>(null)
@@ -223,6 +227,8 @@ export class Run {
     const step = Number(told.step ?? 0)
     if (typeof told.train_loss === 'number') this.train.add(step, told.train_loss)
     if (typeof told.learning_rate === 'number') this.rate.add(step, told.learning_rate)
+    if (typeof told.train_loss === 'number' && typeof told.rewards_failed === 'number') this.ungraded.add(step, told.rewards_failed)
+    if (typeof told.train_loss === 'number' && typeof told.rewards_even === 'number') this.even.add(step, told.rewards_even)
     if (typeof told.valid_loss === 'number') this.heldOut.add(step, told.valid_loss)
     if (event.type === 'metrics' && told.valid_loss === undefined && told.parent_loss === undefined && told.active_loss === undefined && told.subject === undefined) return
     this.#new.push(event)
