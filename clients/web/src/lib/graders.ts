@@ -60,7 +60,7 @@ export function graderOf(draft: GraderDraft, base: string): Grader {
   return objectOf(draft.json, 'Grader', '{"type": "multi", …}')
 }
 
-/** A grader of several to begin with: one other than `draft.kind`, by itself. */
+/** A grader of several, as JSON, with the one that was written so far in it. */
 export function severalOf(draft: GraderDraft, base: string): string {
   const one = { ...graderOf(draft, base), name: 'first' }
   return JSON.stringify({ type: 'multi', name: NAME, graders: { first: one }, calculate_output: 'first' }, null, 2)
