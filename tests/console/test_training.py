@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Route, expect
 from tests.server.support import Server, Starter
-from tests.server.test_reinforcement import CHECK, begin
+from tests.server.test_reinforcement import begin
 from tests.server.test_reinforcement import rows as prompts
 from tests.server.test_training_real import rows
 from tests.server.training_support import (
@@ -44,6 +44,11 @@ def talking(serve_real: Starter, tmp_path_factory: pytest.TempPathFactory) -> It
         yield server
 
 
+LIKE = {
+    "type": "text_similarity", "name": "like", "evaluation_metric": "fuzzy_match",
+    "input": "{{sample.output_text}}", "reference": "design",
+}  # fmt: skip
+"""A grader whose rewards of the talking base's replies differ."""
 FIRST = "Look at the rows and the estimate first"
 
 
@@ -515,12 +520,8 @@ def test_a_job_that_learns_from_rewards_shows_rewards_and_the_replies_that_got_t
     talking: Server, look: Look
 ) -> None:
     client = openai_client(talking)
-    grader = {
-        "type": "text_similarity", "name": "like", "evaluation_metric": "fuzzy_match",
-        "input": "{{sample.output_text}}", "reference": "design",
-    }  # fmt: skip
     for _ in range(2):
-        job = wait_job(talking, client, begin(client, "rewarded", grader).id, ended)
+        job = wait_job(talking, client, begin(client, "rewarded", LIKE).id, ended)
         assert job.status == "succeeded", job.error
     report = job.report
     with look(talking) as visit:
@@ -602,12 +603,13 @@ def test_a_job_that_learns_from_rewards_is_made_in_the_form_and_its_grader_tried
         kind.select_option("python")
         kind.select_option("multi")
         written = json.loads(dialog.get_by_label("Grader, as JSON").input_value())
-        one = {"type": "python", "name": "first", "source": source}
-        several = {**written, "graders": {**written["graders"], "k": CHECK}, "calculate_output": "first + k"}
-        assert written["graders"] == {"first": one}
+        assert written["graders"] == {"first": {"type": "python", "name": "first", "source": source}}
+        graders = {**written["graders"], "like": LIKE}
+        several = {**written, "graders": graders, "calculate_output": "first + like"}
         dialog.get_by_label("Grader, as JSON").fill(json.dumps(several))
+        reply.fill("design")
         grade.click()
-        expect(reward).to_have_text("Reward 1.5, first 0.5, k 1")
+        expect(reward).to_have_text("Reward 1, first 0, like 1")
         assert visit.violations() == []
 
         values = {"Epochs": "3", "Rank": "4", "Prompts in a step": "2", "Replies to each prompt": "4"}
@@ -616,7 +618,9 @@ def test_a_job_that_learns_from_rewards_is_made_in_the_form_and_its_grader_tried
         dialog.get_by_text("More", exact=True).click()
         dialog.get_by_label("More settings").fill('{"max_steps": 4, "temperature": 0.3}')
         train(visit, prompts(8), "by-form")
-        expect(page.locator("article .state")).to_have_text("Done", timeout=300_000)
+        state = page.locator("article .state")
+        expect(state).to_have_text(re.compile("^(Done|Failed)$"), timeout=300_000)
+        assert state.inner_text() == "Done", page.locator("article").inner_text()
         expect(page.get_by_role("figure", name="Reward by step")).to_be_visible()
         expect(page.locator("article")).to_contain_text("0% of the replies could not be graded")
         assert visit.faults() == []
