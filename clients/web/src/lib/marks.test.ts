@@ -14,6 +14,6 @@ test('what changes the answers is marked, the oldest first, with who did it', ()
 })
 
 test('marks that would cover each other are one, and those outside are none', () => {
-  const marks = [-5, 10, 12, 40, 140].map((at) => ({ at, text: String(at) }))
-  expect(grouped(marks, (at) => at, 100).map(({ left, marks }) => [left, marks.length])).toEqual([[10, 2], [40, 1]])
+  const marks = [-5, 10, 12, 40, 63, 66, 140].map((at) => ({ at, text: String(at) }))
+  expect(grouped(marks, (at) => at, 100).map(({ left, marks }) => [left, marks.length])).toEqual([[10, 2], [40, 2], [66, 1]])
 })

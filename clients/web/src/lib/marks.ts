@@ -46,14 +46,17 @@ export interface Group {
   marks: Mark[]
 }
 
+/** Pixels between two marks: a finger's target is 24 wide, and none may cover a part of another. */
+const APART = 25
+
 /** Marks that would cover each other become one, at the place of the first. `place`: pixels from the left, of a mark's time. */
-export function grouped(marks: Mark[], place: (at: number) => number, width: number, apart = 18): Group[] {
+export function grouped(marks: Mark[], place: (at: number) => number, width: number): Group[] {
   const groups: Group[] = []
   for (const mark of marks) {
     const left = place(mark.at)
     if (left < 0 || left > width) continue
     const last = groups.at(-1)
-    if (last && left - last.left < apart) last.marks.push(mark)
+    if (last && left - last.left < APART) last.marks.push(mark)
     else groups.push({ left, marks: [mark] })
   }
   return groups
