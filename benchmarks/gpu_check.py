@@ -35,7 +35,7 @@ from typing import Any
 
 from bench import gpu_bundle
 from bench.command import Options, names
-from bench.gpu_report import held, now, page
+from bench.gpu_report import find_sanitizer, held, now, page, sanitizer_command, sanitizer_findings
 from bench.processes import end_on_signals, tail
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,8 @@ END_SECONDS = 10.0
 """Time, in seconds, after which a killed process is given up."""
 AGAIN_SECONDS = 60.0
 """Limit, in seconds, of a failed part that runs once more with its launches one by one."""
+WATCHED_SECONDS = 120.0
+"""Limit, in seconds, of a part that failed again and runs on a tiny base under compute-sanitizer."""
 LOGGED_BYTES, CARRIED_BYTES = 2 << 20, 24 << 20
 """Largest size, in bytes, of one file of the logs, and of Triton's cache, that is kept with the report."""
 CHECKED, REHEARSED = "gpu-check", "gpu-check-rehearsal"
@@ -68,6 +70,8 @@ class Part:
     module: str = "bench.gpu_parts"
     command: int = 1
     """Number of the command, of ten minutes, that it belongs to."""
+    under: tuple[str, ...] = ()
+    """Program that runs the part's process, with its options."""
 
 
 MACHINE = Part("machine", "the machine", 45, "bench.gpu_machine")
@@ -76,7 +80,7 @@ PARTS = (
     Part("bits", "sums to the last bit", 50, "bench.gpu_forms"),
     Part("kernels", "kernels against PyTorch", 110, "bench.gpu_kernels"),
     Part("engine", "the engine", 130),
-    Part("invariance", "a row's bits in any company", 100),
+    Part("invariance", "a row's bits in any company", 100, "bench.gpu_invariance"),
     Part("sanitizer", "reads and writes within bounds", 45, "bench.gpu_forms"),
     Part("memory", "out of memory by a long prompt", 80, command=2),
     Part("proof", "attach, proof and kills beside the engine", 150, "bench.gpu_processes", command=2),
@@ -119,7 +123,7 @@ def run_part(
     told = json.dumps({**setup, "folder": str(folder)})
     with log.open("wb") as output, _left_behind():
         process = subprocess.Popen(
-            [sys.executable, "-m", part.module, part.name, str(file), told],
+            [*part.under, sys.executable, "-m", part.module, part.name, str(file), told],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -140,10 +144,11 @@ def run_part(
     found: dict[str, Any] = {"state": "", "error": "", "figures": [], "checks": [], "tables": []}
     with suppress(OSError, ValueError):
         found = json.loads(file.read_text())
+    where = f", at: {found['stage']}" if found.get("stage") else ""
     if over:
-        found |= {"state": "timed out", "error": f"it took more than {seconds:.0f} s"}
+        found |= {"state": "timed out", "error": f"it took more than {seconds:.0f} s{where}"}
     elif not found["state"] or (process.returncode and found["state"] == "ok"):
-        found |= {"state": "failed", "error": f"its process ended with {_status(process.returncode)}"}
+        found |= {"state": "failed", "error": f"its process ended with {_status(process.returncode)}{where}"}
     elif found["state"] == "ok" and not all(check["held"] for check in found["checks"]):
         found["state"] = "fails"
     elif found["state"] == "ok" and not found["checks"] and part.name != MACHINE.name:
@@ -273,24 +278,63 @@ def run_again(
     environment: Mapping[str, str],
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Run the parts that failed once more, with their launches one by one, so that an error has its place."""
-    failed = {result["part"] for result in results if result["state"] == "failed"}
+    """Run the parts in which something raised once more, with their launches one by one, so that an error has
+    its place; those in which something raises again, on a tiny base under compute-sanitizer."""
+    until = time.monotonic() + seconds
     parts = [
         replace(part, title=f"{part.title}, launches one by one", seconds=AGAIN_SECONDS)
-        for part in PARTS
-        if part.name in failed
+        for part in _raised_in(results)
     ]
-    folder = str(Path(setup["folder"]) / "again")
+    folder = Path(setup["folder"])
     one_by_one = {**environment, "CUDA_LAUNCH_BLOCKING": "1"}
+    again = list[dict[str, Any]]()
     try:
-        again = run_parts(parts, {**setup, "folder": folder}, one_by_one, seconds)
+        again = run_parts(parts, {**setup, "folder": str(folder / "again")}, one_by_one, seconds)
+        watched = _run_watched(_raised_in(again), setup, environment, until - time.monotonic())
     except InterruptedRunError as interrupted:
-        raise InterruptedRunError(_again(interrupted.results)) from interrupted
-    return _again(again)
+        more = interrupted.results if again else []
+        raise InterruptedRunError(
+            [*_named(again or interrupted.results, "again"), *_named(more, "watched")]
+        ) from interrupted
+    return [*_named(again, "again"), *_named(watched, "watched")]
 
 
-def _again(again: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**result, "part": f"{result['part']} again"} for result in again if result["state"] != "not run"]
+def _raised_in(results: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return the parts whose process failed, or in which something raised and the rest was done."""
+    names = {one["part"] for one in results if one["state"] == "failed" or one.get("tracebacks")}
+    return [part for part in PARTS if part.name in names]
+
+
+def _run_watched(
+    parts: Sequence[Part], setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
+) -> list[dict[str, Any]]:
+    """Run parts on a tiny base under compute-sanitizer, and check that it finds nothing."""
+    program = find_sanitizer()
+    if program is None:
+        return [
+            {**_missing(part, "there is no compute-sanitizer here"), "state": "skipped"} for part in parts
+        ]
+    command, variables = sanitizer_command(program)
+    watched = [
+        replace(part, title=f"{part.title}, under compute-sanitizer", seconds=WATCHED_SECONDS, under=command)
+        for part in parts
+    ]
+    folder = Path(setup["folder"]) / "watched"
+    results = run_parts(
+        watched, {**setup, "folder": str(folder), "shape": "tiny"}, {**environment, **variables}, seconds
+    )
+    for result in results:
+        if result["state"] != "not run":
+            said = sanitizer_findings(folder / result["part"] / "log")
+            check = {"name": "reads and writes within bounds", "held": not said, "detail": "; ".join(said)}
+            result["checks"] = [*result["checks"], check]
+    return results
+
+
+def _named(results: Sequence[Mapping[str, Any]], how: str) -> list[dict[str, Any]]:
+    return [
+        {**result, "part": f"{result['part']} {how}"} for result in results if result["state"] != "not run"
+    ]
 
 
 def environment_of(device: str, folder: Path) -> dict[str, str]:
@@ -444,6 +488,7 @@ class Run:
                     f"the parts of command {command} take {sum_:.0f} s, and it has {MINUTES} minutes"
                 )
             results += run_parts(parts, self._setup, self._environment, sum_, self._note_after(*results))
+        results += run_again(results, self._setup, self._environment, AGAIN_SECONDS + WATCHED_SECONDS)
 
     def _wants(self, part: Part) -> bool:
         if self._options.only is not None:
@@ -508,7 +553,8 @@ def _without_gpu(looked: Mapping[str, Any]) -> int:
 def _keep_logs(folder: Path, file: Path) -> None:
     """Write the parts' logs and findings into one file."""
     with tarfile.open(file, "w:gz") as tar:
-        for pattern in ("*/log", "*/*.log", "*/*.json", "again/*/log", "again/*/*.json"):
+        parts = ("*", "again/*", "watched/*")
+        for pattern in (f"{part}/{name}" for part in parts for name in ("log", "*.log", "*.json", "code/*")):
             for path in sorted(folder.glob(pattern)):
                 if path.stat().st_size <= LOGGED_BYTES:
                     tar.add(path, path.relative_to(folder))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,16 @@ from torch.nn import functional
 
 from bench import random_base as bases
 from bench.gpu_kernels import exact_weight
-from bench.gpu_parts import BLOCK, new_base, own_kernels
-from bench.gpu_report import Findings, NotHereError, Setup, run_part
+from bench.gpu_parts import BLOCK, make_kernels, new_base, own_kernels
+from bench.gpu_report import (
+    Findings,
+    NotHereError,
+    Setup,
+    find_sanitizer,
+    run_part,
+    sanitizer_command,
+    sanitizer_findings,
+)
 from bench.processes import tail
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.engine import forms as served_forms
@@ -39,6 +47,8 @@ from onebase_engine.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = SchedulerLimits(64, 2048, 8192)
+KEY = 1000
+"""Characters of the types and constants of a form that are kept."""
 FIELDS = (
     "registers",
     "spilled",
@@ -59,6 +69,7 @@ FIELDS = (
 
 def forms(setup: Setup, found: Findings) -> None:
     """Compile all forms that a server of this shape asks for, side by side, into Triton's cache."""
+    found.stage("compiling")
     listed = _of_an_absent_device(setup) if setup.interpreted else _compiled(setup, found)
     (setup.folder / "forms.json").write_text(json.dumps(listed, indent=1))
     add = found.table("Forms of kernels", ("kernel", *FIELDS))
@@ -87,7 +98,7 @@ def _compiled(setup: Setup, found: Findings) -> list[dict[str, Any]]:
     found.figure("forms", len(listed))
     known = {(one["kernel"], one["key"]) for one in listed}
     for name, key, kernel in compiled_before():
-        if (name, key[:200]) not in known:
+        if (name, key[:KEY]) not in known:
             listed.append(described(name, key, kernel, None))
     found.figure("forms, with those of trials", len(listed))
     return listed
@@ -131,7 +142,7 @@ def described(
     layouts, code, facts = kernel.asm.get("ttgir", ""), kernel.asm.get("ptx", ""), kernel.metadata
     return {
         "kernel": name,
-        "key": key[:200],
+        "key": key[:KEY],
         "registers": getattr(kernel, "n_regs", None),
         "spilled": getattr(kernel, "n_spills", None),
         "shared": facts.shared,
@@ -168,7 +179,7 @@ def absent(capability: int, count: int, folder: Path) -> None:
     patched[1].passes = lambda self, switches, *more, **named: [on() for on, _ in switches] or True
     with cuda.collecting():
         base = bases.random_base(bases.write_folder("tiny", folder / "base").folder, torch.device("cpu"))
-        model = ServedModel(base, 4, kernels=cuda.CudaKernels())
+        model = ServedModel(base, 4, kernels=cuda.CudaKernels(cuda.usual_switches()))
         model.allocate_kv(RESERVED_BLOCKS + 8, BLOCK)
     wanted = served_forms.wanted_forms(model, adaptable_layers(base), LIMITS, BLOCK)
     print(f"{len(wanted)} forms: {dict(Counter(one.name for one in wanted))}", file=sys.stderr)
@@ -208,9 +219,20 @@ def bits(setup: Setup, found: Findings) -> None:
         "gate": bases.one_layer(hidden, wide, draw),
         "down": bases.one_layer(wide, hidden, draw),
     }
+    usual: cuda.Switches = own.switches
+    turned = {name: replace(usual, **{name: not getattr(usual, name)}) for name in ("permuted", "wide")}
+    add_other = found.table(
+        "fp32 sums with other bits than in steps of 16 rows, by other forms",
+        ("layer", "rows", "a program's rows", *(f"{name} turned" for name in turned), "weights in bf16"),
+    )
     for name, layer in layers.items():
         linear, weight = own.linear(layer, 1), exact_weight(layer)
-        linear.use_library(False)  # which the kernel's sums are compared with
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        made: list[Any] = [make_kernels(setup, switches) for switches in turned.values()]
+        others = [*(kernels.linear(layer, 1) for kernels in made), own.linear(plain, 1)]
+        for one in (linear, *others):
+            one.use_library(False)  # which the kernel's sums are compared with
         x = torch.randn(max(counts), layer.in_features, device=setup.device, generator=draw).to(
             torch.bfloat16
         )
@@ -221,8 +243,12 @@ def bits(setup: Setup, found: Findings) -> None:
             ours, theirs = linear.sums(x[:rows]), _multiplied(x[:rows], weight)
             count, largest, first = difference(ours, few[:rows])
             other, ulps, place = difference(theirs, few[:rows])
+            size = next(size for size in cuda.STAGES if size >= min(rows, cuda.MOST_ROWS))
             if count:
-                wrong.append(f"{rows} rows: {count}, by {largest} ulps, the first at {first}")
+                rounded = int((ours.bfloat16() != few[:rows].bfloat16()).sum())
+                said = f"{count}, {rounded} of them in bf16, by {largest} ulps, the first at {first}"
+                wrong.append(f"{rows} rows, {size} a program: {said}")
+            add_other(name, rows, size, *(difference(one.sums(x[:rows]), few[:rows])[0] for one in others))
             add(
                 name, rows, count, ours.numel(), other, ulps, place, difference(chunked[:rows], few[:rows])[0]
             )
@@ -279,29 +305,19 @@ def sanitizer(setup: Setup, found: Findings) -> None:
     """Run some steps of a tiny base under compute-sanitizer, which sees accesses out of bounds."""
     if setup.device == "cpu":
         raise NotHereError("compute-sanitizer is for a GPU")
-    program = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
-    )
+    program = find_sanitizer()
     if program is None:
         raise NotHereError("there is no compute-sanitizer here")
+    command, variables = sanitizer_command(program)
     told = json.dumps({"device": setup.device, "shape": "tiny", "folder": str(setup.folder)})
-    command = [
-        program,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "bench.gpu_parts",
-    ]
+    step = sys.executable, "-m", "bench.gpu_parts", "step", str(setup.folder / "step.json"), told
     log = setup.folder / "sanitizer.log"
     with log.open("wb") as output:
         done = subprocess.run(
-            [*command, "step", str(setup.folder / "step.json"), told],
-            stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TRITON_DISABLE_LINE_INFO": "0"},
-        )  # fmt: skip
-    found.check("steps read and write within bounds", done.returncode == 0, tail(log, 12)[-600:])
+            [*command, *step], stdout=output, stderr=subprocess.STDOUT, env=os.environ | variables
+        )
+    said = "; ".join(sanitizer_findings(log)) or tail(log, 12)[-600:]
+    found.check("steps read and write within bounds", done.returncode == 0, said)
 
 
 PARTS = {"forms": forms, "bits": bits, "sanitizer": sanitizer}

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from bench import random_base as bases
-from bench.gpu_parts import BLOCK, Counted, bandwidth, finish, own_kernels
+from bench.gpu_parts import BLOCK, Counted, bandwidth, finish, make_kernels, own_kernels
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_engine.base.experts import compute_experts, matrix_names, place_stacks, quantize_stack
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
@@ -44,6 +44,8 @@ EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()
 REPEATS = 12
 """Number of times that a call is timed, of which the median is told."""
+SHORT, IN_A_ROW = 200.0, 8
+"""Microseconds below which a call is timed by a graph of so many of them: beginning one takes some too."""
 
 
 class Stopwatch:
@@ -52,16 +54,21 @@ class Stopwatch:
     def __init__(self, setup: Setup, found: Findings) -> None:
         self._on, self._found = setup.device == "cuda", found
         self._device = torch.device(setup.device)
-        self._other = torch.zeros(1 << 26 if self._on else 1, dtype=torch.int32, device=setup.device)
+        size = 1
+        if self._on:
+            size = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 1 << 27) // 2
+        self._other = torch.zeros(size, dtype=torch.int32, device=setup.device)
+        self._wipes: Callable[[], Any] | None = None
+        """Graph that wipes the cache IN_A_ROW times."""
         self.spreads: list[float] = []
         """Spread of each timed call: the middle half of its times, as a part of their median."""
         if self._on:
-            found.figure("a graph of one small kernel", self(lambda: self._other[:1].add_(1)) or 0.0, "us")
+            found.figure("a small kernel", self(lambda: self._other[:1].add_(1)) or 0.0, "us")
 
     @torch.inference_mode()
     def __call__(self, function: Callable[..., Any], *inputs: Any) -> float | None:
-        """Return the median time of a call, in microseconds, or None without a GPU. A CUDA graph of the call
-        is replayed where it can be captured, so that no launch counts."""
+        """Return the median time of a call, in microseconds, or None without a GPU. CUDA graphs of the call
+        are replayed where it can be captured, so that no launch counts."""
 
         def call() -> Any:
             return function(*inputs)
@@ -72,20 +79,40 @@ class Stopwatch:
         for _ in range(3):
             call()
         torch.cuda.synchronize()
-        run = call
         try:
-            graphs = CudaKernels()
-            graphs.unawaited(call, self._device)
-            run, _ = graphs.capture(call, self._device)
+            taken = self._median(self._graph(call))
+            return self._in_a_row(call, taken) if taken < SHORT else taken
         except (CaptureError, torch.OutOfMemoryError) as error:
             self._found.figure(
                 "timed with its launches", f"{getattr(function, '__name__', function)}: {error}"[:200]
             )
+        return self._median(call)
+
+    def _in_a_row(self, call: Callable[[], Any], alone: float) -> float:
+        """Return the time of one of IN_A_ROW calls in a graph, each after the cache is wiped, less that of
+        the wipes; `alone` where these take too much of it to tell."""
+        if self._wipes is None:
+            self._wipes = self._graph(lambda: [self._wipe() for _ in range(IN_A_ROW)])
+        both = self._graph(lambda: [(self._wipe(), call()) for _ in range(IN_A_ROW)])
+        taken = (self._median(both) - self._median(self._wipes)) / IN_A_ROW
+        return taken if taken > 0 else alone
+
+    def _wipe(self) -> torch.Tensor:
+        """Fill the cache by reads: what is written would have to leave it in the time measured."""
+        return self._other.max()
+
+    def _graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the replay of a graph of a call. Raises CaptureError."""
+        graphs = CudaKernels()
+        graphs.unawaited(call, self._device)
+        return graphs.capture(call, self._device)[0]
+
+    def _median(self, run: Callable[[], Any]) -> float:
         times = []
         Event: Any = torch.cuda.Event  # noqa: N806
         for _ in range(REPEATS):
             begin, end = (Event(enable_timing=True) for _ in range(2))
-            self._other.max()  # by reads: what is written would have to leave the cache in the time measured
+            self._wipe()
             begin.record()
             run()
             end.record()
@@ -158,6 +185,9 @@ class Products:
     def __init__(self, setup: Setup, found: Findings, own: Kernels, draw: torch.Generator) -> None:
         self._setup, self._found, self._own, self._draw = setup, found, own, draw
         self._other = ReferenceKernels(tiled=False)
+        usual: cuda.Switches = own.switches  # type: ignore[attr-defined]
+        self._turned = make_kernels(setup, replace(usual, permuted=not usual.permuted))
+        """Kernels that unpack 4-bit weights the other way."""
         self._counts = (1, 3, 65) if setup.interpreted else (1, 2, 4, 8, 16, 32, 64, 65, 300, 600)
         self._slots, rank = (3, 4) if setup.interpreted else (64, 16)
         self._rank = rank
@@ -173,7 +203,8 @@ class Products:
             "without cuBLAS",
             "unpacked the other way",
             "with adapters",
-            "bitsandbytes, cuBLAS",
+            "bitsandbytes",
+            "cuBLAS, of weights in bf16",
         ]
         headings += ["floor", "ours / floor", "GB/s", "TFLOP/s"]
         title = f"Products, microseconds, with adapters: rank {rank}, up to {self._slots}"
@@ -189,6 +220,7 @@ class Products:
                 linear.put(slot, LoraWeights(a * 0.02, b * 0.02, 2.0))
         x = self._normal(max(self._counts), layer.in_features).to(torch.bfloat16)
         self._compare(name, layer, own, other, x)
+        weight, turned = exact_weight(layer), cast(Any, self._turned.linear(layer, 1))
         x = self._normal(max(self._timed), layer.in_features).to(torch.bfloat16)
         for count in self._timed:
             some, rows = x[:count], rows_of(count, self._slots)
@@ -196,27 +228,29 @@ class Products:
             read = weights + 2 * count * (layer.in_features + layer.out_features)
             floor = read / self.per_second * 1e6
             times = self.watch(own, some, NOBODY), self.watch(own, some, rows), self.watch(layer, some)
-            with _other_way():
-                other_way = self.watch(own, some, NOBODY) if own.nf4 else None
+            other_way = self.watch(turned, some, NOBODY) if own.nf4 else None
+            plain = self.watch(functional.linear, some, weight) if own.nf4 else times[2]
             used = own.use_library(False)
             kernel = self.watch(own, some, NOBODY) if used and count > cuda.UNPACKED_ROWS else times[0]
             own.use_library(used)
             work = 2 * count * layer.in_features * layer.out_features
             reached = (None, None) if times[0] is None else (read / times[0] / 1e3, work / times[0] / 1e6)
             beside = _beside_floor(times[0], floor)
-            self._add(name, count, times[0], kernel, other_way, *times[1:], *beside, *reached)
+            self._add(name, count, times[0], kernel, other_way, *times[1:], plain, *beside, *reached)
         if name in ("q", "down"):
             call = partial(own, x[: min(len(x), 256)], rows_of(min(len(x), 256), self._slots))
             tell_launches(self._setup, self._found, f"{name} with adapters", call)
         if own.nf4:
             kernels: Any = self._own
+            other_kernels: Any = self._turned
+            unpack, unpack_turned = partial(kernels.unpack, own, 0), partial(other_kernels.unpack, turned, 0)
             size = layer.in_features * layer.out_features
-            sums, weight = own.sums(x[:65]), kernels.unpack(own, 0)[:size].clone()
-            with _other_way():
-                same = torch.equal(own.sums(x[:65]), sums)
-                alike = torch.equal(kernels.unpack(own, 0)[:size], weight)
-            self._found.check(f"{name}: both ways unpack the same weights", alike)
-            told = "the same bits" if same else "other bits"
+            alike = all(torch.equal(one()[:size], weight.view(-1)) for one in (unpack, unpack_turned))
+            self._found.check(f"{name}: both ways unpack the weights of bitsandbytes", alike)
+            for way, one in (("", unpack), (", the other way", unpack_turned)):
+                if (taken := self.watch(one)) is not None:
+                    self._found.figure(f"{name}: unpacking its weights{way}", taken, "us")
+            told = "the same bits" if torch.equal(own.sums(x[:65]), turned.sums(x[:65])) else "other bits"
             self._found.figure(f"{name}: sums of weights that are unpacked the other way", told)
 
     def _compare(self, name: str, layer: Any, own: Any, other: Any, x: torch.Tensor) -> None:
@@ -241,17 +275,6 @@ class Products:
 
     def _normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self._setup.device, generator=self._draw)
-
-
-@contextmanager
-def _other_way() -> Iterator[None]:
-    """Unpack 4-bit weights the other way than usual."""
-    usual = cuda.UNPACKED_BY
-    cuda.UNPACKED_BY = cuda.GATHERED.value + cuda.PERMUTED.value - usual
-    try:
-        yield
-    finally:
-        cuda.UNPACKED_BY = usual
 
 
 def _beside_floor(taken: float | None, floor: float) -> tuple[float | None, float | None]:
@@ -350,9 +373,12 @@ def _join(setup: Setup, found: Findings, own: Kernels, draw: torch.Generator) ->
 def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, per_second: float) -> None:
     shape = bases.SHAPES[setup.shape]
     heads, kv, dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
-    lengths = (90, 17) if setup.interpreted else (4000, 700, 37)
-    length, rows = (32, (1, 3)) if setup.interpreted else (1000, (1, 16, 64))
-    blocks = RESERVED_BLOCKS + sum(-(-one // BLOCK) for one in (*lengths, *(length,) * max(rows)))
+    small = setup.interpreted
+    lengths = (90, 17) if small else (4000, 700, 37)
+    rows, behind = ((1, 3), (32, 70)) if small else ((1, 16, 64), (500, 4000))
+    chunk, before = (20, (0, 30)) if small else (2048, (0, 6000))
+    most = max(max(rows) * -(-max(behind) // BLOCK), -(-(chunk + max(before)) // BLOCK))
+    blocks = RESERVED_BLOCKS + max(sum(-(-one // BLOCK) for one in lengths), most)
     draw = torch.Generator(setup.device).manual_seed(1)
 
     def normal(count: int, size: int) -> torch.Tensor:
@@ -373,7 +399,7 @@ def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, pe
         "attention: largest difference from PyTorch", float((got.float() - wanted.float()).abs().max())
     )
     ends = np.cumsum(lengths) - 1
-    begin, worst, same = 0, 0.0, True
+    begin, worst, other = 0, 0.0, list[str]()
     for number, end in enumerate(ends):
         parts = [one[:, begin : end + 1].double() for one in (k, v)]
         keys64, values64 = (one.repeat_interleave(heads // kv, 0) for one in parts)
@@ -382,25 +408,37 @@ def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, pe
         worst = max(worst, float((got[end].double() - exact).abs().max()))
         last = slice(end, end + 1)
         step = contexts(lengths, [int(n == number) for n in range(len(lengths))])
-        same &= torch.equal(mine(q[:, last], k[:, last], v[:, last], step)[0], got[end])
+        if not torch.equal(mine(q[:, last], k[:, last], v[:, last], step)[0], got[end]):
+            other.append(f"alone behind {lengths[number] - 1} tokens, {splits_of(lengths[number])} splits")
         begin = end + 1
     every = torch.from_numpy(ends).to(setup.device)
     together = mine(q[:, every], k[:, every], v[:, every], contexts(lengths, [1] * len(lengths)))
     found.check("attention is that of fp64", worst < 0.02, f"differs by {worst:.2g} at most")
-    found.check(
-        "a decode has the bits of its chunk, alone and in company", same and torch.equal(together, got[every])
-    )
-    add = found.table(
-        f"Attention of one layer, decodes after {length} tokens, microseconds",
-        ("rows", "ours", "floor", "ours / floor"),
-    )
-    for count in rows:
-        x, y, z = normal(heads, count), normal(kv, count), normal(kv, count)
-        step = contexts([length] * count, [1] * count)
-        ours = watch(mine, x, y, z, step)
-        floor = 4 * count * length * kv * dim / per_second * 1e6
-        add(count, ours, *_beside_floor(ours, floor))
+    for one, length, wanted_row in zip(together, lengths, got[every], strict=True):
+        if not torch.equal(one, wanted_row):
+            other.append(f"in company behind {length - 1} tokens, {splits_of(length)} splits")
+    found.check("a decode has the bits of its chunk, alone and in company", not other, "; ".join(other)[:400])
+    headings = ("behind", "rows", "ours", "floor", "ours / floor")
+    add = found.table("Attention of one layer, decodes, microseconds", headings)
+    for length in behind:
+        for count in rows:
+            x, y, z = normal(heads, count), normal(kv, count), normal(kv, count)
+            step = contexts([length] * count, [1] * count)
+            ours = watch(mine, x, y, z, step)
+            floor = 4 * count * length * kv * dim / per_second * 1e6
+            add(length, count, ours, *_beside_floor(ours, floor))
+    add = found.table("Attention of one layer, a chunk, microseconds", ("behind", "rows", "ours", "TFLOP/s"))
+    for length in before:
+        given = normal(heads, chunk), normal(kv, chunk), normal(kv, chunk)
+        ours = watch(mine, *given, contexts([length + chunk], [chunk]))
+        work = 4 * heads * dim * chunk * (length + chunk / 2)
+        add(length, chunk, ours, None if ours is None else work / ours / 1e6)
     tell_launches(setup, found, "attention", partial(mine, x, y, z, step))
+
+
+def splits_of(length: int) -> int:
+    """Return the number of splits in which one attends to so many keys."""
+    return -(-length // int(cuda.SPLIT.value))
 
 
 def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:

@@ -6,6 +6,7 @@ What each must show is in its docstring. Under Triton's interpreter, on the CPU,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import shutil
@@ -16,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from unittest.mock import patch
@@ -38,12 +40,12 @@ from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.forms import capture_steps, compile_kernels
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.memory_budget import measured_on
+from onebase_engine.engine.memory_budget import measured_on, rounding_bytes, slot_bytes
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
-from onebase_engine.engine.sequence import StepPlan
-from onebase_engine.kernels.cuda import CaptureError
+from onebase_engine.kernels import cuda
+from onebase_engine.kernels.cuda import CaptureError, StepSize
 from onebase_engine.kernels.interface import Draws, Kernels
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.kernels.weights import weights_bytes
@@ -57,25 +59,33 @@ Result = TypeVar("Result")
 # ---- what several parts need ---------------------------------------------------------------------
 
 
-def own_kernels(setup: Setup, found: Findings) -> Kernels:
-    """Return the kernels in Triton, and check whether they pass their trial."""
-    from onebase_engine.kernels import cuda
-
+def make_kernels(setup: Setup, switches: cuda.Switches) -> Kernels:
+    """Return kernels in Triton that compute by these switches."""
+    own: Any = cuda.CudaKernels(switches)
     if setup.interpreted:
         # It multiplies bf16 wrongly by itself. Trials of a model on few rows, and several pieces of a sum.
         mended = importlib.import_module("tests.engine.triton_on_cpu")
         small: Any = (cuda, served)
         small[0].PIECE = small[0].SPLIT = small[0].tl.constexpr(64)
         small[1].TILE = 8
-        own: Any = cuda.CudaKernels()
-        own.captures, own.capture = True, mended.Capture().of
-        return cast(Kernels, own)
+        own.captures, own.capture = switches.graphs, mended.Capture().of
+    return cast(Kernels, own)
+
+
+def own_kernels(setup: Setup, found: Findings, **switches: bool) -> Kernels:
+    """Return the kernels in Triton, and check whether they pass their trial. switches: those that are not as
+    usual."""
+    # As each process of a server has it.
+    torch.set_float32_matmul_precision("highest")
     cuda.keep_sums_whole(torch.device(setup.device))
-    kernels = cuda.CudaKernels()
+    kernels: Any = make_kernels(setup, replace(cuda.usual_switches(), **switches))
+    if setup.interpreted:
+        return cast(Kernels, kernels)
     wrong: str | None = None
     try:
         wrong = cuda._differing(kernels, torch.device(setup.device))
     except Exception as error:
+        found.raised("the trial at a start")
         wrong = f"{type(error).__name__}: {error}"[:500]
     said = "" if wrong is None else f"PyTorch computes in the engine: {wrong}"
     found.check("the kernels pass their trial at a start", wrong is None, said)
@@ -130,18 +140,46 @@ class Asked:
         )
 
 
-def ledger(setup: Setup, found: Findings, when: str) -> None:
-    """Report who has the device's memory."""
-    if setup.device != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info()
-    stats = torch.cuda.memory_stats()
-    held = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
-    held["of the driver, used"] = total - free
-    found.figure(f"memory {when}", ", ".join(f"{size / 1e9:.2f} GB {what}" for what, size in held.items()))
-    short = {name: stats.get(name, 0) for name in ("num_alloc_retries", "num_ooms")}
-    if any(short.values()):
-        found.figure(f"lack of memory {when}", str(short))
+def of_tenant(one: Asked, tenant: str) -> Asked:
+    """Return the same, of a tenant that has no prefixes yet."""
+    return replace(one, tenant=tenant)
+
+
+class Ledger:
+    """Tables of the device's memory: what is taken when, and what was set aside beside what is taken."""
+
+    def __init__(self, setup: Setup, found: Findings) -> None:
+        self._on, self._found = setup.device == "cuda", found
+        columns = "when", "allocated", "reserved", "used, of the driver", "beyond PyTorch's", "free"
+        self._add_use = found.table("Memory, MB", (*columns, "retries", "lacks"))
+        self._add_sized = found.table(
+            "Memory set aside and taken, MB", ("what", "set aside", "taken", "part")
+        )
+        self.note("at first")
+
+    def note(self, when: str) -> None:
+        """Report who has the device's memory."""
+        if not self._on:
+            self._add_use(when, *(None,) * 7)
+            return
+        free, total = torch.cuda.mem_get_info()
+        reserved, stats = torch.cuda.memory_reserved(), torch.cuda.memory_stats()
+        sizes = torch.cuda.memory_allocated(), reserved, total - free, total - free - reserved, free
+        counts = (stats.get(name, 0) for name in ("num_alloc_retries", "num_ooms"))
+        self._add_use(when, *(size / 1e6 for size in sizes), *counts)
+
+    def allocated(self) -> int:
+        """Return the bytes of all tensors on the device; 0 on the CPU, where PyTorch does not count them."""
+        return torch.cuda.memory_allocated() if self._on else 0
+
+    def compare(self, what: str, aside: int, taken: int | None) -> None:
+        """Report bytes that were set aside beside those that are taken, which must not be more."""
+        if taken is None:
+            self._add_sized(what, aside / 1e6, None, None)
+            return
+        self._add_sized(what, aside / 1e6, taken / 1e6, taken / aside if aside else None)
+        said = f"{taken / 1e6:.1f} of {aside / 1e6:.1f} MB"
+        self._found.check(f"{what}: no more than was set aside", taken <= aside, said)
 
 
 def counted(number: int, noun: str) -> str:
@@ -180,16 +218,21 @@ def make_engine(
     )
 
 
-def serve(engine: Engine, asked: Sequence[Asked], apart: int = 2) -> dict[str, list[protocol.ScoredToken]]:
+def serve(
+    engine: Engine, asked: Sequence[Asked], apart: int = 2, texts: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, list[protocol.ScoredToken]]:
     """Serve all requests, `apart` more before each step; return tokens with logprobs, floats as they are.
 
     Raises RuntimeError for a request that ends by an error.
+
+    Args:
+        texts: what requests will be answered, by name: their drafts.
     """
     found: dict[str, list[protocol.ScoredToken]] = {one.name: [] for one in asked}
     waiting = list(asked)
     while waiting or engine.busy:
         for one in waiting[:apart]:
-            engine.submit(one.message())
+            submit(engine, one, (texts or {}).get(one.name))
         del waiting[:apart]
         engine.step()
         for output in engine.take_outputs():
@@ -197,6 +240,28 @@ def serve(engine: Engine, asked: Sequence[Asked], apart: int = 2) -> dict[str, l
                 raise RuntimeError(f"{output.id}: {output.error_message}")
             found[output.id] += output.logprobs or []
     return found
+
+
+class KnownDrafts(Drafts):
+    """Drafts of a sequence whose text is known, so that all of them are right."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        super().__init__()
+        self._text, self.right = text, 1.0
+
+    def propose(
+        self, tokens: Sequence[int], most: int, forced: Sequence[int] = (), *, drawing: bool = False
+    ) -> list[int]:
+        begin = len(tokens) + drawing
+        self._draft = list(self._text[begin : begin + most])
+        return self._draft
+
+
+def submit(engine: Engine, one: Asked, text: Sequence[int] | None = None) -> None:
+    """Queue a request. text: the answer if it is known, by which its drafts are right."""
+    engine.submit(one.message())
+    for sequence in engine._sequences.get(one.name, ()) if text is not None else ():
+        sequence.drafts = KnownDrafts([*one.prompt, *(text or ())])
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -262,28 +327,33 @@ SMALL = (Load(1, 1, "f"), Load(3, 2))
 
 def engine(setup: Setup, found: Findings) -> None:
     """Measure steps of 1, 16 and 64 decodes: launches, syncs, time, tokens/s, part of the bandwidth."""
+    ledger = Ledger(setup, found)
+    found.trying("workspaces", _workspaces, setup, ledger)
+    found.stage("making the base")
     kernels = own_kernels(setup, found)
     began = time.perf_counter()
     base = new_base(setup)
     finish(setup)
     found.figure("making the base", time.perf_counter() - began, "s")
     found.figure("the base", base_bytes(base) / 1e9, "GB")
-    ledger(setup, found, "with the base")
+    ledger.note("with the base")
     loads = SMALL if setup.interpreted else FULL
     prompt, warm, steps = (5, 2, 2) if setup.interpreted else (128, 8, 40)
     slots, rows = (max(getattr(load, one) for load in loads) for one in ("adapters", "rows"))
     blocks = RESERVED_BLOCKS + 8 + rows * -(-(prompt + warm + steps + 64) // BLOCK) + 2 * -(-2100 // BLOCK)
+    found.stage("making the engine")
     began = time.perf_counter()
     running = make_engine(setup, base, kernels if setup.interpreted else None, blocks=blocks, slots=slots)
     finish(setup)
     found.figure("making the engine, with its trials", time.perf_counter() - began, "s")
-    ledger(setup, found, "with the engine")
+    ledger.note("with the engine")
     found.figure("kernels", running.model.kernels.name)
     _fallbacks(found, running)
+    found.stage("compiling")
     began = time.perf_counter()
     compile_kernels(running)
     found.figure("compiling what steps will ask for", time.perf_counter() - began, "s")
-    passes, late = Passes(running), LateForms()
+    passes, late, captures = Passes(running), LateForms(running), Captures(setup, found, running)
     if running.model._graphs is None:
         found.figure("CUDA graphs", NOT_BUILT)
     rank = 4 if setup.interpreted else 16
@@ -305,6 +375,7 @@ def engine(setup: Setup, found: Findings) -> None:
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
     for title, terms in (("", ()), (", an adapter on all linear layers", ((max(sizes), 1.0),))):
+        found.stage(f"a prefill{title}")
         seconds, asked = 0.0, Asked("prefill", [], 1, terms, logprobs=None)
         for repeat in range(2):
             finish(setup)
@@ -318,23 +389,42 @@ def engine(setup: Setup, found: Findings) -> None:
             found.figure(f"a prefill of {length} tokens{title}", length / seconds, "tokens/s")
     if not setup.interpreted:
         found.figure("most memory allocated", torch.cuda.max_memory_allocated() / 1e9, "GB")
-    ledger(setup, found, "with captured steps")
+    ledger.note("with captured steps")
     found.trying("draws", _draws, setup, found, running)
     found.trying("drafts", _drafts, setup, found, running)
     found.trying("stalls", _stalls, setup, found, running, sizes)
+    ledger.note("after adapters in and out of a slot")
     found.trying("pauses", _pauses, setup, found, running, base, rank)
-    found.trying("captures", _captures, setup, found, running)
+    found.trying("captures", _captures, setup, found, running, ledger)
+    captures.report()
     passes.report(found)
     found.check("no kernel is compiled after the start", not late.names, ", ".join(late.names)[:500])
     found.trying("a capture that fails", _failing_capture, setup, found, running)
+    scratch = getattr(running.model.kernels, "_scratch", {})
+    unpacked = sum(one.nbytes for one in scratch.values())
+    found.figure("weights that are unpacked for many rows", unpacked / 1e6, "MB")
     running.check_base()
     found.check("nothing wrote to the base", True)
+
+
+def _workspaces(setup: Setup, ledger: Ledger) -> None:
+    """Compare what cuBLAS takes at its first product with what it is left, by `cuda.WHOLE_SUMS`."""
+    device = torch.device(setup.device)
+    if not cuda.library_may_fit(device):
+        return
+    cuda.keep_sums_whole(device)
+    x = torch.ones(16, 64, dtype=torch.bfloat16, device=device)
+    sums = torch.empty(16, 16, device=device)
+    before = ledger.allocated()
+    cuda.library_product(x, x, sums)
+    finish(setup)
+    ledger.compare("workspaces of cuBLAS", (8 * 16 + 1) << 10, ledger.allocated() - before)
 
 
 def step(setup: Setup, found: Findings) -> None:
     """Serve a few rows with adapters, for a tool that watches each access to memory."""
     base = new_base(setup)
-    kernels = own_kernels(setup, found) if setup.interpreted else None
+    kernels = own_kernels(setup, found, graphs=False)  # under the tool no pass can be captured
     running = make_engine(setup, base, kernels, blocks=RESERVED_BLOCKS + 40)
     running.put_adapter("a", bases.random_adapter(base, 4, 1, bases.ALL_LINEAR))
     prompts = ((5, ()), (9, (("a", 1.0),)), (3, (("a", 0.5),)))
@@ -361,21 +451,6 @@ def _draws(setup: Setup, found: Findings, running: Engine) -> None:
                 whole = time.perf_counter() - began
             found.check(f"{rows} rows have tokens, {how}", None not in tokens)
             add(rows, how, *((None, None) if setup.interpreted else (host * 1e3, whole * 1e3)))
-
-
-class _Known(Drafts):
-    """Drafts of a sequence whose text is known, so that all of them are right."""
-
-    def __init__(self, text: Sequence[int]) -> None:
-        super().__init__()
-        self._text, self.right = text, 1.0
-
-    def propose(
-        self, tokens: Sequence[int], most: int, forced: Sequence[int] = (), *, drawing: bool = False
-    ) -> list[int]:
-        begin = len(tokens) + drawing
-        self._draft = list(self._text[begin : begin + most])
-        return self._draft
 
 
 def _drafts(setup: Setup, found: Findings, running: Engine) -> None:
@@ -422,9 +497,7 @@ def _drafted(
     seconds and of tokens from the first token of each row on."""
     found: dict[str, list[int]] = {one.name: [] for one in asked}
     for one in asked:
-        running.submit(one.message())
-        for sequence in running._sequences[one.name]:
-            sequence.drafts = _Known([*one.prompt, *texts.get(one.name, ())])
+        submit(running, one, texts.get(one.name, ()))
     steps = before = 0
     began = time.perf_counter()
     while running.busy:
@@ -465,15 +538,16 @@ def _fallbacks(found: Findings, running: Engine) -> None:
 
 
 class LateForms:
-    """Names of the kernels that are compiled from now on, while sequences would wait."""
+    """Names of the kernels that are compiled from now on, while sequences would wait, each with the step that
+    asked for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Engine) -> None:
         self.names: list[str] = []
         knobs: Any = importlib.import_module("triton").knobs
         before = knobs.runtime.jit_post_compile_hook
 
         def note(*, fn: Any, **more: Any) -> None:
-            self.names.append(fn.name)
+            self.names.append(f"{fn.name} in step {running.counters.steps}")
             if before is not None:
                 before(fn=fn, **more)
 
@@ -514,6 +588,122 @@ class Passes:
                 add(why, count)
 
 
+NODES = (
+    "kernel", "copy", "fill", "host", "graph", "empty", "wait", "event", "signal", "semaphore", "allocation",
+    "release", "batch", "condition",
+)  # fmt: skip
+"""Kinds of a graph's nodes, by their numbers in CUDA (CUgraphNodeType)."""
+LAUNCHED = {"kernel", "copy", "fill", "operator", "empty"}
+"""Kinds that a captured pass may have. Operators are PyTorch's, where no GPU tells what they become."""
+
+
+def node_kinds(graph: int, library: str = "libcuda.so.1") -> Counter[str]:
+    """Return how many nodes of each kind a CUDA graph has, which is given by its address.
+
+    Raises RuntimeError where the driver refuses.
+    """
+    driver, count, kind = ctypes.CDLL(library), ctypes.c_size_t(), ctypes.c_int()
+
+    def call(name: str, *given: Any) -> None:
+        if code := getattr(driver, name)(*given):
+            raise RuntimeError(f"{name}: error {code} of the driver")
+
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), nodes, ctypes.byref(count))
+    found = Counter[str]()
+    for node in nodes:
+        call("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+        found[NODES[kind.value] if kind.value < len(NODES) else f"kind {kind.value}"] += 1
+    return found
+
+
+class Captures:
+    """Watches the captures of an engine: size, outcome, nodes, seconds and free memory of each."""
+
+    def __init__(self, setup: Setup, found: Findings, running: Engine) -> None:
+        self._setup, self._found = setup, found
+        self._layers = int(running.model._layers)
+        self._said, self._spent = "", dict[str, float]()
+        self._nodes: Counter[str] | None = None
+        self._counted: dict[StepSize, Counter[str]] = {}
+        kernels: Any = running.model.kernels
+        graphs: Any = running.model._graphs
+        if graphs is None:
+            return
+        headings = ("rows", "splits", "adapters", "rank", "outcome", "nodes", "s launched", "captured")
+        self._add = found.table(
+            "Captured passes", (*headings, "compared", "MB free before", "MB taken of the device")
+        )
+        graphs._capture = partial(self._capture, graphs._capture)
+        kernels.unawaited = partial(self._step, "launched", kernels.unawaited)
+        kernels.capture = partial(self._step, "captured", partial(self._keep_graph, kernels.capture))
+
+    def report(self) -> None:
+        """Report the nodes of a layer, which the memory for graphs is set aside by, and check their kinds."""
+        if not self._counted:
+            return
+        strange = {kind for nodes in self._counted.values() for kind in nodes} - LAUNCHED
+        self._found.check("captured passes are kernels and copies", not strange, ", ".join(sorted(strange)))
+        most = max(nodes.total() for nodes in self._counted.values())
+        self._found.figure("most nodes of a captured pass, by its layers", most / self._layers)
+        self._found.figure("nodes of a layer, as memory is set aside for them", captured.LAYER_NODES)
+
+    def _capture(self, whole: Callable[..., Any], size: StepSize, batch: StepBatch) -> Any:
+        self._said, self._spent, self._nodes = "", {}, None
+        free, began = self._free(), time.perf_counter()
+        graph = whole(size, batch)
+        seconds = time.perf_counter() - began
+        taken = free - self._free()
+        outcome = "captured" if graph is not None else self._said or "other bits than kernel by kernel"
+        if self._nodes is not None:
+            self._counted[size] = self._nodes
+        said = ", ".join(f"{count} {kind}" for kind, count in (self._nodes or Counter()).most_common())
+        launched, recorded = (self._spent.get(name, 0.0) for name in ("launched", "captured"))
+        times = launched, recorded, seconds - launched - recorded
+        numbers = (None,) * 5 if self._setup.interpreted else (*times, free / 1e6, taken / 1e6)
+        self._add(size.rows, size.splits, size.terms, size.most_rank, outcome, said, *numbers)
+        return graph
+
+    def _step(self, name: str, whole: Callable[..., Any], *given: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return whole(*given)
+        except Exception as error:
+            self._said = f"{name}: {type(error).__name__}: {error}"[:300]
+            raise
+        finally:
+            self._spent[name] = time.perf_counter() - began
+
+    def _keep_graph(self, whole: Callable[..., Any], *given: Any) -> Any:
+        """Capture, and count the nodes of what PyTorch would not keep."""
+        if self._setup.interpreted:
+            result = whole(*given)
+            self._nodes = whole.__self__.nodes  # type: ignore[attr-defined]
+            return result
+        kept: Any = partial(torch.cuda.CUDAGraph, keep_graph=True)
+        made: list[Any] = []
+
+        def make() -> Any:
+            made.append(kept())
+            return made[-1]
+
+        with patch.object(torch.cuda, "CUDAGraph", make):
+            result = whole(*given)
+        made[-1].instantiate()
+        try:
+            self._nodes = node_kinds(made[-1].raw_cuda_graph())
+        except Exception as error:  # no capture fails by what only looks at it
+            self._found.figure("nodes of a captured pass", f"{type(error).__name__}: {error}"[:200])
+        return result
+
+    def _free(self) -> int:
+        if self._setup.device != "cuda":
+            return 0
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
+
+
 def _failing_capture(setup: Setup, found: Findings, running: Engine) -> None:
     """Let captures fail by a wait for the device; then steps, and other captures, are as before.
 
@@ -539,7 +729,7 @@ def _failing_capture(setup: Setup, found: Findings, running: Engine) -> None:
     for _ in range(3):
         replay()
     found.check("another capture is replayed after them", bool((x == 3).all()), str(x[0].item()))
-    again = serve(running, [_of(one, "after") for one in asked])
+    again = serve(running, [of_tenant(one, "after") for one in asked])
     found.check("steps have their bits after them", again == before)
     for name, size in _held(setup).items():
         found.figure(f"{name}, more after four of them", (size - held[name]) / 1e6, "MB")
@@ -556,19 +746,29 @@ def _held(setup: Setup) -> dict[str, int]:
     return found
 
 
-def _captures(setup: Setup, found: Findings, running: Engine) -> None:
-    """Time the captures of a start, and see what they take of the driver's memory."""
-    graphs = running.model._graphs
-    if graphs is None or setup.interpreted:
+def _captures(setup: Setup, found: Findings, running: Engine, ledger: Ledger) -> None:
+    """Time the captures of a start, and compare what they take of memory with what is set aside for them."""
+    graphs, model = running.model._graphs, running.model
+    if graphs is None:
+        return
+    each = captured.executable_bytes(model._layers, model._mixtures)
+    if setup.interpreted:
+        ledger.compare("captured passes", model.graph_bytes, None)
         return
     before = len(graphs._graphs)
     free, reserved, began = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved(), time.perf_counter()
     capture_steps(running)
     finish(setup)
+    torch.cuda.empty_cache()
+    made = len(graphs._graphs) - before
     found.figure("captures of a start", time.perf_counter() - began, "s")
-    found.figure("captured passes", len(graphs._graphs) - before, f"beside {before}")
-    own = free - torch.cuda.mem_get_info()[0] - (torch.cuda.memory_reserved() - reserved)
-    found.figure("memory of the driver for them, beside PyTorch's", own / 1e6, "MB")
+    found.figure("captured passes", made, f"beside {before}")
+    taken = free - torch.cuda.mem_get_info()[0]
+    own = max(taken - (torch.cuda.memory_reserved() - reserved), 0)
+    ledger.note("with the captures of a start")
+    ledger.compare("captured passes", model.graph_bytes, max(taken, 0))
+    if made > 0:
+        ledger.compare("a captured pass, beyond PyTorch's", each, own // made)
 
 
 def _stalls(setup: Setup, found: Findings, running: Engine, sizes: Mapping[str, int]) -> None:
@@ -602,7 +802,6 @@ def _stalls(setup: Setup, found: Findings, running: Engine, sizes: Mapping[str, 
     for _ in range(2 if setup.interpreted else 50):
         model.move_slots({slot: largest}, lambda _: weights)
         model.move_slots({slot: None}, lambda _: {})
-    ledger(setup, found, "after 50 adapters in and out of a slot")
     counts = (2, 5) if setup.interpreted else (1, 16, 17, 64, 65, 76, 128, 129, 256, 257, 512)
     for count in counts:
         for tenant in ("first", "second"):  # the first time compiles and captures
@@ -698,8 +897,8 @@ class Decodes:
         self.places: Counter[str] = Counter()
         """Number of waits for the device, by place in the sources."""
         found.figure("a large copy, read and written", per_second / 1e9, "GB/s")
-        headings = ["load", "graphs", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
-        headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
+        headings = ["load", "graphs", "ms a step", "p50", "longest", "tokens/s", "launches a step", "a layer"]
+        headings += ["syncs a step", "kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
         self._add = found.table(f"Decodes after {prompt} tokens, adapters of rank {rank}", headings)
         self._add_host = found.table(
             "Host, milliseconds a step", ("load", "graphs", *(phase for phase, *_ in PHASES), "all")
@@ -725,11 +924,13 @@ class Decodes:
         self._asked = [one.name for one in asked]
         _start(running, asked, self._warm)
         finish(setup)
-        began = time.perf_counter()
+        began, ends = time.perf_counter(), list[float]()
         for _ in range(self._steps):
             running.step()
+            ends.append(time.perf_counter())
         finish(setup)
         seconds = (time.perf_counter() - began) / self._steps
+        each = [1e3 * (end - start) for start, end in pairwise((began, *ends))]
         self._host(load, graphs)
         whole, layer = self._launches()
         syncs = _syncs(setup, running, 4, self.places)
@@ -737,13 +938,14 @@ class Decodes:
         kernels, busy = _profiled(setup, running.step, 4, self._found, title)
         context = self._prompt + self._warm + self._steps // 2
         floor = (read + load.rows * context * running.model.kv_bytes_per_token) / self._per_second
-        times = (seconds * 1e3, load.rows / seconds, floor * 1e3, floor / seconds)
-        step, rate, least, part = (None,) * 4 if setup.interpreted else times
+        spread = float(np.median(each)), max(each)
+        times = (seconds * 1e3, *spread, load.rows / seconds, floor * 1e3, floor / seconds)
+        *step, rate, least, part = (None,) * 6 if setup.interpreted else times
         told = None if graphs else layer.total()
         # What stands for a graph under the interpreter launches all of it again.
         launches = None if graphs and setup.interpreted else whole.total()
         self._add(
-            load.title, "on" if graphs else "off", step, rate, launches, told, syncs, kernels, busy,
+            load.title, "on" if graphs else "off", *step, rate, launches, told, syncs, kernels, busy,
             least, part,
         )  # fmt: skip
         if graphs:
@@ -878,186 +1080,19 @@ def _gaps(ranges: Sequence[tuple[float, float]]) -> list[float]:
     return gaps
 
 
-# ---- invariance, memory, PEFT ---------------------------------------------------------------------
-
-
-def invariance(setup: Setup, found: Findings) -> None:
-    """Compare tokens and logprobs of each row to the last bit: in company, alone, in chunks, preempted."""
-    kernels = own_kernels(setup, found)
-    used = kernels if setup.interpreted else None
-    base = new_base(setup)
-    rank = 4 if setup.interpreted else 16
-    adapters = {
-        "a": bases.random_adapter(base, rank, 1),
-        "f": bases.random_adapter(base, 2 * rank, 2, bases.ALL_LINEAR),
-    }
-    mixes: tuple[tuple[tuple[str, float], ...], ...] = (
-        (),
-        (("a", 1.0),),
-        (("f", 1.0),),
-        (("a", 0.7), ("f", -0.4)),
-    )
-    small = setup.interpreted
-    lengths = (18, 6, 4, 3) if small else (4000, 1500, 600, 65, 37, 16, 5, *(120,) * 9)
-    tokens, block = (5, 2) if small else (40, BLOCK)
-    asked = [Asked(str(i), words(setup, one, i), tokens, mixes[(i + 1) % 4]) for i, one in enumerate(lengths)]
-    room = RESERVED_BLOCKS + 8 + sum(-(-(one + tokens) // block) + 1 for one in lengths)
-
-    def new(**changes: int) -> Engine:
-        made = make_engine(
-            setup,
-            base,
-            used,
-            **{"blocks": room, "block": block, "step_tokens": 64 if small else 2048, **changes},
-        )
-        for name, weights in adapters.items():
-            made.put_adapter(name, weights)
-        return made
-
-    def compare(title: str, one: Engine, parts: Sequence[Sequence[Asked]], apart: int = 2) -> None:
-        """Serve some of the requests, part after part, and compare them with all of them at once."""
-        got: dict[str, list[protocol.ScoredToken]] = {}
-        for part in parts:
-            got |= serve(one, part, apart)
-        wrong = [name for name, row in got.items() if row != together[name]]
-        longest = max((lengths[int(name)] for name in wrong), default=0)
-        told = (
-            f"{len(wrong)} of {len(got)} rows differ, one of {longest} tokens"
-            if wrong
-            else f"{len(got)} rows"
-        )
-        found.check(f"{title}: the same bits", not wrong, told)
-        if wrong:
-            found.trying(
-                f"{title}: a trace", _trace, found, title, wrong[0], (running, [asked]), (one, parts)
-            )
-
-    running = new()
-    together = serve(running, asked)
-    found.figure("rows", len(asked))
-    found.figure("the longest prompt", max(lengths), "tokens")
-    found.figure("different texts", len({tuple(one.token for one in row) for row in together.values()}))
-    some = asked[:3] if small else asked
-    compare("alone", running, [[_of(one, "alone")] for one in some])
-    if not small:
-        compare("the other way round", running, [[_of(one, "back") for one in asked[::-1]]], 1)
-        compare("with prefixes that are cached", running, [asked])
-    if running.model._graphs is not None:
-        running.model._graphs = None
-        compare("without graphs", running, [[_of(one, "no graphs") for one in some]])
-    # An odd number, so that no chunk ends with a block.
-    compare("in small chunks", new(step_tokens=7 if small else 333), [asked])
-    tight = RESERVED_BLOCKS + 2 + len(lengths) + sum(-(-one // block) for one in lengths)
-    cramped = new(blocks=tight, host_blocks=3 * room)
-    compare("preempted", cramped, [asked])
-    found.check("rows were preempted", cramped.scheduler.preemptions > 0, str(cramped.scheduler.preemptions))
-    if not small:
-        serve(cramped, [_of(one, "between") for one in asked])  # whose blocks take the places of the others'
-        before = cramped.counters.restored_tokens
-        compare("with prefixes that were in host memory", cramped, [asked])
-        count = cramped.counters.restored_tokens - before
-        found.check("prefixes came back from host memory", count > 0, f"{count} tokens")
-    cramped.check_base()
-
-
-class RowSums:
-    """Sums over the bits of what modules give one sequence's rows, by position and module, in the order of
-    the calls."""
-
-    def __init__(self, running: Engine, name: str) -> None:
-        self._running, self._name = running, name
-        self.sums: dict[tuple[int, str], int] = {}
-        self.steps: dict[int, int] = {}
-        """Rows of the step that computed each position."""
-        self._rows: dict[int, list[tuple[int, int, int]]] = {}
-        """First position, first row and number of rows of the sequence's segments, by batch."""
-        self._own: list[tuple[int, int, int]] = []
-        self._count = 0
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch the steps of the engine, which are launched kernel by kernel meanwhile."""
-        model, packer = self._running.model, self._running._packer
-        graphs, model._graphs = model._graphs, None
-        pack, launch = packer.pack, model.launch
-
-        def packed(plan: StepPlan, slots: Mapping[str, int]) -> StepBatch:
-            batch, first = pack(plan, slots), 0
-            own = self._rows[id(batch)] = []
-            for segment in plan.segments:
-                if segment.sequence.id == self._name:
-                    own.append((segment.start, first, segment.length))
-                first += segment.length
-            return batch
-
-        def launched(batch: StepBatch) -> Any:
-            self._own, self._count = self._rows.pop(id(batch), []), len(batch.input_ids)
-            return launch(batch)
-
-        named = [(name, module) for name, module in model._view.named_modules() if name]
-        hooks = [module.register_forward_hook(partial(self._note, name)) for name, module in named]
-        try:
-            with patch.object(packer, "pack", packed), patch.object(model, "launch", launched):
-                yield
-        finally:
-            model._graphs = graphs
-            for hook in hooks:
-                hook.remove()
-
-    def _note(self, name: str, module: torch.nn.Module, given: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        if not self._own or not isinstance(output, torch.Tensor) or output.dtype != torch.bfloat16:
-            return
-        if output.numel() == 0 or output.numel() % self._count or output.shape[:2].numel() != self._count:
-            return
-        bits = output.reshape(self._count, -1).contiguous().view(torch.int16).long()
-        odd = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
-        sums = (bits * odd).sum(1).tolist()
-        for start, first, length in self._own:
-            for number in range(length):
-                self.sums.setdefault((start + number, name), sums[first + number])
-                self.steps[start + number] = self._count
-
-    def first_other(self, other: RowSums) -> tuple[int, str] | None:
-        """Return position and module of the first sum that is another one there; None if there is none."""
-        shared = [key for key in self.sums if other.sums.get(key, self.sums[key]) != self.sums[key]]
-        return min(shared, key=lambda key: key[0], default=None)  # of a position the first that was called
-
-
-Serving = tuple[Engine, Sequence[Sequence[Asked]]]
-"""An engine, and requests that are served one part after the other."""
-
-
-def _trace(found: Findings, title: str, name: str, first: Serving, second: Serving) -> None:
-    """Serve requests in two ways again, and report the first module that gives row `name` other bits."""
-    traces = []
-    for number, (running, parts) in enumerate((first, second)):
-        trace = RowSums(running, name)
-        with trace.watching():
-            for part in parts:
-                serve(running, [_of(one, f"{title}, traced {number}") for one in part])
-        traces.append(trace)
-    place = traces[0].first_other(traces[1])
-    if place is None:
-        found.figure(f"{title}: the first module with other bits", "none, launched kernel by kernel")
-        return
-    position, module = place
-    steps = " and ".join(str(trace.steps[position]) for trace in traces)
-    said = f"{module}, of row {name} at token {position}, in steps of {steps} rows"
-    found.figure(f"{title}: the first module with other bits", said)
-
-
-def _of(one: Asked, tenant: str) -> Asked:
-    """Return the same, of a tenant that has no prefixes yet."""
-    return replace(one, tenant=tenant)
+# ---- memory, PEFT -----------------------------------------------------------------------------------
 
 
 def memory(setup: Setup, found: Findings) -> None:
     """Check that a cache which is sized as a server's leaves room for its steps. A prompt whose step does not
     fit into memory: the rows beside it get the bits that they get alone."""
     kernels = own_kernels(setup, found)
+    ledger = Ledger(setup, found)
     base = new_base(setup)
-    _sized(setup, found, base)
+    ledger.note("with the base")
+    found.stage("sizing")
+    _sized(setup, found, base, ledger)
+    found.stage("a long prompt")
     small = setup.interpreted
     length, tokens, step_tokens = (24, 3, 64) if small else (7000, 48, 8192)
     others = [Asked(str(i), words(setup, 4 if small else 100, i), tokens) for i in range(2 if small else 4)]
@@ -1069,7 +1104,7 @@ def memory(setup: Setup, found: Findings) -> None:
     outputs: dict[str, list[protocol.ScoredToken]] = {one.name: [] for one in (*others, _CULPRIT)}
     ends: dict[str, str] = {}
     for one in (
-        *(_of(other, "beside") for other in others),
+        *(of_tenant(other, "beside") for other in others),
         replace(_CULPRIT, prompt=words(setup, length, 99)),
     ):
         running.submit(one.message())
@@ -1084,13 +1119,14 @@ def memory(setup: Setup, found: Findings) -> None:
     found.figure("what became of the long prompt", ends[_CULPRIT.name][:200])
     found.check("memory was short", times() > 0)
     found.check("the rows beside it have the bits that they have alone", outputs == alone, str(ends)[:300])
-    again = serve(running, [_of(one, "after") for one in others])
+    again = serve(running, [of_tenant(one, "after") for one in others])
     found.check("and so after it", again == alone)
     found.check("no block is lost", running.pool.free == running.pool.capacity)
 
 
-def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
-    """Measure the largest step, give the rest to the KV cache; then decode rows next to a long prompt."""
+def _sized(setup: Setup, found: Findings, base: torch.nn.Module, ledger: Ledger) -> None:
+    """Measure the largest step, give the rest to the KV cache; then decode rows next to a long prompt, and
+    fill the slots. Compare what each takes with what was set aside for it."""
     small, device = setup.interpreted, torch.device(setup.device)
     if small:
         # As if it were a GPU's: of this machine's memory others may take any part.
@@ -1099,21 +1135,72 @@ def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
     measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on(device)
     most = bases.SHAPES[setup.shape]["max_position_embeddings"]
     limits = SchedulerLimits(2, 8, 64) if small else SchedulerLimits(64, 2048, most, 7)
-    model = ServedModel(base, 1, kernels=ReferenceKernels(tiled=False) if small else None)
+    slots, rank = (2, 4) if small else (8, 16)
+    kernels = ReferenceKernels(tiled=False) if small else None
+    model = ServedModel(base, slots, kernels=kernels, step_tokens=limits.step_tokens)
+    ledger.note("with the served view")
     began = time.monotonic()
-    blocks, _ = sizes(EngineConfig(base_folder="", max_rank=16, max_slots=1), base, model, limits, measure)
+    config = EngineConfig(base_folder="", max_rank=rank, max_slots=slots)
+    blocks, slot_memory, aside = sizes(config, base, model, limits, measure)
     found.figure("sizing the cache, its largest step included", time.monotonic() - began, "s")
     found.figure("the cache", blocks * BLOCK, "tokens")
-    engine = Engine(base, name="sized", limits=limits, kv_blocks=blocks, slots=1, model=model)
+    ledger.note("after sizing")
+    held = ledger.allocated()
+    engine = Engine(
+        base, name="sized", limits=limits, kv_blocks=blocks, slots=slots, slot_memory=slot_memory, model=model
+    )
+    ledger.note("with the KV cache")
+    block_bytes = model.kv_bytes_per_block(BLOCK)
+    cache: Any = model._attention.cache
+    taken = sum(view.nbytes for view in cache.by_block) if small else ledger.allocated() - held
+    ledger.compare("the KV cache", blocks * block_bytes + rounding_bytes(model), taken)
     before = _shortages(device)
     longest = min(16 if small else 8000, limits.max_length - 8, (blocks - RESERVED_BLOCKS) * BLOCK // 2)
     decoding = [Asked(str(i), words(setup, 4, i), 8) for i in range(limits.max_sequences - 1)]
+    if not small:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    held = 0 if small else torch.cuda.memory_reserved()
     serve(engine, [*decoding, Asked("long", words(setup, longest, 99), 2)], apart=limits.max_sequences)
     found.check("the steps of a server find the memory that was left for them", _shortages(device) == before)
-    del engine, model
+    step = aside.get(_LARGEST_STEP, 0)
+    graphs = model.graph_bytes  # passes were captured meanwhile
+    ledger.compare(
+        "the largest step and captured passes",
+        step + graphs,
+        None if small else torch.cuda.max_memory_reserved() - held,
+    )
+    ledger.note("after its largest step")
+    _fill_slots(setup, engine, ledger, slots, rank, aside.get(_SLOTS, 0) or slot_memory)
+    for who, size in aside.items():
+        if who not in (_LARGEST_STEP, _SLOTS) and size:
+            ledger.compare(who, size, None)
+    del engine, model, cache
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+_LARGEST_STEP, _SLOTS = "the largest step (--step-tokens, --max-length)", "slots (--slot-memory)"
+"""Names, in the division of memory, of what is measured here."""
+
+
+def _fill_slots(setup: Setup, engine: Engine, ledger: Ledger, slots: int, rank: int, set_aside: int) -> None:
+    """Fill all slots with adapters on all linear layers, and compare what they take with what was set aside;
+    on the CPU slots point at versions in host memory, of which that many fit."""
+    engine.model._graphs = None  # whose outputs are not the slots'
+    held, size = ledger.allocated(), 0
+    for number in range(slots):
+        weights = bases.random_adapter(engine._base, rank, 800 + number, bases.ALL_LINEAR)
+        size += weights_bytes(weights)
+        engine.put_adapter(f"full {number}", weights)
+        one = Asked(f"full {number}", words(setup, 5, 800 + number), 2, ((f"full {number}", 1.0),))
+        serve(engine, [one])
+    finish(setup)
+    ledger.note("with all slots filled")
+    if setup.interpreted:
+        set_aside = slot_bytes(engine.layers.values(), slots, rank)
+    ledger.compare("slots", set_aside, size if setup.interpreted else ledger.allocated() - held)
 
 
 def _shortages(device: torch.device) -> int:
@@ -1199,7 +1286,6 @@ def peft(setup: Setup, found: Findings) -> None:
 PARTS = {
     "engine": engine,
     "step": step,
-    "invariance": invariance,
     "memory": memory,
     "peft": peft,
 }

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from bench import random_base as bases
-from bench.gpu_parts import BLOCK, Asked, make_engine, serve, words
+from bench.gpu_parts import BLOCK, Asked, Ledger, make_engine, serve, words
 from bench.gpu_report import Findings, NotHereError, Setup, run_part
 from bench.processes import tail
 from bench.worker import Worker, started
@@ -39,9 +39,11 @@ from onebase_edge.background import Threads
 from onebase_engine.base.attach import publish
 from onebase_engine.base.manifest import decode
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.memory_budget import verifier_bytes
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.environment import mps_runs
 from onebase_engine.machine import free_memory
+from onebase_server.processes.job_memory import ROOM
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, TrainerClient
 from onebase_server.processes.trainer_protocol import Check, FilesChecked, Train, Trained, TrainJob
@@ -105,6 +107,7 @@ def host(device: str, shape: str, folder: str, base_fd: int | None) -> Callable[
         about: dict[str, Any] = {"manifest": manifest.hex(), "kernels": engine.model.kernels.name}
         about["load"] = f"{rows} rows, {len(names)} adapters"
         about["segments"] = len(decode(manifest).storages) if manifest else 0
+        about["verifier"] = verifier_bytes(base)
         while True:
             if not engine.busy:
                 first = first or texts
@@ -151,6 +154,8 @@ class Host:
         self._timed, self._found, self._worker = not setup.interpreted, found, worker
         self.fd, self.process = fd, worker.process
         self.manifest = b""
+        self.verifier_bytes = 0
+        """Bytes that a server sets aside for a verifier."""
         self._alone: float | None = None
         """Tokens a second of the first phase, in which nothing else computes."""
 
@@ -161,7 +166,7 @@ class Host:
         """
         ended = await asyncio.wait_for(self._worker.ask(phase), START_SECONDS)
         if not self.manifest:
-            self.manifest = bytes.fromhex(ended["manifest"])
+            self.manifest, self.verifier_bytes = bytes.fromhex(ended["manifest"]), ended["verifier"]
             self._found.figure("the engine's kernels", ended["kernels"])
             self._found.figure("the processes share the GPU by", "MPS" if mps_runs() else "time slices")
             self._found.figure("segments of memory that hold the base", ended["segments"])
@@ -375,7 +380,7 @@ async def _prove_beside(setup: Setup, found: Findings, running: Host) -> None:
     adapter = bases.adapter_folder(_empty(folder / "base"), folder / "adapter", rank, 5)
     config = config_of(setup)
     store = Store(str(folder / "store"), folder / "cache")
-    busy = BusyFlag.make()
+    busy, ledger = BusyFlag.make(), Ledger(setup, found)
     verifier = VerifierClient(store, Threads("disk", 2), base_id="random", probes=[], busy_fd=busy.fd)
     free = free_memory(device)
     await running.begin("nothing")
@@ -401,6 +406,9 @@ async def _prove_beside(setup: Setup, found: Findings, running: Host) -> None:
         began = time.monotonic()
         proved = await verifier.ask(job(1), lambda progress: None)
         _told(found, proved, time.monotonic() - began)
+        taken = max(0, free - free_memory(device)) if setup.device == "cuda" else None
+        ledger.compare("the verifier, after a proof", running.verifier_bytes, taken)
+        ledger.note("after a proof")
         busy.set(True)
         await running.begin("a proof that lets rows go first")
         began = time.monotonic()
@@ -515,6 +523,9 @@ class Jobs:
         }
         self._told: list[events.StepDone] = []
         """Steps of the job that runs."""
+        self._estimated = 0
+        """Bytes that the job that runs was estimated to take."""
+        self._ledger = Ledger(setup, found)
         self._alone = 0.0
         """Tokens a second of the first job, beside which the engine rests."""
 
@@ -558,7 +569,10 @@ class Jobs:
             figure(f"{title}: training, of its speed alone", rate / self._alone)
         if told:
             figure(f"{title}: loss, first and last", f"{told[0].loss:.3f}, {told[-1].loss:.3f}")
-        figure(f"{title}: its peak memory", trained.report["peak_memory_bytes"] / 1e9, "GB")
+        peak = trained.report["peak_memory_bytes"]
+        figure(f"{title}: its peak memory", peak / 1e9, "GB")
+        self._ledger.compare(title, int(self._estimated * ROOM), None if self._setup.interpreted else peak)
+        self._ledger.note(title)
         if self._device.type == "cuda":
             figure(f"{title}: free beside it at its start", free / 1e9, "GB")
 
@@ -583,6 +597,8 @@ class Jobs:
     def _listen(self, event: events.Event) -> None:
         if isinstance(event, events.StepDone):
             self._told.append(event)
+        elif isinstance(event, events.Planned):
+            self._estimated = int(event.estimate["total"])
 
 
 def tests(setup: Setup, found: Findings) -> None:

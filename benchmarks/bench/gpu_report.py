@@ -6,16 +6,22 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 NOT_BUILT = "not built"
+SANITIZER = "compute-sanitizer"
+"""NVIDIA's program that watches each access to memory of what it runs."""
+_SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+_CODE_BYTES = 1 << 20
+"""Largest size, in bytes, of a file of code of a kernel that is kept."""
 _ASKED = {
     "driver": "driver_version",
     "clock of the multiprocessors": "clocks.sm",
@@ -51,6 +57,7 @@ class Findings:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, Any] = {"state": "", "error": "", "figures": [], "checks": [], "tables": []}
+        self.launches = LastLaunches()
 
     def figure(self, name: str, value: float | str, unit: str = "") -> None:
         """Note one number, or words where there is none (`NOT_BUILT`)."""
@@ -79,6 +86,21 @@ class Findings:
         self._found.setdefault("facts", {})[name] = value
         self._write()
 
+    def stage(self, title: str) -> None:
+        """Note what is done now, which the report of a part that is cut off ends with."""
+        self._found["stage"] = title
+        self._write()
+
+    def raised(self, title: str) -> None:
+        """Note the exception that is handled, whole, and the code of the kernels that were launched last."""
+        traceback.print_exc()
+        text = traceback.format_exc()[-12000:]
+        self._found.setdefault("tracebacks", []).append({"title": title, "text": text})
+        if self.launches.names:
+            self.figure("kernels that were launched last", ", ".join(self.launches.names))
+            keep_code(self.launches.names, self._file.parent / "code")
+        self._write()
+
     def end(self, state: str, error: str = "") -> None:
         self._found |= {"state": state, "error": error}
         self._write()
@@ -90,10 +112,11 @@ class Findings:
 
     def trying(self, title: str, function: Callable[..., Any], *given: Any) -> None:
         """Do one of several things; where it raises, that is a finding, and the others are done."""
+        self.stage(title)
         try:
             function(*given)
         except Exception as error:
-            traceback.print_exc()
+            self.raised(title)
             self.check(f"{title} can be measured", False, f"{type(error).__name__}: {error}"[:500])
 
 
@@ -123,6 +146,45 @@ def driver_state() -> dict[str, str]:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
         return dict(zip(_ASKED, (one.strip() for one in said.split(",")), strict=False))
     return {"driver": "unknown"}
+
+
+def keep_code(kernels: Iterable[str], folder: Path) -> None:
+    """Copy the code of all forms of kernels, as far as Triton's cache has it, into a folder."""
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser()
+    for name in set(kernels):
+        for suffix in ("ttgir", "ptx"):
+            for file in cache.glob(f"*/{name}.{suffix}"):
+                if file.stat().st_size <= _CODE_BYTES:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(file, folder / f"{name}-{file.parent.name[:12]}.{suffix}")
+
+
+def find_sanitizer() -> str | None:
+    """Return the path of compute-sanitizer: by PATH, or where CUDA's toolkit has it; None where it is not."""
+    return shutil.which(SANITIZER) or shutil.which(SANITIZER, path=os.pathsep.join(_SANITIZER_PLACES))
+
+
+def sanitizer_command(program: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the command, and the variables, by which a process runs under compute-sanitizer.
+
+    Each tensor is an allocation of its own there, since what lies in a large block of PyTorch's is all within
+    bounds; no pass can be captured then, which is no error.
+    """
+    command = program, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"
+    return command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_DISABLE_LINE_INFO": "0"}
+
+
+def sanitizer_findings(log: Path, most: int = 12) -> list[str]:
+    """Return the first lines in which compute-sanitizer says what is wrong."""
+    with contextlib.suppress(OSError):
+        lines = [
+            line.lstrip("= ")
+            for line in log.read_text(errors="replace").splitlines()
+            if line.startswith("=========")
+        ]
+        quiet = "COMPUTE-SANITIZER", "ERROR SUMMARY: 0 errors", "Target application"
+        return [line for line in lines if line and not line.startswith(quiet)][:most]
+    return []
 
 
 class LastLaunches:
@@ -155,11 +217,10 @@ def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int
     name, file, setup = arguments
     findings = Findings(Path(file))
     told = json.loads(setup)
-    last = LastLaunches()
     if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         # An error then belongs to the launch before it.
         with contextlib.suppress(ImportError, AttributeError):
-            last.watch()
+            findings.launches.watch()
     engine = logging.getLogger("onebase_engine")
     engine.addHandler(Said(findings))
     engine.setLevel(logging.INFO)
@@ -169,9 +230,7 @@ def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int
         findings.end("skipped", str(missing))
         return 0
     except BaseException as error:
-        traceback.print_exc()
-        if last.names:
-            findings.figure("kernels that were launched last", ", ".join(last.names))
+        findings.raised(name)
         findings.end("failed", f"{type(error).__name__}: {error}"[:2000])
         return 1
     if told["device"] == "cuda":
@@ -217,7 +276,8 @@ def page(report: Mapping[str, Any]) -> str:
 
 def _part(part: Mapping[str, Any]) -> list[str]:
     wrong = [check for check in part["checks"] if not check["held"]]
-    if not (part["figures"] or part["tables"] or wrong or part.get("log")):
+    tracebacks = part.get("tracebacks", ())
+    if not (part["figures"] or part["tables"] or wrong or tracebacks or part.get("log")):
         return []
     lines = ["", f"## {part['title']}"]
     lines += ["", *(f"- FAILS: {check['name']} {_cell(check['detail'])}" for check in wrong)] if wrong else []
@@ -229,6 +289,8 @@ def _part(part: Mapping[str, Any]) -> list[str]:
         lines += ["", f"{table['title']}:", "", f"| {' | '.join(headings)} |"]
         lines.append(f"| --- |{' ---: |' * (len(headings) - 1)}")
         lines += [f"| {' | '.join(_cell(shown(cell)) for cell in row)} |" for row in table["rows"]]
+    for one in tracebacks:
+        lines += ["", f"{one['title']}:", "", "```", *one["text"].splitlines(), "```"]
     if part.get("log"):
         lines += ["", "```", *part["log"].splitlines(), "```"]
     return lines

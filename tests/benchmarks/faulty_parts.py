@@ -22,8 +22,15 @@ def raises(setup: Setup, found: Findings) -> None:
     raise ValueError("a | kernel is wrong")
 
 
+def tried(setup: Setup, found: Findings) -> None:
+    found.launches.names.append("_products")
+    found.trying("a product", raises, setup, found)
+    found.check("the others are done", True)
+
+
 def hangs(setup: Setup, found: Findings) -> None:
     found.check("before it hung", True)
+    found.stage("a long sleep")
     begun = subprocess.Popen(["sleep", "600"], start_new_session=True)
     found.figure("left behind", begun.pid)
     time.sleep(600)
@@ -49,6 +56,7 @@ def nothing(setup: Setup, found: Findings) -> None:
 if __name__ == "__main__":
     sys.exit(
         run_part(
-            {f.__name__: f for f in (good, raises, hangs, dies, wrong, unchecked, nothing)}, sys.argv[1:]
+            {f.__name__: f for f in (good, raises, tried, hangs, dies, wrong, unchecked, nothing)},
+            sys.argv[1:],
         )
     )

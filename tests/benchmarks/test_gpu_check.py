@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -20,12 +21,22 @@ import triton
 from triton.compiler.compiler import LazyDict
 
 import gpu_check
-from bench import gpu_bundle, gpu_forms, gpu_machine, gpu_parts, gpu_processes
+from bench import (
+    gpu_bundle,
+    gpu_forms,
+    gpu_invariance,
+    gpu_kernels,
+    gpu_machine,
+    gpu_parts,
+    gpu_processes,
+    gpu_report,
+)
 from bench.gpu_report import Findings, LastLaunches, Setup, held, page
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.kernels.cuda import Switches
 
 ROOT = Path(__file__).parents[2]
-FAULTS = ("raises", "hangs", "dies", "wrong", "unchecked", "nothing", "good")
+FAULTS = ("raises", "tried", "hangs", "dies", "wrong", "unchecked", "nothing", "good")
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +45,10 @@ def _forks(forks: None) -> None:
 
 
 def run(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
-    """What faulty parts leave in a report, by name. A part that hangs has 15 seconds."""
+    """What faulty parts leave in a report, by name. A part that hangs has 8 seconds, and 8 more."""
     parts = [
         gpu_check.Part(
-            name, f"part {name}", 15.0 if name == "hangs" else 600.0, "tests.benchmarks.faulty_parts"
+            name, f"part {name}", 8.0 if name == "hangs" else 600.0, "tests.benchmarks.faulty_parts"
         )
         for name in names
     ]
@@ -57,12 +68,19 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
 ) -> None:
     found = run(tmp_path, *FAULTS)
     states = {name: one["state"] for name, one in found.items()}
-    ends = ("failed", "timed out", "failed", "fails", "failed", "skipped", "ok")
+    ends = ("failed", "fails", "timed out", "failed", "fails", "failed", "skipped", "ok")
     assert states == dict(zip(FAULTS, ends, strict=True))
     assert [name for name, one in found.items() if held(one)] == ["nothing", "good"]
     assert found["raises"]["figures"] == found["dies"]["figures"] != []
     assert found["raises"]["error"] == "ValueError: a | kernel is wrong"
     assert "raise ValueError" in found["raises"]["log"]
+    assert "raise ValueError" in found["tried"]["tracebacks"][0]["text"], "whole, with its place"
+    assert [(one["name"], one["held"]) for one in found["tried"]["checks"]] == [
+        ("a product can be measured", False),
+        ("the others are done", True),
+    ]
+    assert found["tried"]["figures"][-1]["value"] == "_products", "what was launched last"
+    assert found["hangs"]["error"] == "it took more than 16 s, at: a long sleep"
     assert found["hangs"]["checks"][0]["held"]
     left = int(found["hangs"]["figures"][0]["value"])
     assert not Path(f"/proc/{left}").exists(), "a child in a session of its own outlives the part"
@@ -78,7 +96,7 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
     ), "the report has no findings of a part that still runs"
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*FAULTS]
-    assert "FAILS: a row's bits" in lines[3]
+    assert "FAILS: a row's bits" in lines[4]
     report = {
         "ok": False, "device": "cpu", "shape": "tiny", "began": "now", "seconds": 1.0, "commit": "c",
         "machine": {"torch": "2"}, "parts": list(found.values()),
@@ -87,8 +105,144 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
     assert "| part raises | failed |" in text
     assert "ValueError: a / kernel is wrong" in text
     assert "- FAILS: a row's bits 2 of 3 rows differ" in text
+    assert text.count("raise ValueError") >= 2, "of the part that ended by it, and of the one that went on"
     assert "| 1 | 2.5 |" in text
     assert "no time in this report means anything" in text
+
+
+SANITIZER = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER"
+while [ "$1" != --error-exitcode ]; do shift; done
+shift 2
+echo "$* $PYTORCH_NO_CUDA_MEMORY_CACHING"
+"$@"
+echo "========= Invalid __global__ read of size 4 bytes"
+echo "=========     at _products+0x80"
+echo "========= ERROR SUMMARY: 1 error"
+exit 9
+"""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_part_in_which_something_raises_runs_again_launch_by_launch_and_then_under_a_sanitizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(SANITIZER)
+    program.chmod(0o755 if there else 0o644)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_report, "_SANITIZER_PLACES", ())
+    names = ("good", "raises", "tried", "wrong")
+    parts = tuple(gpu_check.Part(name, name, 60.0, "tests.benchmarks.faulty_parts") for name in names)
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    setup = {"device": "cpu", "shape": "8b", "folder": str(tmp_path)}
+    environment = gpu_check.environment_of("cpu", tmp_path)
+    first = gpu_check.run_parts(parts, setup, environment, 600.0)
+    found = {one["part"]: one for one in gpu_check.run_again(first, setup, environment, 600.0)}
+    assert [*found] == ["raises again", "tried again", "raises watched", "tried watched"]
+    assert found["tried again"]["figures"][-1]["value"] == "_products"
+    watched = found["tried watched"]
+    if there:
+        check = watched["checks"][-1]
+        assert not check["held"]
+        assert check["detail"].startswith("Invalid __global__ read of size 4 bytes; at _products+0x80; ")
+        command = (tmp_path / "watched" / "tried" / "log").read_text().splitlines()[1]
+        assert '"shape": "tiny"' in command
+        assert command.endswith(" 1"), "each tensor is an allocation of its own"
+    else:
+        assert (watched["state"], watched["error"]) == ("skipped", "there is no compute-sanitizer here")
+
+
+def test_a_sanitizer_that_finds_nothing_says_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("========= COMPUTE-SANITIZER\nholds: it\n=========\n========= ERROR SUMMARY: 0 errors\n")
+    assert gpu_report.sanitizer_findings(log) == []
+    assert gpu_report.sanitizer_findings(tmp_path / "none") == []
+
+
+def test_the_code_of_the_kernels_that_were_launched_last_is_kept_form_by_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    for form, name in (("one", "_products.ttgir"), ("two", "_products.ptx"), ("two", "_norm.ptx")):
+        (tmp_path / "triton" / form).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "triton" / form / name).write_text(form)
+    found = Findings(tmp_path / "engine" / "findings.json")
+    (tmp_path / "engine").mkdir()
+    found.launches.names.append("_products")
+    found.trying("a step", lambda: 1 / 0)
+    kept = {file.name for file in (tmp_path / "engine" / "code").iterdir()}
+    assert kept == {"_products-one.ttgir", "_products-two.ptx"}
+    gpu_check._keep_logs(tmp_path, tmp_path / "logs.tar.gz")
+    with tarfile.open(tmp_path / "logs.tar.gz") as tar:
+        assert "engine/code/_products-two.ptx" in tar.getnames()
+
+
+def told(found: Findings) -> dict[str, Any]:
+    """What a part has found, as its file has it."""
+    result: dict[str, Any] = json.loads(found._file.read_text())
+    return result
+
+
+def faulty_unless(name: str) -> Any:
+    """Rows that differ by these switches, of which one is at fault."""
+    return lambda switches: 3 * getattr(switches, name)
+
+
+def test_switches_are_turned_one_by_one_until_the_one_is_found_on_which_bits_hang(tmp_path: Path) -> None:
+    found = Findings(tmp_path / "findings.json")
+    assert gpu_invariance.turn_switches(found, "alone", Switches(), faulty_unless("tiles")) == ["tiles"]
+    said = told(found)
+    rows = dict(said["tables"][0]["rows"])
+    assert len(rows) == 2 + len(vars(Switches())), "as usual, all off, and each by itself"
+    assert (rows["as usual"], rows["all off"], rows["tiles off"], rows["library off"]) == (3, 0, 0, 3)
+    assert rows["permuted on"] == 3
+    assert said["figures"][-1]["value"] == "tiles"
+
+
+@pytest.mark.parametrize(
+    ("differing", "verdict", "compared"),
+    [
+        (lambda switches: 0, "chance", 1),
+        (lambda switches: 2, "no switch", 2),
+        (lambda switches: 2 * (switches.library or switches.graphs), "more than one switch", 16),
+    ],
+)
+def test_a_difference_that_hangs_on_no_single_switch_is_told_as_such(
+    tmp_path: Path, differing: Any, verdict: str, compared: int
+) -> None:
+    found = Findings(tmp_path / "findings.json")
+    assert gpu_invariance.turn_switches(found, "alone", Switches(), differing) == []
+    said = told(found)
+    assert said["figures"][-1]["value"].startswith(verdict)
+    assert len(said["tables"][0]["rows"]) == compared
+
+
+def test_a_switch_that_cannot_be_turned_keeps_no_other_from_being_found(tmp_path: Path) -> None:
+    def differing(switches: Switches) -> int:
+        if not switches.wide and switches.gated:
+            raise RuntimeError("out of resources")
+        return int(switches.gated)
+
+    found = Findings(tmp_path / "findings.json")
+    assert gpu_invariance.turn_switches(found, "alone", Switches(), differing) == ["gated"]
+    said = told(found)
+    assert ["wide off", "RuntimeError: out of resources"] in said["tables"][0]["rows"]
+    assert said["tracebacks"][0]["title"] == "alone, wide off"
+
+
+def test_memory_that_takes_more_than_was_set_aside_is_told(tmp_path: Path) -> None:
+    found = Findings(tmp_path / "findings.json")
+    ledger = gpu_parts.Ledger(Setup("cpu", "tiny", tmp_path), found)
+    ledger.compare("slots", 2_000_000, 3_000_000)
+    ledger.compare("the KV cache", 2_000_000, 2_000_000)
+    ledger.compare("jobs", 5_000_000, None)
+    said = told(found)
+    assert [check["held"] for check in said["checks"]] == [False, True]
+    assert said["checks"][0]["detail"] == "3.0 of 2.0 MB"
+    rows = [["slots", 2, 3, 1.5], ["the KV cache", 2, 2, 1], ["jobs", 5, None, None]]
+    assert said["tables"][1]["rows"] == rows
 
 
 def test_without_a_gpu_it_says_so_and_what_to_carry_to_one(
@@ -192,6 +346,25 @@ def test_a_second_command_adds_to_the_report_of_the_first(
     assert {part["part"] for part in report["parts"]} == {"machine", *(part.name for part in gpu_check.PARTS)}
 
 
+def test_short_calls_are_timed_many_in_a_row_without_what_a_graph_takes_to_begin_and_the_wipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a GPU on which a graph takes 5 us to begin, a wipe 30 and a call 3."""
+    ran: list[str] = []
+
+    def median(watch: gpu_kernels.Stopwatch, run: Any) -> float:
+        ran.clear()
+        run()
+        return 5.0 + 30.0 * ran.count("wipe") + 3.0 * ran.count("call")
+
+    monkeypatch.setattr(gpu_kernels.Stopwatch, "_median", median)
+    monkeypatch.setattr(gpu_kernels.Stopwatch, "_graph", lambda watch, call: call)
+    monkeypatch.setattr(gpu_kernels.Stopwatch, "_wipe", lambda watch: ran.append("wipe"))
+    watch = gpu_kernels.Stopwatch(Setup("cpu", "tiny", tmp_path), Findings(tmp_path / "findings.json"))
+    assert watch._in_a_row(lambda: ran.append("call"), alone=8.0) == 3.0
+    assert watch._in_a_row(lambda: None, alone=8.0) == 8.0, "too short to tell"
+
+
 def test_sums_with_other_bits_are_counted_measured_and_placed() -> None:
     one = torch.tensor([[1.0, -1.0], [0.0, 3.0]])
     assert gpu_forms.difference(one, one.clone()) == (0, 0, "")
@@ -210,10 +383,10 @@ def test_a_row_with_other_bits_in_company_is_traced_to_the_first_module_that_giv
     asked = [gpu_parts.Asked(name, gpu_parts.words(setup, 5, seed), 3) for seed, name in enumerate("ab")]
     ways = (running, [asked]), (running, [[one] for one in asked])
     found = Findings(tmp_path / "findings.json")
-    gpu_parts._trace(found, "alone", "a", *ways)
+    gpu_invariance.trace(found, "alone", "a", *ways)
     # As if more rows than one prompt's had another form of a kernel; decodes of both have the usual one.
     output.register_forward_hook(lambda module, given, rows: rows * (1 + (rows.shape[-2] > 5)))
-    gpu_parts._trace(found, "alone, again", "b", *ways)
+    gpu_invariance.trace(found, "alone, again", "b", *ways)
     usual, wrong = (one["value"] for one in json.loads((tmp_path / "findings.json").read_text())["figures"])
     assert usual == "none, launched kernel by kernel"
     assert wrong == "model.layers.0.self_attn.o_proj, of row b at token 0, in steps of 10 and 5 rows"
@@ -277,21 +450,52 @@ int cuMemsetD32_v2(uint64_t address, unsigned word, size_t count) {
     return 0;
 }
 int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t size) { memcpy(to, (void *)from, size); return 0; }
+typedef struct { size_t count; int *kinds; } graph;
+int cuGraphGetNodes(graph *one, void **nodes, size_t *count) {
+    if (!one->kinds || (nodes && *count != one->count)) return 400;
+    for (size_t i = 0; nodes && i < one->count; i++) nodes[i] = one->kinds + i;
+    *count = one->count;
+    return 0;
+}
+int cuGraphNodeGetType(int *node, int *kind) { *kind = *node; return 0; }
 """
-"""CUDA's driver for memory, on the CPU. KEEPS: whether it keeps writes out of what is mapped to be read."""
+"""CUDA's driver for memory and graphs, on the CPU. KEEPS: whether it keeps writes out of what is mapped to be
+read."""
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_a_write_to_memory_that_another_process_has_mapped_to_be_read_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
-) -> None:
-    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+def driver_library(folder: Path, *, keeps: bool = True) -> Path:
+    """The driver as a library, compiled."""
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
     source.write_text(DRIVER)
     compiler = gpu_machine.compiler()
     if compiler is None:
         pytest.skip("there is no C compiler here")
     command = [compiler, "-shared", "-fPIC", f"-DKEEPS={int(keeps)}", source, "-o", library]
     subprocess.run(command, check=True, timeout=600)
+    return library
+
+
+class Graph(ctypes.Structure):
+    """A graph of that driver."""
+
+    _fields_ = (("count", ctypes.c_size_t), ("kinds", ctypes.c_void_p))
+
+
+def test_nodes_of_a_captured_graph_are_counted_by_kind(tmp_path: Path) -> None:
+    library = str(driver_library(tmp_path))
+    kinds = (ctypes.c_int * 6)(0, 0, 1, 2, 0, 77)
+    graph = Graph(len(kinds), ctypes.addressof(kinds))
+    found = gpu_parts.node_kinds(ctypes.addressof(graph), library)
+    assert found == {"kernel": 3, "copy": 1, "fill": 1, "kind 77": 1}
+    with pytest.raises(RuntimeError, match="cuGraphGetNodes: error 400"):
+        gpu_parts.node_kinds(ctypes.addressof(Graph(1, None)), library)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_write_to_memory_that_another_process_has_mapped_to_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    library = driver_library(tmp_path, keeps=keeps)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     said, kept = gpu_processes.write_to_read_only(str(library), 3)
     assert kept is keeps
@@ -361,6 +565,21 @@ def test_the_whole_schedule_is_rehearsed_without_a_gpu(
         assert {"engine/log", "forms/forms.json"} <= set(tar.getnames())
     engine = next(part for part in report["parts"] if part["part"] == "engine")
     decodes = next(table for table in engine["tables"] if table["title"].startswith("Decodes"))
+    captures = next(table for table in engine["tables"] if table["title"] == "Captured passes")
+    assert {row[4] for row in captures["rows"]} == {"captured"}
+    assert all(" kernel" in row[5] and " operator" in row[5] for row in captures["rows"])
+    memory = next(part for part in report["parts"] if part["part"] == "memory")
+    sized = next(table for table in memory["tables"] if table["title"].startswith("Memory set aside"))
+    assert {row[0] for row in sized["rows"]} >= {
+        "the KV cache",
+        "slots",
+        "the largest step and captured passes",
+    }
+    invariance = next(part for part in report["parts"] if part["part"] == "invariance")
+    assert ["sums off", 2] in [row for table in invariance["tables"] for row in table["rows"]]
+    assert {"with drafts: the same bits", "a planted fault is traced to its switch"} <= {
+        check["name"] for check in invariance["checks"]
+    }
     assert {(row[0], row[1]) for row in decodes["rows"]} == {
         (load, graphs) for load in (row[0] for row in decodes["rows"]) for graphs in ("on", "off")
     }

@@ -274,7 +274,7 @@ def test_memory_for_the_cache_becomes_blocks_of_any_group(base: nn.Module) -> No
     model, limits = ServedModel(base, 1), SchedulerLimits(8, 128, 4200)
     token = model.kv_bytes_per_token
     config = protocol.EngineConfig(base_folder="", kv_memory=1000 * token)
-    blocks, _ = sizes(config, base, model, limits, None)
+    blocks = sizes(config, base, model, limits, None).blocks
     assert model.kv_bytes_per_block(16) * 7 == 16 * token
     assert model.kv_bytes_per_old_token * 7 == token
     assert blocks == 1000 * 7 // 16

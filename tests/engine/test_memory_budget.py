@@ -301,7 +301,10 @@ def test_the_cache_of_an_accelerator_is_what_is_free_less_what_was_measured_and_
 
     def sized(free: int, config: EngineConfig = config) -> int:
         monkeypatch.setattr(memory_budget.machine, "free_memory", lambda device: free)
-        return sizes(config, base, model, limits, lambda run: step)[0]
+        found = sizes(config, base, model, limits, lambda run: step)
+        measured = 0 if config.kv_memory else step
+        assert found.aside.get("the largest step (--step-tokens, --max-length)", 0) == measured
+        return found.blocks
 
     assert sized(counted + step + 1000 * 16 * token) == 1000
     on_their_way = msgspec.structs.replace(config, prefix_memory=10**12)
@@ -354,7 +357,8 @@ def test_more_kv_memory_than_a_gpu_has_is_refused_by_its_name_and_slots_get_a_pa
     model.device = torch.device("meta")  # as good as any accelerator
 
     def sized(kv_memory: int) -> tuple[int, int]:
-        return sizes(EngineConfig(base_folder="", kv_memory=kv_memory), base, model, limits, None)
+        found = sizes(EngineConfig(base_folder="", kv_memory=kv_memory), base, model, limits, None)
+        return found.blocks, found.slot_memory
 
     block = 16 * model.kv_bytes_per_token
     assert sized(900_000) == (900_000 // block, 25_000)

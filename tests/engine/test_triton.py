@@ -66,7 +66,7 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.kernels import cuda, cuda_training
-from onebase_engine.kernels.cuda import CudaExperts, CudaKernels, CudaLayers, CudaLinear
+from onebase_engine.kernels.cuda import CudaExperts, CudaKernels, CudaLayers, CudaLinear, Switches
 from onebase_engine.kernels.interface import Contexts, Draws, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.kernels.weights import ExpertLora, LoraWeights, narrowed, weights_bytes
@@ -136,15 +136,13 @@ def test_a_4_bit_product_is_that_with_the_weights_of_bitsandbytes(
 
 
 @pytest.mark.parametrize("blocksize", [64, 128])
-def test_weights_looked_up_in_registers_have_the_same_bits(
-    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch, blocksize: int
-) -> None:
+def test_weights_looked_up_in_registers_have_the_same_bits(kernels: CudaKernels, blocksize: int) -> None:
     layer = nf4(256, 70, blocksize=blocksize, seed=3)
-    found, x = linear(kernels, layer), random(3, 256, seed=4).to(torch.bfloat16)
-    sums = found.sums(x)
-    monkeypatch.setattr(cuda, "UNPACKED_BY", cuda.PERMUTED.value)
-    assert torch.equal(kernels.unpack(found, 0)[: 256 * 70].view(70, 256), plain(layer))
-    assert torch.equal(found.sums(x), sums)
+    x, permuting = random(3, 256, seed=4).to(torch.bfloat16), CudaKernels(Switches(permuted=True))
+    found, usual = linear(permuting, layer), linear(kernels, layer)
+    assert (found.unpacking, usual.unpacking) == (cuda.PERMUTED.value, cuda.GATHERED.value)
+    assert torch.equal(permuting.unpack(found, 0)[: 256 * 70].view(70, 256), plain(layer))
+    assert torch.equal(found.sums(x), usual.sums(x))
 
 
 def test_each_weight_has_the_bits_that_bitsandbytes_gives(kernels: CudaKernels) -> None:
@@ -426,7 +424,9 @@ def test_a_library_multiplies_many_rows_where_a_trial_shows_that_its_sums_have_t
     assert not multiplied, "few rows are the kernel's"
 
 
-@pytest.mark.parametrize("why", ["collecting", "another device", "few rows", "many outputs", "alignment"])
+@pytest.mark.parametrize(
+    "why", ["collecting", "another device", "few rows", "many outputs", "alignment", "switched off"]
+)
 def test_a_library_is_not_tried_where_it_may_not_be_used(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     monkeypatch.setattr(cuda, "LIBRARY_ROWS", 32)
     base: Any = nn.Linear(IN, OUT, dtype=torch.bfloat16).requires_grad_(False)
@@ -436,6 +436,8 @@ def test_a_library_is_not_tried_where_it_may_not_be_used(monkeypatch: pytest.Mon
     kernels = library_on_cpu(monkeypatch, in_order, cuda.UNPACKED_ROWS if why == "few rows" else 257)
     if why == "another device":
         monkeypatch.setattr(cuda, "library_may_fit", may_fit)
+    if why == "switched off":
+        kernels.switches = Switches(library=False)
     if why == "many outputs":
         monkeypatch.setattr(cuda, "LIBRARY_OUTPUTS", OUT - 1)
     with cuda.collecting() if why == "collecting" else nullcontext():
@@ -510,14 +512,18 @@ def test_neighbours_of_a_prompt_are_of_one_program_that_adds_an_adapter_for_the_
 
     for name in ("_shrink", "_finish"):
         monkeypatch.setattr(cuda, name, counted(name))
-    layers = CudaLayers(kernels, [adapted(kernels, nf4(IN, OUT, seed=seed)) for seed in (1, 2)], gated=gated)
-    x = random(21, IN).to(torch.bfloat16)
-    rows = row_map([{0: 1.0}] * 7 + [{}] * 3 + [{3: 0.5, 1: 1.0}] * 11)
-    one_by_one = layers(x, rows)
-    assert programs == {"_shrink": 29, "_finish": 21}
     monkeypatch.setattr(cuda, "PROMPT_ROWS", 21)
     monkeypatch.setattr(cuda, "UNPACKED_ROWS", 20)
-    for got, wanted in zip(layers(x, rows), one_by_one, strict=True):
+    x = random(21, IN).to(torch.bfloat16)
+    rows = row_map([{0: 1.0}] * 7 + [{}] * 3 + [{3: 0.5, 1: 1.0}] * 11)
+
+    def computed(kernels: CudaKernels) -> list[torch.Tensor]:
+        own = [adapted(kernels, nf4(IN, OUT, seed=seed)) for seed in (1, 2)]
+        return CudaLayers(kernels, own, gated=gated)(x, rows)
+
+    one_by_one = computed(CudaKernels(Switches(in_turn=False, wide=False)))
+    assert programs == {"_shrink": 29, "_finish": 21}
+    for got, wanted in zip(computed(kernels), one_by_one, strict=True):
         assert torch.equal(got, wanted)
     assert programs == {"_shrink": 4, "_finish": 3}
 
@@ -1259,22 +1265,25 @@ def test_kernels_that_fail_their_trial_are_not(
 def test_weights_are_unpacked_the_usual_way_where_the_other_one_fails_the_trial(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, raises: bool
 ) -> None:
-    permuted, gathered, compiled = cuda.PERMUTED.value, cuda.GATHERED.value, list[int]()
+    tried = list[CudaKernels]()
 
-    def differing(*given: Any, **named: Any) -> str | None:
-        if permuted != cuda.UNPACKED_BY:
+    def differing(kernels: CudaKernels, *given: Any, **named: Any) -> str | None:
+        if not kernels.switches.permuted:
             return None
         if raises:
             raise RuntimeError("ptxas fails")
         return "row 0 of 65"
 
-    monkeypatch.setattr(cuda, "UNPACKED_BY", permuted)
+    monkeypatch.setenv("ONEBASE_KERNELS_UNPACK", "permute")
     monkeypatch.setattr(CudaKernels, "compiles", True)
-    monkeypatch.setattr(cuda, "_compile_trial", lambda *given: compiled.append(cuda.UNPACKED_BY))
+    monkeypatch.setattr(cuda, "_compile_trial", lambda kernels, device: tried.append(kernels))
     monkeypatch.setattr(cuda, "_differing", differing)
-    assert cuda.load_kernels.__wrapped__(torch.device("cpu")) is not None
-    assert gathered == cuda.UNPACKED_BY
-    assert compiled == [permuted, gathered], "each way's forms side by side"
+    found = cuda.load_kernels.__wrapped__(torch.device("cpu"))
+    assert found is tried[-1]
+    assert [one.unpacking for one in tried] == [cuda.PERMUTED.value, cuda.GATHERED.value], (
+        "each with its forms"
+    )
+    assert CudaKernels(cuda.usual_switches()).switches.permuted, "a trial that fails is of its own kernels"
     said = "what is computed, since it fails: ptxas fails" if raises else "row 0 of 65"
     assert f"weights are not unpacked in registers, which changes {said}" in caplog.text
 
@@ -1502,6 +1511,32 @@ def test_an_engine_serves_texts_of_peft_the_same_bits_in_any_company_and_few_lau
 
 @pytest.mark.full
 @pytest.mark.usefixtures("quick_trials")
+@pytest.mark.parametrize("name", ["joined", "gated", "sums", "turned"])
+def test_a_fusion_that_is_switched_off_is_left_out_and_no_other(lab: Lab, name: str) -> None:
+    served = ServedModel(lab.base, 1, kernels=CudaKernels(Switches(**{name: False})))
+    served.allocate_kv(RESERVED_BLOCKS + 2, 16)
+    layer = served._view.model.layers[0]
+    fused = {
+        "joined": layer.self_attn.q_proj.shared is not None,
+        "gated": "forward" in vars(layer.mlp),
+        "sums": "forward" in vars(layer),
+        "turned": "forward" in vars(layer.self_attn),
+    }
+    assert [one for one, on in fused.items() if not on] == [name]
+
+
+def test_switches_of_captures_drafts_planning_and_matrices_in_bf16_are_the_back_ends() -> None:
+    kernels = CudaKernels(Switches(drafts=False, ahead=False, narrow=False, tiles=False))
+    assert (kernels.drafts, kernels.asynchronous, kernels.narrows) == (False, False, False)
+    tiles = [
+        graphs.Graphs(MagicMock(), one, 2, 16, [16], torch.device("cpu"), tile_rows=8)._tile_rows
+        for one in (CudaKernels(), kernels)
+    ]
+    assert tiles == [8, 1]
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
 def test_an_activated_lora_uses_the_bases_blocks_and_changes_no_bit_of_them(
     kernels: CudaKernels, lab: Lab
 ) -> None:
@@ -1558,7 +1593,7 @@ def test_a_captured_pass_gives_other_steps_the_bits_that_they_have_launched_one_
     one_by_one = run(plain, asked)
     monkeypatch.setattr(kernels, "captures", True)
     monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
-    monkeypatch.setattr(graphs, "ROWS", (8,))
+    monkeypatch.setattr(graphs, "ROWS", (6,))
     served = ServedModel(lab.base, 4, kernels=kernels)
     engine, replayed = lab.engine(model=served, slots=4), Counter[bool]()
     whole = served._graphs.run_graph

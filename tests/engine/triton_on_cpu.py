@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -167,12 +168,15 @@ class Capture(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._launches: list[Callable[[], None]] = []
+        self.nodes: Counter[str] = Counter()
+        """Launches of the last capture: `kernel` of Triton, `operator` of PyTorch."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default):
             raise RuntimeError(f"{func} while a pass is captured")
         result = func(*args, **named)
+        self.nodes["operator"] += not func.is_view and "empty" not in str(func)
         if func._schema.is_mutable:
             self._launches.append(lambda: func(*args, **named))
         elif "empty" not in str(func):
@@ -182,9 +186,10 @@ class Capture(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
     def of(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         """As `CudaKernels.capture`."""
         launch = interpreter.GridExecutor.__call__
-        self._launches = []  # those of a capture that failed
+        self._launches, self.nodes = [], Counter()  # not those of a capture that failed
 
         def told(executor: Any, *args: Any, **named: Any) -> Any:
+            self.nodes["kernel"] += 1
             with _disable_current_modes():
                 self._launches.append(lambda: launch(executor, *args, **named))
                 return launch(executor, *args, **named)

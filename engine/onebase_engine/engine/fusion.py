@@ -84,6 +84,7 @@ def fuse(
         "gated MLPs": list(_gated(model, kernels)),
         "sums": list(_sums(model)),
     }
+    parts = {title: switches for title, switches in parts.items() if title not in kernels.unfused}
     whole = [layer.switch for layer in recorded]
     every = [switch for switches in parts.values() for switch in switches]
     trial = _Trial(run)

@@ -116,7 +116,8 @@ class Graphs:
         self._ran: dict[StepSize, int] = {}
         """Number of the step for which each size was last requested, the oldest first."""
         self._steps = 0
-        self._executable, self._tile_rows, self._part_bytes = executable, tile_rows, part_bytes
+        self._executable, self._part_bytes = executable, part_bytes
+        self._tile_rows = tile_rows if kernels.switches.tiles else 1
         self._bytes, self._most_bytes = 0, most_bytes(executable, device)
         self._prepared: tuple[StepBatch, _Graph] | None = None
         """Step that has already been written to its graph's place."""

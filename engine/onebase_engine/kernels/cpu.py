@@ -339,6 +339,7 @@ class CpuKernels(ReferenceRecurrence):
     tiled = True
     row_multiple = 1
     joins = True
+    unfused: frozenset[str] = frozenset()
     drafts = True
     draft_cost = 0.15  # measured with AVX512-BF16
     draft_rows = sys.maxsize

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
@@ -132,8 +132,6 @@ a prompt have the same A and B, which come from the multiprocessor's own cache t
 GATHERED, PERMUTED = tl.constexpr(1), tl.constexpr(2)
 """Ways to unpack 4-bit weights, with the same bits: from shared memory, and from registers. `NF4` of a kernel
 is one of them, or 0 if weights are bf16."""
-UNPACKED_BY = 2 if os.environ.get("ONEBASE_KERNELS_UNPACK") == "permute" else 1
-"""Way that is used. Which is faster only a GPU can tell."""
 FORM_ROWS = (1, FEW_ROWS + 1, MANY_ROWS + 1, UNPACKED_ROWS + 1, PROMPT_ROWS)
 """Number of rows of a step for each set of forms."""
 LAYERS = tl.constexpr(256)
@@ -700,8 +698,8 @@ class _ExpertMatrices:
         sums = torch.empty(count, width, dtype=torch.float32, device=x.device)
         _expert_products[(len(pairs.owners), blocks)](
             x, self._facts, pairs.order, pairs.bounds, pairs.owners, pairs.ends, sums, one.size_in, width,
-            len(self.layers), count // len(x), NF4=UNPACKED_BY if one.nf4 else 0, ROWS=pairs.rows,
-            SIZE=OUTPUTS.value, num_stages=STAGES[pairs.rows], **PLAIN,
+            len(self.layers), count // len(x), NF4=one.unpacking, ROWS=pairs.rows, SIZE=OUTPUTS.value,
+            num_stages=STAGES[pairs.rows], **PLAIN,
         )  # fmt: skip
         return sums
 
@@ -851,6 +849,8 @@ class CudaLinear:
         self._reference = reference
         self.size_in, self.size_out = base.in_features, base.out_features
         self.nf4 = _is_nf4(base)
+        self.unpacking: int = kernels.unpacking if self.nf4 else 0
+        """Way to unpack its weights, 0 for those in bf16: `NF4` of its kernels."""
         self.weight: torch.Tensor = base.weight.data
         self.absmax = self.code = None
         self.shift = 0
@@ -985,7 +985,7 @@ class CudaLayers:
         numbers = len(self._layers) * terms.count * most
         own_parts = self._pieces if numbers * self._pieces <= HIDDEN else 1
         hidden = torch.empty(numbers * own_parts, dtype=torch.float32, device=x.device)
-        each = ROWS_IN_TURN if count >= PROMPT_ROWS else 1
+        each = ROWS_IN_TURN if count >= PROMPT_ROWS and self._kernels.switches.in_turn else 1
         if numbers:
             grid = (
                 triton.cdiv(terms.count, each), len(self._layers) * triton.cdiv(most, RANKS.value), own_parts
@@ -1022,11 +1022,12 @@ class CudaLayers:
         width = self._blocks * OUTPUTS.value
         sums = torch.empty(count, width, dtype=torch.float32, device=x.device)
         size = FEW_ROWS if count <= FEW_ROWS else MANY_ROWS if count <= MANY_ROWS else MOST_ROWS
-        wide = WIDE // OUTPUTS.value if count >= PROMPT_ROWS else 1
+        wide = WIDE // OUTPUTS.value if count >= PROMPT_ROWS and self._kernels.switches.wide else 1
         blocks, *starts = (number // wide for number in (self._blocks, *self._starts))
         _products[(triton.cdiv(count, size), blocks)](
-            x, told, sums, count, size_in, width, *starts, NF4=UNPACKED_BY if nf4 and not unpacked else 0,
-            ROWS=size, SIZE=OUTPUTS.value * wide, num_warps=4 * wide, num_stages=STAGES[size], **PLAIN,
+            x, told, sums, count, size_in, width, *starts,
+            NF4=0 if unpacked else self._layers[0].unpacking, ROWS=size, SIZE=OUTPUTS.value * wide,
+            num_warps=4 * wide, num_stages=STAGES[size], **PLAIN,
         )  # fmt: skip
         return told, sums
 
@@ -2040,6 +2041,49 @@ def _capturing(graph: Any, pool: Any) -> Any:
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
+@dataclass(frozen=True)
+class Switches:
+    """Choices of how the same bits are computed, each of which can be turned around alone.
+
+    Where a check finds other bits, it does that with one after the other, to see on which of them they hang.
+    """
+
+    library: bool = True
+    """Whether the device's library multiplies many rows, where its trial passes."""
+    permuted: bool = False
+    """Whether 4-bit weights are looked up in registers instead of shared memory. Which is faster only a GPU
+    can tell."""
+    wide: bool = True
+    """Whether programs of many rows have WIDE outputs."""
+    in_turn: bool = True
+    """Whether one program computes the LoRAs of ROWS_IN_TURN rows of a prompt."""
+    narrow: bool = True
+    """Whether A and B of numbers in bf16 are read in bf16."""
+    joined: bool = True
+    """Whether layers of the same rows are one call."""
+    gated: bool = True
+    """Whether a gate and an up projection end in their product."""
+    sums: bool = True
+    """Whether layers are added to the residual by their own kernel."""
+    turned: bool = True
+    """Whether attention rotates queries and keys."""
+    graphs: bool = True
+    """Whether passes are captured as CUDA graphs."""
+    tiles: bool = True
+    """Whether rows of a prompt attend together in a captured pass."""
+    samples: bool = True
+    """Whether Triton's kernel takes samples instead of PyTorch's operators."""
+    drafts: bool = True
+    """Whether sequences have drafts."""
+    ahead: bool = True
+    """Whether the next step is planned while one is computed."""
+
+
+def usual_switches() -> Switches:
+    """Return the switches that the environment asks for."""
+    return Switches(permuted=os.environ.get("ONEBASE_KERNELS_UNPACK") == "permute")
+
+
 class CudaKernels(CudaRecurrence):
     """Back-end of the Triton kernels."""
 
@@ -2047,22 +2091,34 @@ class CudaKernels(CudaRecurrence):
     tiled = False
     row_multiple = 1
     joins = True
-    drafts = True
     draft_cost = 0.005
     draft_rows = MANY_ROWS
     compiles = not INTERPRETED.value
-    narrows = True
-    captures = (
+    may_capture = (
         not INTERPRETED.value
         # Private, and the only way to end a capture that failed (`_abandon`).
         and hasattr(torch._C, "_cuda_endAllocateToPool")
         and hasattr(torch._C, "_cuda_releasePool")
     )
-    asynchronous = True
+    """Whether this PyTorch can capture passes, and leave a capture that failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, switches: Switches | None = None) -> None:
+        """Choose how to compute; by default as `Switches` says."""
+        self.switches = switches = switches or Switches()
+        self.unpacking: int = PERMUTED.value if switches.permuted else GATHERED.value
+        """Way to unpack 4-bit weights."""
+        self.captures = self.may_capture and switches.graphs
+        self.narrows, self.drafts, self.asynchronous = switches.narrow, switches.drafts, switches.ahead
+        fusions = {
+            "layers of the same rows": switches.joined,
+            "positions": switches.turned,
+            "gated MLPs": switches.gated,
+            "sums": switches.sums,
+        }
+        self.unfused = frozenset(title for title, wanted in fusions.items() if not wanted)
         self.step_rows = 0
-        self._reference: ReferenceKernels = SamplingKernels(tiled=False)
+        own = SamplingKernels if switches.samples else ReferenceKernels
+        self._reference: ReferenceKernels = own(tiled=False)
         self._scratch: dict[int, torch.Tensor] = {}
         self._pool: Any = None
         """Memory pool that all graphs share, since only one runs at a time. It is freed with the last one."""
@@ -2105,7 +2161,8 @@ class CudaKernels(CudaRecurrence):
         """
         sizes, collects = layers.sizes, triton.knobs.runtime.jit_cache_hook is not None
         few = self.step_rows <= UNPACKED_ROWS or sum(sizes[1:]) > LIBRARY_OUTPUTS
-        if collects or few or not layers.aligned or not library_may_fit(layers.device):
+        unwanted = collects or few or not self.switches.library
+        if unwanted or not layers.aligned or not library_may_fit(layers.device):
             return False
         if sizes not in self._library_differs:
             short = False
@@ -2179,7 +2236,7 @@ class CudaKernels(CudaRecurrence):
         grid = triton.cdiv(layer.size_out, OUTPUTS.value), layer.size_in // STEP.value
         _unpack[grid](
             layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.shift, layer.size_out,
-            NF4=UNPACKED_BY, **PLAIN,
+            NF4=layer.unpacking, **PLAIN,
         )  # fmt: skip
         return held
 
@@ -2264,10 +2321,6 @@ class CudaKernels(CudaRecurrence):
             torch._C._cuda_releasePool(number, pool)
         graph.reset()
 
-    def draws_by_pytorch(self) -> None:
-        """Draw by PyTorch's operators from now on."""
-        self._reference = ReferenceKernels(tiled=False)
-
     def content_sum(self, tensors: Iterable[torch.Tensor], device: torch.device) -> ContentSum:
         return ContentSum(tensors, device)
 
@@ -2292,24 +2345,24 @@ def keep_sums_whole(device: torch.device) -> None:
 @cache
 def load_kernels(device: torch.device) -> CudaKernels | None:
     """Return the kernels for this device, or None, with the reason logged, if PyTorch computes."""
-    global UNPACKED_BY
     try:
         keep_sums_whole(device)
-        kernels = CudaKernels()
+        switches = usual_switches()
+        if switches.samples and not _draws_as_pytorch(device):
+            logger.warning("kernels: PyTorch draws tokens, since Triton's kernel draws others")
+            switches = replace(switches, samples=False)
+        kernels = CudaKernels(switches)
         try:
             wrong = _tried(kernels, device)
         except Exception as error:
-            if PERMUTED.value != UNPACKED_BY or isinstance(error, torch.AcceleratorError):
+            if not switches.permuted or isinstance(error, torch.AcceleratorError):
                 raise
             wrong = f"what is computed, since it fails: {error}"
-        if wrong is not None and PERMUTED.value == UNPACKED_BY:
+        if wrong is not None and switches.permuted:
             # Triton before 3.9 gives these forms another order of terms on cards before Hopper.
             logger.warning("kernels: weights are not unpacked in registers, which changes %s", wrong)
-            UNPACKED_BY = GATHERED.value
+            kernels = CudaKernels(replace(switches, permuted=False))
             wrong = _tried(kernels, device)
-        if not _draws_as_pytorch(device):
-            logger.warning("kernels: PyTorch draws tokens, since Triton's kernel draws others")
-            kernels.draws_by_pytorch()
     except Exception as error:
         # Whatever a compiler or a driver may say: without these kernels the server runs all the same.
         logger.warning("kernels: PyTorch, since Triton's fail: %s", error, exc_info=True)

@@ -342,6 +342,8 @@ class Kernels(RecurrentKernels, Protocol):
     """Number to a multiple of which the packed rows of a step are padded."""
     joins: bool
     """Whether it can join several layers, and has attention that rotates queries and keys."""
+    unfused: frozenset[str]
+    """Titles of fusions (`engine/fusion.py`) that are left out."""
     drafts: bool
     """Whether a chunk of a few tokens costs little more than one token does."""
     draft_cost: float

@@ -155,6 +155,7 @@ class ReferenceKernels(ReferenceRecurrence):
 
     name = "torch"
     joins = False
+    unfused: frozenset[str] = frozenset()
     drafts = False
     draft_cost = 0.15
     draft_rows = sys.maxsize

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -275,7 +275,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
             "%d sequences run at once, not %d (--max-sequences): the state of each takes %.1f MB, twice",
             places // 2, config.max_sequences, model.state_bytes / 1e6,
         )  # fmt: skip
-    blocks, slot_memory = sizes(config, base, model, limits, measure, places * model.state_bytes)
+    blocks, slot_memory, _ = sizes(config, base, model, limits, measure, places * model.state_bytes)
     host_blocks = host_block_count(model.kv_bytes_per_block(config.block_size), config.prefix_memory)
     engine = Engine(
         base,
@@ -306,6 +306,17 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     return engine
 
 
+class MemorySizes(NamedTuple):
+    """Division of a device's free memory."""
+
+    blocks: int
+    """Number of blocks of the KV cache."""
+    slot_memory: int
+    """Bytes for versions in slots; 0 is no limit."""
+    aside: Mapping[str, int]
+    """Bytes that are left for others, by who they are and which setting changes that."""
+
+
 def sizes(
     config: EngineConfig,
     base: nn.Module,
@@ -313,8 +324,8 @@ def sizes(
     limits: SchedulerLimits,
     measure: Measure | None,
     state_bytes: int = 0,
-) -> tuple[int, int]:
-    """Return the number of blocks of the KV cache, and the bytes for versions in slots.
+) -> MemorySizes:
+    """Divide the memory that is free between the KV cache, versions in slots, and others.
 
     Args:
         measure: measures how much memory the largest step takes; None leaves it to a share.
@@ -376,7 +387,7 @@ def sizes(
     if measure is not None:
         said = ", ".join(f"{size / 1e6:.0f} MB for {who}" for who, size in aside.items() if size)
         logger.info("memory: %.0f MB are free; set aside are %s", free / 1e6, said)
-    return blocks, slot_memory
+    return MemorySizes(blocks, slot_memory, aside)
 
 
 def _job_memory(config: EngineConfig, base: Any, measure: Measure | None) -> int:

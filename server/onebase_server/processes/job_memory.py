@@ -13,7 +13,7 @@ from onebase_training.recipe import Recipe
 
 ROW = 1024
 """Tokens of the longest row for which memory is left free, unless --train-memory says how much is."""
-_ROOM = 1.2
+ROOM = 1.2
 """Factor for what no estimate covers, and for a recipe that takes a little more."""
 
 
@@ -30,4 +30,4 @@ def job_bytes(base: Any, config: EngineConfig) -> int:
         memory_limit=1,  # so that it plans with as little as it can
         base_resident=True,
     )
-    return int(found.total * _ROOM)
+    return int(found.total * ROOM)
