@@ -658,7 +658,8 @@ class Captures:
         outcome = "captured" if graph is not None else self._said or "other bits than kernel by kernel"
         if self._nodes is not None:
             self._counted[size] = self._nodes
-        said = ", ".join(f"{count} {kind}" for kind, count in (self._nodes or Counter()).most_common())
+        nodes = self._nodes or Counter[str]()
+        said = ", ".join(f"{count} {kind}" for kind, count in nodes.most_common())
         launched, recorded = (self._spent.get(name, 0.0) for name in ("launched", "captured"))
         times = launched, recorded, seconds - launched - recorded
         numbers = (None,) * 5 if self._setup.interpreted else (*times, free / 1e6, taken / 1e6)
