@@ -115,7 +115,7 @@ def invariance(setup: Setup, found: Findings) -> None:
     )
     small = setup.interpreted
     lengths = (18, 6, 4, 3) if small else (4000, 1500, 600, 65, 37, 16, 5, *(120,) * 9)
-    tokens, block = (4, 2) if small else (40, BLOCK)
+    tokens, block = (5, 2) if small else (40, BLOCK)
     asked = [Asked(str(i), words(setup, one, i), tokens, mixes[(i + 1) % 4]) for i, one in enumerate(lengths)]
     room = RESERVED_BLOCKS + 8 + sum(-(-(one + tokens) // block) + 1 for one in lengths)
     fleet = Fleet(setup, base, adapters, room)
