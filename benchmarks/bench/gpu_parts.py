@@ -32,6 +32,7 @@ from bench.lora import ATTENTION
 from onebase_engine.base.load import base_bytes
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine import engine as stepping
+from onebase_engine.engine import fusion
 from onebase_engine.engine import graphs as captured
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served
@@ -65,9 +66,10 @@ def make_kernels(setup: Setup, switches: cuda.Switches) -> Kernels:
     if setup.interpreted:
         # It multiplies bf16 wrongly by itself. Trials of a model on few rows, and several pieces of a sum.
         mended = importlib.import_module("tests.engine.triton_on_cpu")
-        small: Any = (cuda, served)
+        small: Any = (cuda, served, fusion)
         small[0].PIECE = small[0].SPLIT = small[0].tl.constexpr(64)
         small[1].TILE = 8
+        small[2]._PASSES = (0, 8), (1, 8)
         own.captures, own.capture = switches.graphs, mended.Capture().of
     return cast(Kernels, own)
 

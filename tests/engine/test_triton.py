@@ -56,7 +56,7 @@ from onebase_engine.base.experts import expert_matrices, expert_modules
 from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
-from onebase_engine.engine import experts, forms, graphs, model
+from onebase_engine.engine import experts, forms, fusion, graphs, model
 from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
@@ -1445,6 +1445,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def quick_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of a model on few rows."""
     monkeypatch.setattr(model, "TILE", 4)
+    monkeypatch.setattr(fusion, "_PASSES", ((0, 4), (1, 4)))  # others would be padding
 
 
 class Launches(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
