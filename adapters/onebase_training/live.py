@@ -3,8 +3,8 @@
 What an operation changes is in memory until a point is written: weights, gradients since the last step and
 the optimizer's state, atomically. A new process reads the newest point, repeats the operations since then
 that have a result, for the state alone, and continues. On the CPU the bits are those of a process that was
-never killed, since a model's operations depend on nothing but the model: rows of two models never share a
-pass.
+never killed, since a model's operations depend on nothing but the model: only on a GPU, where bits depend on
+more than the rows, do rows of several models share a pass.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import importlib.util
 import logging
 import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,20 @@ from onebase_training.live_operations import (
 )
 from onebase_training.live_store import (
     CHECKPOINT,
+    ENCRYPTED,
     PACKED,
     RESULT,
+    START,
     LiveStore,
     Made,
     UnknownLiveModelError,
     encoded,
     read_checkpoint,
 )
-from onebase_training.recipe import HIGHEST_RANK, Recipe, RecipeError
+from onebase_training.parent import Parent, modules_of
+from onebase_training.recipe import HIGHEST_RANK, Recipe, RecipeError, decided
 from onebase_training.replies import Scorer, ScoringError
-from onebase_training.trainable import ADAPTER, Trainable, head_name, target_parameters
+from onebase_training.trainable import ADAPTER, Trainable, head_name, joined, target_parameters
 
 MICRO_TOKENS = 1024
 """Tokens computed in one pass, whatever the memory: other passes would add up to other last bits."""
@@ -110,34 +115,39 @@ class _Meta(msgspec.Struct, frozen=True):
 class LiveModel:
     """One live adapter in memory: its weights, the gradients added up since the last step, and Adam's state.
 
-    Raises RecipeError: the base has no layers that were asked for, or the rank is too high.
+    Args:
+        start: the version of an adapter that it begins with; None: new weights on the base.
+
+    Raises RecipeError: the base has no layers that were asked for, or the rank is too high; or the version is
+    none of this base, or of a kind that is not trained here.
     """
 
-    def __init__(self, base: nn.Module, spec: ModelSpec, gate: Gate, name: BaseName, scorer: Scorer) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: ModelSpec,
+        gate: Gate,
+        name: BaseName,
+        scorer: Scorer,
+        start: Parent | None = None,
+    ) -> None:
         self.spec = spec
         self.steps = 0
-        self._parent: ParentCheckpoint | None = None
+        self._parent = None if start is None else _parent_of(start)
         self._scorer = scorer
         self._name = name
-        size = sum(one.numel() * one.element_size() for one in base.parameters())
-        recipe = Recipe(
-            r=spec.rank,
-            alpha=spec.alpha,
-            seed=spec.seed % 2**31,
-            targets=targets_of(base, spec),
-            gradient_checkpointing=size > CHECKPOINTING_BYTES,
-        )
-        self._trainable = Trainable(base, recipe, gate)
+        self._recipe = _recipe(base, spec, start)
+        self.trainable = Trainable(base, self._recipe, gate, parent=start)
         self._words = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._longest = longest_row(base.config) or 2**20
-        self._parameters = self._trainable.named_parameters()
+        self._parameters = self.trainable.named_parameters()
         self._gradients: dict[str, torch.Tensor] | None = None
         self._reset_optimizer()
 
     @property
     def targets(self) -> list[str]:
         """Names of the layers that are trained, as PEFT's config has them."""
-        config = self._trainable.model.peft_config[ADAPTER]
+        config = self.trainable.model.peft_config[ADAPTER]
         return sorted([*config.target_modules, *(config.target_parameters or ())])
 
     @property
@@ -147,9 +157,28 @@ class LiveModel:
 
     # ---- computing -----------------------------------------------------------------------------
 
+    @property
+    def joins(self) -> bool:
+        """Return True if the model's passes can be computed together with those of others."""
+        return self.trainable.lora_layers() is not None
+
     def forward_backward(self, operation: ForwardBackward) -> Computed:
         """Compute losses and, unless `forward_only`, add their gradients. Raises RefusedError."""
         began = time.monotonic()
+        checked = self.check(operation)
+        if not operation.forward_only:
+            found, sums = self._backward(checked.rows, checked.loss, checked.settings, checked.exact)
+            return self.add(ComputedPass(found, sums, checked.tokens, time.monotonic() - began))
+        losses = [
+            _loss(checked.loss, checked.exact[place], row, checked.settings)
+            for place, row in enumerate(checked.rows)
+        ]
+        sums = [float(one.double().sum()) for one in losses]
+        return ComputedPass(checked.exact, sums, checked.tokens, time.monotonic() - began).result()
+
+    def check(self, operation: ForwardBackward) -> CheckedPass:
+        """Return a pass whose rows can be computed, with the sampler's logprobs if they are needed. Raises
+        RefusedError."""
         loss = find_loss(operation.loss)
         settings = loss.settings(operation.config)
         if not operation.data:
@@ -159,22 +188,19 @@ class LiveModel:
             for place, datum in enumerate(operation.data)
         ]
         exact = self._sampler_logprobs(rows) if operation.forward_only or loss.compares else {}
-        if operation.forward_only:
-            losses = [_loss(loss, exact[place], row, settings) for place, row in enumerate(rows)]
-            found, sums = exact, [float(one.double().sum()) for one in losses]
-        else:
-            found, sums = self._backward(rows, loss, settings, exact)
-        for place, value in enumerate(sums):
-            if not math.isfinite(value):
-                raise RefusedError(f"data[{place}]: the loss is not finite", "not_finite")
-        if not operation.forward_only:
-            self._add_gradients()
-        return Computed(
-            outputs=[{"logprobs": DenseArray.of(found[place].numpy())} for place in range(len(rows))],
-            metrics={"loss:sum": math.fsum(sums)},
-            tokens=sum(map(len, rows)),
-            seconds=time.monotonic() - began,
-        )
+        return CheckedPass(rows, loss, settings, exact)
+
+    def add(self, computed: ComputedPass) -> Computed:
+        """Add the gradients of a pass, and return its result. Raises RefusedError."""
+        result = computed.result()
+        self._add_gradients()
+        return result
+
+    @property
+    def has_finite_gradients(self) -> bool:
+        """Return True if what a pass has computed, and not added yet, is finite."""
+        gradients = (parameter.grad for parameter in self._parameters.values())
+        return all(bool(torch.isfinite(one).all()) for one in gradients if one is not None)
 
     def _backward(
         self, rows: list[Row], loss: Loss, settings: Mapping[str, float], exact: Mapping[int, torch.Tensor]
@@ -185,12 +211,12 @@ class LiveModel:
         """
         found, sums = dict[int, torch.Tensor](), [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda place: (-len(rows[place]), place))
-        self._clear()
+        self.clear()
         for one_pass in first_fit([len(rows[place]) for place in order], MICRO_TOKENS):
             places = [order[one] for one in one_pass]
             losses = []
-            for place, own in zip(places, self._logprobs([rows[place] for place in places]), strict=True):
-                logprobs = exact[place].to(own) + (own - own.detach()) if exact else own
+            for place, own in zip(places, self.logprobs([rows[place] for place in places]), strict=True):
+                logprobs = _with_exact(own, exact.get(place))
                 found[place] = logprobs.detach().cpu()
                 losses.append(_loss(loss, logprobs, rows[place], settings))
                 sums[place] = float(losses[-1].detach().double().sum())
@@ -202,7 +228,7 @@ class LiveModel:
         tokens = [row.tokens.tolist() for row in rows]
         targets = [row.targets.view(len(row), -1).tolist() for row in rows]
         try:
-            scored = self._scorer.logprobs(self._trainable.weights(), tokens, targets)
+            scored = self._scorer.logprobs(self.trainable.weights(), tokens, targets)
         except ScoringError as error:
             raise RefusedError(str(error)) from error
         found = {}
@@ -212,9 +238,9 @@ class LiveModel:
             found[place] = torch.tensor(values).view(row.targets.shape)
         return found
 
-    def _logprobs(self, rows: list[Row]) -> list[torch.Tensor]:
+    def logprobs(self, rows: list[Row]) -> list[torch.Tensor]:
         """Return the logprobs of the rows' targets, fp32, with gradients: all rows in one pass."""
-        device, lengths = self._trainable.device, [len(row) for row in rows]
+        device, lengths = self.trainable.device, [len(row) for row in rows]
         tokens = torch.cat([row.tokens for row in rows]).to(device)
         packed = Packed(
             ids=tokens[None],
@@ -224,9 +250,10 @@ class LiveModel:
             owner=tokens,
             lengths=lengths,
         )
-        return target_logprobs(self._trainable.logits(packed), rows)
+        return target_logprobs(self.trainable.logits(packed), rows)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Drop gradients that were computed and not added."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
@@ -236,7 +263,7 @@ class LiveModel:
             name: torch.zeros_like(one) if one.grad is None else one.grad
             for name, one in self._parameters.items()
         }
-        self._clear()
+        self.clear()
         if not all(bool(torch.isfinite(one).all()) for one in new.values()):
             raise RefusedError("the gradient is not finite: lower the weights or advantages", "not_finite")
         before = self._gradients
@@ -257,7 +284,7 @@ class LiveModel:
             parameter.grad = self._gradients[name].clone()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), operation.grad_clip_norm or math.inf)
         if not torch.isfinite(norm):
-            self._clear()
+            self.clear()
             raise RefusedError("the gradient is not finite: load a checkpoint", "not_finite")
         for group in self._optimizer.param_groups:
             group |= {
@@ -267,7 +294,7 @@ class LiveModel:
                 "weight_decay": operation.weight_decay,
             }
         self._optimizer.step()
-        self._clear()
+        self.clear()
         self._gradients = None
         self.steps += 1
         return Stepped(metrics={"grad_norm": float(norm)}, step=self.steps)
@@ -293,7 +320,7 @@ class LiveModel:
         self._set_moments(tensors, meta.steps)
         self._parent = meta.parent
         self._gradients = {
-            name: one.to(self._trainable.device) for name, one in _part("gradient", tensors).items()
+            name: one.to(self.trainable.device) for name, one in _part("gradient", tensors).items()
         } or None
 
     def save(self, folder: Path, operation: Save, seq_id: int) -> CheckpointFolder:
@@ -304,12 +331,18 @@ class LiveModel:
         if before is not None and not operation.overwrite:
             raise RefusedError(f"there is a checkpoint {operation.name!r}: choose another name, or overwrite")
         now, kept = time.time(), operation.kind == "weights"
+        recipients = _recipients(operation.recipients)
         with atomic_directory(folder) as work:
-            packed, packed_bytes = self._write_packed(work / PACKED)
+            packed, packed_bytes = "", 0
+            if operation.kind != "external":
+                packed, packed_bytes = self._write_packed(work / PACKED)
             if not operation.packed_only:
                 self._write_peft(work)
             if kept:
                 save_file(self._moments(), work / _OPTIMIZER)
+            digest = packed if operation.packed_only else _digest(work)
+            if recipients:
+                _encrypt(work, recipients)
             checkpoint = CheckpointFolder(
                 name=operation.name,
                 kind=operation.kind,
@@ -318,10 +351,10 @@ class LiveModel:
                 base_id=self.spec.base_id,
                 seq_id=seq_id,
                 step=self.steps,
-                digest=packed if operation.packed_only else _digest(work),
+                digest=digest,
                 bytes=sum(path.stat().st_size for path in work.iterdir()),
-                rank=self.spec.rank,
-                alpha=self.spec.alpha,
+                rank=self._recipe.r,
+                alpha=decided(self._recipe.alpha),
                 targets=self.targets,
                 train_mlp=self.spec.train_mlp,
                 train_attn=self.spec.train_attn,
@@ -333,15 +366,16 @@ class LiveModel:
                 packed_bytes=packed_bytes,
                 metadata=operation.metadata,
                 parent=self._parent,
+                version=self.spec.version,
             )
             (work / CHECKPOINT).write_bytes(msgspec.json.encode(checkpoint))
         return checkpoint
 
     def _write_peft(self, folder: Path) -> None:
         """Write the adapter as PEFT does, whose own way takes longer than a step. Raises OSError."""
-        config = self._trainable.model.peft_config[ADAPTER]
+        config = self.trainable.model.peft_config[ADAPTER]
         if config.target_parameters:  # which PEFT renames
-            save_peft(self._trainable.model, folder, base=self._name.name, commit=self._name.commit)
+            save_peft(self.trainable.model, folder, base=self._name.name, commit=self._name.commit)
             (folder / "README.md").unlink(missing_ok=True)
         else:
             named = copy.copy(config)
@@ -354,7 +388,7 @@ class LiveModel:
 
     def _write_packed(self, path: Path) -> tuple[str, int]:
         """Write the weights as the engine loads them. Return the file's SHA-256 and size. Raises OSError."""
-        write_packed_adapter(path, extract(self._trainable.model, ADAPTER), base_id=self.spec.base_id)
+        write_packed_adapter(path, extract(self.trainable.model, ADAPTER), base_id=self.spec.base_id)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
 
@@ -371,12 +405,18 @@ class LiveModel:
             raise RefusedError(f"checkpoint {checkpoint.name!r} has no optimizer: load its weights alone")
         if checkpoint.base_id != self.spec.base_id:
             raise RefusedError(f"checkpoint {checkpoint.name!r} was made on another base", "other_base")
-        if checkpoint.alpha != self.spec.alpha:
+        if checkpoint.version != self.spec.version:  # whose ranks and alphas it has, module by module
             raise RefusedError(
-                f"the checkpoint has alpha {checkpoint.alpha:g}, the model {self.spec.alpha:g}"
+                f"checkpoint {checkpoint.name!r} began with {checkpoint.version or 'the base'}, and the "
+                f"model with {self.spec.version or 'the base'}: make a model from the checkpoint"
+            )
+        if checkpoint.alpha != decided(self._recipe.alpha):
+            raise RefusedError(
+                f"the checkpoint has alpha {checkpoint.alpha:g}, the model {decided(self._recipe.alpha):g}"
             )
         if not (folder / WEIGHTS).exists():
-            raise RefusedError(f"checkpoint {checkpoint.name!r} is a snapshot for sampling: save its weights")
+            what = "encrypted" if checkpoint.kind == "external" else "a snapshot for sampling"
+            raise RefusedError(f"checkpoint {checkpoint.name!r} is {what}: save its weights")
         weights = load_file(folder / WEIGHTS)
         named = {_file_name(name): name for name in self._parameters}
         if {name: one.shape for name, one in weights.items()} != {
@@ -424,9 +464,139 @@ class LiveModel:
             self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **state}
 
 
+@dataclass(frozen=True)
+class CheckedPass:
+    """A pass that can be computed. exact: the sampler's logprobs by row, if the loss compares with them."""
+
+    rows: list[Row]
+    loss: Loss
+    settings: Mapping[str, float]
+    exact: Mapping[int, torch.Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all rows."""
+        return sum(map(len, self.rows))
+
+
+@dataclass(frozen=True)
+class ComputedPass:
+    """A pass whose gradients are not added yet. found, sums: logprobs and loss of each row, by its place.
+    seconds: time that it took."""
+
+    found: Mapping[int, torch.Tensor]
+    sums: Sequence[float]
+    tokens: int
+    seconds: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Return True if each row has a finite loss."""
+        return all(map(math.isfinite, self.sums))
+
+    def result(self) -> Computed:
+        """Raises RefusedError: a row's loss is not finite."""
+        for place, value in enumerate(self.sums):
+            if not math.isfinite(value):
+                raise RefusedError(f"data[{place}]: the loss is not finite", "not_finite")
+        return Computed(
+            outputs=[
+                {"logprobs": DenseArray.of(self.found[place].numpy())} for place in range(len(self.sums))
+            ],
+            metrics={"loss:sum": math.fsum(self.sums)},
+            tokens=self.tokens,
+            seconds=self.seconds,
+        )
+
+
+def compute_together(asked: Sequence[tuple[LiveModel, ForwardBackward]]) -> list[ComputedPass | Refused]:
+    """Compute losses and gradients of several models in one pass over the base, each on rows of its own.
+
+    What one of them is refused for leaves the others alone. asked: models that `joins`, with backward passes.
+
+    Raises RuntimeError: a gradient is not finite, and may have spoilt those of others.
+    """
+    began, results = time.monotonic(), dict[int, ComputedPass | Refused]()
+    ready: dict[int, tuple[LiveModel, CheckedPass]] = {}
+    for place, (model, operation) in enumerate(asked):
+        try:
+            ready[place] = model, model.check(operation)
+        except RefusedError as error:
+            results[place] = error.refused
+    if ready:
+        computed = _backward_together(list(ready.values()))
+        seconds, tokens = time.monotonic() - began, sum(one.tokens for one in computed)
+        for place, one in zip(ready, computed, strict=True):
+            results[place] = replace(one, seconds=seconds * one.tokens / tokens)
+    return [results[place] for place in range(len(asked))]
+
+
+def _backward_together(passes: Sequence[tuple[LiveModel, CheckedPass]]) -> list[ComputedPass]:
+    """Compute the gradients of all models whose losses are finite. Raises RuntimeError as
+    `compute_together`."""
+    adapters, end = [], 0
+    for model, checked in passes:
+        adapters.append((model.trainable, slice(end, end + checked.tokens)))
+        end += checked.tokens
+        model.clear()
+    results, total = [], []
+    with joined(adapters):
+        rows = [row for _, checked in passes for row in checked.rows]
+        logprobs = iter(passes[0][0].logprobs(rows))
+        for _, checked in passes:
+            own = [
+                _with_exact(next(logprobs), checked.exact.get(place)) for place in range(len(checked.rows))
+            ]
+            losses = [
+                _loss(checked.loss, one, row, checked.settings)
+                for one, row in zip(own, checked.rows, strict=True)
+            ]
+            found = {place: one.detach().cpu() for place, one in enumerate(own)}
+            sums = [float(one.detach().double().sum()) for one in losses]
+            results.append(ComputedPass(found, sums, checked.tokens, 0.0))
+            total += [one.flatten() for one in losses] if results[-1].is_finite else []
+        if total:
+            torch.cat(total).sum().backward()  # type: ignore[no-untyped-call]
+    if not all(model.has_finite_gradients for model, _ in passes):
+        raise RuntimeError("a gradient is not finite")
+    return results
+
+
+def _with_exact(own: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor:
+    """Return the sampler's logprobs, if there are any, with the gradients of this pass."""
+    return own if exact is None else exact.to(own) + (own - own.detach())
+
+
 def _loss(loss: Loss, logprobs: torch.Tensor, row: Row, settings: Mapping[str, float]) -> torch.Tensor:
     inputs = {name: value.to(logprobs) for name, value in row.inputs.items()}
     return loss.elementwise(logprobs, inputs, settings)
+
+
+def _parent_of(start: Parent) -> ParentCheckpoint:
+    return ParentCheckpoint(
+        model="adapters",
+        kind="sampler",
+        name=start.label,
+        digest=start.digest,
+        step=0,
+        optimizer=False,
+        from_base=False,
+    )
+
+
+def _recipe(base: nn.Module, spec: ModelSpec, start: Parent | None) -> Recipe:
+    """Return the recipe of a model. Raises RecipeError."""
+    size = sum(one.numel() * one.element_size() for one in base.parameters())
+    recipe = Recipe(seed=spec.seed % 2**31, gradient_checkpointing=size > CHECKPOINTING_BYTES)
+    if start is None:
+        return replace(recipe, r=spec.rank, alpha=spec.alpha, targets=targets_of(base, spec))
+    own = modules_of(start, base)
+    if own["use_dora"] or own["alora_invocation_tokens"]:
+        kind = "a DoRA" if own["use_dora"] else "an activated LoRA"
+        raise RecipeError(
+            "path", f"{start.label} is {kind}, and only LoRAs are trained step by step: train it by a job"
+        )
+    return replace(recipe, **own | {"targets": tuple(own["targets"])})
 
 
 def targets_of(base: nn.Module, spec: ModelSpec) -> tuple[str, ...]:
@@ -467,6 +637,42 @@ def _digest(folder: Path) -> str:
     return version_digest(*sums)
 
 
+def _recipients(keys: Sequence[str]) -> list[Any]:
+    """Return the public keys to which files are encrypted. Raises RefusedError."""
+    if not keys:
+        return []
+    if importlib.util.find_spec("pyrage") is None:
+        raise RefusedError(
+            "age_encryption_recipients: this server lacks the package pyrage. Its operator installs it with "
+            "pip install 'onebase[tinker]'; without recipients the files are not encrypted",
+            "not_installed",
+        )
+    return [_recipient(key) for key in keys]
+
+
+def _recipient(key: str) -> Any:
+    from pyrage import RecipientError, ssh, x25519
+
+    for kind in (x25519.Recipient, ssh.Recipient):
+        with suppress(RecipientError):
+            return kind.from_str(key)
+    raise RefusedError(
+        f"age_encryption_recipients: {key[:80]!r} is no public key: write age1... or a line of an SSH "
+        "public key (ssh-ed25519, ssh-rsa)"
+    )
+
+
+def _encrypt(folder: Path, recipients: Sequence[Any]) -> None:
+    """Replace each file by its encrypted form. Raises OSError."""
+    import pyrage
+
+    for path in sorted(folder.iterdir()):
+        encrypted = path.with_name(path.name + ENCRYPTED)
+        pyrage.encrypt_file(str(path), str(encrypted), recipients)
+        encrypted.chmod(path.stat().st_mode)
+        path.unlink()
+
+
 class LiveModels:
     """The live adapters of a store, done one operation at a time, the models in turns.
 
@@ -478,6 +684,8 @@ class LiveModels:
         point_seconds: time of computing after which a point is written.
         int8_cache: whether the engine that serves keeps keys and values in int8.
         memory: bytes for all models; 0: not known.
+        joins: whether small backward passes of several models are computed in one. Their bits then depend on
+            each other.
     """
 
     def __init__(
@@ -491,8 +699,13 @@ class LiveModels:
         point_seconds: float = POINT_SECONDS,
         int8_cache: bool = False,
         memory: int = 0,
+        joins: bool = False,
     ) -> None:
         self._memory = memory
+        self._joins = joins
+        self._proven: set[str] = set()
+        """Models of which an operation was done here, by itself: a process that dies of the first one tells
+        which it was."""
         self._base, self._store, self._gate, self._name = base, store, gate, name
         self._scorer = Scorer(base, gate.wait, int8_cache=int8_cache)
         self._on_done = on_done
@@ -555,6 +768,7 @@ class LiveModels:
         """Free the memory of a model that was unloaded, for those that wait for memory."""
         self._broken.pop(model_id, None)
         self._waiting.discard(model_id)
+        self._proven.discard(model_id)
         if self._models.pop(model_id, None) is not None:
             gc.collect()
             waiting, self._waiting = self._waiting, set()
@@ -592,6 +806,8 @@ class LiveModels:
             self._on_done(model_id, seq_id)
             return True
         self._store.write_begun(model_id, seq_id)
+        if self._done_with_others(model_id, seq_id, operation):
+            return True
         began = time.monotonic()
         model = self._models[model_id]
         result = self._done(model, seq_id, operation)
@@ -599,11 +815,61 @@ class LiveModels:
             self._write_point(model, seq_id, result)  # the checkpoint may be gone when it would be done over
         self._store.write_result(model_id, seq_id, result)
         self._on_done(model_id, seq_id)
+        self._proven.add(model_id)
         if not isinstance(result, Refused) and not _leaves_state(operation):
             self._since_point[model_id] += time.monotonic() - began
             if isinstance(operation, OptimStep) and self._since_point[model_id] > self._point_seconds:
                 self._write_point(model, seq_id, result)
         return True
+
+    def _done_with_others(self, model_id: str, seq_id: int, operation: Operation) -> bool:
+        """Do a backward pass together with those that are next in the order of other models.
+
+        Return False if there are none that fit, or the pass failed: then it is done by itself.
+        """
+        passes = self._passes_with(model_id, seq_id, operation) if self._joins else []
+        if len(passes) < 2:
+            return False
+        models = {one: self._models[one] for one, *_ in passes}
+        try:
+            computed = compute_together([(models[one], asked) for one, _, asked in passes])
+        except Exception as error:
+            if _ends_process(error):
+                raise
+            logger.warning("a pass of %d models failed, and each is done by itself: %s", len(models), error)
+            for model in models.values():
+                model.clear()
+            return False
+        for (one, number, _), outcome in zip(passes, computed, strict=True):
+            result = _added(models[one], outcome)
+            self._store.write_result(one, number, result)
+            self._on_done(one, number)
+            if isinstance(result, Computed):
+                self._since_point[one] += result.seconds
+        return True
+
+    def _passes_with(
+        self, model_id: str, seq_id: int, operation: Operation
+    ) -> list[tuple[str, int, ForwardBackward]]:
+        """Return a backward pass, and the next ones of models whose turns follow, as far as all fit."""
+        found, left = list[tuple[str, int, ForwardBackward]](), MICRO_TOKENS
+        for one in (model_id, *self._turns):
+            number = seq_id if one == model_id else self._next_of(one)
+            asked = operation if one == model_id else self._store.operation(one, number)
+            joins = one in self._proven and isinstance(asked, ForwardBackward) and not asked.forward_only
+            if isinstance(asked, ForwardBackward) and joins and self._models[one].joins:
+                tokens = sum(map(len, asked.data))
+                if 0 < tokens <= left:
+                    found.append((one, number, asked))
+                    left -= tokens
+            if one == model_id and not found:
+                break
+        return found
+
+    def _next_of(self, model_id: str) -> int:
+        """Return the number of a model's next operation; 0 if nothing of it is done now."""
+        is_live = model_id in self._models and self._store.is_live(model_id)
+        return self._store.next_seq(model_id) if is_live and model_id not in self._broken else 0
 
     def _done(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
         """Do an operation. An error fails it alone, unless base or device cannot be trusted after it."""
@@ -653,7 +919,12 @@ class LiveModels:
         try:
             if made is not None and made.refused:
                 raise RefusedError(made.refused, "model_refused")
-            model = LiveModel(self._base, self._store.spec(model_id), self._gate, self._name, self._scorer)
+            spec, folder = self._store.spec(model_id), self._store.folder(model_id) / START
+            start = None
+            if spec.version:
+                digest = spec.version.rpartition("@")[2]
+                start = Parent(spec.version, digest, folder / CONFIG, folder / WEIGHTS)
+            model = LiveModel(self._base, spec, self._gate, self._name, self._scorer, start)
             if made is None:
                 self._check_share(model)
             if self._store.last_point(model_id) < 0:
@@ -737,6 +1008,16 @@ def _ends_process(error: Exception) -> bool:
     if isinstance(error, Interrupted | torch.AcceleratorError | BaseChangedError):
         return True
     return type(error) is RuntimeError and "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Refused:
+    """Add the gradients of a model's part in a pass of several, and return its result."""
+    if isinstance(computed, Refused):
+        return computed
+    try:
+        return model.add(computed)
+    except RefusedError as error:
+        return error.refused
 
 
 def _leaves_state(operation: Operation) -> bool:

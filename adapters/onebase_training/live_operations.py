@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["weights", "sampler"]
+Kind = Literal["weights", "sampler", "external"]
 Category = Literal["user", "server"]
 _DTYPES: dict[str, str] = {"float32": "<f4", "int64": "<i8"}
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -76,6 +76,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     train_attn: bool = True
     train_unembed: bool = True
     start: StartingWeights | None = None
+    version: str = ""
+    """Version of an adapter that it begins with, as NAME@DIGEST: its layers, ranks and alphas are that one's,
+    whose files the store keeps beside the spec."""
     owner: str = ""
     key: str = ""
     """Id of the API key that created it."""
@@ -90,7 +93,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParentCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Checkpoint that a model's weights were last replaced by.
+    """Checkpoint, or version of an adapter, that a model's weights were last replaced by.
 
     digest, step: its own. optimizer: whether the optimizer's state came with it, and `step` was counted on
     from. from_base: whether it has no parent itself.
@@ -106,14 +109,15 @@ class ParentCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
-    """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it.
+    """Saved weights: a PEFT folder, and with `optimizer` the state of Adam beside it. Those of the kind
+    `external` are for other programs: they have no packed file, and may be encrypted.
 
     digest: that of the two PEFT files as a version, or of the packed one if it is alone: equal weights have
     equal digests. step: optimizer steps done since the base, or since `parent`, whose own steps are counted
     if its optimizer was loaded. parent: None: the weights began with the base. bytes: size of the folder.
     created, expires: Unix seconds. packed, packed_bytes: SHA-256 and size of `packed.safetensors`, which the
-    engine loads. metadata: as it was saved.
-    base_id: identity of the base that it was trained on.
+    engine loads. metadata: as it was saved. base_id: identity of the base that it was trained on. version:
+    that of an adapter with which its model began, as NAME@DIGEST.
     """
 
     name: str
@@ -138,6 +142,7 @@ class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] | None = None
     base_id: str = ""
     parent: ParentCheckpoint | None = None
+    version: str = ""
 
 
 # ---- operations ------------------------------------------------------------------------------
@@ -164,9 +169,12 @@ class OptimStep(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Save(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Save a checkpoint: `weights` with the optimizer, to continue from, or `sampler`, to be served.
+    """Save a checkpoint: `weights` with the optimizer, to continue from, `sampler`, to be served, or
+    `external`, to be downloaded.
 
     packed_only: write the file that the engine loads and no PEFT folder, which takes half the time.
+    recipients: of an `external` one, public keys of age (https://age-encryption.org) or SSH, to which each
+    file is encrypted; its name then ends in `.age`.
     """
 
     name: str
@@ -175,6 +183,7 @@ class Save(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     ttl_seconds: float | None = None
     overwrite: bool = False
     metadata: dict[str, str] | None = None
+    recipients: list[str] = []
 
 
 class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from onebase_adapters.store.atomic_files import replace_synced, sync
+from onebase_adapters.store.atomic_files import atomic_directory, replace_synced, sync
 from onebase_training.live_operations import (
     CHECKPOINT_NAME,
     MODEL_ID,
@@ -26,6 +27,7 @@ from onebase_training.live_operations import (
     Kind,
     ModelSpec,
     Operation,
+    Refuse,
     Result,
 )
 
@@ -37,8 +39,12 @@ _BACKUP_TRIES = 5
 CHECKPOINT, RESULT = "checkpoint.json", "result"
 PACKED = "packed.safetensors"
 """File of a checkpoint that the engine loads."""
+ENCRYPTED = ".age"
+"""End of the names of files that are encrypted."""
+START = "start"
+"""Folder of a model with the files of the adapter that it began with."""
 _SPEC, _REMOVED, _MADE, _BEGUN = "model.json", "removed.json", "made.json", ".begun"
-_KINDS: tuple[Kind, ...] = ("weights", "sampler")
+_KINDS: tuple[Kind, ...] = ("weights", "sampler", "external")
 _encode = msgspec.msgpack.Encoder().encode
 _operations: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
 _results: msgspec.msgpack.Decoder[Result] = msgspec.msgpack.Decoder(Result)
@@ -112,8 +118,10 @@ class LiveStore:
             raise UnknownLiveModelError(model_id)
         return self.root / model_id
 
-    def create(self, spec: ModelSpec) -> None:
+    def create(self, spec: ModelSpec, files: Mapping[str, Path] = MappingProxyType({})) -> None:
         """Accept a model. The same spec may come again.
+
+        files: those of the version that the model begins with, by name.
 
         Raises SequenceConflictError: there is, or was, another one with this id; ModelRefusedError: its owner
         has as many as may be trained at once.
@@ -131,6 +139,10 @@ class LiveStore:
                 )
             for part in ("operations", "results", "points", *_KINDS):
                 (folder / part).mkdir(parents=True, exist_ok=True)
+            if files:
+                with atomic_directory(folder / START) as work:
+                    for name, path in files.items():
+                        _link(path, work / name)
             _write(folder / _SPEC, msgspec.json.encode(spec))
             sync(self.root)
 
@@ -205,28 +217,32 @@ class LiveStore:
     # ---- operations and results --------------------------------------------------------------
 
     def submit(self, model_id: str, seq_id: int, operation: Operation) -> None:
-        """Accept an operation: it is on the disk when this returns. The same one may come again.
+        """Accept an operation: it is on the disk when this returns. The same one may come again, and one that
+        is refused now stays as it was accepted before, or the reverse.
 
         Raises:
-            SequenceConflictError: another operation waits under this number.
+            SequenceConflictError: another operation was accepted under this number. That is not noticed once
+                a point covers it.
             OtherBaseError: the model is not of this base.
         """
         if seq_id < 1:
             raise SequenceConflictError(f"seq_id is {seq_id}: a model's operations are numbered from 1")
-        path, content = self._path(model_id, "operations", seq_id), _encode(operation)
+        path = self._path(model_id, "operations", seq_id)
         with self._lock:
             if not self.is_live(model_id):
                 raise UnknownLiveModelError(model_id)
             self.check_base(self.spec(model_id))
-            if seq_id < self.next_seq(model_id):
-                return
+            is_done = seq_id < self.next_seq(model_id)
             with suppress(FileNotFoundError):
-                if path.read_bytes() != content:
+                before = _operations.decode(path.read_bytes())
+                is_refused = isinstance(operation, Refuse) or isinstance(before, Refuse)
+                if before != operation and not (is_done and is_refused):
                     raise SequenceConflictError(
-                        f"seq_id {seq_id} of model {model_id} waits as another operation"
+                        f"seq_id {seq_id} of model {model_id} was accepted as another operation"
                     )
                 return
-            _write(path, content)
+            if not is_done:
+                _write(path, _encode(operation))
 
     def operation(self, model_id: str, seq_id: int) -> Operation | None:
         """Return an operation that was accepted; None if it was not, or a point covers it."""
@@ -374,11 +390,19 @@ def encoded(result: Result) -> bytes:
 def _copy_model(folder: Path, target: Path) -> None:
     """Copy a model's folder. A result is copied before its operation, which was there before it."""
     target.mkdir(parents=True)
-    for part in (folder / name for name in ("results", "operations", "points", *_KINDS)):
+    for part in (folder / name for name in ("results", "operations", "points", START, *_KINDS)):
         if part.is_dir():
             shutil.copytree(part, target / part.name, ignore=shutil.ignore_patterns(".*"))
     for path in folder.glob("*.json"):
         shutil.copyfile(path, target / path.name)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Give a file that nobody changes a second place, by a copy where there are no links. Raises OSError."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def _same(one: ModelSpec, other: ModelSpec) -> bool:

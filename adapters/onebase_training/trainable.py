@@ -175,6 +175,15 @@ class Trainable:
             found[HEAD] = Head(head.weight.to(dtype))
         return found
 
+    def lora_layers(self) -> dict[str, Any] | None:
+        """Return PEFT's layers by their names in the base; None if one is no plain LoRA of a linear layer, or
+        acts on a part of the tokens."""
+        from peft.tuners.lora import LoraLayer
+
+        named = self.model.get_base_model().named_modules()
+        found = {name: layer for name, layer in named if isinstance(layer, LoraLayer)}
+        return found if not self._invocation and all(map(_is_plain, found.values())) else None
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Turn off gradients and dropout."""
@@ -245,6 +254,78 @@ class Trainable:
             gather_distributed_inputs=False,
             show_progress_bar=False,
         )
+
+
+def _is_plain(layer: Any) -> bool:
+    """Return True for a LoRA that adds its product to a linear layer's, and does nothing else."""
+    if ADAPTER not in layer.lora_A or hasattr(layer, "parameter_name") or ADAPTER in layer.lora_variant:
+        return False
+    has_bias = layer.lora_A[ADAPTER].bias is not None or layer.lora_B[ADAPTER].bias is not None
+    return not has_bias and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+
+
+@contextmanager
+def joined(adapters: Sequence[tuple[Trainable, slice]]) -> Iterator[None]:
+    """Let the first adapter's model compute with each adapter on tokens of its own: forwards, and backwards,
+    in which layers may be computed again.
+
+    Args:
+        adapters: in the order of their tokens, which are all. All of them have `lora_layers`.
+
+    Raises RuntimeError in the pass: a layer gets other tokens than the pass has.
+    """
+    count = adapters[-1][1].stop
+    layers: dict[str, list[tuple[slice, Any]]] = {}
+    for trainable, tokens in adapters:
+        for name, layer in (trainable.lora_layers() or {}).items():
+            layers.setdefault(name, []).append((tokens, layer))
+    modules = dict(adapters[0][0].model.get_base_model().named_modules())
+    own = {name: vars(modules[name]).get("forward") for name in layers}
+    try:
+        for name, adapted in layers.items():
+            module = modules[name]
+            module.forward = _Joined(getattr(module, "base_layer", module.forward), adapted, count)
+        yield
+    finally:
+        for name, forward in own.items():
+            if forward is None:
+                vars(modules[name]).pop("forward", None)
+            else:
+                modules[name].forward = forward
+
+
+class _Joined:
+    """Replaces the `forward` of a linear layer by one with several adapters, each on tokens of its own.
+
+    count: tokens of the pass.
+    """
+
+    def __init__(
+        self, plain: Callable[..., torch.Tensor], adapted: Sequence[tuple[slice, Any]], count: int
+    ) -> None:
+        self._plain = plain
+        self._adapted = adapted
+        self._count = count
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2] != self._count:
+            raise RuntimeError(f"a layer gets {x.shape[-2]} tokens of a pass of {self._count}")
+        output = self._plain(x)
+        parts, end = [], 0
+        for tokens, layer in self._adapted:
+            own = _with_lora(output[..., tokens, :], x[..., tokens, :], layer)
+            parts += [output[..., end : tokens.start, :], own]
+            end = tokens.stop
+        return torch.cat([*parts, output[..., end:, :]], dim=-2)
+
+
+def _with_lora(output: torch.Tensor, x: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Return the layer's output with its adapter's, added in PEFT's order."""
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    delta = nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b) * layer.scaling[ADAPTER]
+    if layer.get_base_layer().weight.is_floating_point():
+        return (output.to(delta.dtype) + delta).to(output.dtype)
+    return output + delta.to(output.dtype)
 
 
 def _eva_inputs(packed: Packed) -> dict[str, torch.Tensor]:

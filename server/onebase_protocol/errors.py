@@ -145,8 +145,8 @@ ERROR_CODES = (
     _meaning(
         400,
         "sequence_conflict session_finished",
-        "[live training](how-to/tinker.md): another request with this `seq_id` is waiting; the session has "
-        "finished",
+        "[live training](how-to/tinker.md): another request was accepted under this `seq_id`; the session "
+        "has finished",
     ),
     _meaning(
         400,
@@ -158,6 +158,11 @@ ERROR_CODES = (
         400,
         "not_installed training_off",
         "the server was installed without `onebase[tinker]`; `--train-jobs` is 0",
+    ),
+    _meaning(
+        400,
+        "not_supported",
+        "a route of the Tinker API that this server does not have; the message says what to do instead",
     ),
     _meaning(
         400,
@@ -197,6 +202,12 @@ ERROR_CODES = (
         403,
         "insufficient_scope",
         "the API key lacks the scope of the route, which the message names",
+    ),
+    _meaning(
+        403,
+        "link_invalid",
+        "the address of a file of [external weights](how-to/tinker.md#take-the-weights-elsewhere) was "
+        "changed, or its time is over",
     ),
     _meaning(
         403,

@@ -131,7 +131,7 @@ class LiveCheckpoint(Sparse, frozen=True, kw_only=True):
     """Weights that were saved under a name. `adapter` and `version`: those that it is proved as."""
 
     checkpoint_id: str
-    checkpoint_type: Literal["training", "sampler"]
+    checkpoint_type: Literal["training", "sampler", "external"]
     time: IsoTime
     tinker_path: str
     size_bytes: int | None = None
@@ -140,6 +140,59 @@ class LiveCheckpoint(Sparse, frozen=True, kw_only=True):
     expires_at: IsoTime | None = None
     adapter: str | None = None
     version: str | None = None
+
+
+class ExternalWeightsAnswer(Sparse, frozen=True):
+    """Addresses of the files of external weights, by name, which are good until `expires`."""
+
+    urls: dict[str, str]
+    expires: IsoTime
+
+
+class StoredCheckpoints(Sparse, frozen=True):
+    """Named checkpoints of a tenant, and what they take."""
+
+    checkpoint_count: int
+    size_bytes: int
+    size_gigabytes: float
+
+
+class StorageAnswer(Sparse, frozen=True):
+    data: list[StoredCheckpoints]
+
+
+class ClientAuditEntry(Sparse, frozen=True):
+    """Entry of the audit log. `event`: its action, as in checkpoint_deleted."""
+
+    timestamp: IsoTime
+    event: str
+    event_details: Json
+
+
+class ClientAuditAnswer(Sparse, frozen=True):
+    entries: list[ClientAuditEntry]
+
+
+class Named(Sparse, frozen=True):
+    name: str
+
+
+class KeyUser(Sparse, frozen=True):
+    email: str
+
+
+class KeyDetails(Sparse, frozen=True):
+    org_details: Named
+    user_details: KeyUser
+
+
+class ClientKeyAnswer(Sparse, frozen=True):
+    """The caller's key. `name`: its id; `org_details`: its tenant. Keys have no user's address."""
+
+    key_id: int
+    name: str
+    note: str
+    details: KeyDetails
 
 
 class PageCursor(Sparse, frozen=True):
@@ -195,6 +248,7 @@ class FutureResult(Sparse, frozen=True):
     model_id: str | None = None
     path: str | None = None
     sampling_session_id: str | None = None
+    size_bytes: int | None = None
     metrics: dict[str, float] | None = None
     error: str | None = None
     category: Literal["user", "server", "unknown"] | None = None

@@ -48,7 +48,7 @@ PAGES = [
 SHELLS = ("sh", "bash", "console")
 PATIENCE = 600
 """Seconds after which a command does not end any more."""
-PROGRAMS = r"sudo|git|make|curl|docker|helm|python[\d.]*|pip|onebase|accelerate|\.venv/bin/\w+"
+PROGRAMS = r"sudo|git|make|tinker|curl|docker|helm|python[\d.]*|pip|onebase|accelerate|\.venv/bin/\w+"
 
 RUN = "run"
 """In a shell, against a server that has the example adapters, and whose engine, verifier and trainers are
@@ -136,6 +136,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"pip (install|wheel) ", "downloads"),
     (r"python -m tinker_cookbook\.", "a package of others, which asks the Hub"),
     (r"export TINKER_", "a reader's own key"),
+    (r"tinker checkpoint ", "a reader's own run; tests/server/test_tinker.py fetches weights so"),
     (r"(openssl|model_signing) ", "a reader's own keys; tests/adapters/test_signatures.py makes some"),
     (r"sigstore |cp ~/\.cache/sigstore-python/", "downloads"),
     (r"tar xf onebase-gpu-check\.tar\.gz ", "on a machine with a GPU"),

@@ -96,6 +96,19 @@ def test_tests_install_their_tools_where_a_demo_was_installed(venv: Path) -> Non
     assert "pip could not install the packages" in result.stderr
 
 
+def test_tests_have_the_cookbook_without_what_it_requires(venv: Path) -> None:
+    binary = venv / "bin/python"
+    binary.write_text(
+        f'#!/bin/sh\ncase "$*" in *"pip install"*) echo "$*"; exit 0;; esac\nexec {sys.executable} "$@"\n'
+    )
+    result = set_up(venv, "/bin/false")
+    assert (result.returncode, result.stderr) == (0, "")
+    asked = [line for line in result.stdout.splitlines() if "pip install" in line]
+    assert [line.split(" --no-compile ")[1] for line in asked] == [
+        "--editable .[server,train,dev]", "--no-deps tinker-cookbook==0.6.1",
+    ]  # fmt: skip
+
+
 def test_a_demo_installs_what_it_shows_and_nothing_for_tests(venv: Path) -> None:
     result = set_up(venv, "/bin/false", "demo")
     (asked,) = (line for line in result.stdout.splitlines() if "pip install" in line)

@@ -1,8 +1,7 @@
 """Recipes of tinker-cookbook against a real server: unmodified, but for the base's name and the loss's.
 
-`pip install tinker-cookbook[math-rl]` gets them, where tml-renderers is to be had; without it,
-`pip install --no-deps tinker-cookbook==0.6.1` and `pip install chz blobfile pyrage tiktoken termcolor
-cloudpickle pylatexenc math-verify`.
+tools/setup.sh installs the cookbook without its requirements, for PyPI does not have the tml-renderers that
+it asks for; none of these recipes imports it.
 """
 
 from __future__ import annotations
@@ -88,6 +87,27 @@ def test_sl_loop_learns_its_rows(supervised: tuple[list[float], list[dict[str, A
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 0.1
     assert [one["name"] for one in saved] == ["000002", "final"]
+
+
+def test_a_checkpoint_is_downloaded_as_the_cookbook_does_encrypted_on_its_way(
+    server: Server,
+    hub: Mapping[str, str],
+    tmp_path: Path,
+    supervised: tuple[list[float], list[dict[str, Any]]],
+) -> None:
+    path, target = supervised[1][-1]["state_path"], tmp_path / "adapter"
+    program = "import sys; from tinker_cookbook import weights; weights.download(tinker_path=sys.argv[1], "
+    program += "output_dir=sys.argv[2], base_url=sys.argv[3])"
+    environment = os.environ | hub | {"TINKER_API_KEY": "tml-dummy", "TINKER_TELEMETRY": "0"}
+    command = [sys.executable, "-c", program, path, str(target), server.url]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:] + server.log[-2000:]
+    run, name = path.removeprefix("tinker://").split("/weights/")
+    saved = server.data_dir / "live" / run / "weights" / name
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (target / file).read_bytes() == (saved / file).read_bytes()
+    left = [one for one in (server.data_dir / "live").glob("*/external/*") if one.is_dir()]
+    assert left == []  # the export was deleted
 
 
 def test_rl_loop_samples_and_saves(server: Server, hub: Mapping[str, str], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,8 +136,8 @@ class Upkeep:
     async def _submit(self, run: str, number: int, operation: Operation) -> None:
         self.store.submit(run, number, operation)
 
-    async def _create(self, spec: ModelSpec) -> None:
-        self.store.create(spec)
+    async def _create(self, spec: ModelSpec, files: Mapping[str, Path]) -> None:
+        self.store.create(spec, files)
 
     async def _wait(self, run: str, number: float, seconds: float = 0.0) -> Any:
         return self.store.result(run, int(number)) if number else None

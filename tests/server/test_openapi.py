@@ -484,6 +484,13 @@ def _walk_through_live_training(walk: Walk) -> None:
     walk("GET", f"{api}/checkpoints")
     walk("DELETE", f"{api}/training_runs/{run}/checkpoints/weights/a", 404)
     walk("PUT", f"{api}/training_runs/{run}/checkpoints/weights/a/ttl", 404, json={"ttl_seconds": 7200})
+    walk("GET", f"{api}/audit?day=2026-12-01")
+    walk("GET", f"{api}/audit?event_type=checkpoints")
+    walk("GET", f"{api}/billing/usage/checkpoints/current")
+    walk("GET", f"{api}/auth/apikey/me")
+    external = f"{api}/training_runs/{run}/checkpoints/external_weights/a"
+    walk("GET", f"{external}/external_weights_urls", 404)
+    walk("GET", f"{api}/external_weights/{run}/a/adapter_config.json?expires=1&signature=a", 403)
     walk("POST", f"{api}/sessions/{session}/finish", json={"reason": {"type": "success"}})
 
 

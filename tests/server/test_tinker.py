@@ -10,9 +10,12 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,14 +25,14 @@ import pytest
 import tinker
 import torch
 import zstandard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.training.runs import assert_equal
 from tinker import types
 
 from onebase.cli import main
 
 from .access import Keys
-from .support import PATIENCE, ROOT, Server, Starter
+from .support import PATIENCE, ROOT, Server, Starter, upload_folder
 
 OPTIONS = ("--kv-memory", "100MB", "--threads", "1", "--max-sequences", "16")
 PROMPT = [504, 2920, 282, 4649, 314]
@@ -366,6 +369,68 @@ def test_the_trainer_and_the_sampler_agree_on_logprobs(client: tinker.ServiceCli
     assert np.abs(output["logprobs"].to_numpy() - np.array(sampled)).max() < 2e-2
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "kv_dtype", "kernels"),
+    [  # any two of these at least once, for each of the first two
+        ("nf4", "bfloat16", "auto", ""),
+        ("nf4", "bfloat16", "int8", "torch"),
+        ("nf4", "float32", "int8", "portable"),
+        ("int8", "bfloat16", "auto", "avx2"),
+        ("int8", "float32", "auto", "torch"),
+        ("none", "bfloat16", "auto", "portable"),
+        ("none", "float32", "auto", "avx2"),
+        ("none", "bfloat16", "int8", ""),
+    ],
+)
+def test_ten_thousand_sampled_tokens_have_the_trainers_logprobs_bit_for_bit(
+    serve_real: Starter,
+    small_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: str,
+    dtype: str,
+    kv_dtype: str,
+    kernels: str,
+) -> None:
+    """What the cookbook logs as `kl_sample_train`: with each way to store and to compute."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    options = {"quantization": quantization, "dtype": dtype, "compute-dtype": dtype, "kv-dtype": kv_dtype}
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    environment = {"ONEBASE_KERNELS": kernels} if kernels else {}
+    with serve_real("--base", str(small_base), *OPTIONS, *given, environment=environment) as server:
+        client = tinker.ServiceClient(base_url=server.url, api_key="tml-dummy")
+        base = str(client.get_server_capabilities().supported_models[0].model_name)
+        training = client.create_lora_training_client(base_model=base, rank=8, seed=1).result()
+        for _ in range(2):
+            training.forward_backward([supervised(list(range(300, 340)))], "cross_entropy")
+            training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        sampler = training.save_weights_and_get_sampling_client().result()
+        prompts = [[*PROMPT, number] for number in range(600, 604)]
+        asked = [
+            sampler.sample(types.ModelInput.from_ints(prompt), 8, params(320, seed=prompt[-1], stop=[]))
+            for prompt in prompts
+        ]
+        compared = 0
+        for prompt, future in zip(prompts, asked, strict=True):
+            drawn, before = future.result().sequences, [0.0] * (len(prompt) - 1)
+            data = [
+                row(
+                    [*prompt, *one.tokens],
+                    logprobs=np.array([*before, *(one.logprobs or ())], np.float32),
+                    advantages=np.array([*before, *[1.0] * len(one.tokens)], np.float32),
+                )
+                for one in drawn
+            ]
+            passed = training.forward_backward(data, "importance_sampling").result()
+            for one, output in zip(drawn, passed.loss_fn_outputs, strict=True):
+                own = output["logprobs"].to_numpy()[len(before) :]
+                assert (own == np.array(one.logprobs, np.float32)).all()
+                compared += len(own)
+            assert passed.metrics["loss:sum"] == -8 * 320  # each ratio is 1
+        client.close("success").result()
+    assert compared == 10_240
+
+
 def test_a_policy_learns_from_reward_alone(client: tinker.ServiceClient) -> None:
     """What rl_loop does: groups of samples, advantages, importance sampling."""
     training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=8, seed=1).result()
@@ -517,6 +582,187 @@ def wait_for(find: Callable[[], dict[str, Any] | None], seconds: float = PATIENC
     return found
 
 
+def test_external_weights_are_downloaded_without_a_key_as_peft_has_them(
+    client: tinker.ServiceClient, live: Server
+) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=5).result()
+    training.forward_backward([supervised(list(range(40, 60)))], "cross_entropy")
+    training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    training.save_state("state").result()
+    saved = live.data_dir / "live" / training.model_id / "weights" / "state"
+    own = {name: (saved / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    identity = pyrage.x25519.Identity.generate()
+    plain = training.save_weights_external("plain", ttl_seconds=7200).result().path
+    secret = training.save_weights_external(
+        "secret", age_encryption_recipients=[str(identity.to_public())]
+    ).result()
+    assert plain == f"tinker://{training.model_id}/external_weights/plain"
+    rest = tinker.RestClient(base_url=live.url, api_key="tml-dummy")
+    found = rest.get_external_weights_urls(plain).result()
+    assert found.expires.timestamp() > time.time() + 600  # clients renew it five minutes before
+    with httpx2.Client() as stranger:
+        assert {name: stranger.get(url).content for name, url in found.urls.items()} == own
+        encrypted = rest.get_external_weights_urls(secret.path).result().urls
+        files = {name: stranger.get(url).content for name, url in encrypted.items()}
+        assert {name: pyrage.decrypt(content, [identity]) for name, content in files.items()} == {
+            f"{name}.age": content for name, content in own.items()
+        }
+        url = found.urls["adapter_config.json"]
+        for other in (
+            url.replace("plain", "secret"),
+            url.replace("adapter_config.json", "checkpoint.json"),
+            re.sub(r"expires=\d+", f"expires={2**40}", url),
+            url[:-1] + ("0" if url[-1] != "0" else "1"),
+        ):
+            refusal = stranger.get(other)
+            assert (refusal.status_code, refusal.json()["error"]["code"]) == (403, "link_invalid"), other
+        listed = {
+            one.checkpoint_id: one for one in rest.list_checkpoints(training.model_id).result().checkpoints
+        }
+        assert listed["external_weights/plain"].checkpoint_type == "external"
+        assert listed["external_weights/plain"].expires_at is not None
+        with pytest.raises(tinker.BadRequestError, match="is for download"):
+            client.create_sampling_client(model_path=plain).result()
+        rest.delete_checkpoint(training.model_id, "external_weights/plain").result()
+        assert stranger.get(url).status_code == 403
+
+
+def test_the_clients_own_command_lists_checkpoints_and_downloads_one(
+    client: tinker.ServiceClient, live: Server, tmp_path: Path
+) -> None:
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=5).result()
+    path = training.save_state("state").result().path
+    environment = os.environ | {"TINKER_BASE_URL": live.url, "TINKER_API_KEY": "tml-dummy"}
+
+    def printed(*words: str) -> str:
+        command = [sys.executable, "-m", "tinker.cli", "--format", "json", *words]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout
+
+    assert training.model_id in printed("run", "list")
+    assert "smollm2-135m-instruct" in printed("model", "list")
+    assert path in printed("checkpoint", "list", "--run-id", training.model_id)
+    assert path in printed("checkpoint", "info", path)
+    printed("checkpoint", "set-ttl", path, "--ttl", "7200")
+    printed("checkpoint", "download", path, "--output", str(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    saved = live.data_dir / "live" / training.model_id / "weights" / "state"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    for file in folder.iterdir():
+        assert file.read_bytes() == (saved / file.name).read_bytes()
+
+
+def test_an_adapter_that_was_uploaded_is_sampled_and_trained_further_by_its_path(
+    client: tinker.ServiceClient, live: Server, tmp_path: Path
+) -> None:
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=6).result()
+    row_of = supervised([*PROMPT, 100, 100])
+    for _ in range(3):
+        training.forward_backward([row_of], "cross_entropy")
+        training.optim_step(types.AdamParams(learning_rate=3e-2)).result()
+    state = training.save_state("state").result().path
+    saved, folder = live.data_dir / "live" / training.model_id / "weights" / "state", tmp_path / "brought"
+    folder.mkdir()
+    config = json.loads((saved / "adapter_config.json").read_text())
+    config |= {"lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}  # as no run of flags has it
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = load_file(saved / "adapter_model.safetensors")
+    kept = {name: one for name, one in weights.items() if "q_proj" in name or "v_proj" in name}
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    whole = types.ModelInput.from_ints([*PROMPT, 100, 100])
+    with live.client() as http:
+        version = upload_folder(http, "brought", folder).json()["version"]
+        unknown = {"session_id": new_session(http), "sampling_session_seq_id": 0}
+        for name, told in (("brought", "has no active version"), ("nobody", "There is no adapter 'nobody'")):
+            unknown["model_path"] = f"tinker://adapters/sampler_weights/{name}"
+            refusal = http.post("/api/v1/create_sampling_session", json=unknown)
+            assert refusal.status_code == 404
+            assert told in refusal.json()["error"]["message"]
+        activated = http.post("/v1/adapters/brought/activate", json={"version": version})
+        assert activated.status_code == 200, activated.text
+        sampler = new_sampler(http, model_path="tinker://adapters/sampler_weights/brought")
+        shown = http.get(f"/api/v1/samplers/{sampler}").json()
+    path = f"tinker://adapters/sampler_weights/brought@{version}"
+    assert shown["model_path"] == path
+    brought = client.create_sampling_client(model_path=path).result().compute_logprobs(whole).result()
+    begun = client.create_training_client_from_state("tinker://adapters/weights/brought").result()
+    assert begun.get_info().lora_rank == 4
+
+    def scores(one: tinker.TrainingClient) -> list[float]:
+        (output,) = one.forward([row_of], "cross_entropy").result().loss_fn_outputs
+        return [float(score) for score in output["logprobs"].to_numpy()]
+
+    assert scores(begun) == brought[1:]
+    assert scores(begun) != scores(training)
+
+    def step(one: tinker.TrainingClient) -> list[float]:
+        one.forward_backward([row_of], "cross_entropy")
+        one.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        return scores(one)
+
+    assert sum(step(begun)) > sum(score or 0.0 for score in brought)
+    later = begun.save_state("later").result().path
+    again = client.create_training_client_from_state_with_optimizer(later).result()
+    assert step(again) == step(begun)
+    with pytest.raises(tinker.RequestFailedError, match="began with the base"):
+        begun.load_state(state).result()
+    served = begun.save_weights_for_sampler("final").result().path
+    assert client.create_sampling_client(model_path=served).result().compute_logprobs(whole).result()[
+        1:
+    ] == scores(begun)
+
+
+def test_an_operator_sees_the_audit_log_and_what_checkpoints_take(
+    client: tinker.ServiceClient, live: Server
+) -> None:
+    training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=5).result()
+    admin = tinker.AdminClient(base_url=live.url, api_key="tml-dummy")
+    before = admin.get_current_checkpoint_storage_usage().result().data[0]
+    path = training.save_state("state").result().path
+    after = admin.get_current_checkpoint_storage_usage().result().data[0]
+    assert after.checkpoint_count == before.checkpoint_count + 1
+    assert after.size_bytes > before.size_bytes
+    rest = tinker.RestClient(base_url=live.url, api_key="tml-dummy")
+    rest.delete_checkpoint_from_tinker_path(path).result()
+    today = datetime.now(UTC).date()
+    for entries in (
+        admin.get_audit_log("checkpoints").result().entries,
+        admin.get_audit_log(day=today).result().entries,
+    ):
+        last = [one for one in entries if one.event == "checkpoint_deleted"][-1]
+        assert last.event_details["target"] == path
+        assert last.timestamp.date() == today
+    assert "run_created" in {one.event for one in admin.get_audit_log().result().entries}
+    assert admin.get_audit_log(day=today - timedelta(days=2)).result().entries == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (lambda rest, path: rest.publish_checkpoint_from_tinker_path(path), "save_weights_for_sampler"),
+        (lambda rest, path: rest.unpublish_checkpoint_from_tinker_path(path), "no checkpoint is public"),
+        (lambda rest, path: rest.export_session_trace("s"), "--otlp-endpoint"),
+        (lambda rest, path: rest.assign_session_project("s", "p"), "tenants instead of projects"),
+        (lambda rest, path: rest.search_sessions(types.SessionSearchRequest()), "GET /api/v1/sessions"),
+        (lambda rest, path: rest.copy_weights(path, destination_project_id="p"), "give .* the path itself"),
+        (
+            lambda rest, path: rest.get_billing_usage(datetime(2026, 12, 1, tzinfo=UTC), datetime.now(UTC)),
+            "GET /v1/usage",
+        ),
+    ],
+)
+def test_a_route_of_the_client_that_is_not_served_says_what_is(live: Server, ask: Any, told: str) -> None:
+    rest = tinker.RestClient(base_url=live.url, api_key="tml-dummy")
+    with pytest.raises(tinker.BadRequestError, match=told):
+        ask(rest, "tinker://s:train:0/weights/a").result()
+
+
 def test_refused_requests_keep_their_place_and_the_run_goes_on(client: tinker.ServiceClient) -> None:
     training = client.create_lora_training_client(base_model="smollm2-135m-instruct", rank=4, seed=1).result()
     image = types.ImageChunk(data=b"\x89PNG", format="png", expected_tokens=1)
@@ -528,8 +774,8 @@ def test_refused_requests_keep_their_place_and_the_run_goes_on(client: tinker.Se
     for data, loss, told in refused:
         with pytest.raises(tinker.RequestFailedError, match=told):
             training.forward_backward(data, loss).result()
-    with pytest.raises(tinker.RequestFailedError, match="save_weights_for_sampler"):
-        training.save_weights_external("x").result()
+    with pytest.raises(tinker.RequestFailedError, match="'nobody' is no public key: write age1"):
+        training.save_weights_external("x", age_encryption_recipients=["nobody"]).result()
     assert training.forward([supervised([1, 2, 3])], "cross_entropy").result().metrics["loss:sum"] > 0
     with pytest.raises(tinker.BadRequestError, match="nobody/else"):
         client.create_lora_training_client(base_model="nobody/else", rank=4).result()

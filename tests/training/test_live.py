@@ -29,10 +29,17 @@ from onebase_adapters.store.blobs import version_digest
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
-from onebase_training import replies
+from onebase_training import live, replies
 from onebase_training.checkpoint import save_peft
 from onebase_training.events import Interrupted, OpenGate
-from onebase_training.live import STATE_BYTES, BaseName, LiveModel, LiveModels
+from onebase_training.live import (
+    STATE_BYTES,
+    BaseName,
+    ComputedPass,
+    LiveModel,
+    LiveModels,
+    compute_together,
+)
 from onebase_training.live_operations import (
     Computed,
     Datum,
@@ -44,6 +51,7 @@ from onebase_training.live_operations import (
     ParentCheckpoint,
     Refuse,
     Refused,
+    RefusedError,
     Save,
     StartingWeights,
     Stepped,
@@ -141,7 +149,7 @@ def test_a_custom_loss_by_weights_has_the_gradient_of_the_loss_itself(exact_base
     assert leaf.grad is not None
     model.forward_backward(ask(text_row(14, 5, weights=-leaf.grad.numpy())))
     assert model._gradients is not None
-    tree = model._trainable.model
+    tree = model.trainable.model
     logits = tree(input_ids=torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0]
     picked = torch.log_softmax(logits, 1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
     expected = torch.autograd.grad(own(picked), list(model._parameters.values()))
@@ -170,7 +178,7 @@ def test_forward_and_policies_have_the_numbers_of_the_engine_that_samples(base: 
         model.optim_step(STEP)
     rows = [(ids_of(count, count), count) for count in (40, 7, 90)]
     engine = replies._engine(base, 8, 40, frozenset(), lambda: None)
-    engine.put_adapter("own", model._trainable.weights())
+    engine.put_adapter("own", model.trainable.weights())
     sampled: dict[int, list[float]] = {}
     for number, (ids, _) in enumerate(rows):
         sampling = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=0)
@@ -217,6 +225,87 @@ def test_a_models_numbers_do_not_depend_on_another_model(base: torch.nn.Module, 
     assert alone[-1].checkpoint.digest == beside[-1].checkpoint.digest  # type: ignore[union-attr]
 
 
+def test_passes_of_several_models_are_one_over_the_base_with_the_numbers_of_each(
+    exact_base: torch.nn.Module,
+) -> None:
+    def trained() -> list[LiveModel]:
+        """Two adapters of other ranks on other layers, neither of which is as it began."""
+        models = [model_of(exact_base, spec) for spec in SPECS]
+        for model in models:
+            model.forward_backward(ask(text_row(20, 7)))
+            model.optim_step(STEP)
+        return models
+
+    asked = [
+        ask(text_row(20, 1), text_row(9, 2)),
+        ask(policy_row(12, 3), policy_row(30, 4), loss="importance_sampling"),
+    ]
+    alone, together = trained(), trained()
+    forwards = [vars(module).get("forward") for module in together[0].trainable.model.modules()]
+    expected = [model.forward_backward(operation) for model, operation in zip(alone, asked, strict=True)]
+    computed = compute_together(list(zip(together, asked, strict=True)))
+    assert forwards == [vars(module).get("forward") for module in together[0].trainable.model.modules()]
+    for own, other, one_pass, wanted in zip(alone, together, computed, expected, strict=True):
+        assert isinstance(one_pass, ComputedPass)
+        found = other.add(one_pass)
+        assert found.metrics["loss:sum"] == pytest.approx(wanted.metrics["loss:sum"], rel=1e-5)
+        for one, two in zip(logprobs(found), logprobs(wanted), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+        assert own._gradients is not None
+        assert other._gradients is not None
+        assert any(gradient.abs().max() > 0 for gradient in own._gradients.values())
+        for name, gradient in own._gradients.items():
+            largest = float(gradient.abs().max())
+            torch.testing.assert_close(other._gradients[name], gradient, rtol=1e-3, atol=1e-4 * largest)
+
+
+def test_what_one_model_is_refused_for_in_a_pass_of_several_leaves_the_others_alone(
+    exact_base: torch.nn.Module,
+) -> None:
+    models = [model_of(exact_base, spec) for spec in SPECS]
+    much = np.full(6, 3e38, "f4")
+    asked = [ask(text_row(9, 2)), ask(text_row(6, 1, weights=much))]
+    fine, spoilt = compute_together(list(zip(models, asked, strict=True)))
+    plain = model_of(exact_base, SPECS[0]).forward_backward(asked[0])
+    assert isinstance(spoilt, ComputedPass)
+    with pytest.raises(RefusedError, match="the loss is not finite"):
+        models[1].add(spoilt)
+    assert models[1]._gradients is None
+    assert isinstance(fine, ComputedPass)
+    assert models[0].add(fine).metrics["loss:sum"] == pytest.approx(plain.metrics["loss:sum"], rel=1e-5)
+    refused = compute_together([(models[0], asked[0]), (models[1], ask(text_row(6), loss="no such loss"))])[1]
+    assert isinstance(refused, Refused)
+    assert "no such loss" in refused.message
+
+
+def test_small_passes_that_are_next_are_computed_together_once_each_model_has_done_one_alone(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, whole = [], Trainable.logits
+
+    def counted(trainable: Trainable, packed: Any) -> torch.Tensor:
+        passes.append(len(packed.lengths))
+        return whole(trainable, packed)
+
+    monkeypatch.setattr(Trainable, "logits", counted)
+    monkeypatch.setattr(live, "MICRO_TOKENS", 40)
+    store = LiveStore(tmp_path)
+    steps = [ask(text_row(20, 1)), ask(text_row(9, 2)), STEP, ask(text_row(15, 4)), ask(text_row(30, 5))]
+    for spec in SPECS:
+        store.create(spec)
+        for seq_id, operation in enumerate(steps, 1):
+            store.submit(spec.id, seq_id, operation)
+    models = live_models(base, tmp_path, joins=True)
+    while models.do_next():
+        pass
+    assert passes == [1, 1, 2, 2, 1, 1]  # 30 tokens of each are too many for one
+    for spec in SPECS:
+        results = [store.result(spec.id, seq_id) for seq_id in range(1, 6)]
+        assert [type(one) for one in results] == [Computed, Computed, Stepped, Computed, Computed]
+    charged = [store.result(spec.id, 2) for spec in SPECS]
+    assert charged[0].seconds == pytest.approx(charged[1].seconds)  # type: ignore[union-attr]
+
+
 # ---- order, once, errors -----------------------------------------------------------------------
 
 
@@ -237,13 +326,14 @@ def test_operations_are_done_by_number_whatever_their_order_and_never_twice(
         store.submit("learning", seq_id, operation)
     assert numbers == [0, 1, 2, 3]
     kept = store.result("learning", 2)
-    store.submit("learning", 2, STEP)  # done already: what is kept holds
+    store.submit("learning", 2, Refuse(message="no room now"))  # done already: what is kept holds
+    store.submit("learning", 9, STEP)
+    for seq_id, other in ((2, STEP), (9, ask(text_row(5))), (9, Refuse(message="no room now"))):
+        with pytest.raises(SequenceConflictError, match="was accepted as another operation"):
+            store.submit("learning", seq_id, other)
     models.enqueue("learning")
     assert not models.do_next()
     assert store.result("learning", 2) == kept
-    store.submit("learning", 9, STEP)
-    with pytest.raises(SequenceConflictError, match="waits as another operation"):
-        store.submit("learning", 9, ask(text_row(5)))
     with pytest.raises(SequenceConflictError):
         store.create(ModelSpec(id="learning", rank=9))
     with pytest.raises(UnknownLiveModelError):
@@ -534,7 +624,7 @@ def test_a_checkpoint_is_a_peft_folder_with_the_trained_numbers(
     assert not (folder / "optimizer.safetensors").exists()
     trained = model_of(base)
     trained.load(StartingWeights(str(folder)))
-    save_peft(trained._trainable.model, tmp_path / "peft", base="tiny", commit=None)
+    save_peft(trained.trainable.model, tmp_path / "peft", base="tiny", commit=None)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
     loaded = PeftModel.from_pretrained(peft_view(base), str(folder))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import os
 import re
+import secrets
+import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +34,14 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.registry.records import AuditAction
 from onebase_adapters.store.atomic_files import replace_synced
+from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
     AdapterNotFoundError,
     ApiError,
     DiskFullError,
+    ForbiddenError,
     InsufficientScopeError,
     InvalidRequestError,
     LiveNotFoundError,
@@ -51,6 +56,7 @@ from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.processes.live_client import LiveTrainer
+from onebase_server.requests.planner import check_generates
 from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.usage import TenantUsageRecorder
@@ -70,9 +76,11 @@ from onebase_training.live_operations import (
     WeightsSaved,
 )
 from onebase_training.live_store import (
+    CHECKPOINT,
     MOST_MODELS,
     PACKED,
     RESULTS_KEPT,
+    START,
     LiveStore,
     ModelRefusedError,
     OtherBaseError,
@@ -104,10 +112,19 @@ MOST_WAITING_BYTES = 1 << 30
 MOST_CHECKPOINTS = 1000
 """Largest number of named checkpoints of one tenant."""
 _COUNTED_SECONDS = 5.0
-_PROVED, _CHARGED = "proved.json", "charged.json"
+LINK_SECONDS = 3600
+"""Seconds for which the address of a file of external weights is good; clients renew it in the last five
+minutes."""
+_PROVED, _CHARGED, _LINK_SECRET = "proved.json", "charged.json", ".link"
 _SCHEME = "tinker://"
-_KINDS: Mapping[str, Kind] = {"weights": "weights", "sampler_weights": "sampler"}
-_SEGMENTS: Mapping[Kind, str] = {"weights": "weights", "sampler": "sampler_weights"}
+_VERSION = re.compile(rf"{_SCHEME}adapters/(?:weights|sampler_weights)/(.+)")
+"""Path of a version of an adapter, NAME or NAME@VERSION: the active one, or a certain one."""
+_KINDS: Mapping[str, Kind] = {
+    "weights": "weights",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+_SEGMENTS: Mapping[Kind, str] = {kind: segment for segment, kind in _KINDS.items()}
 _OF_STEP = re.compile(r"live-(\d+)")
 """Name of weights that are kept for one sampling session."""
 _RUN = re.compile(r"(.+):train:(\d+)")
@@ -144,8 +161,8 @@ class Place:
         parts = path.removeprefix(_SCHEME).split("/")
         if not path.startswith(_SCHEME) or len(parts) != 3 or parts[1] not in _KINDS:
             raise InvalidRequestError(
-                f"{param}: {path[:120]!r} names no checkpoint. Write tinker://RUN/weights/NAME or "
-                "tinker://RUN/sampler_weights/NAME.",
+                f"{param}: {path[:120]!r} names no checkpoint. Write tinker://RUN/weights/NAME, "
+                "tinker://RUN/sampler_weights/NAME or tinker://RUN/external_weights/NAME.",
                 param=param,
             )
         return cls(parts[0], _KINDS[parts[1]], parts[2])
@@ -175,6 +192,14 @@ def _facts(spec: ModelSpec, checkpoint: CheckpointFolder) -> dict[str, Any]:
 
 class _SavedOverError(OSError):
     """A checkpoint's folder has another save by now, or is gone."""
+
+
+@dataclass(frozen=True)
+class ExternalFiles:
+    """Files of external weights. until: Unix seconds; signatures: of each file, by its name."""
+
+    until: int
+    signatures: Mapping[str, str]
 
 
 class _Mark(msgspec.Struct, frozen=True):
@@ -244,6 +269,7 @@ class LiveTraining:
         """Time of the last sample from each checkpoint's path."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = time.time()
+        self._secret_lock = threading.Lock()
 
     # ---- sessions ----------------------------------------------------------------------------
 
@@ -314,9 +340,16 @@ class LiveTraining:
         train: Mapping[str, bool],
         metadata: Mapping[str, Any] | None,
         start: StartingWeights | None = None,
+        alpha: float = 32.0,
+        version: str = "",
+        files: Mapping[str, Path] | None = None,
     ) -> str:
-        """Create a run of a session, which the trainer then makes. Return its id. Raises
-        InvalidRequestError."""
+        """Create a run of a session, which the trainer then makes. Return its id.
+
+        version, files: the version of an adapter that it begins with, as NAME@DIGEST, and its files.
+
+        Raises InvalidRequestError.
+        """
         self.check_base(base_model)
         if rank > self._max_rank:
             raise InvalidRequestError(
@@ -340,6 +373,8 @@ class LiveTraining:
             rank=rank,
             seed=seed % 2**63,
             start=start,
+            alpha=alpha,
+            version=version,
             owner=caller.tenant,
             key=caller.key,
             base=base_model,
@@ -350,7 +385,7 @@ class LiveTraining:
             **train,
         )
         try:
-            await self._on_disk(self._training().create(spec))
+            await self._on_disk(self._training().create(spec, files or {}))
         except SequenceConflictError as error:
             raise InvalidRequestError(
                 f"model_seq_id: {error}.", param="model_seq_id", code="sequence_conflict"
@@ -371,7 +406,18 @@ class LiveTraining:
         base_model: str | None,
         metadata: Mapping[str, Any] | None,
     ) -> str:
-        """Create a run that begins with a checkpoint. Return its id. Raises InvalidRequestError."""
+        """Create a run that begins with a checkpoint, or with a version of an adapter. Return its id. Raises
+        InvalidRequestError."""
+        if _VERSION.fullmatch(path):
+            return await self._continue_version(
+                caller,
+                session_id,
+                number,
+                path,
+                optimizer=optimizer,
+                base_model=base_model,
+                metadata=metadata,
+            )
         found = await self.checkpoint(caller, path, "path")
         if optimizer and not found.optimizer:
             raise InvalidRequestError(
@@ -379,6 +425,7 @@ class LiveTraining:
                 param="optimizer",
             )
         parent = await self._disk(self._store().spec, found.model)
+        folder = self._store().folder(found.model) / START
         return await self.create_run(
             caller,
             session_id,
@@ -389,6 +436,50 @@ class LiveTraining:
             train={name: getattr(found, name) for name in ("train_mlp", "train_attn", "train_unembed")},
             metadata=metadata,
             start=StartingWeights(folder=found.folder, optimizer=optimizer),
+            alpha=parent.alpha,
+            version=parent.version,
+            files={name: folder / name for name in ADAPTER_FILES} if parent.version else None,
+        )
+
+    async def _continue_version(
+        self,
+        caller: Caller,
+        session_id: str,
+        number: int,
+        path: str,
+        *,
+        optimizer: bool,
+        base_model: str | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> str:
+        """Create a run that begins with a version of an adapter. Return its id. Raises InvalidRequestError,
+        AdapterNotFoundError, StateConflictError: it is not ready."""
+        if optimizer:
+            raise InvalidRequestError(
+                f"optimizer: {path[:200]!r} is an adapter, which has none. Load it without.",
+                param="optimizer",
+            )
+        chosen = check_generates(await self._version(caller.tenant, path, "path"), "path")
+        (use,) = chosen.uses
+        self._library.catalog.of(caller.tenant).check_own(use.name, "train it further")
+        version = await self._library.version(use.tenant, use.name, use.digest)
+        with storage_errors(use.name):
+            files = {
+                name: await self._disk(self._library.store.local, version.files.of(name).sha256)
+                for name in ADAPTER_FILES
+            }
+        return await self.create_run(
+            caller,
+            session_id,
+            number,
+            base_model=base_model or self._base_names[0],
+            rank=int(chosen.report["rank"]),
+            seed=0,
+            train={},
+            metadata=metadata,
+            alpha=float(chosen.report["alpha"]),
+            version=f"{use.name}@{use.digest}",
+            files=files,
         )
 
     async def run(self, caller: Caller, run: str, param: str = "model_id") -> ModelSpec:
@@ -432,9 +523,14 @@ class LiveTraining:
         ttl: float | None,
         overwrite: bool,
         metadata: dict[str, str] | None,
+        recipients: Sequence[str] = (),
     ) -> str:
-        """Accept that a checkpoint is saved under a name; that of a sampler is proved, too. Raises
-        InvalidRequestError, QuotaExceededError."""
+        """Accept that a checkpoint is saved under a name; that of a sampler is proved, too.
+
+        recipients: public keys to which the files of an external one are encrypted.
+
+        Raises InvalidRequestError, QuotaExceededError.
+        """
         place = Place(run, kind, name)
         if not CHECKPOINT_NAME.fullmatch(name) or place.is_of_step:
             raise InvalidRequestError(
@@ -443,7 +539,14 @@ class LiveTraining:
                 param="path",
             )
         await self._check_checkpoints(caller, run, number)
-        operation = Save(name=name, kind=kind, ttl_seconds=ttl, overwrite=overwrite, metadata=metadata)
+        operation = Save(
+            name=name,
+            kind=kind,
+            ttl_seconds=ttl,
+            overwrite=overwrite,
+            metadata=metadata,
+            recipients=list(recipients),
+        )
         accepted = await self.submit(caller, run, number, operation)
         if kind == "sampler":
             self._begin(self._prove_saved(caller.tenant, run, number))
@@ -455,7 +558,7 @@ class LiveTraining:
         place = Place(run, "sampler", f"live-{sampler_number}")
         operation = Save(name=place.name, kind="sampler", overwrite=True, packed_only=True)
         accepted = await self.submit(caller, run, number, operation)
-        await self._add_sampler(caller, spec.session, sampler_number, spec.base, place)
+        await self._add_sampler(caller, spec.session, sampler_number, spec.base, place.path)
         return accepted
 
     async def result(
@@ -575,6 +678,12 @@ class LiveTraining:
 
     async def checkpoint(self, caller: Caller, path: str, param: str) -> CheckpointFolder:
         """Return a checkpoint by its path. Raises InvalidRequestError."""
+        if _VERSION.fullmatch(path):
+            raise InvalidRequestError(
+                f"{param}: {path[:200]!r} is a version of an adapter. Begin a run with it "
+                "(create_training_client_from_state), or sample from it (create_sampling_client).",
+                param=param,
+            )
         place = Place.read(path, param)
         try:
             spec = await self._disk(self._store().spec, place.run)
@@ -605,6 +714,41 @@ class LiveTraining:
         self._looked.pop(found.model, None)
         await self._note("checkpoint.changed", caller.tenant, path, {"ttl_seconds": ttl})
 
+    async def external_files(self, caller: Caller, run: str, name: str) -> ExternalFiles:
+        """Return the files of external weights, with signatures by which anybody may download them for a
+        while."""
+        found = await self.checkpoint(caller, Place(run, "external", name).path, "checkpoint_id")
+        until = int(time.time() + LINK_SECONDS)
+        names = await self._disk(lambda: sorted(os.listdir(found.folder)))
+        secret = await self._disk(self._link_secret)
+        files = [file for file in names if file != CHECKPOINT and not file.startswith(".")]
+        return ExternalFiles(until, {file: _signature(secret, found, file, until) for file in files})
+
+    async def external_file(self, place: Place, name: str, until: int, signature: str) -> Path:
+        """Return a file of external weights, if the signature is that of `external_files`. Raises
+        ForbiddenError."""
+        found = await self._weights(place.path)
+        own = "" if found is None else _signature(await self._disk(self._link_secret), found, name, until)
+        if found is None or not hmac.compare_digest(own.encode(), signature.encode()):
+            raise ForbiddenError(
+                "signature: it belongs to no file that is here. Ask for external_weights_urls again.",
+                code="link_invalid",
+            )
+        if min(until, found.expires or until) <= time.time():
+            raise ForbiddenError(
+                "expires: the time of this address is over. Ask for external_weights_urls again.",
+                code="link_invalid",
+            )
+        return Path(found.folder) / name
+
+    def _link_secret(self) -> bytes:
+        """Return what signs addresses of files. It is made once, and survives a restart. Blocks."""
+        path = self._store().root / _LINK_SECRET
+        with self._secret_lock:
+            if not path.exists():
+                _write(path, secrets.token_bytes(32), mode=0o600)
+            return path.read_bytes()
+
     async def _delete(self, checkpoint: CheckpointFolder) -> None:
         self._looked.pop(checkpoint.model, None)
         self._residency.forget(self._files.drop_live(Path(checkpoint.folder)))
@@ -625,14 +769,40 @@ class LiveTraining:
         if path is None:
             self.check_base(base_model or "")
             return await self._add_sampler(caller, session_id, number, base_model or "", None)
+        if _VERSION.fullmatch(path):
+            base_model = base_model or self._base_names[0]
+            return await self._add_sampler(
+                caller, session_id, number, base_model, await self._version_path(caller.tenant, path)
+            )
         found = await self.checkpoint(caller, path, "model_path")
+        if not found.packed:
+            raise InvalidRequestError(
+                f"model_path: {path[:200]!r} is for download. Sample from what save_weights_for_sampler "
+                "saves.",
+                param="model_path",
+            )
         spec = await self.run(caller, found.model, "model_path")
-        return await self._add_sampler(caller, session_id, number, base_model or spec.base, Place.of(found))
+        path = Place.of(found).path
+        return await self._add_sampler(caller, session_id, number, base_model or spec.base, path)
+
+    async def _version_path(self, tenant: str, path: str) -> str:
+        """Return the path with the digest of the version that it means now. Raises AdapterNotFoundError,
+        StateConflictError: it is not ready; InvalidRequestError: it generates no text."""
+        chosen = check_generates(await self._version(tenant, path, "model_path"), "model_path")
+        (use,) = chosen.uses
+        return f"{_SCHEME}adapters/sampler_weights/{use.name}@{use.digest}"
+
+    async def _version(self, tenant: str, path: str, param: str) -> AdapterChoice:
+        """Return the version of an adapter that a path names. Raises AdapterNotFoundError,
+        StateConflictError, InvalidRequestError."""
+        named, catalog = _VERSION.fullmatch(path), self._library.catalog
+        if named is None:
+            raise InvalidRequestError(f"{param}: {path[:120]!r} names no adapter.", param=param)
+        return await catalog.find_current(lambda: catalog.of(tenant).choose(named[1], param=param))
 
     async def _add_sampler(
-        self, caller: Caller, session_id: str, number: int, base_model: str, place: Place | None
+        self, caller: Caller, session_id: str, number: int, base_model: str, path: str | None
     ) -> LiveSampler:
-        path = None if place is None else place.path
         name = f"{session_id}:sample:{number}"
         sampler = LiveSampler(name, session_id, caller.tenant, base_model, path, time.time())
         return await self._call(self._records.add_sampler, sampler, self._server)
@@ -649,9 +819,12 @@ class LiveTraining:
         return await self._call(self._records.join_sampler, caller.tenant, sampler_id)
 
     async def choose(self, sampler: LiveSampler) -> AdapterChoice:
-        """Return the weights that a sampler samples from, as a live version. Raises LiveNotFoundError."""
+        """Return the weights that a sampler samples from, as a live version, or as the version of an adapter.
+        Raises LiveNotFoundError, AdapterNotFoundError, StateConflictError."""
         if sampler.path is None:
             return AdapterChoice()
+        if _VERSION.fullmatch(sampler.path):
+            return await self._version(sampler.tenant, sampler.path, "sampling_session_id")
         self._sampled[sampler.path] = time.time()
         found = await self._weights(sampler.path)
         if found is None:
@@ -661,8 +834,8 @@ class LiveTraining:
         return AdapterChoice((ref,), (VersionRef(sampler.tenant, LIVE, ref.digest),), f"live@{ref.digest}")
 
     async def live_version(self, sampler: LiveSampler) -> str | None:
-        """Return the digest of the weights that a sampler samples from; None for the base, and before they
-        are saved."""
+        """Return the digest of the weights that a sampler samples from; None for the base, for versions of
+        adapters, and before they are saved."""
         found = None if sampler.path is None else await self._weights(sampler.path)
         return None if found is None else found.packed
 
@@ -932,7 +1105,7 @@ def answer_of(spec: ModelSpec, number: int, result: Result) -> Mapping[str, Any]
     """Return the client's form of a result that is sent as JSON."""
     if isinstance(result, Refused):
         return {"error": result.message, "category": result.category}
-    if number == 0 and spec.start is not None:
+    if number == 0 and (spec.start is not None or spec.version):
         return {"model_id": spec.id, "type": "load_weights"}
     if number == 0:
         return {"model_id": spec.id, "type": "create_model"}
@@ -943,6 +1116,8 @@ def answer_of(spec: ModelSpec, number: int, result: Result) -> Mapping[str, Any]
     if not isinstance(result, WeightsSaved):
         raise TypeError(f"{type(result).__name__} is not sent as JSON")
     saved = result.checkpoint
+    if saved.kind == "external":
+        return {"path": Place.of(saved).path, "size_bytes": saved.bytes, "type": "save_weights_external"}
     if saved.kind == "weights":
         return {"path": Place.of(saved).path, "type": "save_weights"}
     sampler = sampler_of(saved, spec.session)
@@ -958,10 +1133,16 @@ def _check_base(store: LiveStore, found: ModelSpec | CheckpointFolder, param: st
         raise InvalidRequestError(f"{param}: {error}.", param=param, code="other_base") from error
 
 
-def _write(path: Path, content: bytes) -> None:
+def _signature(secret: bytes, checkpoint: CheckpointFolder, name: str, until: int) -> str:
+    """Return what allows to download a file of this save of a checkpoint until then, in Unix seconds."""
+    signed = msgspec.json.encode([Place.of(checkpoint).path, checkpoint.seq_id, name, until])
+    return hmac.new(secret, signed, hashlib.sha256).hexdigest()
+
+
+def _write(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file as a whole. Raises OSError."""
     work = path.with_name(f".{path.name}.part")
-    with work.open("wb") as file:
+    with open(os.open(work, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

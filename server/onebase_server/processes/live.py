@@ -101,6 +101,7 @@ class _LiveWork:
             BaseName(start.base_name, start.base_commit),
             int8_cache=start.config.kv_dtype == "int8",
             memory=memory,
+            joins=device.type == "cuda",
             on_done=lambda model_id, seq_id: self._channel.send(Done(model_id, seq_id)),
         )
         for model_id, seq_id in start.refuse:

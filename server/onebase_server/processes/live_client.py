@@ -7,10 +7,12 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 
 from onebase_edge.background import Backoff, Threads, keep_running
 from onebase_engine.engine.messages import EngineConfig
@@ -87,12 +89,14 @@ class LiveTrainer:
 
     # ---- requests ------------------------------------------------------------------------------
 
-    async def create(self, spec: ModelSpec) -> None:
+    async def create(self, spec: ModelSpec, files: Mapping[str, Path] = MappingProxyType({})) -> None:
         """Accept a model. The same one may come again.
+
+        files: those of the version that it begins with, by name; none: it begins with the base.
 
         Raises SequenceConflictError, ModelRefusedError: its owner has too many; OSError.
         """
-        await self._disk.run_blocking(self.store.create, spec)
+        await self._disk.run_blocking(self.store.create, spec, files)
         self._start()
         self._look(spec.id)
 

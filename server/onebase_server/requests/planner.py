@@ -1037,12 +1037,13 @@ def _user_of(body: AdapterFields) -> str | None:
     return name if field == "user" else None
 
 
-def check_generates(choice: AdapterChoice) -> AdapterChoice:
+def check_generates(choice: AdapterChoice, param: str = "model") -> AdapterChoice:
     if choice.task != "CAUSAL_LM":
         route = "POST /classify" if choice.task in CLASSIFIERS else "POST /v1/embeddings"
         raise InvalidRequestError(
-            f"model: {choice.named!r} generates no text: its task_type is {choice.task}. Send it to {route}.",
-            param="model",
+            f"{param}: {choice.named!r} generates no text: its task_type is {choice.task}. Send it to "
+            f"{route}.",
+            param=param,
             code="adapter_task",
         )
     return choice

@@ -1982,8 +1982,7 @@ export interface paths {
         put?: never;
         /**
          * Save Weights External
-         * @description Refuse, in the run's order: a checkpoint of a sampler is a version of an adapter, which can be
-         *     downloaded.
+         * @description Save the weights as PEFT does, for download. Those of a sampler become versions of an adapter.
          */
         post: operations["save_weights_external_api_v1_save_weights_external_post"];
         delete?: never;
@@ -2253,6 +2252,47 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/training_runs/{run}/checkpoints/external_weights/{name}/external_weights_urls": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get External Weights Urls
+         * @description Return addresses from which the files of external weights can be downloaded for an hour, without a
+         *     key.
+         */
+        get: operations["get_external_weights_urls_api_v1_training_runs__run__checkpoints_external_weights__name__external_weights_urls_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/external_weights/{run}/{name}/{file}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get External Weights
+         * @description Download a file of external weights from an address that `external_weights_urls` has returned.
+         */
+        get: operations["get_external_weights_api_v1_external_weights__run___name___file__get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/weights_info": {
         parameters: {
             query?: never;
@@ -2267,6 +2307,66 @@ export interface paths {
          * @description Return what a client must know of a checkpoint to go on from it.
          */
         post: operations["weights_info_api_v1_weights_info_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/audit": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Audit Entries
+         * @description List the tenant's 1,000 newest entries of the audit log, or the first 1,000 of a day, oldest first.
+         */
+        get: operations["list_audit_entries_api_v1_audit_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/billing/usage/checkpoints/current": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Checkpoint Storage
+         * @description Return the number of the tenant's named checkpoints, and what they take.
+         */
+        get: operations["get_checkpoint_storage_api_v1_billing_usage_checkpoints_current_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/auth/apikey/me": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Own Key
+         * @description Return the caller's key, by which a client checks that it may log in.
+         */
+        get: operations["get_own_key_api_v1_auth_apikey_me_get"];
+        put?: never;
+        post?: never;
         delete?: never;
         options?: never;
         head?: never;
@@ -5206,8 +5306,17 @@ export interface components {
         SaveExternalRequest: {
             /** Model Id */
             model_id: string;
+            /** Path */
+            path: string;
             /** Seq Id */
             seq_id: number;
+            /** Ttl Seconds */
+            ttl_seconds?: number | null;
+            /**
+             * Age Encryption Recipients
+             * @description public keys of age or SSH, to which each file is encrypted
+             */
+            age_encryption_recipients?: string[];
         };
         /**
          * SaveForSamplerRequest
@@ -7868,6 +7977,7 @@ export interface components {
             model_id?: string;
             path?: string;
             sampling_session_id?: string;
+            size_bytes?: number;
             metrics?: {
                 [key: string]: number;
             };
@@ -7918,7 +8028,7 @@ export interface components {
         LiveCheckpoint: {
             checkpoint_id: string;
             /** @enum {unknown} */
-            checkpoint_type: "sampler" | "training";
+            checkpoint_type: "external" | "sampler" | "training";
             /** @description time as ISO 8601, in UTC */
             time: string;
             tinker_path: string;
@@ -7944,6 +8054,17 @@ export interface components {
             cursor?: components["schemas"]["PageCursor"];
         };
         /**
+         * ExternalWeightsAnswer
+         * @description Addresses of the files of external weights, by name, which are good until `expires`.
+         */
+        ExternalWeightsAnswer: {
+            urls: {
+                [key: string]: string;
+            };
+            /** @description time as ISO 8601, in UTC */
+            expires: string;
+        };
+        /**
          * WeightsInfoAnswer
          * @description Facts about a checkpoint that a client needs to continue from it.
          */
@@ -7957,6 +8078,58 @@ export interface components {
             optimizer_config: {
                 [key: string]: unknown;
             };
+        };
+        /** ClientAuditAnswer */
+        ClientAuditAnswer: {
+            entries: components["schemas"]["ClientAuditEntry"][];
+        };
+        /**
+         * ClientAuditEntry
+         * @description Entry of the audit log. `event`: its action, as in checkpoint_deleted.
+         */
+        ClientAuditEntry: {
+            /** @description time as ISO 8601, in UTC */
+            timestamp: string;
+            event: string;
+            event_details: {
+                [key: string]: unknown;
+            };
+        };
+        /** StorageAnswer */
+        StorageAnswer: {
+            data: components["schemas"]["StoredCheckpoints"][];
+        };
+        /**
+         * StoredCheckpoints
+         * @description Named checkpoints of a tenant, and what they take.
+         */
+        StoredCheckpoints: {
+            checkpoint_count: number;
+            size_bytes: number;
+            size_gigabytes: number;
+        };
+        /**
+         * ClientKeyAnswer
+         * @description The caller's key. `name`: its id; `org_details`: its tenant. Keys have no user's address.
+         */
+        ClientKeyAnswer: {
+            key_id: number;
+            name: string;
+            note: string;
+            details: components["schemas"]["KeyDetails"];
+        };
+        /** KeyDetails */
+        KeyDetails: {
+            org_details: components["schemas"]["Named"];
+            user_details: components["schemas"]["KeyUser"];
+        };
+        /** Named */
+        Named: {
+            name: string;
+        };
+        /** KeyUser */
+        KeyUser: {
+            email: string;
         };
         /** CallerAnswer */
         CallerAnswer: {
@@ -22468,6 +22641,8 @@ export interface operations {
                 offset?: number;
                 /** @description a tenant sees its own either way */
                 access_scope?: "owned" | "accessible";
+                /** @description not served: keys belong to tenants */
+                project_id?: string | null;
             };
             header?: never;
             path?: never;
@@ -22876,7 +23051,7 @@ export interface operations {
             header?: never;
             path: {
                 run: string;
-                segment: "weights" | "sampler_weights";
+                segment: "weights" | "sampler_weights" | "external_weights";
                 name: string;
             };
             cookie?: never;
@@ -22983,7 +23158,7 @@ export interface operations {
             header?: never;
             path: {
                 run: string;
-                segment: "weights" | "sampler_weights";
+                segment: "weights" | "sampler_weights" | "external_weights";
                 name: string;
             };
             cookie?: never;
@@ -23088,6 +23263,222 @@ export interface operations {
             };
         };
     };
+    get_external_weights_urls_api_v1_training_runs__run__checkpoints_external_weights__name__external_weights_urls_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                run: string;
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ExternalWeightsAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    get_external_weights_api_v1_external_weights__run___name___file__get: {
+        parameters: {
+            query: {
+                expires: number;
+                signature: string;
+            };
+            header?: never;
+            path: {
+                run: string;
+                name: string;
+                file: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/octet-stream": string;
+                };
+            };
+            /** @description What a header Range asks for */
+            206: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/octet-stream": string;
+                    "multipart/byteranges": string;
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/plain": string;
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The file does not have this range */
+            416: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/plain": string;
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
     weights_info_api_v1_weights_info_post: {
         parameters: {
             query?: never;
@@ -23139,6 +23530,292 @@ export interface operations {
             };
             /** @description What the request names is not there */
             404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    list_audit_entries_api_v1_audit_get: {
+        parameters: {
+            query?: {
+                event_type?: "all" | "checkpoints" | "projects" | "teams" | "organizations";
+                /** @description in UTC; without it the newest entries */
+                day?: string | null;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ClientAuditAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    get_checkpoint_storage_api_v1_billing_usage_checkpoints_current_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["StorageAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    get_own_key_api_v1_auth_apikey_me_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ClientKeyAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
                 headers: {
                     [name: string]: unknown;
                 };

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import FileResponse
 
 from onebase_edge.errors import (
     ApiError,
@@ -19,7 +22,7 @@ from onebase_edge.errors import (
 )
 from onebase_protocol import tinker as wire
 from onebase_server.http.answers import answer, refused
-from onebase_server.http.authorization import needs
+from onebase_server.http.authorization import NO_KEY, needs
 from onebase_server.http.deps import (
     CALLER,
     CUT,
@@ -33,6 +36,7 @@ from onebase_server.http.deps import (
     off_loop,
     refusal_of,
 )
+from onebase_server.http.routes.files import CONTENT
 from onebase_server.http.schemas.tinker import (
     MAX_ID,
     CancelFutureRequest,
@@ -59,10 +63,12 @@ from onebase_server.live import codec
 from onebase_server.live.sampling import PlaceTargets, SampleOrder
 from onebase_server.live.service import Place, answer_of
 from onebase_server.requests.schemas.generation import SEED_BITS
+from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 from onebase_training.live_operations import (
     CheckpointFolder,
     Computed,
+    Kind,
     Load,
     ModelSpec,
     Operation,
@@ -117,11 +123,17 @@ router = APIRouter(prefix="/api/v1", route_class=OrderedRoute, tags=["tinker"])
 WAIT_SECONDS = 25.0
 """Seconds for which a request for a result waits for it; clients give up after 45."""
 MOST_LISTED = 1000
+DAY_SECONDS = 86_400
+_TYPES: Mapping[Kind, Literal["training", "sampler", "external"]] = {
+    "weights": "training",
+    "sampler": "sampler",
+    "external": "external",
+}
 _OPTIMIZER = {"type": "adamw"}
 _ADAM = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
 RunId = Annotated[str, Path(max_length=MAX_ID)]
 Named = Annotated[str, Path(max_length=128)]
-Segment = Annotated[Literal["weights", "sampler_weights"], Path()]
+Segment = Annotated[Literal["weights", "sampler_weights", "external_weights"], Path()]
 Offset = Annotated[int, Query(ge=0)]
 Limit = Annotated[int, Query(ge=1, le=MOST_LISTED)]
 Scope = Annotated[Literal["owned", "accessible"], Query(description="a tenant sees its own either way")]
@@ -378,14 +390,20 @@ async def save_weights_for_sampler(
 @router.post("/save_weights_external", responses=answer(wire.FutureAnswer, 404, 507))
 @needs("train")
 async def save_weights_external(body: SaveExternalRequest, services: Provided, caller: Calling) -> Response:
-    """Refuse, in the run's order: a checkpoint of a sampler is a version of an adapter, which can be
-    downloaded."""
+    """Save the weights as PEFT does, for download. Those of a sampler become versions of an adapter."""
     services.refuse_if_draining()
-    message = (
-        "save_weights_external: this server has no signed addresses. Call save_weights_for_sampler with a "
-        "name, and download the version that its checkpoint becomes: onebase adapters pull."
+    accepted = await services.live_training.save(
+        caller,
+        body.model_id,
+        body.seq_id,
+        body.path,
+        "external",
+        body.ttl_seconds,
+        False,
+        None,
+        body.age_encryption_recipients,
     )
-    return await _accept(services, caller, body.model_id, body.seq_id, Refuse(message=message))
+    return json_response(wire.FutureAnswer(accepted, body.model_id))
 
 
 @router.post("/load_weights", responses=answer(wire.FutureAnswer, 404, 507))
@@ -556,9 +574,18 @@ async def cancel_future(body: CancelFutureRequest, services: Provided, caller: C
 @router.get("/training_runs", responses=answer(wire.LiveRunsAnswer))
 @needs("train")
 async def list_training_runs(
-    services: Provided, caller: Calling, limit: Limit = 20, offset: Offset = 0, access_scope: Scope = "owned"
+    services: Provided,
+    caller: Calling,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: Scope = "owned",
+    project_id: Annotated[str | None, Query(description="not served: keys belong to tenants")] = None,
 ) -> Response:
     """List the tenant's runs, newest first."""
+    if project_id is not None:
+        raise InvalidRequestError(
+            "project_id: this server has tenants instead of projects. Leave it out.", param="project_id"
+        )
     specs = await services.live_training.runs(caller)
     shown = specs[offset : offset + limit]
     runs = await asyncio.gather(*(_run_answer(services, spec) for spec in shown))
@@ -637,6 +664,46 @@ async def set_checkpoint_ttl(
     return json_response(wire.NothingAnswer())
 
 
+@router.get(
+    "/training_runs/{run}/checkpoints/external_weights/{name}/external_weights_urls",
+    responses=answer(wire.ExternalWeightsAnswer, 404),
+)
+@needs("train")
+async def get_external_weights_urls(
+    run: RunId, name: Named, request: Request, services: Provided, caller: Calling
+) -> Response:
+    """Return addresses from which the files of external weights can be downloaded for an hour, without a
+    key."""
+    found = await services.live_training.external_files(caller, run, name)
+    folder = f"{str(request.base_url).rstrip('/')}/api/v1/external_weights/{run}/{name}"
+    urls = {
+        file: f"{folder}/{file}?expires={found.until}&signature={signature}"
+        for file, signature in found.signatures.items()
+    }
+    return json_response(wire.ExternalWeightsAnswer(urls, _time(found.until)))
+
+
+@router.get(
+    "/external_weights/{run}/{name}/{file}",
+    response_class=FileResponse,
+    responses={**CONTENT, **refused(403)},
+    openapi_extra=NO_KEY,
+)
+@needs("open")
+async def get_external_weights(
+    run: RunId,
+    name: Named,
+    file: Named,
+    services: Provided,
+    expires: Annotated[int, Query(ge=0, lt=2**63)],
+    signature: Annotated[str, Query(max_length=MAX_ID)],
+) -> Response:
+    """Download a file of external weights from an address that `external_weights_urls` has returned."""
+    place = Place(run, "external", name)
+    path = await services.live_training.external_file(place, file, expires, signature)
+    return FileResponse(path, media_type="application/octet-stream", filename=file)
+
+
 @router.post("/weights_info", responses=answer(wire.WeightsInfoAnswer, 404))
 @needs("train")
 async def weights_info(body: WeightsInfoRequest, services: Provided, caller: Calling) -> Response:
@@ -657,6 +724,104 @@ async def weights_info(body: WeightsInfoRequest, services: Provided, caller: Cal
     )
 
 
+# ---- the tenant ------------------------------------------------------------------------------------
+
+
+@router.get("/audit", responses=answer(wire.ClientAuditAnswer))
+@needs("adapters")
+async def list_audit_entries(
+    services: Provided,
+    caller: Calling,
+    event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all",
+    day: Annotated[date | None, Query(description="in UTC; without it the newest entries")] = None,
+) -> Response:
+    """List the tenant's 1,000 newest entries of the audit log, or the first 1,000 of a day, oldest first."""
+    kinds = {"all": None, "checkpoints": "checkpoint", "organizations": "tenant"}
+    if event_type not in kinds:  # there are no projects and no teams
+        return json_response(wire.ClientAuditAnswer([]))
+    since = None if day is None else datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
+    with storage_errors():
+        found = await services.training.threads.run_blocking(
+            services.training.storage.registry.audit.entries,
+            tenant=caller.tenant,
+            action=kinds[event_type],
+            since=since,
+            limit=MOST_LISTED,
+            oldest_first=since is not None,
+        )
+    entries = [
+        wire.ClientAuditEntry(
+            _time(one.at),
+            one.action.replace(".", "_"),
+            {"target": one.target, "key": one.key, "actor": one.actor, **one.details},
+        )
+        for one in sorted(found, key=lambda one: one.number)
+        if since is None or one.at < since + DAY_SECONDS
+    ]
+    return json_response(wire.ClientAuditAnswer(entries))
+
+
+@router.get("/billing/usage/checkpoints/current", responses=answer(wire.StorageAnswer))
+@needs("train")
+async def get_checkpoint_storage(services: Provided, caller: Calling) -> Response:
+    """Return the number of the tenant's named checkpoints, and what they take."""
+    live = services.live_training
+    sizes = [one.bytes for spec in await live.runs(caller) for one in await live.checkpoints(spec.id)]
+    stored = wire.StoredCheckpoints(len(sizes), sum(sizes), sum(sizes) / 1e9)
+    return json_response(wire.StorageAnswer([stored]))
+
+
+@router.get("/auth/apikey/me", responses=answer(wire.ClientKeyAnswer))
+@needs("any")
+async def get_own_key(caller: Calling) -> Response:
+    """Return the caller's key, by which a client checks that it may log in."""
+    number = int(hashlib.sha256(caller.key.encode()).hexdigest()[:12], 16)
+    details = wire.KeyDetails(wire.Named(caller.tenant), wire.KeyUser(""))
+    return json_response(wire.ClientKeyAnswer(number, caller.key, "", details))
+
+
+# ---- what others have ------------------------------------------------------------------------------
+
+_PUBLISH = "/training_runs/{run}/checkpoints/{segment}/{name}/publish"
+_NOT_SERVED: Mapping[tuple[str, str], str] = {
+    ("POST", "/copy_weights"): "all sessions of a tenant read its checkpoints where they are: give "
+    "create_training_client_from_state or create_sampling_client the path itself",
+    (
+        "POST",
+        _PUBLISH,
+    ): "a checkpoint is its tenant's. Save it with save_weights_for_sampler: an operator can "
+    "share the version that it becomes with all tenants (POST /v1/adapters/NAME/share)",
+    ("DELETE", _PUBLISH): "no checkpoint is public. An operator ends what was shared with POST "
+    "/v1/adapters/NAME/share",
+    ("POST", "/sessions/search"): "list the sessions (GET /api/v1/sessions, RestClient.list_sessions), and "
+    "look at each",
+    ("PUT", "/sessions/{session_id}/project"): "this server has tenants instead of projects: a session is "
+    "that of its key's tenant",
+    ("GET", "/sessions/{session_id}/trace_export"): "traces go to OpenTelemetry (onebase serve "
+    "--otlp-endpoint)",
+    ("GET", "/billing/usage/events"): "usage is counted by day, and at GET /v1/usage (onebase usage)",
+    ("POST", "/auth/token"): "there are no tokens: send the key itself, with tml- before it",
+    ("DELETE", "/auth/apikey/me"): "an operator revokes keys (onebase keys revoke)",
+    ("POST", "/create_custom_loss"): "losses of a client's own run at the client: call "
+    "forward_backward_custom with a function",
+    ("POST", "/retrieve_futures"): "ask for results one by one, with POST /api/v1/retrieve_future",
+}
+"""Routes of the client that are not served, and what to do instead."""
+
+
+def _refuse(method: str, path: str, message: str) -> None:
+    @router.api_route(path, methods=[method], include_in_schema=False)
+    @needs("any")
+    async def not_served(caller: Calling) -> Response:
+        raise InvalidRequestError(
+            f"{method} {router.prefix}{path} is not served here: {message}.", code="not_supported"
+        )
+
+
+for (_method, _path), _message in _NOT_SERVED.items():
+    _refuse(_method, _path, _message)
+
+
 async def _checkpoint_answer(
     services: Services, tenant: str, checkpoint: CheckpointFolder
 ) -> wire.LiveCheckpoint:
@@ -664,7 +829,7 @@ async def _checkpoint_answer(
     adapter, version = await services.live_training.proved_as(tenant, checkpoint) or (None, None)
     return wire.LiveCheckpoint(
         checkpoint_id=place.path.split("/", 3)[3],
-        checkpoint_type="training" if checkpoint.kind == "weights" else "sampler",
+        checkpoint_type=_TYPES[checkpoint.kind],
         time=_time(checkpoint.created),
         tinker_path=place.path,
         size_bytes=checkpoint.bytes,

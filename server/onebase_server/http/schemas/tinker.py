@@ -24,6 +24,13 @@ UserMetadata = Annotated[dict[str, JsonValue], Field(max_length=64)]
 Ttl = Annotated[int, Field(ge=LEAST_TTL, le=MOST_TTL, description="seconds, from 1 hour to 10 years")]
 CheckpointName = Annotated[str, Field(min_length=1, max_length=128)]
 CheckpointPath = Annotated[str, Field(max_length=500, description="tinker://RUN/weights/NAME")]
+SampledPath = Annotated[
+    str,
+    Field(
+        max_length=500,
+        description="tinker://RUN/sampler_weights/NAME, or tinker://adapters/sampler_weights/NAME[@VERSION]",
+    ),
+]
 Chosen = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -146,9 +153,18 @@ class SaveWeightsRequest(TinkerRequest):
 class SaveExternalRequest(TinkerRequest):
     """Body of POST /api/v1/save_weights_external."""
 
-    ignored: ClassVar = frozenset({"type", "path", "ttl_seconds", "age_encryption_recipients"})
     model_id: LiveId
+    path: CheckpointName
     seq_id: SequenceNumber
+    ttl_seconds: Ttl | None = None
+    age_encryption_recipients: Annotated[
+        list[Annotated[str, Field(max_length=2000)]],
+        Field(
+            max_length=10,
+            default_factory=list,
+            description="public keys of age or SSH, to which each file is encrypted",
+        ),
+    ]
 
 
 class SaveForSamplerRequest(TinkerRequest):
@@ -209,7 +225,7 @@ class CreateSamplingSessionRequest(TinkerRequest):
     session_id: LiveId
     sampling_session_seq_id: SequenceNumber
     base_model: Annotated[str, Field(max_length=MAX_ID)] | None = None
-    model_path: CheckpointPath | None = None
+    model_path: SampledPath | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
