@@ -289,7 +289,7 @@ def joined(adapters: Sequence[tuple[Trainable, slice]]) -> Iterator[None]:
     finally:
         for name, forward in own.items():
             if forward is None:
-                vars(modules[name]).pop("forward", None)
+                del modules[name].forward
             else:
                 modules[name].forward = forward
 
@@ -323,9 +323,9 @@ def _with_lora(output: torch.Tensor, x: torch.Tensor, layer: Any) -> torch.Tenso
     """Return the layer's output with its adapter's, added in PEFT's order."""
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     delta = nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b) * layer.scaling[ADAPTER]
-    if layer.get_base_layer().weight.is_floating_point():
-        return (output.to(delta.dtype) + delta).to(output.dtype)
-    return output + delta.to(output.dtype)
+    rounds_once = layer.get_base_layer().weight.is_floating_point()
+    total: torch.Tensor = output.to(delta.dtype) + delta if rounds_once else output + delta.to(output.dtype)
+    return total.to(output.dtype)
 
 
 def _eva_inputs(packed: Packed) -> dict[str, torch.Tensor]:

@@ -23371,9 +23371,9 @@ export interface operations {
     };
     get_external_weights_api_v1_external_weights__run___name___file__get: {
         parameters: {
-            query: {
-                expires: number;
-                signature: string;
+            query?: {
+                expires?: number;
+                signature?: string;
             };
             header?: never;
             path: {

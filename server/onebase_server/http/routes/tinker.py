@@ -695,8 +695,8 @@ async def get_external_weights(
     name: Named,
     file: Named,
     services: Provided,
-    expires: Annotated[int, Query(ge=0, lt=2**63)],
-    signature: Annotated[str, Query(max_length=MAX_ID)],
+    expires: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+    signature: Annotated[str, Query(max_length=MAX_ID)] = "",
 ) -> Response:
     """Download a file of external weights from an address that `external_weights_urls` has returned."""
     place = Place(run, "external", name)
@@ -801,7 +801,6 @@ _NOT_SERVED: Mapping[tuple[str, str], str] = {
     "--otlp-endpoint)",
     ("GET", "/billing/usage/events"): "usage is counted by day, and at GET /v1/usage (onebase usage)",
     ("POST", "/auth/token"): "there are no tokens: send the key itself, with tml- before it",
-    ("DELETE", "/auth/apikey/me"): "an operator revokes keys (onebase keys revoke)",
     ("POST", "/create_custom_loss"): "losses of a client's own run at the client: call "
     "forward_backward_custom with a function",
     ("POST", "/retrieve_futures"): "ask for results one by one, with POST /api/v1/retrieve_future",
