@@ -73,8 +73,8 @@ class Server:
     def _read_rest(self) -> None:
         """Wait until all is read that was written so far: the end of the pipe comes with the last process
         that inherited it, which may live on."""
-        pipe = self.process.stderr
-        while pipe is not None:
+        pipe, end = self.process.stderr, time.monotonic() + PATIENCE
+        while pipe is not None and time.monotonic() < end:
             with self._reading:
                 if pipe.closed or not select.select([pipe], [], [], 0)[0]:
                     return

@@ -36,8 +36,9 @@ CANARY = "canary0f3ab77Zq"
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
-    """Every line of the log; each must be an object."""
-    return [json.loads(line) for line in server.log.splitlines()]
+    """Every whole line of the log; each must be an object."""
+    log = server.log
+    return [json.loads(line) for line in log[: log.rfind("\n") + 1].splitlines()]
 
 
 def about(server: Server, request: str) -> list[dict[str, Any]]:

@@ -51,15 +51,15 @@ def test_a_job_whose_disk_filled_up_fails_once_there_is_space_and_is_resumed_to_
 def test_a_real_trainer_whose_disk_filled_up_is_resumed_to_its_end_too(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
-    settings = {"max_steps": 60, "save_every": 20, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
+    settings = {"max_steps": 200, "save_every": 20, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": settings}}
-    rows = write_chats(tmp_path / "rows.jsonl", 130).read_text()
+    rows = write_chats(tmp_path / "rows.jsonl", 400).read_text()
     options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
     with (
         small_disk(tmp_path / "disk", 24_000_000) as disk,
         serve_real(*options, data_dir=disk) as server,
     ):
-        fill_the_disk_and_resume(server, make_job(openai_client(server), rows, method=method), steps=60)
+        fill_the_disk_and_resume(server, make_job(openai_client(server), rows, method=method), steps=200)
 
 
 def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
@@ -70,8 +70,10 @@ def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
     server.wait_for(lambda: any(checkpoints.glob("[!.b]*")))
     (trainer,) = server.trainer_pids()
     os.kill(trainer, signal.SIGSTOP)  # it gets no farther until the disk is full
-    filler = fill(server.data_dir)
-    os.kill(trainer, signal.SIGCONT)
+    try:
+        filler = fill(server.data_dir)
+    finally:
+        os.kill(trainer, signal.SIGCONT)
     server.wait_for(lambda: not server.trainer_pids())
     filler.unlink()
     failed = wait_job(server, client, job.id, ended)
