@@ -26,7 +26,7 @@ from tests.clients.training_double import (
     succeeded,
 )
 
-from onebase._terminal.jobs import lines_of
+from onebase._terminal.jobs import EventLines
 from onebase.cli import jobs as command
 from onebase.cli import main
 from onebase.cli.jobs.create import parse_labels, parse_settings
@@ -368,12 +368,23 @@ def test_events_are_printed_from_the_oldest_on(
     assert [json.loads(line)["id"] for line in lines] == [one["id"] for one in told]
 
 
-@pytest.mark.parametrize(
-    ("share", "says"), [(0.5, []), (0.75, ["step 2: 75% of the replies could not be graded"])]
-)
-def test_a_step_whose_replies_could_mostly_not_be_graded_is_said(share: float, says: list[str]) -> None:
-    told = msgspec.convert(step(1, 2, rewards_mean=0.1, rewards_failed=share), TrainingEvent)
-    assert [text.partition(", and")[0] for text, _ in lines_of(told)] == says
+def test_replies_that_could_mostly_not_be_graded_are_said_once_until_most_can_be() -> None:
+    log, said = EventLines(), []
+    for at, share in enumerate((0.5, 0.75, 1.0, 0.75, 0.5, 1.0), start=1):
+        told = msgspec.convert(step(at, at, rewards_mean=0.1, rewards_failed=share), TrainingEvent)
+        said += [text.partition(", and")[0] for text, _ in log.of(told)]
+    ungraded = "of the replies could not be graded"
+    assert said == [f"step 2: 75% {ungraded}", f"step 6: 100% {ungraded}"]
+
+
+def test_an_evaluation_between_steps_does_not_have_their_failing_grader_said_again() -> None:
+    log, said = EventLines(), []
+    for at in (1, 2):
+        held_out = step(at, at, train_loss=None, valid_loss=-0.1, rewards_mean=0.1)
+        for one in (step(at, at, rewards_mean=0.1, rewards_failed=1.0), held_out):
+            said += [text.partition(": ")[2] for text, _ in log.of(msgspec.convert(one, TrainingEvent))]
+    failed = "100% of the replies could not be graded, and got the lowest reward"
+    assert said == [failed, "held-out reward 0.1000", "held-out reward 0.1000"]
 
 
 def test_checkpoints_are_a_table(

@@ -149,6 +149,42 @@ def test_a_grader_is_taken_over_unless_it_asks_a_judge_that_only_openai_has(rows
         wanted(rows, JOB, grader=given)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "meteor"])
+def test_a_grader_that_computes_what_this_server_does_not_is_refused(rows: Path, metric: str) -> None:
+    alike = {
+        "type": "text_similarity", "name": "alike", "input": "{{sample.output_text}}",
+        "reference": "{{item.letter}}", "evaluation_metric": metric,
+    }  # fmt: skip
+    several = {"type": "multi", "name": "all", "graders": {"a": GRADER, "b": alike}, "calculate_output": "b"}
+    for computes in (alike, several):
+        with pytest.raises(ValueError, match=rf"--job: its grader computes {metric}, .+rouge_l.+--grader"):
+            wanted(rows, by_rewards(computes))
+        assert wanted(rows, by_rewards(computes), grader=json.dumps(GRADER)).grader == GRADER
+    taken = {**alike, "evaluation_metric": "rouge_l"}
+    assert wanted(rows, by_rewards(taken)).grader == taken
+
+
+def test_the_image_of_a_python_grader_is_left_out_and_said(rows: Path) -> None:
+    plain = {"type": "python", "name": "py", "source": "def grade(sample, item):\n    return 1.0\n"}
+    imaged = {**plain, "image_tag": "2025-05-08"}
+
+    def several(one: dict[str, Any]) -> dict[str, Any]:
+        graders = {"a": GRADER, "b": one}
+        return {"type": "multi", "name": "all", "graders": graders, "calculate_output": "a + b"}
+
+    for given, kept in ((imaged, plain), (several(imaged), several(plain))):
+        found = wanted(rows, by_rewards(given))
+        assert found.grader == kept
+        assert any("image_tag (2025-05-08) is left out" in sentence for sentence in found.lost)
+    for job, options in (
+        (by_rewards({**plain, "image_tag": None}), {}),
+        (by_rewards(imaged), {"grader": json.dumps(plain)}),
+    ):
+        found = wanted(rows, job, **options)
+        assert found.grader == plain
+        assert not any("image_tag" in sentence for sentence in found.lost)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

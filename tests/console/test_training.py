@@ -579,7 +579,20 @@ def test_a_job_that_learns_from_rewards_is_made_in_the_form_and_its_grader_tried
         )
         dialog.get_by_text("Try it on a reply").click()
         reply, grade = dialog.get_by_label("Reply", exact=True), dialog.get_by_role("button", name="Grade it")
-        assert '"letter": "k"' in dialog.get_by_label("Its row, as JSON").input_value()
+        row, first_row = dialog.get_by_label("Its row, as JSON"), re.compile('"letter": "k"')
+        expect(row).to_have_value(first_row)
+        chooser = page.locator("dialog .drop input[type=file]")
+        chooser.set_input_files([payload | {"name": "a.csv", "buffer": b"prompt,letter\nHi,k\n"}])
+        expect(row).to_have_value("")  # and not that of the other file
+        chooser.set_input_files([payload])
+        expect(row).to_have_value(first_row)
+        prompts_field = dialog.get_by_label("Prompts that are answered")
+        expect(prompts_field).to_have_count(0)
+        dialog.get_by_label("Method").select_option("supervised")
+        prompts_field.fill("What is it?")  # is kept, and not sent with rewards
+        dialog.get_by_label("Method").select_option("reinforcement")
+        dialog.get_by_text("Try it on a reply").click()
+        expect(row).to_have_value(first_row)
         reply.fill("OK")
         grade.click()
         expect(reward).to_have_text("Reward 0")
@@ -597,9 +610,22 @@ def test_a_job_that_learns_from_rewards_is_made_in_the_form_and_its_grader_tried
         grade.click()
         expect(reward).to_have_text("Reward 0.5")
         kind.select_option("score_model")
+        dialog.get_by_label("Highest number").fill("")
+        grade.click()
+        expect(dialog.get_by_role("alert")).to_contain_text("Highest number: write a number.")
         dialog.get_by_label("Highest number").fill("0")
         grade.click()
         expect(dialog.get_by_role("alert")).to_contain_text("grader.range")
+        kind.select_option("python")
+        held: list[Route] = []
+        page.route("**/graders/run", lambda route: held.append(route))
+        with page.expect_request("**/graders/run"):
+            grade.click()
+        kind.select_option("string_check")
+        held[0].continue_()
+        page.unroute("**/graders/run")
+        expect(grade).to_be_enabled()
+        expect(reward).to_have_count(0)  # it is of the grader before
         kind.select_option("python")
         kind.select_option("multi")
         written = json.loads(dialog.get_by_label("Grader, as JSON").input_value())
@@ -622,7 +648,9 @@ def test_a_job_that_learns_from_rewards_is_made_in_the_form_and_its_grader_tried
         expect(state).to_have_text(re.compile("^(Done|Failed)$"), timeout=300_000)
         assert state.inner_text() == "Done", page.locator("article").inner_text()
         expect(page.get_by_role("figure", name="Reward by step")).to_be_visible()
-        expect(page.locator("article")).to_contain_text("0% of the replies could not be graded")
+        expect(page.locator("article")).to_contain_text(
+            re.compile(r"(?<![\d.])0% of the replies could not be graded")
+        )
         assert visit.faults() == []
     with talking.client() as http:
         method = http.get("/v1/fine_tuning/jobs").json()["data"][0]["method"]

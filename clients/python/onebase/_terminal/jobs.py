@@ -43,6 +43,7 @@ class JobDisplay(JobObserver):
         self._bar = _Bar(self._out) if can_move(self._out) else None
         self._doing: str | None = None
         self._step = 0
+        self._log = EventLines()
 
     def __enter__(self) -> JobDisplay:
         return self
@@ -67,7 +68,7 @@ class JobDisplay(JobObserver):
     def note(self, event: TrainingEvent) -> None:
         if event.data.get("problems") or event.data.get("code"):
             return  # the error in which the wait ends tells why, with the bad lines
-        for text, style in lines_of(event):
+        for text, style in self._log.of(event):
             self._print(text, style)
 
     def _step_line(self, job: TrainingJobInfo) -> None:
@@ -130,27 +131,42 @@ def figures(job: TrainingJobInfo) -> str:
     return "  ".join(parts)
 
 
-def lines_of(event: TrainingEvent) -> Iterator[tuple[str, str]]:
-    """Yield the lines that an event adds to a log, each with its style in rich's words."""
-    data = event.data
-    if event.type == "metrics":
-        yield from _measured(data)
-    elif data.get("kind") == "sampled":
-        yield f"{_who(data)}: {data.get('prompt', '')} -> {data.get('text', '')}", "italic"
-    elif data.get("kind") not in _SILENT:
-        text = event.message
-        if data.get("code") == "invalid_file":
-            text = text.partition("\n")[0]  # the events before it have the lines
-        yield text, {"warn": "yellow", "error": "red"}.get(event.level, "")
-        for problem in data.get("problems") or ():
-            yield f"  {_problem(problem)}", "red"
+class EventLines:
+    """The lines that the events of one job add to a log, which are given in their order."""
+
+    def __init__(self) -> None:
+        self._ungraded = 0.0
+        """Part of the last step's replies that could not be graded."""
+
+    def of(self, event: TrainingEvent) -> Iterator[tuple[str, str]]:
+        """Yield the lines of an event, each with its style in rich's words."""
+        data = event.data
+        if event.type == "metrics":
+            yield from self._failing(data)
+            yield from _measured(data)
+        elif data.get("kind") == "sampled":
+            yield f"{_who(data)}: {data.get('prompt', '')} -> {data.get('text', '')}", "italic"
+        elif data.get("kind") not in _SILENT:
+            text = event.message
+            if data.get("code") == "invalid_file":
+                text = text.partition("\n")[0]  # the events before it have the lines
+            yield text, {"warn": "yellow", "error": "red"}.get(event.level, "")
+            for problem in data.get("problems") or ():
+                yield f"  {_problem(problem)}", "red"
+
+    def _failing(self, data: Any) -> Iterator[tuple[str, str]]:
+        """Say that most replies cannot be graded, once until fewer of them cannot."""
+        ungraded = data.get("rewards_failed")
+        if ungraded is None:  # no step's
+            return
+        before, self._ungraded = self._ungraded, ungraded
+        if before <= _MOST_UNGRADED < ungraded:
+            share = f"{ungraded:.0%} of the replies could not be graded"
+            yield f"{_who(data)}: {share}, and got the lowest reward", "yellow"
 
 
 def _measured(data: Any) -> Iterator[tuple[str, str]]:
-    """Held-out losses and metrics. Steps move the bar instead, but for those whose grader fails."""
-    if (ungraded := data.get("rewards_failed") or 0.0) > _MOST_UNGRADED:
-        share = f"{ungraded:.0%} of the replies could not be graded"
-        yield f"{_who(data)}: {share}, and got the lowest reward", "yellow"
+    """Held-out losses and metrics. Steps move the bar instead."""
     if (reward := data.get("rewards_mean")) is not None and data.get("valid_loss") is not None:
         best = "  best" if data.get("best") else ""
         yield f"{_who(data)}: held-out reward {reward:.4f}{best}", "green" if best else ""

@@ -105,6 +105,8 @@ _TAKEN_BY_REWARDS: Final = ("eval_interval", "eval_samples", "compute_multiplier
 _OURS: Final = {"n_epochs": "epochs", "eval_interval": "eval_every"}
 _METRICS: Final = ("exact_match", "word_f1")
 """Measured on replies, unless --set metrics says otherwise."""
+_NOT_COMPUTED: Final = ("cosine", "meteor")
+"""OpenAI's measures of similarity that no grader here has."""
 _FINE_TUNED = "ft:"
 _REWARDS: Final = "reinforcement"
 
@@ -367,7 +369,15 @@ def read_wanted(args: argparse.Namespace, gate: QualityGate | None = None) -> Wa
         metadata=_metadata(job),
         was=gate.model if gate else _text(job.get("fine_tuned_model")) or _text(job.get("model")) or "ft:...",
         grader=_grader(job, kind, args.grader),
-        lost=tuple(_lost(job, given, kind, has_validation=args.validation is not None)),
+        lost=tuple(
+            _lost(
+                job,
+                given,
+                kind,
+                has_validation=args.validation is not None,
+                has_grader=args.grader is not None,
+            )
+        ),
     )
 
 
@@ -422,10 +432,11 @@ def _method(job: Mapping[str, Any]) -> TrainingMethod | None:
 
 
 def _grader(job: Mapping[str, Any], kind: str, given: str | None) -> Mapping[str, Any] | None:
-    """Return the grader of a job that learns from rewards: `given`, or else the job's own.
+    """Return the grader of a job that learns from rewards: `given`, or else the job's own without images.
 
     Raises:
-        ValueError: there is none, it is for another method, or it asks a judge that only OpenAI has.
+        ValueError: there is none, it is for another method, or it asks a judge that only OpenAI has or
+            computes what this server does not.
     """
     if kind != _REWARDS:
         if given is not None:
@@ -442,7 +453,26 @@ def _grader(job: Mapping[str, Any], kind: str, given: str | None) -> Mapping[str
                 f"--job: its grader asks {str(one.get('model'))[:80]!r}, which this server does not have. "
                 "Write the grader with a judge of this server, and give it with --grader"
             )
-    return grader
+        if one.get("type") == "text_similarity" and one.get("evaluation_metric") in _NOT_COMPUTED:
+            raise ValueError(
+                f"--job: its grader computes {one['evaluation_metric']}, which this server does not. Write "
+                "the grader with rouge_l or gleu, and give it with --grader"
+            )
+    return cast(Mapping[str, Any], _without_images(grader))
+
+
+def _without_images(grader: Any) -> Any:
+    """Return a grader, or those inside of one, without the `image_tag` of Python graders."""
+    if not isinstance(grader, dict):
+        return grader
+    kept = {name: value for name, value in grader.items() if name != "image_tag"}
+    if isinstance(inside := kept.get("graders"), dict):
+        kept["graders"] = {name: _without_images(one) for name, one in inside.items()}
+    return kept
+
+
+def _images(grader: Any) -> list[str]:
+    return sorted({str(one["image_tag"]) for one in graders_of(grader) if one.get("image_tag") is not None})
 
 
 def _chosen(job: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
@@ -468,7 +498,7 @@ def _hyperparameters(job: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _lost(
-    job: Mapping[str, Any], given: TrainingSettings, kind: str, *, has_validation: bool
+    job: Mapping[str, Any], given: TrainingSettings, kind: str, *, has_validation: bool, has_grader: bool
 ) -> Iterator[str]:
     """Yield sentences on what does not carry over, and what to do about it."""
     if not job:
@@ -499,6 +529,11 @@ def _lost(
         yield f"These hyperparameters have no meaning here: {', '.join(unknown)[:200]}."
     if _chosen(job, kind).get("response_format"):
         yield "Its response_format is not applied: replies are sampled freely. A grader can reward the form."
+    if not has_grader and (images := _images(_chosen(job, kind).get("grader"))):
+        yield (
+            f"Its grader's image_tag ({', '.join(images)[:200]}) is left out: Python graders run with this "
+            "server's Python and its standard library alone."
+        )
     if job.get("status") not in (None, "succeeded"):
         yield f"The job there is {str(job['status'])[:40]}: there is nothing to compare with."
 

@@ -13,6 +13,13 @@ test('each kind has its own fields alone, and a judge is the base unless another
   expect(graderOf({ ...judged, judge: ' polite ' }, 'base')).toMatchObject({ model: 'polite' })
 })
 
+test('a judge without its lowest or highest number is not tried with another', () => {
+  const judged = { ...newGrader(), kind: 'score_model' as const }
+  expect(() => graderOf({ ...judged, low: null }, 'base')).toThrow('Lowest number: write a number.')
+  expect(() => graderOf({ ...judged, high: null }, 'base')).toThrow('Highest number: write a number.')
+  expect(JSON.parse(severalOf({ ...judged, high: null }, 'base')).graders.first.range).toEqual([0, 1])
+})
+
 test('several graders begin with the one that was written, and are sent as they are written then', () => {
   const draft = newGrader()
   const json = severalOf(draft, 'base')

@@ -50,19 +50,24 @@ export const newGrader = (): GraderDraft => ({
   json: '',
 })
 
-/** The grader of a draft, as the server reads it. Throws ApiError where its JSON is none. */
+/** The grader of a draft, as the server reads it. Throws ApiError where its JSON is none, or a number is missing. */
 export function graderOf(draft: GraderDraft, base: string): Grader {
   const { kind, input, reference } = draft
   if (kind === 'string_check') return { type: kind, name: NAME, input, reference, operation: draft.operation }
   if (kind === 'text_similarity') return { type: kind, name: NAME, input, reference, evaluation_metric: draft.metric }
   if (kind === 'python') return { type: kind, name: NAME, source: draft.source }
-  if (kind === 'score_model') return { type: kind, name: NAME, model: draft.judge.trim() || base, input: [{ role: 'user', content: draft.question }], range: [draft.low ?? 0, draft.high ?? 1] }
+  if (kind === 'score_model') return { type: kind, name: NAME, model: draft.judge.trim() || base, input: [{ role: 'user', content: draft.question }], range: [numberOf(draft.low, 'Lowest number'), numberOf(draft.high, 'Highest number')] }
   return objectOf(draft.json, 'Grader', '{"type": "multi", …}')
 }
 
-/** A grader of several, as JSON, with the one that was written so far in it. */
+function numberOf(value: number | null, field: string): number {
+  if (typeof value !== 'number') throw new ApiError(0, null, `${field}: write a number.`)
+  return value
+}
+
+/** A grader of several, as JSON, with the one that was written so far in it; a range that has a number missing is seen there. */
 export function severalOf(draft: GraderDraft, base: string): string {
-  const one = { ...graderOf(draft, base), name: 'first' }
+  const one = { ...graderOf({ ...draft, low: draft.low ?? 0, high: draft.high ?? 1 }, base), name: 'first' }
   return JSON.stringify({ type: 'multi', name: NAME, graders: { first: one }, calculate_output: 'first' }, null, 2)
 }
 

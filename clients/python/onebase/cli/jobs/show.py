@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..._core.jobs import in_words
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
-from ..._terminal.jobs import doing, figures, lines_of
+from ..._terminal.jobs import EventLines, doing, figures
 from ..._terminal.ui import (
     Column,
     beginning,
@@ -222,26 +222,27 @@ _CHECKPOINT_COLUMNS: tuple[Column[TrainingCheckpoint], ...] = (
 
 def _events(client: Client, args: argparse.Namespace) -> int:
     job = find(client, args.job)
+    log = EventLines()
     if args.follow:
         with job.stream_events() as events:
             for event in events:
-                _print_event(event, args.json)
+                _print_event(event, log, args.json)
         return OK
     found = job.events(limit=args.limit or None)[::-1]
     if args.json:
         print_json(found)
     else:
         for event in found:
-            _print_event(event, False)
+            _print_event(event, log, False)
     return OK
 
 
-def _print_event(event: TrainingEvent, as_json: bool) -> None:
+def _print_event(event: TrainingEvent, log: EventLines, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plain(event), ensure_ascii=False), flush=True)
         return
     style = {"warn": "yellow", "error": "red"}.get(event.level, "")
-    (first, colour), *more = list(lines_of(event)) or [(event.message, style)]
+    (first, colour), *more = list(log.of(event)) or [(event.message, style)]
     at = datetime.fromtimestamp(event.created_at).strftime("%H:%M:%S")
     out = console()
     out.print(line(f"{at}  ", "dim") + line(first, colour), soft_wrap=True)
