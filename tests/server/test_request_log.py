@@ -179,6 +179,23 @@ def test_with_hashes_no_file_has_text_and_the_body_replays_the_request(
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "body.max_tokens")
 
 
+def test_a_limit_that_the_request_does_not_name_may_be_another_after_a_restart(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    body = {"model": BASE, "messages": MESSAGES, "stop": [SECRET]}
+    options, data = ("--request-log", "hashes"), tmp_path / "data"
+    with serve_scripted("words", *options, data_dir=data) as server, server.client() as http:
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+        (one,) = logged(server, http, 1)
+        assert one["answers"][0]["finish_reason"] == "stop"
+    shorter = (*options, "--max-length", "2000")
+    with serve_scripted("words", *shorter, data_dir=data) as server, server.client() as http:
+        assert one["sampling"]["max_tokens"] > 2000
+        assert ok(replay(http, one["id"], body=body))["equal"]
+        named = replay(http, one["id"], body={**body, "max_tokens": 50})
+        assert (named.status_code, named.json()["error"]["code"]) == (409, "replay_prompt")
+
+
 def test_equal_prompts_of_two_tenants_have_different_hashes_and_neither_sees_the_others(
     serve_scripted: Starter, keys: Keys, tmp_path: Path
 ) -> None:

@@ -48,6 +48,8 @@ ROUTES = (
 """Routes whose requests can be replayed. Replays, samples, and a rollout's copies have other ones."""
 _OF_SCORES = ("logprobs", "prompt_logprobs")
 """Settings that do not change a text."""
+_TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
+"""Names of the limit of new tokens on the routes."""
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -135,7 +137,7 @@ class ReplayPlanner:
                 "only --request-log text can replay it.",
                 code="replay_prompt",
             )
-        if is_supplied and is_same and (other := _other_settings(logged, planned)):
+        if is_supplied and is_same and (other := _other_settings(logged, planned, body)):
             raise StateConflictError(
                 f"body: {', '.join(other)}: the logged request had other settings. Send the request as it "
                 "was sent.",
@@ -214,14 +216,27 @@ class ReplayPlanner:
         return await self._planner.chat(chat, caller, versions)
 
 
-def _other_settings(logged: LoggedRequest, planned: GenerationRequest) -> list[str]:
-    """Return the names of the sampling settings that differ and may make another text."""
+def _other_settings(logged: LoggedRequest, planned: GenerationRequest, body: Any) -> list[str]:
+    """Return the names of the sampling settings that differ and may make another text.
+
+    A limit of new tokens that the body does not name follows the size of the KV cache, which may have
+    changed since: it counts only where it ended an answer.
+    """
     settings = sampling_settings(planned.sampling)
+    left_out: tuple[str, ...] = _OF_SCORES
+    if not _names_token_limit(body) and all(one.finish_reason != "length" for one in logged.answers):
+        left_out = (*_OF_SCORES, "max_tokens")
     return [
         name
         for name, value in settings.items()
-        if name not in _OF_SCORES and logged.sampling.get(name, value) != value
+        if name not in left_out and logged.sampling.get(name, value) != value
     ]
+
+
+def _names_token_limit(body: Any) -> bool:
+    """Return True if a request's JSON, which was planned already, names its limit of new tokens."""
+    parts = (body, body.get("parameters") or {}, *(body.get("requests") or ()))
+    return any(part.get(name) is not None for part in parts for name in _TOKEN_LIMITS)
 
 
 def _read(kind: type[_Body], body: Any) -> _Body:
