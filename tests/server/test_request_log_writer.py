@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -122,11 +124,43 @@ def test_a_tenants_quota_says_for_how_long_its_requests_are_kept_and_whether_any
     entry = log.begin(logs.request())
     assert entry is not None
     entry.ended(1, Counter(stop=1))
-    wait_for(lambda: log.written == written + 2)
+    wait_for(lambda: not log._waiting)
+    assert log.written == written
     assert not list(log._place("acme").glob("*.jsonl"))
     tenants.set_quotas("acme", {"log_days": None})
-    wait_for(lambda: "acme" not in log._days)
+    wait_for(lambda: log._days == {})
     assert logs.put(log) != new
+
+
+def test_nothing_is_written_before_the_quotas_of_tenants_could_be_read(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "_AGAIN_SECONDS", 0.01)
+    Tenants(logs.database).set_quotas("acme", {"log_days": 0})
+    days, is_away, tries = logs.records.days, threading.Event(), itertools.count()
+
+    def read() -> dict[str, int]:
+        tried = next(tries)
+        if is_away.is_set():
+            if tried == 5:
+                all_tried.set()
+            raise RegistryError("the registry is away")
+        return days()
+
+    all_tried = threading.Event()
+    monkeypatch.setattr(logs.records, "days", read)
+    is_away.set()
+    log = logs.open()
+    for tenant in ("acme", "zeta"):
+        entry = log.begin(logs.request(tenant=tenant))
+        assert entry is not None
+        entry.ended(1, Counter(stop=1))
+    assert all_tried.wait(SECONDS)
+    assert not list((logs.folder / "log").rglob("*.jsonl"))
+    is_away.clear()
+    wait_for(lambda: not log._waiting)
+    assert len(ids(log, "zeta")) == 1
+    assert not list(log._place("acme").glob("*.jsonl"))
 
 
 def test_who_erases_is_told_how_many_though_the_writer_applied_it_first(

@@ -339,8 +339,8 @@ class RequestLog:
         self._folder = folder
         self._records = records
         self._seconds = days * _DAY
-        self._days: Mapping[str, int] = {}
-        """The quota `log_days` of each tenant that has it, as it was last known."""
+        self._days: Mapping[str, int] | None = None
+        """The quota `log_days` of each tenant that has it, as it was last known; None before it was read."""
         self._most_bytes = most_bytes
         self._sync_seconds = sync_seconds
         self._lock = threading.Condition()
@@ -625,13 +625,14 @@ class RequestLog:
             lines, dropped = list(waiting.lines), waiting.dropped
         try:
             key = self.key(tenant)
-            data = bytearray()
+            data, kept = bytearray(), 0
             if self._kept_seconds(tenant):
                 if dropped:
                     data += _encode(Dropped(at=time.time(), lines=dropped)) + b"\n"
                 for entry, make, _ in lines:
                     if not entry.is_left_out:
                         data += self._line(entry, make, key)
+                        kept += not entry.is_left_out
             if data:
                 self._segment(tenant, len(data)).append(data)
         except (OSError, RegistryError) as error:
@@ -640,7 +641,7 @@ class RequestLog:
             self._said, waiting.again_at = True, time.monotonic() + _AGAIN_SECONDS
             return
         self._said = False
-        self.written += len(lines)
+        self.written += kept
         with self._lock:
             waiting.dropped -= dropped
             for entry, make, size in lines:
@@ -696,7 +697,7 @@ class RequestLog:
         if now >= self._tidy_at:
             self._tidy_at = now + TIDY_SECONDS
             self._learn_days()
-            for tenant in self.tenants():
+            for tenant in self.tenants() if self._days is not None else ():
                 self._tidy(tenant)
 
     def _learn_days(self) -> None:
@@ -705,7 +706,10 @@ class RequestLog:
             self._days = self._records.days()
 
     def _kept_seconds(self, tenant: str) -> float:
-        """Return for how long a tenant's requests are kept, in seconds."""
+        """Return for how long a tenant's requests are kept, in seconds. Raises RegistryError if the quotas
+        were never read, and cannot be now."""
+        if self._days is None:
+            self._days = self._records.days()
         return min(self._seconds, self._days.get(tenant, math.inf) * _DAY)
 
     def _tidy(self, tenant: str) -> None:
