@@ -700,7 +700,6 @@ def test_a_signed_folder_is_sent_with_its_signature_and_taken_elsewhere_with_it(
     rules = [{"policy": "require", "signers": ["acme"]}]
     policy.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": rules}))
     folder = make_folder(tmp_path, "sent")
-    (folder / "onebase.json").write_text('{"temperature": 0.5}')
     sign(folder, acme)
     files = [
         {"name": one.name, "mimeType": "application/octet-stream", "buffer": one.read_bytes()}

@@ -17,7 +17,7 @@ from sqlalchemy import update
 from onebase_adapters.registry import SIGNATURE, LiveSampler, LiveSession, Registry
 from onebase_adapters.registry.audit import current
 from onebase_adapters.registry.tables import LiveSessionRow
-from onebase_adapters.signatures import ServerKey
+from onebase_adapters.signatures import PolicyRule, ServerKey, SignaturePolicy
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
@@ -429,6 +429,20 @@ def test_a_proof_that_takes_for_ever_holds_up_nobody_and_its_version_is_signed_o
         assert (signature["statement"]["checkpoint"], signature["statement"]["steps"]) == ("final", 1)
 
     asyncio.run(test())
+
+
+def test_a_checkpoint_from_before_a_stricter_policy_makes_no_version(upkeep: Upkeep, tmp_path: Path) -> None:
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        rules = (PolicyRule("require", signers=("acme",)),)
+        signing.house.adapters.signatures = SignaturePolicy(rules)
+        await signing.tidy()
+        await signing.settled()
+        assert signing.house.catalog.of("acme").own(adapter_name(RUN)) is None
+
+    asyncio.run(test())
+    mark = upkeep.store.checkpoint_folder(RUN, "sampler", "final") / "proved.json"
+    assert "only acme may sign this name" in mark.read_text()
 
 
 def test_a_save_over_another_one_is_signed_with_its_own_steps(

@@ -17,7 +17,7 @@ from onebase.cli import main
 
 from ..hub_standin import HubStandIn
 from .support import Server, Starter, make_folder, upload_folder
-from .training_support import BASE, add_file, openai_client, run_job
+from .training_support import BASE, add_file, ended, make_job, openai_client, run_job, wait_job
 
 signing()
 
@@ -492,6 +492,38 @@ def test_nobody_trains_under_a_name_that_others_must_sign(
         assert http.post("/v1/fine_tuning/jobs", json={**asked, "name": "mine"}).status_code == 200
 
 
+def test_a_job_from_before_a_stricter_policy_makes_no_version(
+    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    strict = keys["acme"].parent / "stricter.json"
+    rules = [{"name": "support*", "policy": "require", "signers": ["acme"]}]
+    strict.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": rules}))
+    with serve_scripted("words", data_dir=tmp_path / "data") as server:
+        client = openai_client(server)
+        job = make_job(client, "rows", extra={"name": "support-held", "hold": True})
+        wait_job(server, client, job.id, lambda job: job.status == "paused")
+    options = ("--signatures", str(strict))
+    with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
+        client = openai_client(server)
+        client.fine_tuning.jobs.resume(job.id)
+        server.wait_for(lambda: ended(client.fine_tuning.jobs.retrieve(job.id)))
+        failed = client.fine_tuning.jobs.retrieve(job.id)
+        assert (failed.status, failed.error.code) == ("failed", "signature_missing")
+        assert "have the operator add server" in failed.error.message.lower()
+        assert http.get("/v1/adapters/support-held").status_code == 404
+
+
+def test_a_job_without_a_name_is_checked_under_the_one_that_it_gets(
+    serve_scripted: Starter, keys: dict[str, Path]
+) -> None:
+    file = keys["acme"].parent / "unnamed.json"
+    rules = [{"name": "ft-?*", "policy": "require", "signers": ["acme"]}]
+    file.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": rules}))
+    with serve_scripted("words", "--signatures", str(file)) as server, server.client() as http:
+        asked = {"model": BASE, "training_file": add_file(openai_client(server), "rows")}
+        assert refused(http.post("/v1/fine_tuning/jobs", json=asked)) == "signature_missing"
+
+
 def test_live_training_is_refused_where_others_must_sign_every_name(
     serve_scripted: Starter, keys: dict[str, Path]
 ) -> None:
@@ -501,7 +533,9 @@ def test_live_training_is_refused_where_others_must_sign_every_name(
     with serve_scripted("words", "--signatures", str(file)) as server, server.client() as http:
         session = http.post("/api/v1/create_session", json={}).json()["session_id"]
         run = {"session_id": session, "model_seq_id": 0, "base_model": BASE, "lora_config": {"rank": 4}}
-        assert refused(http.post("/api/v1/create_model", json=run)) == "signature_missing"
+        answer = http.post("/api/v1/create_model", json=run)
+        assert refused(answer) == "signature_missing"
+        assert "Train under another name" not in answer.text, "its name is made of the run's"
 
 
 def test_training_goes_on_from_no_unsigned_version_under_a_name_that_needs_signatures(

@@ -248,7 +248,7 @@ class AdapterService:
     ) -> None:
         """Refuse to train under a name that needs a signature, unless this server may sign it and can.
 
-        param: the request's field that names it.
+        param: the request's field that names it; None: nobody can choose another.
 
         Raises VersionFailedError, which is in the audit log then.
         """
@@ -256,7 +256,8 @@ class AdapterService:
         if rule.policy != "require" or (self._key is not None and OWN in rule.signers):
             return
         signers = " or ".join(rule.signers)
-        remedy = f"Train under another name, or have the operator add {OWN} to the signers of this one"
+        remedy = f"ave the operator add {OWN} to the signers of {name!r}"
+        remedy = f"H{remedy}" if param is None else f"Train under another name, or h{remedy}"
         error = SignatureError(
             "signer_not_allowed",
             f"What is trained here is {OWN}'s, and only {signers} may sign this name. {remedy}.",

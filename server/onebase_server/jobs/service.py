@@ -45,10 +45,18 @@ LIFE_SECONDS = 15.0
 """Seconds within which a follower of a job always gets something."""
 LET_GO_SECONDS = 30.0
 """The answer to a pause waits this long for the end of the job's process."""
-NEW_NAME = "ft-"
-"""Beginning of the adapter's name of a job that names none."""
 MOST_EVENTS = 500
 """Events that are read at once for a follower."""
+
+
+def new_job_id() -> str:
+    """Return an id for a job that is to be created."""
+    return f"ftjob-{secrets.token_hex(12)}"
+
+
+def default_name(job_id: str) -> str:
+    """Return the adapter's name of a job that names none."""
+    return f"ft-{job_id.removeprefix('ftjob-')[:8]}"
 
 
 class JobService:
@@ -84,7 +92,8 @@ class JobService:
         *,
         training_file: str,
         validation_file: str | None,
-        name: str | None,
+        job_id: str,
+        name: str,
         activate: Activate,
         labels: Mapping[str, str],
         parent: ParentVersion | None = None,
@@ -95,7 +104,8 @@ class JobService:
         Args:
             parent: the version that training continues from; the recipe has its settings.
             hold: pause once the files are checked and the estimate is there, until `resume`.
-            name: of the adapter that gets the result as a version; None: made from the job's id.
+            job_id: made by `new_job_id`.
+            name: of the adapter that gets the result as a version.
 
         Raises InvalidRequestError (a file that cannot be used), StateConflictError (no jobs are run here),
         QuotaExceededError.
@@ -104,12 +114,11 @@ class JobService:
         await self._files.usable(tenant, training_file, "training_file")
         if validation_file is not None:
             await self._files.usable(tenant, validation_file, "validation_file")
-        number = secrets.token_hex(12)
         job = NewJob(
-            id=f"ftjob-{number}",
+            id=job_id,
             tenant=tenant,
             server=self._folders.server,
-            name=name or f"{NEW_NAME}{number[:8]}",
+            name=name,
             training_file=training_file,
             validation_file=validation_file,
             activate=activate,

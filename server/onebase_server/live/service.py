@@ -929,9 +929,11 @@ class LiveTraining:
             spec = await self._disk(self._store().spec, checkpoint.model)
         except UnknownLiveModelError as error:
             raise FileNotFoundError(f"the run {place.run} was deleted") from error
+        name = adapter_name(place.run)
         with acting(Origin(spec.key, actor="live training")):
+            await self._library.check_trained(tenant, name, actor=spec.key, param=None)
             version = await self._library.add(
-                tenant, adapter_name(place.run), files, source, VersionOptions(any_base=True), actor=spec.key
+                tenant, name, files, source, VersionOptions(any_base=True), actor=spec.key
             )
         return version.digest
 

@@ -53,7 +53,7 @@ from onebase_server.http.views.jobs import (
     number_of,
 )
 from onebase_server.jobs.checkpoints import adapter_of
-from onebase_server.jobs.service import NEW_NAME
+from onebase_server.jobs.service import default_name, new_job_id
 from onebase_server.tenancy.access import Caller
 from onebase_training.graders import Graded, to_json
 
@@ -79,17 +79,19 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
         services.grading.check(body.method.grader, "method.reinforcement.grader")
     base = services.catalog.base_name
     parent = None if body.model == base else await _parent(body.model, services, caller)
-    name = _adapter_name(body, base, parent)
-    await services.adapters.check_trained(caller.tenant, name or NEW_NAME, actor=caller.key)
+    job_id = new_job_id()
+    name = _adapter_name(body, base, parent) or default_name(job_id)
+    await services.adapters.check_trained(caller.tenant, name, actor=caller.key)
     if parent is not None:
         await services.adapters.check_parents(
-            caller.tenant, name or NEW_NAME, [parent], actor=caller.key, act="training", param="model"
+            caller.tenant, name, [parent], actor=caller.key, act="training", param="model"
         )
     job = await services.training.jobs.create(
         caller.tenant,
         body.recipe(services.settings.max_rank, await _settings_of(parent, services)),
         training_file=body.training_file,
         validation_file=body.validation_file,
+        job_id=job_id,
         name=name,
         activate=body.activate or "if_better",
         labels=body.metadata or {},
