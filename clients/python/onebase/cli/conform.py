@@ -443,25 +443,36 @@ class ConformRun:
         return "cached values of the version before"
 
     def _swapped(self) -> str:
+        from .conform_servers import NotOfferedError
+
         adapter, other = self._loaded(self._specimens.plain)[1], self._specimens.other
         name = self._name(adapter)
         switch = self._replace(name, other)
         stream = self._running_stream(name, adapter)
         switch()
+        before = len(stream.pieces)
         self._check(name, stream.text(), adapter)
         self._ask(name, _PROMPTS[0])
+        if len(stream.pieces) == before:
+            raise NotOfferedError("the stream has ended before its adapter was replaced")
         return "the stream keeps its version"
 
     def _running_stream(self, name: str, adapter: Crafted) -> _Stream:
-        """Return a stream that has begun and runs. Raises NotOfferedError if the longest one has ended."""
-        from .conform_servers import NotOfferedError
+        """Return a stream that has begun and runs. Raises NotOfferedError if the longest one has ended, or is
+        longer than the server allows."""
+        from .conform_servers import NotOfferedError, ServerRefusedError
 
-        for tokens in _STREAM_TOKENS:
+        for number, tokens in enumerate(_STREAM_TOKENS):
             stream = _Stream(self._server, name, tokens)
             stream.wait_for(_BEFORE_SWAP)
             if not stream.done.wait(_ENDED_SECONDS):
                 return stream
-            self._check(name, stream.text(), adapter)
+            try:
+                self._check(name, stream.text(), adapter)
+            except ServerRefusedError as error:
+                if not number:
+                    raise
+                raise NotOfferedError(f"no stream of {tokens} tokens: {error}") from error
         raise NotOfferedError(f"a stream of {tokens} tokens has ended before its adapter can be replaced")
 
     def _special(self, adapter: Crafted | None) -> str:
@@ -486,12 +497,12 @@ class ConformRun:
         adapters = self._specimens.ordinary
         if not adapters:
             raise NotOfferedError("the base has no q_proj and v_proj")
-        (plugin,) = entry_points(group=_TEXTS)
-        make: _Texts = plugin.load()
         written = {one.name: one.write(self._folder) for one in adapters}
         try:
+            (plugin,) = entry_points(group=_TEXTS)
+            make: _Texts = plugin.load()
             known = make(self._base_folder, written, _PROMPTS, _TEXT_TOKENS)
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
+        except (ImportError, AttributeError, OSError, ValueError, RuntimeError) as error:
             raise NotOfferedError(f"PEFT makes no texts of this base here: {error!r:.200}") from error
         equal = 0
         for adapter in adapters:
