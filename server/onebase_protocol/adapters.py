@@ -540,7 +540,7 @@ class RolloutSideCounts(msgspec.Struct, frozen=True, kw_only=True):
     aborted: int
     """Requests that their callers left, and copies whose time was over. They are no part of the others."""
     skipped: int = 0
-    """Copies and judgements that were not made, since too many ran."""
+    """Copies and judgements that were not made: too many ran, or the judge could not be asked."""
     prompt_tokens: int
     completion_tokens: int
 

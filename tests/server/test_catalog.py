@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import AdapterFiles, AdapterRecord, Blob, Registry, RegistryBusyError
 from onebase_edge.errors import AdapterNotFoundError, ForbiddenError, InvalidRequestError, StateConflictError
 from onebase_engine.engine.messages import AdapterRef
@@ -122,9 +123,11 @@ def test_a_version_that_is_not_ready_is_refused_by_its_state_and_its_error(regis
 def test_a_weighted_sum_keeps_order_and_weights(registry: Registry) -> None:
     a, b = register(registry, "a", "one"), register(registry, "b", "two")
 
-    choice = look(registry).choose_sum([("b", 0.5), ("a", -1.0), ("b", 0.25)])
+    choice = look(registry).choose_sum([("b", 0.5), ("a", -1.0), ("b", 0.12345678)])
 
-    assert choice.refs == (AdapterRef(b, 0.5), AdapterRef(a, -1.0), AdapterRef(b, 0.25))
+    assert choice.refs == (AdapterRef(b, 0.5), AdapterRef(a, -1.0), AdapterRef(b, 0.12345678))
+    one, other = (label(name, digest) for name, digest in (("a", a), ("b", b)))
+    assert choice.version_label == f"{other}*0.5+{one}*-1+{other}*0.12345678"
 
 
 def test_the_unknown_term_of_a_sum_is_named_by_its_place(registry: Registry) -> None:

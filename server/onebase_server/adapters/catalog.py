@@ -99,10 +99,11 @@ class AdapterChoice:
 
     @property
     def version_label(self) -> str | None:
-        """Versions in one line, as `a@5d0c2f7a9b31*0.7+b@9f3a21c07d55*0.3`; None for the base."""
+        """Versions in one line, as `a@5d0c2f7a9b31*0.7+b@9f3a21c07d55*0.3`, with exact weights; None for
+        the base."""
         if self.label is None or isinstance(self.label, str):
             return self.label
-        return "+".join(f"{term['name']}*{term['weight']:g}" for term in self.label)
+        return "+".join(f"{term['name']}*{term['weight']!r}".removesuffix(".0") for term in self.label)
 
     @property
     def weighted(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 
 import msgspec
 
+from onebase_edge.cross_site import ADAPTER_HEADER
 from onebase_protocol.common import Json, Sparse, Stored
 from onebase_protocol.reading import TextLabelAnswer, TokenLabelsAnswer
 
@@ -20,6 +21,12 @@ Responses = dict[int | str, dict[str, Any]]
 """`responses` of a route, as FastAPI takes them."""
 MODEL_REFUSED = (404, 409, 422, 507)
 """Statuses of errors of a request to a model, which may be an adapter that comes from the Hub first."""
+_VERSION_TOLD: Json = {
+    ADAPTER_HEADER: {
+        "description": "the version that answered; not there for the base alone, or several requests in one",
+        "schema": {"type": "string"},
+    }
+}
 COMPONENTS = "#/components/schemas/"
 _NAMES = {
     "Activation": "HistoryAnswer", "Adapter": "AdapterAnswer", "AdapterSource": "VersionSource",
@@ -76,7 +83,9 @@ def answer(
 def streamed_answer(kind: Any, event: Any) -> Responses:
     """Return the `responses` of a route for text, which answers in one piece, or by server-sent events."""
     told = "In one piece; or as it comes, by server-sent events"
-    return answer(kind, *MODEL_REFUSED, description=told, event=event)
+    made = answer(kind, *MODEL_REFUSED, description=told, event=event)
+    made[200]["headers"] = _VERSION_TOLD
+    return made
 
 
 def written_out(schema: Json) -> Json:

@@ -82,7 +82,11 @@ _OF_ROLLOUTS = (
     ("errors", "errors.sum", "Requests of a rollout that failed."),
     ("refusals", "refusals.sum", "Answers of a rollout that refuse."),
     ("aborted", "aborted", "Requests of a rollout that their callers left, or whose time was over."),
-    ("copies_skipped", "skipped", "Copies and judgements that were not made, since too many ran."),
+    (
+        "copies_skipped",
+        "skipped",
+        "Copies and judgements that were not made: too many ran, or the judge could not be asked.",
+    ),
     ("prompt_tokens", "prompt_tokens", "Prompt tokens of a rollout's requests."),
     ("generation_tokens", "completion_tokens", "Tokens that a rollout's requests generated."),
     ("first_token_seconds", "first_token.seconds", "Seconds to the first token, summed over requests."),

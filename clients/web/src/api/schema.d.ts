@@ -8638,6 +8638,8 @@ export interface operations {
             /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
+                    /** @description the version that answered; not there for the base alone, or several requests in one */
+                    "x-onebase-adapter"?: string;
                     [name: string]: unknown;
                 };
                 content: {
@@ -8784,6 +8786,8 @@ export interface operations {
             /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
+                    /** @description the version that answered; not there for the base alone, or several requests in one */
+                    "x-onebase-adapter"?: string;
                     [name: string]: unknown;
                 };
                 content: {
@@ -9046,6 +9050,8 @@ export interface operations {
             /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
+                    /** @description the version that answered; not there for the base alone, or several requests in one */
+                    "x-onebase-adapter"?: string;
                     [name: string]: unknown;
                 };
                 content: {
@@ -9192,6 +9198,8 @@ export interface operations {
             /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
+                    /** @description the version that answered; not there for the base alone, or several requests in one */
+                    "x-onebase-adapter"?: string;
                     [name: string]: unknown;
                 };
                 content: {
@@ -9338,6 +9346,8 @@ export interface operations {
             /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
+                    /** @description the version that answered; not there for the base alone, or several requests in one */
+                    "x-onebase-adapter"?: string;
                     [name: string]: unknown;
                 };
                 content: {
@@ -9484,6 +9494,8 @@ export interface operations {
             /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
+                    /** @description the version that answered; not there for the base alone, or several requests in one */
+                    "x-onebase-adapter"?: string;
                     [name: string]: unknown;
                 };
                 content: {
@@ -10949,6 +10961,8 @@ export interface operations {
             /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
+                    /** @description the version that answered; not there for the base alone, or several requests in one */
+                    "x-onebase-adapter"?: string;
                     [name: string]: unknown;
                 };
                 content: {
