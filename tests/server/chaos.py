@@ -162,6 +162,13 @@ class Places:
         return mounted
 
     def __enter__(self) -> Self:
+        with ExitStack() as begun:  # what fails after the mount unmounts it
+            begun.push(self._stack)
+            self._begin()
+            begun.pop_all()
+        return self
+
+    def _begin(self) -> None:
         self.is_small = self._mount()
         store = str(self.folder / "store")
         url = self.registry
@@ -199,7 +206,6 @@ class Places:
             }
             store = "s3://adapters/chaos"
         self.options = ("--registry", url, "--store", store, "--sync-seconds", "0.1")
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -642,8 +648,10 @@ class Chaos:
     def full_disk(self) -> None:
         """Nothing more fits on the disk of all servers."""
         filler = fill(self._places.folder)
-        time.sleep(self.chance.choice(self._short))
-        filler.unlink()
+        try:
+            time.sleep(self.chance.choice(self._short))
+        finally:
+            filler.unlink()
 
     def _set(self, place: Path, value: float) -> None:
         made = place.with_suffix(".new")
