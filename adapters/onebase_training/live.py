@@ -18,8 +18,8 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -647,30 +647,45 @@ def _recipients(keys: Sequence[str]) -> list[Any]:
             "pip install 'onebase[tinker]'; without recipients the files are not encrypted",
             "not_installed",
         )
-    return [_recipient(key) for key in keys]
+    return [_recipient(key, f"age_encryption_recipients[{place}]") for place, key in enumerate(keys)]
 
 
-def _recipient(key: str) -> Any:
-    from pyrage import RecipientError, ssh, x25519
+def _recipient(key: str, place: str) -> Any:
+    from pyrage import RecipientError, encrypt, ssh, x25519
 
     for kind in (x25519.Recipient, ssh.Recipient):
-        with suppress(RecipientError):
-            return kind.from_str(key)
+        with suppress(RecipientError), _panics_refused(f"{place}: nothing can be encrypted to {key[:80]!r}"):
+            found = kind.from_str(key)
+            encrypt(b"", [found])
+            return found
     raise RefusedError(
-        f"age_encryption_recipients: {key[:80]!r} is no public key: write age1... or a line of an SSH "
-        "public key (ssh-ed25519, ssh-rsa)"
+        f"{place}: {key[:80]!r} is no public key: write age1... or a line of an SSH public key "
+        "(ssh-ed25519, ssh-rsa)"
     )
 
 
 def _encrypt(folder: Path, recipients: Sequence[Any]) -> None:
-    """Replace each file by its encrypted form. Raises OSError."""
+    """Replace each file by its encrypted form. Raises OSError, RefusedError."""
     import pyrage
 
     for path in sorted(folder.iterdir()):
         encrypted = path.with_name(path.name + ENCRYPTED)
-        pyrage.encrypt_file(str(path), str(encrypted), recipients)
+        with _panics_refused("age_encryption_recipients: the files cannot be encrypted to these keys"):
+            pyrage.encrypt_file(str(path), str(encrypted), recipients)
         encrypted.chmod(path.stat().st_mode)
         path.unlink()
+
+
+@contextmanager
+def _panics_refused(message: str) -> Iterator[None]:
+    """Raise RefusedError where pyrage panics, which it does over keys that are well-formed but no keys. A
+    panic is a BaseException, and would end the process."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RefusedError(f"{message}: make a new key pair and send its public key") from error
 
 
 class LiveModels:

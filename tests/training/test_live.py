@@ -635,6 +635,43 @@ def test_a_checkpoint_is_a_peft_folder_with_the_trained_numbers(
     np.testing.assert_allclose(picked.numpy(), logprobs(found[2])[0], atol=0.05)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "ssh-rsa AAAAB3NzaC1yc2EAAAABAAAAAAkAwwECAwQFBgc=",
+        "age1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq5cu47z",
+        "age1qyqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqj7vrya",
+    ],
+    ids=["exponent 0", "point 0", "point 1"],
+)
+def test_a_key_over_which_pyrage_panics_is_refused_and_the_next_operation_is_done(
+    base: torch.nn.Module, tmp_path: Path, key: str
+) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    own = str(pyrage.x25519.Identity.generate().to_public())
+    saves = [Save(name="a", kind="external", recipients=keys) for keys in ([own, key], [own])]
+    refused, kept = done(base, tmp_path, dict(enumerate(saves, 1)), LEARNING)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.category) == ("invalid_value", "user")
+    assert "age_encryption_recipients[1]: nothing can be encrypted to" in refused.message
+    assert "make a new key pair" in refused.message
+    assert isinstance(kept, WeightsSaved)
+    names = {path.name for path in Path(kept.checkpoint.folder).iterdir()}
+    assert names == {"checkpoint.json", "adapter_config.json.age", "adapter_model.safetensors.age"}
+
+
+def test_a_panic_while_files_are_encrypted_refuses_the_save_and_leaves_nothing(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    dead = pyrage.x25519.Recipient.from_str("age1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq5cu47z")
+    monkeypatch.setattr(live, "_recipients", lambda keys: [dead])
+    (refused,) = done(base, tmp_path, {1: Save(name="a", kind="external", recipients=["x"])}, LEARNING)
+    assert isinstance(refused, Refused)
+    assert "the files cannot be encrypted to these keys" in refused.message
+    assert list((tmp_path / "learning" / "external").iterdir()) == []
+
+
 def test_a_snapshot_for_sampling_has_the_engines_file_alone(base: torch.nn.Module, tmp_path: Path) -> None:
     snapshot = Save(name="s", kind="sampler", packed_only=True)
     load = Load(folder=str(tmp_path / "learning" / "sampler" / "s"))
