@@ -857,7 +857,12 @@ class LiveModels:
             return False
         for (one, number, _), outcome in zip(passes, computed, strict=True):
             result = _added(models[one], outcome)
-            self._store.write_result(one, number, result)
+            try:
+                self._store.write_result(one, number, result)
+            except (UnknownLiveModelError, FileNotFoundError):
+                if self._store.is_live(one):
+                    raise
+                continue  # it was unloaded meanwhile
             self._on_done(one, number)
             if isinstance(result, Computed):
                 self._since_point[one] += result.seconds

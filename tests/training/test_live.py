@@ -306,6 +306,34 @@ def test_small_passes_that_are_next_are_computed_together_once_each_model_has_do
     assert charged[0].seconds == pytest.approx(charged[1].seconds)  # type: ignore[union-attr]
 
 
+def test_a_model_that_is_unloaded_while_a_pass_of_several_runs_leaves_the_others_theirs(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, together = LiveStore(tmp_path), list[list[str]]()
+
+    def unloading(asked: Any) -> list[ComputedPass | Refused]:
+        computed = compute_together(asked)
+        together.append([model.spec.id for model, _ in asked])
+        store.unload(together[0][1])
+        return computed
+
+    monkeypatch.setattr(live, "compute_together", unloading)
+    for spec in (*SPECS, ModelSpec(id="third", rank=4)):
+        store.create(spec)
+        for seq_id in (1, 2, 3):
+            store.submit(spec.id, seq_id, ask(text_row(9, seq_id)))
+    told: list[tuple[str, int]] = []
+    models = live_models(base, tmp_path, joins=True, on_done=lambda *one: told.append(one))
+    while models.do_next():
+        pass
+    first, second, third = together[0]
+    assert sorted(together[1]) == sorted([first, third])
+    for one in (first, third):
+        assert isinstance(store.result(one, 3), Computed)
+        assert {(one, 2), (one, 3)} <= set(told)
+    assert (second, 2) not in told
+
+
 # ---- order, once, errors -----------------------------------------------------------------------
 
 
