@@ -45,7 +45,7 @@ START = "start"
 """Folder of a model with the files of the adapter that it began with."""
 _SPEC, _REMOVED, _MADE, _BEGUN = "model.json", "removed.json", "made.json", ".begun"
 _KINDS: tuple[Kind, ...] = ("weights", "sampler", "external")
-_encode = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder(order="deterministic").encode
 _operations: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
 _results: msgspec.msgpack.Decoder[Result] = msgspec.msgpack.Decoder(Result)
 T = TypeVar("T", covariant=True)
@@ -218,7 +218,7 @@ class LiveStore:
 
     def submit(self, model_id: str, seq_id: int, operation: Operation) -> None:
         """Accept an operation: it is on the disk when this returns. The same one may come again, and one that
-        is refused now stays as it was accepted before, or the reverse.
+        is refused now, or was before, stays as it was accepted first: what it is refused for may change.
 
         Raises:
             SequenceConflictError: another operation was accepted under this number. That is not noticed once
@@ -234,9 +234,9 @@ class LiveStore:
             self.check_base(self.spec(model_id))
             is_done = seq_id < self.next_seq(model_id)
             with suppress(FileNotFoundError):
-                before = _operations.decode(path.read_bytes())
+                before = _operations.decode(path.read_bytes())  # NaN is equal to itself as bytes alone
                 is_refused = isinstance(operation, Refuse) or isinstance(before, Refuse)
-                if before != operation and not (is_done and is_refused):
+                if not is_refused and before != operation and _encode(before) != _encode(operation):
                     raise SequenceConflictError(
                         f"seq_id {seq_id} of model {model_id} was accepted as another operation"
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +357,7 @@ def test_operations_are_done_by_number_whatever_their_order_and_never_twice(
     kept = store.result("learning", 2)
     store.submit("learning", 2, Refuse(message="no room now"))  # done already: what is kept holds
     store.submit("learning", 9, STEP)
-    for seq_id, other in ((2, STEP), (9, ask(text_row(5))), (9, Refuse(message="no room now"))):
+    for seq_id, other in ((2, STEP), (9, ask(text_row(5)))):
         with pytest.raises(SequenceConflictError, match="was accepted as another operation"):
             store.submit("learning", seq_id, other)
     models.enqueue("learning")
@@ -366,6 +367,27 @@ def test_operations_are_done_by_number_whatever_their_order_and_never_twice(
         store.create(ModelSpec(id="learning", rank=9))
     with pytest.raises(UnknownLiveModelError):
         store.submit("another", 1, STEP)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "again"),
+    [
+        (Refuse(message="1000 checkpoints are named"), Save(name="a", kind="weights")),
+        (Refuse(message="1000 checkpoints are named"), Refuse(message="1001 checkpoints are named")),
+        (Load(folder="/a"), Refuse(message="there is no checkpoint")),
+        (ask(loss="ppo", config={"a": nan, "b": 1.0}), ask(loss="ppo", config={"b": 1.0, "a": nan})),
+    ],
+    ids=["room since", "other count", "expired since", "not a number"],
+)
+def test_a_request_that_waits_and_comes_again_stays_what_it_was_accepted_as(
+    tmp_path: Path, accepted: Operation, again: Operation
+) -> None:
+    store = LiveStore(tmp_path)
+    store.create(LEARNING)
+    store.submit("learning", 1, accepted)
+    before = store.operation("learning", 1)
+    store.submit("learning", 1, again)
+    assert str(store.operation("learning", 1)) == str(before) == str(accepted)
 
 
 def test_what_is_refused_changes_nothing_and_the_next_operation_is_done(
