@@ -66,21 +66,27 @@ LATER = 2_000_000_000.0
 """Long after the service began."""
 
 
+READING = Caller("reader", "acme", frozenset({"train", "adapters"}))
+OF_VERSION = "1b2c3d4e-0000:train:4"
+"""Run that began with a version of an adapter."""
+
+
 async def unsigned(*_: Any, **__: Any) -> None:
     """Let anybody train under any name."""
 
 
-def checkpoint(store: LiveStore, name: str, created: float, number: int = 1) -> CheckpointFolder:
+def checkpoint(store: LiveStore, name: str, created: float, number: int = 1, **of: Any) -> CheckpointFolder:
     """Save a checkpoint as operation `number` and after as many steps, in place of one of this name."""
-    folder = store.checkpoint_folder(RUN, "sampler", name)
+    place = Place(of.get("model", RUN), of.get("kind", "sampler"), name)
+    folder = store.checkpoint_folder(place.run, place.kind, name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
     made = CheckpointFolder(
-        name=name, kind="sampler", folder=str(folder), model=RUN, seq_id=number, step=number, digest="",
-        bytes=1, rank=4, alpha=32.0, targets=[], train_mlp=True, train_attn=True, train_unembed=True,
-        optimizer=False, created=created,
+        name=name, kind=place.kind, folder=str(folder), model=place.run, seq_id=number, step=number,
+        digest="", bytes=1, rank=4, alpha=32.0, targets=[], train_mlp=True, train_attn=True,
+        train_unembed=True, optimizer=False, created=created, version=of.get("version", ""),
     )  # fmt: skip
     (folder / CHECKPOINT).write_bytes(msgspec.json.encode(made))
     return made
@@ -307,6 +313,20 @@ def test_another_tenant_reaches_nothing_of_a_run(upkeep: Upkeep) -> None:
     assert asyncio.run(service.runs(other)) == []
     assert upkeep.tidy(0) == ["final", "live-0", "live-1", "live-2"]
     assert upkeep.records.session("acme", "s").finished_at is None
+
+
+def test_an_adapter_that_a_run_began_with_is_downloaded_with_the_scope_that_reads_adapters(
+    upkeep: Upkeep,
+) -> None:
+    service, version = upkeep.service, f"brought@{'d' * 64}"
+    upkeep.store.create(ModelSpec(id=OF_VERSION, rank=4, owner="acme", session="s", version=version))
+    checkpoint(upkeep.store, "out", LATER, model=OF_VERSION, kind="external", version=version)
+    checkpoint(upkeep.store, "out", LATER, kind="external")
+    with pytest.raises(InsufficientScopeError, match="adapters"):
+        asyncio.run(service.external_files(ACME, OF_VERSION, "out"))
+    for caller, run in ((READING, OF_VERSION), (ACME, RUN)):
+        found = asyncio.run(service.external_files(caller, run, "out"))
+        assert set(found.signatures) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_operations_that_wait_are_limited(upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -716,8 +716,11 @@ class LiveTraining:
 
     async def external_files(self, caller: Caller, run: str, name: str) -> ExternalFiles:
         """Return the files of external weights, with signatures by which anybody may download them for a
-        while."""
-        found = await self.checkpoint(caller, Place(run, "external", name).path, "checkpoint_id")
+        while. Raises InsufficientScopeError: the run began with an adapter that the caller may not read."""
+        path = Place(run, "external", name).path
+        found = await self.checkpoint(caller, path, "checkpoint_id")
+        if found.version and not caller.may("adapters"):
+            raise InsufficientScopeError("adapters", caller.key)
         until = int(time.time() + LINK_SECONDS)
         names = await self._disk(lambda: sorted(os.listdir(found.folder)))
         secret = await self._disk(self._link_secret)
