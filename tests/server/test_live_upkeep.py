@@ -23,6 +23,7 @@ from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
     ApiError,
+    ForbiddenError,
     InsufficientScopeError,
     InvalidRequestError,
     LiveNotFoundError,
@@ -327,6 +328,59 @@ def test_an_adapter_that_a_run_began_with_is_downloaded_with_the_scope_that_read
     for caller, run in ((READING, OF_VERSION), (ACME, RUN)):
         found = asyncio.run(service.external_files(caller, run, "out"))
         assert set(found.signatures) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_address_of_external_weights_is_checked_before_any_file_is_read(upkeep: Upkeep) -> None:
+    service, place = upkeep.service, Place(RUN, "external", "out")
+    made = checkpoint(upkeep.store, "out", LATER, kind="external")
+    found = asyncio.run(service.external_files(ACME, RUN, "out"))
+
+    def fetch(signature: str, until: int = found.until, save: int = found.save) -> Path:
+        return asyncio.run(service.external_file(place, save, name, until, signature))[0]
+
+    name, signature = "adapter_config.json", found.signatures["adapter_config.json"]
+    assert fetch(signature).read_text() == "{}"
+    service._link_secret = b""  # another process, which reads it again
+    assert fetch(signature).read_text() == "{}"
+    past = service_module._signature(service._read_link_secret(), place, found.save, name, 1)
+    record = Path(made.folder) / CHECKPOINT
+    written = record.read_bytes()
+    record.write_bytes(b"damaged")  # who reads it notices
+    with pytest.raises(msgspec.DecodeError):
+        fetch(signature)
+    for wrong in (("a" * 64,), (signature, found.until + 1), (signature, found.until, 2), ("",), (past, 1)):
+        with pytest.raises(ForbiddenError, match="expires" if wrong == (past, 1) else "signature") as refusal:
+            fetch(*wrong)
+        assert refusal.value.code == "link_invalid"
+    record.write_bytes(written)
+    upkeep.store.base_id = "another base"
+    with pytest.raises(InvalidRequestError, match="another base"):
+        fetch(signature)
+    upkeep.store.base_id = ""
+    checkpoint(upkeep.store, "out", LATER, 2, kind="external")
+    with pytest.raises(ForbiddenError, match="any more"):
+        fetch(signature)
+
+
+def test_external_weights_that_are_deleted_while_they_are_asked_for_are_not_found(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, place = upkeep.service, Place(RUN, "external", "out")
+    made, known = checkpoint(upkeep.store, "out", LATER, kind="external"), service.checkpoint
+    found = asyncio.run(service.external_files(ACME, RUN, "out"))
+    name, signature = next(iter(found.signatures.items()))
+    (Path(made.folder) / name).unlink()
+    with pytest.raises(ForbiddenError, match="any more"):
+        asyncio.run(service.external_file(place, found.save, name, found.until, signature))
+
+    async def deleting(*given: Any) -> CheckpointFolder:
+        found = await known(*given)
+        shutil.rmtree(found.folder)
+        return found
+
+    monkeypatch.setattr(service, "checkpoint", deleting)
+    with pytest.raises(LiveNotFoundError):
+        asyncio.run(service.external_files(ACME, RUN, "out"))
 
 
 def test_operations_that_wait_are_limited(upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:

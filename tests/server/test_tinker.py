@@ -611,7 +611,9 @@ def test_external_weights_are_downloaded_without_a_key_as_peft_has_them(
             f"{name}.age": content for name, content in own.items()
         }
         url = found.urls["adapter_config.json"]
+        assert stranger.get(url).headers["cache-control"] == "private, no-store"
         for other in (
+            re.sub(r"save=(\d+)", r"save=1\1", url),
             url.replace("plain", "secret"),
             url.replace("adapter_config.json", "checkpoint.json"),
             re.sub(r"expires=\d+", f"expires={2**40}", url),

@@ -196,8 +196,10 @@ class _SavedOverError(OSError):
 
 @dataclass(frozen=True)
 class ExternalFiles:
-    """Files of external weights. until: Unix seconds; signatures: of each file, by its name."""
+    """Files of external weights. save: number of the operation that saved them; until: Unix seconds;
+    signatures: of each file, by its name."""
 
+    save: int
     until: int
     signatures: Mapping[str, str]
 
@@ -270,6 +272,8 @@ class LiveTraining:
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = time.time()
         self._secret_lock = threading.Lock()
+        self._link_secret = b""
+        """Key that signs addresses of files, once it was read."""
 
     # ---- sessions ----------------------------------------------------------------------------
 
@@ -717,40 +721,53 @@ class LiveTraining:
     async def external_files(self, caller: Caller, run: str, name: str) -> ExternalFiles:
         """Return the files of external weights, with signatures by which anybody may download them for a
         while. Raises InsufficientScopeError: the run began with an adapter that the caller may not read."""
-        path = Place(run, "external", name).path
-        found = await self.checkpoint(caller, path, "checkpoint_id")
+        place = Place(run, "external", name)
+        found = await self.checkpoint(caller, place.path, "checkpoint_id")
         if found.version and not caller.may("adapters"):
             raise InsufficientScopeError("adapters", caller.key)
         until = int(time.time() + LINK_SECONDS)
-        names = await self._disk(lambda: sorted(os.listdir(found.folder)))
-        secret = await self._disk(self._link_secret)
+        try:
+            names = await self._disk(lambda: sorted(os.listdir(found.folder)))
+        except FileNotFoundError as error:  # it was deleted meanwhile
+            raise LiveNotFoundError("checkpoint", place.path, "checkpoint_id") from error
+        secret = await self._disk(self._read_link_secret)
         files = [file for file in names if file != CHECKPOINT and not file.startswith(".")]
-        return ExternalFiles(until, {file: _signature(secret, found, file, until) for file in files})
+        signatures = {file: _signature(secret, place, found.seq_id, file, until) for file in files}
+        return ExternalFiles(found.seq_id, until, signatures)
 
-    async def external_file(self, place: Place, name: str, until: int, signature: str) -> Path:
-        """Return a file of external weights, if the signature is that of `external_files`. Raises
-        ForbiddenError."""
+    async def external_file(
+        self, place: Place, save: int, name: str, until: int, signature: str
+    ) -> tuple[Path, os.stat_result]:
+        """Return a file of external weights, if the signature is that of `external_files`: nothing is read
+        for another one. Raises ForbiddenError, InvalidRequestError.
+
+        save: number of the operation that saved it.
+        """
+        secret = self._link_secret or await self._disk(self._read_link_secret)
+        own = _signature(secret, place, save, name, until)
+        if not hmac.compare_digest(own.encode(), signature.encode()):
+            raise _link_invalid("signature: it belongs to no file that is here.")
+        if until <= time.time():
+            raise _link_invalid("expires: the time of this address is over.")
         found = await self._weights(place.path)
-        own = "" if found is None else _signature(await self._disk(self._link_secret), found, name, until)
-        if found is None or not hmac.compare_digest(own.encode(), signature.encode()):
-            raise ForbiddenError(
-                "signature: it belongs to no file that is here. Ask for external_weights_urls again.",
-                code="link_invalid",
-            )
-        if min(until, found.expires or until) <= time.time():
-            raise ForbiddenError(
-                "expires: the time of this address is over. Ask for external_weights_urls again.",
-                code="link_invalid",
-            )
-        return Path(found.folder) / name
+        if found is None or found.seq_id != save or _has_expired(found):
+            raise _link_invalid("signature: it belongs to no file that is here any more.")
+        _check_base(self._store(), found, "run")
+        path = Path(found.folder) / name
+        try:
+            return path, await self._disk(path.stat)
+        except FileNotFoundError as error:  # it was deleted meanwhile
+            raise _link_invalid("signature: it belongs to no file that is here any more.") from error
 
-    def _link_secret(self) -> bytes:
+    def _read_link_secret(self) -> bytes:
         """Return what signs addresses of files. It is made once, and survives a restart. Blocks."""
         path = self._store().root / _LINK_SECRET
         with self._secret_lock:
             if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, secrets.token_bytes(32), mode=0o600)
-            return path.read_bytes()
+            self._link_secret = self._link_secret or path.read_bytes()
+            return self._link_secret
 
     async def _delete(self, checkpoint: CheckpointFolder) -> None:
         self._looked.pop(checkpoint.model, None)
@@ -1138,10 +1155,14 @@ def _check_base(store: LiveStore, found: ModelSpec | CheckpointFolder, param: st
         raise InvalidRequestError(f"{param}: {error}.", param=param, code="other_base") from error
 
 
-def _signature(secret: bytes, checkpoint: CheckpointFolder, name: str, until: int) -> str:
+def _signature(secret: bytes, place: Place, save: int, name: str, until: int) -> str:
     """Return what allows to download a file of this save of a checkpoint until then, in Unix seconds."""
-    signed = msgspec.json.encode([Place.of(checkpoint).path, checkpoint.seq_id, name, until])
+    signed = msgspec.json.encode([place.path, save, name, until])
     return hmac.new(secret, signed, hashlib.sha256).hexdigest()
+
+
+def _link_invalid(why: str) -> ForbiddenError:
+    return ForbiddenError(f"{why} Ask for external_weights_urls again.", code="link_invalid")
 
 
 def _write(path: Path, content: bytes, mode: int = 0o666) -> None:

@@ -23386,6 +23386,7 @@ export interface operations {
     get_external_weights_api_v1_external_weights__run___name___file__get: {
         parameters: {
             query?: {
+                save?: number;
                 expires?: number;
                 signature?: string;
             };

@@ -677,7 +677,7 @@ async def get_external_weights_urls(
     found = await services.live_training.external_files(caller, run, name)
     folder = f"{str(request.base_url).rstrip('/')}/api/v1/external_weights/{run}/{name}"
     urls = {
-        file: f"{folder}/{file}?expires={found.until}&signature={signature}"
+        file: f"{folder}/{file}?save={found.save}&expires={found.until}&signature={signature}"
         for file, signature in found.signatures.items()
     }
     return json_response(wire.ExternalWeightsAnswer(urls, _time(found.until)))
@@ -695,13 +695,20 @@ async def get_external_weights(
     name: Named,
     file: Named,
     services: Provided,
+    save: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     expires: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     signature: Annotated[str, Query(max_length=MAX_ID)] = "",
 ) -> Response:
     """Download a file of external weights from an address that `external_weights_urls` has returned."""
     place = Place(run, "external", name)
-    path = await services.live_training.external_file(place, file, expires, signature)
-    return FileResponse(path, media_type="application/octet-stream", filename=file)
+    path, status = await services.live_training.external_file(place, save, file, expires, signature)
+    return FileResponse(
+        path,
+        media_type="application/octet-stream",
+        filename=file,
+        stat_result=status,
+        headers={"Cache-Control": "private, no-store"},
+    )
 
 
 @router.post("/weights_info", responses=answer(wire.WeightsInfoAnswer, 404))
