@@ -22,6 +22,7 @@ from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
+    AdapterNotFoundError,
     ApiError,
     ForbiddenError,
     InsufficientScopeError,
@@ -290,6 +291,33 @@ def test_runs_are_ended_and_read_with_the_scope_train_alone(upkeep: Upkeep) -> N
     upkeep.records.add_session(LiveSession("t", "acme", "key", LATER, {}), "server")
     asyncio.run(other.finish(sampling, "t"))  # it has no runs
     assert upkeep.records.session("acme", "t").finished_at is not None
+
+
+def test_a_run_that_began_with_an_active_version_is_found_again_after_another_was_activated(
+    upkeep: Upkeep,
+) -> None:
+    begun = ModelSpec(
+        id="s:train:7", rank=4, owner="acme", base="base", session="s", version=f"brought@{'d' * 64}"
+    )
+    upkeep.store.create(begun)
+
+    def begin(caller: Caller = ACME, name: str = "brought", metadata: dict[str, str] | None = None) -> str:
+        made = upkeep.service.continue_from(
+            caller,
+            "s",
+            7,
+            f"tinker://adapters/weights/{name}",
+            optimizer=False,
+            base_model=None,
+            metadata=metadata,
+        )
+        return asyncio.run(made)
+
+    assert begin() == begun.id
+    other = Caller("k", "globex", frozenset({"train"}))
+    for asked in ({"caller": other}, {"name": "another"}, {"metadata": {"run": "2"}}):
+        with pytest.raises(AdapterNotFoundError):  # the version is looked for, and there is none here
+            begin(**asked)  # type: ignore[arg-type]
 
 
 def test_another_tenant_reaches_nothing_of_a_run(upkeep: Upkeep) -> None:

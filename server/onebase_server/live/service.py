@@ -463,6 +463,13 @@ class LiveTraining:
                 f"optimizer: {path[:200]!r} is an adapter, which has none. Load it without.",
                 param="optimizer",
             )
+        base_model, run = base_model or self._base_names[0], f"{session_id}:train:{number}"
+        with suppress(LiveNotFoundError):
+            begun = await self.run(caller, run)  # another version may be the active one by now
+            name = path.removeprefix(f"{_SCHEME}adapters/").partition("/")[2]
+            same = (begun.base, begun.metadata) == (base_model, dict(metadata or {}))
+            if same and begun.start is None and name == begun.version.rpartition("@")[0]:
+                return run
         chosen = check_generates(await self._version(caller.tenant, path, "path"), "path")
         (use,) = chosen.uses
         self._library.catalog.of(caller.tenant).check_own(use.name, "train it further")
@@ -476,7 +483,7 @@ class LiveTraining:
             caller,
             session_id,
             number,
-            base_model=base_model or self._base_names[0],
+            base_model=base_model,
             rank=int(chosen.report["rank"]),
             seed=0,
             train={},
