@@ -78,6 +78,8 @@ from onebase_training.trainable import ADAPTER, Trainable, head_name, joined, ta
 
 MICRO_TOKENS = 1024
 """Tokens computed in one pass, whatever the memory: other passes would add up to other last bits."""
+JOINED_BYTES = 4 << 20
+"""Largest operation, in bytes, that is read to find out whether it fits into a pass of several models."""
 CHECKPOINTING_BYTES = 1 << 30
 """Size of a base from which on activations are computed twice instead of kept."""
 HIGHEST_SETTING = 1e6
@@ -874,22 +876,26 @@ class LiveModels:
         """Return a backward pass, and the next ones of models whose turns follow, as far as all fit."""
         found, left = list[tuple[str, int, ForwardBackward]](), MICRO_TOKENS
         for one in (model_id, *self._turns):
-            number = seq_id if one == model_id else self._next_of(one)
-            asked = operation if one == model_id else self._store.operation(one, number)
+            number, asked = (seq_id, operation) if one == model_id else self._next_small(one)
             joins = one in self._proven and isinstance(asked, ForwardBackward) and not asked.forward_only
             if isinstance(asked, ForwardBackward) and joins and self._models[one].joins:
                 tokens = sum(map(len, asked.data))
                 if 0 < tokens <= left:
                     found.append((one, number, asked))
                     left -= tokens
-            if one == model_id and not found:
+            if left == 0 or not found:
                 break
         return found
 
-    def _next_of(self, model_id: str) -> int:
-        """Return the number of a model's next operation; 0 if nothing of it is done now."""
+    def _next_small(self, model_id: str) -> tuple[int, Operation | None]:
+        """Return a model's next operation and its number, if it may join a pass: none is read that is large,
+        or of a model of which nothing is done now."""
         is_live = model_id in self._models and self._store.is_live(model_id)
-        return self._store.next_seq(model_id) if is_live and model_id not in self._broken else 0
+        if not is_live or model_id in self._broken or model_id not in self._proven:
+            return 0, None
+        number = self._store.next_seq(model_id)
+        is_small = self._store.operation_bytes(model_id, number) <= JOINED_BYTES
+        return number, self._store.operation(model_id, number) if is_small else None
 
     def _done(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
         """Do an operation. An error fails it alone, unless base or device cannot be trusted after it."""

@@ -248,6 +248,13 @@ class LiveStore:
         """Return an operation that was accepted; None if it was not, or a point covers it."""
         return _read(self._path(model_id, "operations", seq_id), _operations)
 
+    def operation_bytes(self, model_id: str, seq_id: int) -> int:
+        """Return the size of an operation that was accepted; 0 if it was not, or a point covers it."""
+        try:
+            return self._path(model_id, "operations", seq_id).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def has_next(self, model_id: str) -> bool:
         """Return True if the next operation was accepted."""
         return self._path(model_id, "operations", self.next_seq(model_id)).exists()

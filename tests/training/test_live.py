@@ -307,6 +307,35 @@ def test_small_passes_that_are_next_are_computed_together_once_each_model_has_do
     assert charged[0].seconds == pytest.approx(charged[1].seconds)  # type: ignore[union-attr]
 
 
+def test_a_large_operation_is_not_read_to_find_out_whether_it_joins_a_pass(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, together, read = LiveStore(tmp_path), list[int](), list[tuple[str, int]]()
+    plain = LiveStore.operation
+
+    def reading(self: LiveStore, model_id: str, seq_id: int) -> Operation | None:
+        read.append((model_id, seq_id))
+        return plain(self, model_id, seq_id)
+
+    def counted(asked: Any) -> list[ComputedPass | Refused]:
+        together.append(len(asked))
+        return compute_together(asked)
+
+    monkeypatch.setattr(live, "compute_together", counted)
+    monkeypatch.setattr(live, "JOINED_BYTES", 1000)
+    for spec in SPECS:
+        store.create(spec)
+        for seq_id, count in ((1, 9), (2, 9), (3, 90 if spec == SPECS[0] else 9)):
+            store.submit(spec.id, seq_id, ask(text_row(count, seq_id)))
+    models = live_models(base, tmp_path, joins=True)
+    monkeypatch.setattr(LiveStore, "operation", reading)
+    while models.do_next():
+        pass
+    assert together == [2]
+    assert read.count((SPECS[0].id, 3)) == 1  # in its own turn
+    assert all(isinstance(store.result(spec.id, 3), Computed) for spec in SPECS)
+
+
 def test_a_model_that_is_unloaded_while_a_pass_of_several_runs_leaves_the_others_theirs(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
