@@ -328,7 +328,8 @@ def test_a_key_with_the_scope_or_with_admin_gets_past_the_door(
     for method, path, access in ROUTES:
         for key in (admin, narrow.get(access, narrow["generate"])):
             answer = http.request(method, path, headers=bearer(key))
-            assert answer.status_code not in (401, 403), (method, path, answer.text)
+            refusals = (401,) if path == SIGNED else (401, 403)  # its key is in its address
+            assert answer.status_code not in refusals, (method, path, answer.text)
 
 
 def test_nothing_of_a_body_is_read_before_the_key_is_checked(http: httpx2.Client) -> None:
