@@ -711,7 +711,8 @@ def test_a_signed_folder_is_sent_with_its_signature_and_taken_elsewhere_with_it(
         add_by_page(visit, "sent", files)
         expect(page.get_by_role("table", name="Versions")).to_contain_text("Signed by acme")
         with server.client() as http:
-            version = http.get("/v1/adapters/sent").json()["version"]
+            (known,) = http.get("/v1/adapters/sent/versions").json()["data"]
+        version = known["version"]
         with page.expect_download() as saved:
             page.get_by_role("button", name=f"Download {version[:12]}").click()
         archive = tmp_path / "sent.tar"
