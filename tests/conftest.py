@@ -24,8 +24,8 @@ from onebase_engine.machine import with_room
 from onebase_protocol.command_line import end_process
 
 # On a busy machine an example may take any time; fixtures that a function shares are meant so. Each run draws
-# other examples; `make check-long` draws ten times as many where a test does not say how many, and kernels under
-# sanitizers, which are slow, have few.
+# other examples; `make check-long` draws ten times as many where a test does not say how many. Kernels under
+# sanitizers, which are slow, get few.
 for name, examples in (("few", 12), ("short", 40), ("long", 400)):
     settings.register_profile(
         name,
