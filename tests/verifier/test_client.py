@@ -618,10 +618,10 @@ def test_bytes_that_are_no_message_end_the_process(new_api: NewApi) -> None:
 # ---- beside rows -------------------------------------------------------------------------------
 
 YIELDING = (
-    "import sys; from onebase_server.processes import verifier; verifier.SHARE['cpu'] = 0.0; "
+    "import sys; from onebase_server.processes import verifier; verifier.SHARE = 0.0; "
     "sys.exit(verifier.main())"
 )
-"""The real verifier, with the gate that it has on a GPU, and no time at all while rows run."""
+"""The real verifier, with no time at all while rows run."""
 
 
 def test_a_proof_waits_at_its_gate_while_rows_run_gives_signs_of_life_and_ends_when_they_have(
