@@ -329,6 +329,7 @@ def test_an_adapter_is_measured_on_the_rows_that_the_old_model_was_measured_on(o
         job=None,
         name=None,
         set=[],
+        grader=None,
         activate="if_better",
     )
     gate = migrate._use_recorded(args)
