@@ -457,7 +457,7 @@ def test_the_command_lists_shows_replays_and_erases(
         other = tmp_path / "body.json"
         other.write_text(json.dumps({**ASKED, "max_tokens": 3}))
         assert command(server, "replay", ids[0], "--body", str(other)) == 1
-        assert "different\nat character" in capsys.readouterr().out
+        assert "max_tokens: the logged request had other settings" in capsys.readouterr().err
         assert command(server, "replay", "--since", "1h") == 0
         told = capsys.readouterr()
         assert told.out.count("equal") == 2
