@@ -11,7 +11,7 @@ first and its last pass of the load.
 
 With `--vllm-python PYTHON` it measures the same step as TRL and PEFT with a vLLM beside them take it: a pass
 over the base in bf16, PyTorch's AdamW, PEFT's `save_pretrained`, vLLM's reload of the adapter in place, and a
-token. vLLM serves no adapter of the head, so that this one has only the layers' linear modules.
+token. PEFT's `all-linear` leaves out the head, which the adapter of the other measurement has.
 """
 
 from __future__ import annotations

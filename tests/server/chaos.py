@@ -72,9 +72,9 @@ DELAYS = (0.01, 0.05, 0.2)
 JUMPS = (-86400.0, -120.0, 120.0, 86400.0)
 _CODES_RESUMED = ("disk_full", "store_unavailable")
 """Codes of jobs that failed, and go on once they are resumed."""
-_CODES_AWAY = ("registry_unavailable", "store_unavailable", "store_full", "registry_full")
-_CODES_OF_ONE = ("adapter_unavailable", "memory_refused")
-"""Codes of errors with status 503 that one of several requests in a stream may have."""
+_CODES_AWAY = (
+    "registry_unavailable", "store_unavailable", "store_full", "registry_full", "adapter_unavailable",
+)  # fmt: skip
 
 
 class Proxy:
@@ -412,7 +412,7 @@ class Chaos:
         if code == "crashes_engine":  # its prompt was there each time, and is refused for that long
             deaths = sum(at > since - FORGIVEN_AFTER for at in self._engines_died)
             return "" if deaths > 1 else f"{deaths} engines died"
-        if code in ("no_replica", "replica_lost", *_CODES_AWAY, *_CODES_OF_ONE):
+        if code in ("no_replica", "replica_lost", *_CODES_AWAY):
             return "" if self._faulted_at > since - 60 else "no fault"
         if code or status != 200:
             return f"status {status} {code}"

@@ -256,8 +256,8 @@ class AdapterService:
         if rule.policy != "require" or (self._key is not None and OWN in rule.signers):
             return
         signers = " or ".join(rule.signers)
-        remedy = f"ave the operator add {OWN} to the signers of {name!r}"
-        remedy = f"H{remedy}" if param is None else f"Train under another name, or h{remedy}"
+        way = "Have" if param is None else "Train under another name, or have"
+        remedy = f"{way} the operator add {OWN} to the signers of {name!r}"
         error = SignatureError(
             "signer_not_allowed",
             f"What is trained here is {OWN}'s, and only {signers} may sign this name. {remedy}.",
