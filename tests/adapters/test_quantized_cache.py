@@ -22,6 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small base; the cache is a folder of the test's own."""
     monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(quantized_cache, "LEAST", 0)
+    monkeypatch.setattr(quantized_cache, "SPARED", 0)
     return save_base("llama", tmp_path / "base")
 
 
@@ -70,6 +71,16 @@ def test_a_small_base_is_not_kept(
     assert quantized_cache.LEAST > 1 << 20
     monkeypatch.setattr(quantized_cache, "written", None)
     load_kept_base(BaseSettings(folder))
+
+
+def test_a_base_that_would_leave_the_disk_too_full_is_not_kept(
+    folder: Path, loads: list[BaseSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_cache, "SPARED", 1)
+    load_kept_base(BaseSettings(folder))
+    load_kept_base(BaseSettings(folder))
+    assert len(loads) == 2
+    assert kept() == []
 
 
 def test_another_way_to_quantize_or_other_files_are_another_base(

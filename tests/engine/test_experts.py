@@ -193,6 +193,7 @@ def test_a_second_start_reads_the_quantized_experts(
 ) -> None:
     monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path))
     monkeypatch.setattr(quantized_cache, "LEAST", 0)
+    monkeypatch.setattr(quantized_cache, "SPARED", 0)
     settings = BaseSettings(folders(kind), quantization=quantization)
     first = load_kept_base(settings)
     monkeypatch.setattr(quantized_cache, "load_base", None)

@@ -594,7 +594,8 @@ def test_an_answer_with_many_log_probabilities_is_written_off_the_event_loop(
 
         monkeypatch.setattr(generation_routes, "begin", begin)
         sampling = SimpleNamespace(logprobs=20, prompt_logprobs=None)
-        job: Any = SimpleNamespace(tenant="acme", sampling=sampling, prompts=())
+        adapter = SimpleNamespace(version_label=None)
+        job: Any = SimpleNamespace(tenant="acme", sampling=sampling, prompts=(), adapter=adapter)
         services: Any = SimpleNamespace(reading=Threads("read", 1))
         view: Any = SimpleNamespace(answer=answer)
         receive = asyncio.Event().wait
