@@ -17,7 +17,7 @@ from onebase.cli import main
 
 from ..hub_standin import HubStandIn
 from .support import Server, Starter, make_folder, upload_folder
-from .training_support import BASE, add_file, ended, make_job, openai_client, run_job, wait_job
+from .training_support import BASE, add_file, ended, make_job, openai_client, run_job, step_of, wait_job
 
 signing()
 
@@ -511,6 +511,56 @@ def test_a_job_from_before_a_stricter_policy_makes_no_version(
         assert (failed.status, failed.error.code) == ("failed", "signature_missing")
         assert "have the operator add server" in failed.error.message.lower()
         assert http.get("/v1/adapters/support-held").status_code == 404
+
+
+def test_a_job_from_before_a_stricter_policy_goes_on_from_no_unsigned_or_deleted_version(
+    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = keys["acme"].parent
+    rules = [{"name": "support*", "policy": "require", "signers": ["server"]}]
+    (folder / "own.json").write_text(json.dumps({"signers": {}, "rules": rules}))
+    jobs = {}
+    with serve_scripted("words", data_dir=tmp_path / "data") as server, server.client() as http:
+        client = openai_client(server)
+        for name in ("unsigned", "deleted"):
+            files = adapter(tmp_path, name, name.encode())
+            upload_folder(http, name, files, "wait=true&activate=true").raise_for_status()
+            asked = {"name": f"support-{name}", "activate": "always", "hold": True}
+            jobs[name] = make_job(client, "rows", model=name, extra=asked).id
+        for job in jobs.values():
+            wait_job(server, client, job, lambda job: job.status == "paused")
+        http.delete("/v1/adapters/deleted").raise_for_status()
+    options = ("--signatures", str(folder / "own.json"), "--signing-key", str(folder / "server.key"))
+    with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
+        client = openai_client(server)
+        for name, why in (("unsigned", "has no verified signature"), ("deleted", "was deleted")):
+            client.fine_tuning.jobs.resume(jobs[name])
+            failed = wait_job(server, client, jobs[name], ended)
+            assert (failed.status, failed.error.code) == ("failed", "signature_missing")
+            assert why in failed.error.message
+            assert http.get(f"/v1/adapters/support-{name}").status_code == 404
+            (entry,) = audited(http, f"support-{name}")
+            assert entry["details"]["code"] == "signature_missing"
+
+
+def test_a_checkpoint_of_a_job_from_before_a_stricter_policy_is_not_served(
+    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    strict = keys["acme"].parent / "strict-checkpoints.json"
+    rules = [{"name": "support-kept", "policy": "require", "signers": ["acme"]}]
+    strict.write_text(json.dumps({"signers": {"acme": {"key": "acme.pub"}}, "rules": rules}))
+    with serve_scripted("words", data_dir=tmp_path / "data") as server:
+        client = openai_client(server)
+        job = make_job(client, "until-paused", extra={"name": "support-kept"})
+        wait_job(server, client, job.id, lambda job: step_of(job) == 5)
+        client.fine_tuning.jobs.pause(job.id)
+        wait_job(server, client, job.id, lambda job: job.status == "paused")
+    model = f"support-kept:{job.id}:step-5"
+    options = ("--signatures", str(strict))
+    with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
+        asked = {"prompt": "one", "adapter": model, "max_tokens": 1}
+        assert refused(http.post("/generate", json=asked)) == "signature_missing"
+        assert http.get(f"/v1/adapters/{model}").status_code == 404
 
 
 def test_a_job_without_a_name_is_checked_under_the_one_that_it_gets(

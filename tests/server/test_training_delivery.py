@@ -63,7 +63,7 @@ class _Library:
     async def history(self, tenant: str, name: str) -> list[Any]:
         return []
 
-    async def check_trained(self, tenant: str, name: str, *, actor: str, param: Any) -> None:
+    async def check_job(self, job: Any, *, actor: str) -> None:
         """No signature is required of what is trained here."""
 
 

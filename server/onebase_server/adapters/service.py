@@ -26,6 +26,7 @@ from onebase_adapters.registry import (
     UNSET,
     Origin,
     Registry,
+    TrainingJob,
     Unset,
     VersionRecord,
     acting,
@@ -42,6 +43,7 @@ from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_edge.background import Backoff, Threads
 from onebase_edge.errors import (
+    AdapterNotFoundError,
     ApiError,
     EngineRestartedError,
     QueueFullError,
@@ -218,13 +220,14 @@ class AdapterService:
         *,
         actor: str = "",
         act: str = "a merge",
-        param: str = "adapters",
+        param: str | None = "adapters",
     ) -> None:
         """Refuse to make a version under a name that needs a signature, unless all its parents have one of a
         signer of this name.
 
         Args:
-            act: what is refused, for the message. param: the request's field that names the parents.
+            act: what is refused, for the message. param: the request's field that names the parents, or
+                None.
 
         Raises VersionFailedError, which is in the audit log then.
         """
@@ -270,6 +273,27 @@ class AdapterService:
             )
         await self.note_refusal(tenant, name, error, actor=actor)
         raise VersionFailedError(str(error), code=error.code, param=param)
+
+    async def check_job(self, job: TrainingJob, *, actor: str) -> None:
+        """Refuse what a job trained where today's policy would not let the job begin: it may be from before.
+
+        Raises VersionFailedError, which is in the audit log then, and UnavailableError.
+        """
+        await self.check_trained(job.tenant, job.name, actor=actor, param=None)
+        if job.parent is None or self.signatures.rule(job.tenant, job.name).policy != "require":
+            return
+        try:
+            parent = await self.version(job.parent.tenant, job.parent.name, job.parent.digest)
+        except AdapterNotFoundError:
+            error = SignatureError(
+                "signature_missing",
+                f"{label(job.parent.name, job.parent.digest)}, from which training went on, was deleted, and "
+                "this name needs a verified signature of it. Upload it again with its signature, and create "
+                "the job again.",
+            )
+            await self.note_refusal(job.tenant, job.name, error, actor=actor)
+            raise VersionFailedError(str(error), code=error.code) from None
+        await self.check_parents(job.tenant, job.name, [parent], actor=actor, act="training", param=None)
 
     @property
     def signs(self) -> bool:

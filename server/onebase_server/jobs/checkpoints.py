@@ -63,8 +63,8 @@ class CheckpointModels:
         """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
 
         Concurrent first uses wait for the same proof. Raises AdapterNotFoundError when it is gone,
-        StateConflictError when it lies on another server, VersionFailedError, UnavailableError, and what
-        adding an adapter raises."""
+        StateConflictError when it lies on another server, VersionFailedError (also where the policy for
+        signatures refuses what its job trains), UnavailableError, and what adding an adapter raises."""
         place = await self._place(tenant, name, param)
         record = self._library.catalog.of(tenant).own(name)
         if record is not None and record.active is not None:
@@ -128,6 +128,8 @@ class CheckpointModels:
             raise AdapterNotFoundError(f"There is no checkpoint {name[:200]!r}.", param="model")
         with storage_errors(name):
             job = await self._threads.run_blocking(self._records.job, tenant, wanted.job)
+        await self._library.check_job(job, actor=ACTOR)
+        with storage_errors(name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
         source = {"kind": "checkpoint", "job": wanted.job, "step": wanted.step}
         options = VersionOptions(activate=True, any_base=True)

@@ -171,7 +171,7 @@ class Delivery:
         result_file = await self._files.store_curve(job.tenant, job.id, report)
         with storage_errors(job.name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, folder)
-        await self._library.check_trained(job.tenant, job.name, actor=ACTOR, param=None)
+        await self._library.check_job(job, actor=ACTOR)
         version = await self._proved(job, files)
         if version.error is not None:
             code = _CODES.get(version.error.code, version.error.code)
