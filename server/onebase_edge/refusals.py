@@ -1,7 +1,9 @@
-"""Errors as answers, in the format of the API that was asked: OpenAI's, or Anthropic's on its routes."""
+"""Errors as answers, in the format of the API that was asked: OpenAI's, or Anthropic's on its routes; and the
+requests that may be sent again after one."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -11,6 +13,20 @@ from starlette.types import Receive, Scope, Send
 from onebase_edge.errors import ApiError, error_body, error_headers, status_of
 from onebase_edge.request_id import HEADER, request_id
 
+_TEXT = frozenset(
+    {
+        "/", "/generate", "/generate/many", "/v1/completions", "/v1/chat/completions", "/v1/responses",
+        "/v1/conversations", "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens",
+        "/v1/embeddings", "/v1/classify", "/classify",
+        "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize",
+        "/detokenize", "/v1/feedback",
+        "/v1/fine_tuning/alpha/graders/run", "/v1/fine_tuning/alpha/graders/validate",
+    }
+)  # fmt: skip
+"""Paths of requests that may be sent again to another server, whatever came of the first."""
+_CANCELS = re.compile(r"/generate/[^/]+/cancel")
+"""Paths of requests that end a text: it ends as well if they come twice, or if its server goes away."""
+_REPLAYS = re.compile(r"/v1/requests/[^/]+/replay")
 _ANTHROPIC = "/v1/messages"
 _ANTHROPIC_HEADER = "request-id"
 _KINDS = {
@@ -31,6 +47,11 @@ def is_anthropic(scope: Any) -> bool:
     known."""
     path: str = scope.get("path", "")
     return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
+
+
+def may_repeat(path: str) -> bool:
+    """Return True if a request that changes something may be sent twice, since nothing of it stays."""
+    return path in _TEXT or any(one.fullmatch(path) for one in (_CANCELS, _REPLAYS))
 
 
 def id_headers(scope: Any) -> dict[str, str]:

@@ -462,7 +462,8 @@ ERROR_CODES = (
         503,
         "memory_refused",
         "the machine refuses the server more memory or threads: its log says what limits them; with "
-        "`Retry-After`",
+        "`Retry-After`. A request that changes something is answered by 500, `internal_error` and "
+        "`x-should-retry: false`, since it may have been carried out",
     ),
     _meaning(
         503,

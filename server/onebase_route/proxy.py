@@ -53,7 +53,7 @@ from onebase_edge.forwarded import (
     forwarded_of,
 )
 from onebase_edge.listener import QuietServer, uvicorn_config
-from onebase_edge.refusals import error_json, is_anthropic, refusal
+from onebase_edge.refusals import error_json, is_anthropic, may_repeat, refusal
 from onebase_edge.request_id import request_id
 from onebase_edge.settings import Settings, is_loopback
 from onebase_edge.sse import DONE, connection_abort
@@ -164,20 +164,6 @@ _OF_ONE = ("response_not_found", "conversation_not_found", "invalid_transcript")
 _LEARNT = (b"model_not_found", b"adapter_not_found", b"version_not_found")
 """Codes of errors for names that another server may know, because it alone has them or learnt of them
 first."""
-_TEXT = frozenset(
-    {
-        "/", "/generate", "/generate/many", "/v1/completions", "/v1/chat/completions", "/v1/responses",
-        "/v1/conversations", "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens",
-        "/v1/embeddings", "/v1/classify", "/classify",
-        "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize",
-        "/detokenize", "/v1/feedback",
-        "/v1/fine_tuning/alpha/graders/run", "/v1/fine_tuning/alpha/graders/validate",
-    }
-)  # fmt: skip
-"""Paths of requests that may be sent again to another server, whatever came of the first."""
-_CANCELS = re.compile(r"/generate/[^/]+/cancel")
-"""Paths of requests that end a text: it ends as well if they come twice, or if its server goes away."""
-_REPLAYS = re.compile(r"/v1/requests/[^/]+/replay")
 _LOG = "/v1/requests"
 """Path at which each server lists its own log; what is erased there is erased on all servers."""
 _LOADS = re.compile(r"/v1/adapters/([^/]+)/(?:activate|rollback)")
@@ -213,11 +199,6 @@ _PLACES = (
 )
 """Paths of requests that change something, each with the path at which GET shows the result. Others have
 their own path."""
-
-
-def may_repeat(path: str) -> bool:
-    """Return True if a request that changes something may be sent twice, since nothing of it stays."""
-    return path in _TEXT or any(one.fullmatch(path) for one in (_CANCELS, _REPLAYS))
 
 
 def target_in(path: str) -> str:

@@ -142,12 +142,32 @@ def test_memory_or_threads_that_are_refused_are_logged_with_the_remedy_and_witho
     )
 
 
+def _answer(error: Exception, method: str, path: str) -> Any:
+    request = Request({"type": "http", "method": method, "path": path, "headers": []})
+    return asyncio.run(app._answer_unexpected(request, error))
+
+
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
 def test_a_request_whose_memory_or_thread_is_refused_is_to_be_sent_again(error: Exception) -> None:
-    request = Request({"type": "http", "method": "POST", "path": "/generate/many", "headers": []})
-    answer = asyncio.run(app._answer_unexpected(request, error))
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert asyncio.run(app._answer_unexpected(request, ValueError("a fault"))).status_code == 500
+    for method, path in (("POST", "/generate/many"), ("GET", "/v1/fine_tuning/jobs")):
+        answer = _answer(error, method, path)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert _answer(ValueError("a fault"), "POST", "/generate/many").status_code == 500
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/fine_tuning/jobs"), ("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/orders")],
+)
+def test_nobody_sends_a_request_again_that_may_have_been_carried_out_when_memory_was_refused(
+    method: str, path: str
+) -> None:
+    answer = _answer(MemoryError(), method, path)
+    client = openai.OpenAI(api_key="none")
+    told = httpx2.Response(answer.status_code, headers=dict(answer.headers))
+    assert not client._should_retry(told)  # type: ignore[arg-type]
+    assert answer.status_code == 500, "our own client and the route repeat a 503"
+    assert "may have carried the request out" in answer._error["error"]["message"]
 
 
 def record() -> logging.LogRecord:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
 from onebase_edge.errors import ApiError, BodyTooLargeError, UnavailableError, error_dict
-from onebase_edge.refusals import ErrorAnswer, refusal
+from onebase_edge.refusals import ErrorAnswer, may_repeat, refusal
 from onebase_edge.request_id import request_id
 from onebase_engine.logs import REQUEST
 from onebase_engine.machine import find_refusal
@@ -252,11 +252,17 @@ async def _answer_unexpected(request: Request, error: Exception) -> Response:
     _log.error(
         "%s %s (%s) failed", request.method, request.url.path, request_id(request.scope), exc_info=error
     )
+    message, headers = "The server failed on this request; its log says why. Please report it.", {}
     if find_refusal(error) is not None:
+        refused = "The machine refuses the server more memory or threads now."
+        remedy = "if it goes on, the server's log says what to raise."
+        if request.method in ("GET", "HEAD") or may_repeat(request.url.path):
+            message = f"{refused} Send the request again; {remedy}"
+            return refusal(UnavailableError(message, code="memory_refused", retry_after=1.0))
+        # Clients and the route send again what is answered by 503.
         message = (
-            "The machine refuses the server more memory or threads now. Send the request again; if it goes "
-            "on, the server's log says what to raise."
+            f"{refused} It may have carried the request out: send it again only if you see that it was not; "
+            f"{remedy}"
         )
-        return refusal(UnavailableError(message, code="memory_refused", retry_after=1.0))
-    message = "The server failed on this request; its log says why. Please report it."
-    return ErrorAnswer(error_dict(message, "server_error", "internal_error"), 500, {})
+        headers = {"x-should-retry": "false"}
+    return ErrorAnswer(error_dict(message, "server_error", "internal_error"), 500, headers)
