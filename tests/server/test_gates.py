@@ -30,6 +30,7 @@ def server(
     keys = Keys(folder, url)
     made = {name: keys.make("adapters", "generate") for name in ("ann", "ben")}
     made |= {"admin": keys.make("admin"), "stranger": keys.make("adapters", tenant="others")}
+    made["operator"] = keys.make("admin", "adapters", tenant="operators")
     made |= {f"id of {name}": keys.record(key).id for name, key in made.items()}
     keys.close()
     with serve_scripted("words", "--registry", url, data_dir=folder) as running:
@@ -218,14 +219,20 @@ def test_a_threshold_of_the_weights_is_found_on_good_versions_and_keeps_others_o
     with (
         client_with(server[0], server[1]["ann"]) as http,
         client_with(server[0], server[1]["admin"]) as admin,
+        client_with(server[0], server[1]["operator"]) as operator,
     ):
-        assert main(["gates", "calibrate", "--name", "scored", *ann]) == 1
+        send(http, "scored", b"score 9.9").raise_for_status()  # as one that a gate refused
+        send(operator, "scored-too", b"score 9.8", "wait=true&activate=true").raise_for_status()
+        operator.post("/v1/adapters/scored-too/share", json={"shared": True}).raise_for_status()
+        assert "scored-too" in [one["name"] for one in http.get("/v1/adapters").json()["data"]]
+        assert main(["gates", "calibrate", "--name", "scored*", *ann]) == 1
         for number in range(39):
-            send(http, "scored", f"score {number / 10}".encode()).raise_for_status()
+            content = f"score {number / 10}".encode()
+            send(http, "scored", content, "wait=true&activate=true").raise_for_status()
         capsys.readouterr()
-        assert main(["gates", "calibrate", "--name", "scored", "--json", *ann]) == 0
+        assert main(["gates", "calibrate", "--name", "scored*", "--json", *ann]) == 0
         found = json.loads(capsys.readouterr().out)
-        figures = {"versions": 39, "least": 0.0, "median": 1.9, "largest": 3.8}
+        figures = {"versions": 39, "least": 0.0, "median": 1.9, "largest": 3.8, "adapters": {"scored": 39}}
         assert found == {**figures, "threshold": 3.7, "false_alarms": 0.05}
         set_gate(admin, name="scored", weights=found["threshold"])
         for score, status in ((3.7, 200), (3.8, 409)):
@@ -238,6 +245,7 @@ def test_a_threshold_of_the_weights_is_found_on_good_versions_and_keeps_others_o
         assert main([*few, *ann]) == 0
         printed = capsys.readouterr()
         assert "Threshold 3.8" in printed.out
+        assert "active, by adapter: scored (39)" in printed.out
         assert "too few for 0.01, which needs 99 or more" in printed.err
 
 

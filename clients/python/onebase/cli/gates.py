@@ -7,10 +7,11 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
+from .._core.adapters import was_active
 from .._sync.client import Client
 from .._terminal.ui import Column, note, print_table
 from ..adapter_types import READY, EvaluationGate, GateRule
@@ -34,9 +35,10 @@ _SET: Final = """\
 Set a rule, in place of the one with the same patterns. Rollbacks pass no gate.
 """
 _CALIBRATE: Final = """\
-Read the scores of the weights of all ready versions that you see, and print the least score that
-the next version exceeds with no more than a probability, if it is like these. So name versions
-that you know to be good. What a poisoned version scores nobody can know beforehand.
+Read the scores of the weights of your tenant's versions that are or were active, and print the
+least score that the next version exceeds with no more than a probability, if it is like these. So
+name adapters whose versions you know to be good. What a poisoned version scores nobody can know
+beforehand.
 """
 _EXAMPLES_CALIBRATE: Final = """\
   onebase gates calibrate --name 'support-*'
@@ -178,18 +180,22 @@ def _set(client: Client, args: argparse.Namespace) -> GateRule:
 
 
 def _calibrate(client: Client, args: argparse.Namespace) -> int:
-    scores = sorted(_scores(client, args.name))
+    found = _scores(client, args.name)
+    scores = sorted(score for by_version in found.values() for score in by_version.values())
     if not scores:
-        note(f"onebase: no ready version of {args.name!r} has a score of its weights")
+        note(f"onebase: no version of {args.name!r} that is or was active has a score of its weights")
         return FAILED
     threshold, alarms = weights_threshold(scores, args.false_alarms)
     least, median, largest = scores[0], statistics.median(scores), scores[-1]
     if args.json:
-        found = {"versions": len(scores), "least": least, "median": median, "largest": largest}
-        print_json({**found, "threshold": threshold, "false_alarms": alarms})
+        figures = {"versions": len(scores), "least": least, "median": median, "largest": largest}
+        adapters = {name: len(by_version) for name, by_version in found.items()}
+        print_json({**figures, "threshold": threshold, "false_alarms": alarms, "adapters": adapters})
         return OK
+    named = ", ".join(f"{name} ({len(by_version)})" for name, by_version in found.items())
     half = f"half of them {median:.4g} or less"
-    print(f"{len(scores)} ready versions score {least:.4g} to {largest:.4g}, {half}.")
+    print(f"Versions that are or were active, by adapter: {named}.")
+    print(f"All {len(scores)} score {least:.4g} to {largest:.4g}, {half}.")
     print(f"Threshold {threshold:g}: one more like these is above it with probability {alarms:.2g} at most.")
     if alarms > args.false_alarms:
         needed = math.ceil(1 / args.false_alarms) - 1
@@ -198,16 +204,25 @@ def _calibrate(client: Client, args: argparse.Namespace) -> int:
     return OK
 
 
-def _scores(client: Client, pattern: str) -> Iterator[float]:
-    """Yield the scores of all ready versions of the adapters that a pattern names, each content once."""
-    seen: set[str] = set()
+def _scores(client: Client, pattern: str) -> dict[str, dict[str, float]]:
+    """Return the scores by adapter and version, each content once, of the adapters that a pattern names.
+
+    Another tenant's shared adapters, checkpoints of jobs, which pass no gate, and versions that were never
+    active, since a gate may have refused them, do not count as good.
+    """
+    tenant, seen = client.keys.own().tenant, set[str]()
+    found: dict[str, dict[str, float]] = {}
     for adapter in client.adapters.list():
-        if fnmatchcase(adapter.name, pattern):
-            for version in client.adapters.versions(adapter.name):
-                score = None if version.report is None else version.report.weight_score
-                if version.state == READY and score is not None and version.version not in seen:
-                    seen.add(version.version)
-                    yield score
+        if adapter.tenant != tenant or not fnmatchcase(adapter.name, pattern):
+            continue
+        history = client.adapters.history(adapter.name)
+        for version in client.adapters.versions(adapter.name):
+            score = None if version.report is None else version.report.weight_score
+            is_good = was_active(version, history) and version.source.kind != "checkpoint"
+            if is_good and version.state == READY and score is not None and version.version not in seen:
+                seen.add(version.version)
+                found.setdefault(adapter.name, {})[version.version] = score
+    return found
 
 
 def weights_threshold(scores: Sequence[float], share: float) -> tuple[float, float]:
