@@ -159,7 +159,7 @@ def test_with_hashes_no_file_has_text_and_the_body_replays_the_request(
 ) -> None:
     options = ("--request-log", "hashes")
     with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
-        body = {**ASKED, "seed": 3, "temperature": 1.0, "user": "alice"}
+        body = {**ASKED, "seed": 3, "temperature": 1.0, "user": "alice", "stop": [SECRET.upper()]}
         assert http.post("/generate", json=body).status_code == 200
         (one,) = logged(server, http, 1)
         assert not on_disk(tmp_path / "data" / "requests", "marigold")
@@ -175,6 +175,10 @@ def test_with_hashes_no_file_has_text_and_the_body_replays_the_request(
             assert (differs.status_code, differs.json()["error"]["code"]) == (409, "replay_prompt")
             assert f"body: {next(iter(changed))}: " in differs.json()["error"]["message"]
         assert replay(http, one["id"], body={**body, "logprobs": 1}).json()["equal"]
+        for changed in ({"stop": None}, {"guided_regex": "[a-z ]+"}):
+            differs = replay(http, one["id"], body={**body, **changed})
+            assert (differs.status_code, differs.json()["error"]["code"]) == (409, "replay_prompt")
+            assert "body: stop, the format of the answer" in differs.json()["error"]["message"]
         wrong = replay(http, one["id"], body={**body, "max_tokens": -1})
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "body.max_tokens")
 
@@ -194,6 +198,71 @@ def test_a_limit_that_the_request_does_not_name_may_be_another_after_a_restart(
         assert ok(replay(http, one["id"], body=body))["equal"]
         named = replay(http, one["id"], body={**body, "max_tokens": 50})
         assert (named.status_code, named.json()["error"]["code"]) == (409, "replay_prompt")
+
+
+def test_a_body_with_other_settings_is_refused_for_another_version_too_until_the_logged_one_is_gone(
+    serve_scripted: Starter,
+) -> None:
+    body = {**ASKED, "seed": 3, "temperature": 1.0, "adapter": "shop"}
+    with serve_scripted("words", "--request-log", "hashes") as server, server.client() as http:
+        old, new = (
+            ok(upload(http, "shop", content, query="wait=true&activate=true"))["version"]
+            for content in (b"old", b"new")
+        )
+        ok(http.post("/v1/adapters/shop/activate", json={"version": old}))
+        ok(http.post("/generate", json=body))
+        (one,) = logged(server, http, 1)
+        assert ok(replay(http, one["id"], version=new, body=body))["adapters"][0]["version"] == new
+        for changed in ({"temperature": 0.5}, {"max_tokens": 7}, {"stop": [SECRET]}):
+            differs = replay(http, one["id"], version=new, body={**body, **changed})
+            assert (differs.status_code, differs.json()["error"]["code"]) == (409, "replay_prompt")
+            assert f"body: {next(iter(changed))}" in differs.json()["error"]["message"]
+        ok(http.post("/v1/adapters/shop/activate", json={"version": new}))
+        ok(http.delete(f"/v1/adapters/shop/versions/{old}"))
+        assert ok(replay(http, one["id"], version=new, body=body))["adapters"][0]["version"] == new
+
+
+def test_a_limit_that_the_request_does_not_name_counts_where_the_answer_would_not_fit_any_more(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    words = [f"word{number}" for number in range(40)]
+    messages = [{"role": "user", "content": " ".join(words)}]
+    body = {"model": BASE, "messages": messages, "stop": words[-1:]}
+    options, data = ("--request-log", "hashes"), tmp_path / "data"
+    with serve_scripted("words", *options, data_dir=data) as server, server.client() as http:
+        ok(http.post("/v1/chat/completions", json=body))
+        (one,) = logged(server, http, 1)
+        assert one["answers"][0]["finish_reason"] == "stop"
+        assert one["completion_tokens"] > 40
+    shorter = (*options, "--max-length", str(one["prompt_tokens"] + 40))
+    with serve_scripted("words", *shorter, data_dir=data) as server, server.client() as http:
+        differs = replay(http, one["id"], body=body)
+        assert (differs.status_code, differs.json()["error"]["code"]) == (409, "replay_prompt")
+        assert "body: max_tokens: " in differs.json()["error"]["message"]
+
+
+def test_a_request_whose_text_was_kept_has_the_limit_that_it_had(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    options, data = ("--request-log", "text"), tmp_path / "data"
+    shorter = (*options, "--max-length", "60")
+    with serve_scripted("words", *shorter, data_dir=data) as server, server.client() as http:
+        ok(http.post("/generate", json={"prompt": SECRET}))
+        (one,) = logged(server, http, 1)
+        assert one["answers"][0]["finish_reason"] == "length"
+        assert one["sampling"]["max_tokens"] < 60
+    with serve_scripted("words", *options, data_dir=data) as server, server.client() as http:
+        assert ok(replay(http, one["id"]))["equal"]
+
+
+def test_entries_of_several_requests_that_are_no_objects_are_no_fault_of_the_server(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words", "--request-log", "hashes") as server, server.client() as http:
+        many = {"requests": [ASKED, 7], "stream": False}
+        ok(http.post("/generate/many", json=many))
+        (one,) = logged(server, http, 1)
+        assert ok(replay(http, one["id"], body=many))["equal"]
 
 
 def test_equal_prompts_of_two_tenants_have_different_hashes_and_neither_sees_the_others(

@@ -23,7 +23,13 @@ from onebase_server.inference.generation import GenerationRequest, Prompt, new_i
 from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.transcript import Opening, Transcript
 from onebase_server.requests.planner import Planner
-from onebase_server.requests.request_log import Begun, answer_hash, prompt_hash, sampling_settings
+from onebase_server.requests.request_log import (
+    Begun,
+    answer_hash,
+    form_hash,
+    prompt_hash,
+    sampling_settings,
+)
 from onebase_server.requests.schemas.anthropic import MessagesRequest
 from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.requests.schemas.items import conversation
@@ -50,6 +56,8 @@ _OF_SCORES = ("logprobs", "prompt_logprobs")
 """Settings that do not change a text."""
 _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
 """Names of the limit of new tokens on the routes."""
+_FORM = "stop, the format of the answer or the limit of its thought"
+"""Name of what `form_hash` covers."""
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -120,24 +128,25 @@ class ReplayPlanner:
                 "request's JSON as `body`.",
                 code="replay_no_text",
             )
-        planned = await self._plan(logged, body, caller, version)
-        is_same = version is None
-        hashes = tuple(prompt_hash(key, prompt.tokens) for prompt in planned.prompts)
-        if hashes != logged.prompts and (is_same or is_supplied):
-            if not is_same:  # the other version may have a template of its own
+        planned = original = await self._plan(logged, body, caller, version)
+        is_same, is_checked = version is None, True
+        if is_supplied and not is_same:  # the other version may have a template and defaults of its own
+            try:
                 original = await self._plan(logged, body, caller, None)
-                hashes = tuple(prompt_hash(key, prompt.tokens) for prompt in original.prompts)
-            elif line.tokens:
-                planned = replace(planned, prompts=tuple(Prompt(tokens) for tokens in line.tokens))
-                hashes = logged.prompts
-        if hashes != logged.prompts and (is_same or is_supplied):
-            raise StateConflictError(
-                "body: its prompt is another than the logged one: the hashes differ. Send the request as it "
-                "was sent; where it went on from an earlier response, or the chat template writes the date, "
-                "only --request-log text can replay it.",
-                code="replay_prompt",
-            )
-        if is_supplied and is_same and (other := _other_settings(logged, planned, body)):
+            except StateConflictError:
+                if _hashes(planned, key) != logged.prompts:
+                    raise
+                is_checked = False  # the logged version is gone
+        if (is_same or is_supplied) and _hashes(original, key) != logged.prompts:
+            if not is_same or not line.tokens:
+                raise StateConflictError(
+                    "body: its prompt is another than the logged one: the hashes differ. Send the request as "
+                    "it was sent; where it went on from an earlier response, or the chat template writes the "
+                    "date, only --request-log text can replay it.",
+                    code="replay_prompt",
+                )
+            planned = replace(planned, prompts=tuple(Prompt(tokens) for tokens in line.tokens))
+        if is_supplied and is_checked and (other := _other_settings(logged, line, original, body, key)):
             raise StateConflictError(
                 f"body: {', '.join(other)}: the logged request had other settings. Send the request as it "
                 "was sent.",
@@ -149,7 +158,19 @@ class ReplayPlanner:
                 f"{len(logged.answers)}. Send the request as it was sent.",
                 code="replay_prompt",
             )
-        return planned
+        return (
+            self._with_logged_limit(logged, planned) if is_same and not _names_token_limit(body) else planned
+        )
+
+    def _with_logged_limit(self, logged: LoggedRequest, planned: GenerationRequest) -> GenerationRequest:
+        """Return the request with the limit of new tokens that it had, as far as it still fits: one that a
+        request does not name may be another since."""
+        had, sampling = logged.sampling, planned.sampling
+        room = self._planner.max_length - max(len(prompt.tokens) for prompt in planned.prompts)
+        limit = min(had.get("max_tokens", sampling.max_tokens), room)
+        least = min(had.get("min_tokens", sampling.min_tokens), limit)
+        limited = msgspec.structs.replace(sampling, max_tokens=limit, min_tokens=least)
+        return replace(planned, sampling=limited)
 
     async def _plan(
         self, logged: LoggedRequest, body: Any, caller: Caller, version: str | None
@@ -216,27 +237,37 @@ class ReplayPlanner:
         return await self._planner.chat(chat, caller, versions)
 
 
-def _other_settings(logged: LoggedRequest, planned: GenerationRequest, body: Any) -> list[str]:
-    """Return the names of the sampling settings that differ and may make another text.
+def _hashes(planned: GenerationRequest, key: bytes) -> tuple[str, ...]:
+    return tuple(prompt_hash(key, prompt.tokens) for prompt in planned.prompts)
+
+
+def _other_settings(
+    logged: LoggedRequest, line: Begun, planned: GenerationRequest, body: Any, key: bytes
+) -> list[str]:
+    """Return the names of the settings that differ and may make another text.
 
     A limit of new tokens that the body does not name follows the size of the KV cache, which may have
-    changed since: it counts only where it ended an answer.
+    changed since: it counts only where it ended an answer, or might have.
     """
     settings = sampling_settings(planned.sampling)
     left_out: tuple[str, ...] = _OF_SCORES
-    if not _names_token_limit(body) and all(one.finish_reason != "length" for one in logged.answers):
+    is_free = not _names_token_limit(body) and all(one.finish_reason != "length" for one in logged.answers)
+    if is_free and planned.sampling.max_tokens >= logged.completion_tokens:
         left_out = (*_OF_SCORES, "max_tokens")
-    return [
+    other = [
         name
         for name, value in settings.items()
         if name not in left_out and logged.sampling.get(name, value) != value
     ]
+    return other + [_FORM] * (line.form not in ("", form_hash(key, planned)))
 
 
 def _names_token_limit(body: Any) -> bool:
     """Return True if a request's JSON, which was planned already, names its limit of new tokens."""
-    parts = (body, body.get("parameters") or {}, *(body.get("requests") or ()))
-    return any(part.get(name) is not None for part in parts for name in _TOKEN_LIMITS)
+    parts = (body, body.get("parameters"), *(body.get("requests") or ())[:1])
+    return any(
+        isinstance(part, dict) and part.get(name) is not None for part in parts for name in _TOKEN_LIMITS
+    )
 
 
 def _read(kind: type[_Body], body: Any) -> _Body:

@@ -64,10 +64,12 @@ _log = logging.getLogger(__name__)
 
 
 class Begun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="begun"):
-    """Line of a request that begins. boot: of the server process. tokens: those of each prompt, with text."""
+    """Line of a request that begins. boot: of the server process. form: `form_hash`; "" in lines of older
+    servers. tokens: those of each prompt, with text."""
 
     request: LoggedRequest
     boot: str
+    form: str = ""
     tokens: list[list[int]] = []
     body: msgspec.Raw = msgspec.Raw(b"")
 
@@ -200,11 +202,12 @@ class RequestEntry:
             prompts=tuple(prompt_hash(key, prompt.tokens) for prompt in request.prompts),
             has_text=mode == "text",
         )
+        form = form_hash(key, request)
         if mode != "text":
-            return Begun(request=logged, boot=log.boot)
+            return Begun(request=logged, boot=log.boot, form=form)
         tokens = [list(prompt.tokens) for prompt in request.prompts]
         body = {} if self.body is None else {"body": msgspec.Raw(_one_body(*self.body))}
-        return Begun(request=logged, boot=log.boot, tokens=tokens, **body)
+        return Begun(request=logged, boot=log.boot, form=form, tokens=tokens, **body)
 
     def end_line(self, key: bytes, mode: LogMode) -> RequestEnd:
         finished = self.finished or Counter()
@@ -273,6 +276,14 @@ def _keyed(key: bytes, kind: str, *parts: bytes) -> str:
 def prompt_hash(key: bytes, tokens: Sequence[int]) -> str:
     """Return the hash of a prompt, which nobody without the tenant's key can make or compare."""
     return _keyed(key, "prompt", array("q", tokens).tobytes())
+
+
+def form_hash(key: bytes, request: GenerationRequest) -> str:
+    """Return the hash of what ends or shapes a text and is no sampling setting: stop strings, grammar, the
+    length of the thought, and whether special tokens are shown."""
+    thought = request.sampling.thought
+    parts = (request.stops, request.grammar, thought and thought.tokens, request.special_tokens)
+    return _keyed(key, "form", msgspec.json.encode(parts))
 
 
 def answer_hash(key: bytes, reasoning: str, text: str) -> str:
