@@ -70,6 +70,7 @@ DISK_BYTES = 192 << 20
 DELAYS = (0.01, 0.05, 0.2)
 """Seconds by which a disk, a database or a store is slower."""
 JUMPS = (-86400.0, -120.0, 120.0, 86400.0)
+_NO_FAULT = "no fault in the minute before"
 _CODES_RESUMED = ("disk_full", "store_unavailable")
 """Codes of jobs that failed, and go on once they are resumed."""
 _CODES_AWAY = (
@@ -269,6 +270,11 @@ def same_events(text: str) -> dict[tuple[int, ...], str]:
     return by_choice(re.sub(r'"cached_tokens":\d+', '"cached_tokens":0', text))
 
 
+def error_code(told: str) -> str:
+    """The code of the error with which an answer ends; "" for none."""
+    return (re.findall(r'"code":"(\w+)"', told) or [""])[-1]
+
+
 def lasting_port() -> int:
     """A free port that no connection gets by chance while its server is started again."""
     while True:
@@ -398,11 +404,12 @@ class Chaos:
 
     def _judged(self, asked: Asked, name: str | None, since: float, status: int, told: str) -> str:
         """What is wrong with an answer; "" for nothing."""
-        code = (re.findall(r'"code":"(\w+)"', told) or [""])[-1]
+        code = error_code(told)
         self.outcomes[code or str(status)] += 1
         during = [one for one in list(self._changes) if one.name == name and one.until > since]
         if status == 503 and code:
-            return ""
+            is_expected = code == "crash_suspect" or self._faulted_at > since - 60
+            return "" if is_expected else _NO_FAULT
         if code == DELETED:
             return "" if any(one.forced for one in during) else "not deleted"
         if code in ("adapter_not_found", "model_not_found", "version_not_found"):
@@ -413,15 +420,17 @@ class Chaos:
             deaths = sum(at > since - FORGIVEN_AFTER for at in self._engines_died)
             return "" if deaths > 1 else f"{deaths} engines died"
         if code in ("no_replica", "replica_lost", *_CODES_AWAY):
-            return "" if self._faulted_at > since - 60 else "no fault"
+            return "" if self._faulted_at > since - 60 else _NO_FAULT
         if code or status != 200:
             return f"status {status} {code}"
         if same_events(told) != asked.events:
             return "other events"
         named = re.findall(r'"(?:adapter|system_fingerprint)":"([^"]*)"', told)
         versions = {one.partition("@")[2] for one in named}
+        if bool(versions) != (name is not None):
+            return f"by {named or 'the base alone'}"
         possible = self._possible(name, since)
-        allowed = {(one.digest or "")[:12] for one in possible}
+        allowed = {one.digest[:12] for one in possible if one.digest}
         if versions <= allowed:
             return ""
         return f"of version {versions - allowed}, not {allowed}, after {self._told_of(name, since)}"
@@ -800,6 +809,8 @@ class Chaos:
             ]
             if any(one != seen[0] for one in seen):
                 self.wrong.append(f"the servers know different adapters: {seen}")
+            with self._timed("each stream once more"):
+                self._check_streams(https[0])
             self._check_audit(self.servers[0])
             with self._timed("request logs end"):
                 for http in https:
@@ -856,6 +867,39 @@ class Chaos:
             if active.get(name) not in possible:
                 told = self._told_of(name, now)
                 self.wrong.append(f"{name} is at {active.get(name)}, not {possible}, after {told}")
+
+    def _check_streams(self, http: httpx2.Client) -> None:
+        """Each kind of stream is answered, by the base or by an adapter that is active."""
+        active = [one["id"] for one in http.get("/v1/adapters").json()["data"] if one["version"]]
+        names = [None, *(name for name in NAMES if name in active)]
+        every = [one for some in self._kinds for one in some]
+        with self.route.client(150) as client, ThreadPoolExecutor(CLIENTS) as pool:
+
+            def ask(number: int) -> str:
+                return self._last_answer(client, every[number], names[number % len(names)])
+
+            self.wrong += [why for why in pool.map(ask, range(len(every))) if why]
+
+    def _last_answer(self, http: httpx2.Client, asked: Asked, name: str | None) -> str:
+        """What is wrong with the answer to a stream now that nothing is broken; "" for nothing.
+
+        It may take as long as servers and engines take to start. A prompt that is blamed for dead engines is
+        refused for longer.
+        """
+        end = time.monotonic() + 240
+        while True:
+            since = time.monotonic()
+            try:
+                status, told = stream_of(http, asked, name)
+            except httpx2.HTTPError as error:
+                status, told = 0, repr(error)
+            why, code = self._judged(asked, name, since, status, told), error_code(told)
+            is_answered = (status == 200 and not code) or code == "crashes_engine"
+            if is_answered and not why:
+                return ""
+            if is_answered or why == _NO_FAULT or since > end:
+                return f"{asked.path} of {name} at the end: {why or f'still {status} {code}'}: {told[-400:]}"
+            time.sleep(0.5)
 
     def _check_audit(self, server: Server) -> None:
         """The entries of the audit log, which all servers write, are one chain."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from .chaos import Chaos, Places
+from .chaos import NAMES, Asked, Change, Chaos, Places, same_events
 from .support import Server, Starter
 
 REQUESTS = 240
@@ -79,6 +80,30 @@ def test_requests_and_abandoned_streams_leave_no_row_and_no_open_file(serve_scri
 
 SEEDS = range(*map(int, os.environ.get("ONEBASE_SOAK_SEEDS", "1 2").split()))
 FAULTS = int(os.environ.get("ONEBASE_SOAK_FAULTS", "6"))
+
+
+def test_the_ledger_sees_who_answered_and_refusals_without_a_fault(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    def stream(label: str) -> str:
+        return f'data: {{"type":"end","adapter":{label}}}\n\n'
+
+    chaos = Chaos(serve_scripted, Places(tmp_path, remote=False), 1, 1)
+    asked, version, now = Asked("/generate", {}, same_events(stream("null"))), "a" * 64, time.monotonic()
+    chaos._changes.append(Change(NAMES[0], version, now - 200.0, now - 199.0))
+    right, other = stream(f'"{NAMES[0]}@{version[:12]}"'), stream(f'"{NAMES[0]}@{"b" * 12}"')
+    for name, told, is_wrong in (
+        (NAMES[0], right, False),
+        (NAMES[0], other, True),
+        (NAMES[0], stream("null"), True),
+        (None, stream("null"), False),
+        (None, right, True),
+    ):
+        assert bool(chaos._judged(asked, name, now, 200, told)) is is_wrong, (name, told)
+    for code in ("memory_refused", "adapter_unavailable"):
+        for faulted, is_wrong in ((now - 1, False), (now - 100, True)):
+            chaos._faulted_at = faulted
+            assert bool(chaos._judged(asked, None, now, 503, f'"code":"{code}"')) is is_wrong
 
 
 @pytest.mark.parametrize(
