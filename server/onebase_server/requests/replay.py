@@ -158,16 +158,16 @@ class ReplayPlanner:
                 f"{len(logged.answers)}. Send the request as it was sent.",
                 code="replay_prompt",
             )
-        return (
-            self._with_logged_limit(logged, planned) if is_same and not _names_token_limit(body) else planned
-        )
+        if is_same and not _names_token_limit(body):
+            return self._with_logged_limit(logged, planned)
+        return planned
 
     def _with_logged_limit(self, logged: LoggedRequest, planned: GenerationRequest) -> GenerationRequest:
-        """Return the request with the limit of new tokens that it had, as far as it still fits: one that a
-        request does not name may be another since."""
+        """Return a request that names no limit of new tokens with the one that it had, as far as that still
+        fits: the default may be another by now."""
         had, sampling = logged.sampling, planned.sampling
         room = self._planner.max_length - max(len(prompt.tokens) for prompt in planned.prompts)
-        limit = min(had.get("max_tokens", sampling.max_tokens), room)
+        limit = max(1, min(had.get("max_tokens", sampling.max_tokens), room))
         least = min(had.get("min_tokens", sampling.min_tokens), limit)
         limited = msgspec.structs.replace(sampling, max_tokens=limit, min_tokens=least)
         return replace(planned, sampling=limited)
