@@ -259,7 +259,7 @@ def test_entries_of_several_requests_that_are_no_objects_are_no_fault_of_the_ser
     serve_scripted: Starter,
 ) -> None:
     with serve_scripted("words", "--request-log", "hashes") as server, server.client() as http:
-        many = {"requests": [ASKED, 7], "stream": False}
+        many = {"requests": [{"prompt": SECRET}, 7], "stream": False}
         ok(http.post("/generate/many", json=many))
         (one,) = logged(server, http, 1)
         assert ok(replay(http, one["id"], body=many))["equal"]
