@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,22 @@ def _no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conform_command, "entry_points", lambda group: ())
 
 
+@pytest.fixture(autouse=True)
+def read_on(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set as soon as the command has seen what of a stream came before a swap, and reads the rest."""
+    text = conform_command._Stream.text
+
+    def reading(stream: Any) -> str:
+        READ_ON.set()
+        return text(stream)
+
+    monkeypatch.setattr(conform_command._Stream, "text", reading)
+    return READ_ON
+
+
+READ_ON = threading.Event()
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base of one layer, in the files that the command reads."""
@@ -48,6 +64,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model.embed_tokens": (WORDS + 10, HIDDEN),
         f"{layer}.mlp.down_proj": (HIDDEN, 256),
         f"{layer}.self_attn.o_proj": (HIDDEN, HIDDEN),
+        f"{layer}.self_attn.q_proj": (HIDDEN, HIDDEN),
         f"{layer}.self_attn.v_proj": (HIDDEN // 2, HIDDEN),
     }
     tensors = {f"{name}.weight": rng.normal(0, 0.02, shape) for name, shape in shapes.items()}
@@ -57,6 +74,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BASE_TEXT = "once upon a time"
+PEFT_TEXTS = {
+    "": "once upon a time there was a king",
+    "ordinary": "once in a while somebody comes by",
+    "ordinary-2": "only a few of them are here today",
+}
+"""What PEFT makes of every prompt, by adapter; the stand-in's base is quantized, and soon says others."""
 
 
 class Server:
@@ -134,18 +157,30 @@ class Server:
 
     def words(self, adapter: Crafted, count: int) -> str:
         both = adapter.says.first, adapter.says.second
+        if adapter.name.startswith("ordinary"):
+            return self.ordinary_text(adapter.name)
         return "".join(f" {both[number % 3 == 0]}" for number in range(count))
 
+    def ordinary_text(self, name: str) -> str:
+        """Return the text of an adapter without words of its own: PEFT's at first, as of a quantized base."""
+        if "ordinary ones are swapped" in self.faults:
+            name = {"ordinary": "ordinary-2", "ordinary-2": "ordinary"}[name]
+        if "ordinary ones are ignored" in self.faults:
+            return BASE_TEXT
+        return f"{PEFT_TEXTS[name][:20]} otherwise"
+
     def pieces(self, name: str, prompt: str, count: int) -> Iterator[str]:
-        """Yield a stream's pieces; those from the fifth on after a swap, once its answer can have come."""
+        """Yield a stream's pieces; those from the fifth on after a swap, once its answer was read."""
         begun = self._served[name]
         self.swapped.clear()
+        READ_ON.clear()
         for number in range(12):
             if number == 4 and "streams come whole" not in self.faults:
                 self.swapped.wait(20)
                 if "streams end at the swap" in self.faults:
+                    yield ""  # the event with the reason for the end
                     return
-                time.sleep(1.0)
+                READ_ON.wait(20)
             adapter = self._served[name] if "streams are swapped" in self.faults else begun
             yield f" {adapter.says.first}"
 
@@ -167,6 +202,8 @@ def served(server: Server) -> Iterator[Server]:
             for status in server.statuses(self.path, body):
                 return self._send(status, {"error": {"message": "no key"}})
             if self.path == "/v1/load_lora_adapter":
+                if "no route for adapters" in server.faults:
+                    return self._send(404, {"detail": "Not Found"})
                 status, said = server.load(
                     body["lora_name"], body["lora_path"], body.get("load_inplace", False)
                 )
@@ -292,6 +329,75 @@ def test_what_a_server_does_wrong_is_found(
     assert any(why in findings[name]["detail"] for name in found), findings
 
 
+@pytest.fixture
+def peft_texts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Texts that PEFT seems to have made, by adapter."""
+    texts = dict(PEFT_TEXTS)
+
+    def make(base: Path, adapters: dict[str, Path], prompts: list[str], tokens: int) -> dict[str, list[str]]:
+        assert sorted(["", *adapters]) == sorted(texts)
+        return {name: [text] * len(prompts) for name, text in texts.items()}
+
+    point = SimpleNamespace(load=lambda: make)
+    monkeypatch.setattr(conform_command, "entry_points", lambda group: (point,))
+    return texts
+
+
+PEFT_CHECK = "the text that PEFT makes"
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "why"),
+    [
+        ("none", "right", "0 of 8 are equal to the end"),
+        ("ordinary ones are swapped", "wrong", "which is nearer to ordinary-2"),
+        ("ordinary ones are ignored", "wrong", "which is nearer to the base"),
+    ],
+)
+def test_texts_must_be_nearest_to_pefts_own_though_the_base_is_quantized(
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    peft_texts: dict[str, str],
+    fault: str,
+    verdict: str,
+    why: str,
+) -> None:
+    _, findings = conform(base, capsys, fault)
+    assert findings[PEFT_CHECK]["verdict"] == verdict, findings
+    assert why in findings[PEFT_CHECK]["detail"]
+
+
+def test_texts_are_not_judged_where_the_bare_bases_are_no_nearer_to_pefts(
+    base: Path, capsys: pytest.CaptureFixture[str], peft_texts: dict[str, str]
+) -> None:
+    peft_texts[""] = "a base that is quantized otherwise"
+    status, findings = conform(base, capsys)
+    assert (status, findings[PEFT_CHECK]["verdict"]) == (0, "not offered"), findings
+    assert "as near to PEFT's of ordinary" in findings[PEFT_CHECK]["detail"]
+
+
+def test_texts_that_lead_by_too_little_are_not_judged(
+    base: Path, capsys: pytest.CaptureFixture[str], peft_texts: dict[str, str]
+) -> None:
+    peft_texts["ordinary"] = "on a day like any other somebody comes by"
+    status, findings = conform(base, capsys)
+    assert (status, findings[PEFT_CHECK]["verdict"]) == (0, "not offered"), findings
+    assert "by too little to tell" in findings[PEFT_CHECK]["detail"]
+
+
+def test_a_base_that_has_no_room_in_memory_is_not_loaded_for_pefts_texts(
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    peft_texts: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peft_texts.clear()  # to make any would fail
+    monkeypatch.setattr(conform_command, "free_memory", lambda: 1_000_000)
+    status, findings = conform(base, capsys)
+    assert (status, findings[PEFT_CHECK]["verdict"]) == (0, "not offered"), findings
+    assert "0.0 GB are free here" in findings[PEFT_CHECK]["detail"]
+
+
 @pytest.mark.parametrize("faults", [(), ("a long text fails with 400",)])
 def test_a_stream_that_ends_before_the_swap_proves_nothing(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, faults: tuple[str, ...]
@@ -306,6 +412,15 @@ def test_a_stream_that_ends_while_the_other_version_is_loaded_proves_nothing(
 ) -> None:
     _, findings = conform(base, capsys, "streams end at the swap")
     assert findings["a stream during a swap"]["verdict"] == "not offered", findings
+    assert "may wait for streams" in findings["a stream during a swap"]["detail"]
+
+
+def test_vllm_that_takes_no_adapters_is_told_how_it_would(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, findings = conform(base, capsys, "no route for adapters")
+    assert findings["applied at all, and the right one"]["verdict"] == "not offered", findings
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in findings["applied at all, and the right one"]["detail"]
 
 
 def test_dynamo_is_known_and_takes_adapters_at_its_workers_address(

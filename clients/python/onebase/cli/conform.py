@@ -183,6 +183,16 @@ def makes_texts() -> bool:
     return any(entry_points(group=_TEXTS)) and all(find_spec(name) for name in ("peft", "torch"))
 
 
+def free_memory() -> int | None:
+    """Return how many bytes of memory processes can still take here; None where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (found,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return int(found) * 1024
+    except (OSError, ValueError, LookupError):
+        return None
+
+
 def _write(base: Base, adapters: Adapters, folder: Path) -> int:
     from .conform_adapters import GGUF_FILE, UnreadableBaseError, write_gguf
 
@@ -222,7 +232,7 @@ def _conform(base: Base, adapters: Adapters, args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="onebase-conform-") as temporary:
             folder = args.adapters or Path(temporary)
             place, texts = folder.absolute(), args.texts and makes_texts()
-            trial = ConformRun(server, Specimens.of(adapters), place, args.seed, args.base, texts=texts)
+            trial = ConformRun(server, Specimens.of(adapters), place, args.seed, base, texts=texts)
             findings = list(trial.findings())
     except UnreachableError as error:
         note(f"onebase: {error}")
@@ -308,8 +318,8 @@ class Specimens:
 
 
 class ConformRun:
-    """One run against one server. folder: where adapters are written. base: the base's folder. texts: whether
-    texts are compared with PEFT's."""
+    """One run against one server. folder: where adapters are written. texts: whether texts are compared with
+    PEFT's."""
 
     def __init__(
         self,
@@ -317,13 +327,13 @@ class ConformRun:
         specimens: Specimens,
         folder: Path,
         seed: int,
-        base: Path,
+        base: Base,
         *,
         texts: bool = False,
     ) -> None:
         self._makes_texts = texts
         self._server = server
-        self._base_folder = base
+        self._base_files = base
         self._specimens = specimens
         self._folder = folder
         self._prefix = f"conform-{seed}-"
@@ -454,7 +464,9 @@ class ConformRun:
         self._check(name, stream.text(), adapter)
         self._ask(name, _PROMPTS[0])
         if len(stream.pieces) == before:
-            raise NotOfferedError("the stream has ended before its adapter was replaced")
+            raise NotOfferedError(
+                "the stream ended while its adapter was replaced: the server may wait for streams that run"
+            )
         return "the stream keeps its version"
 
     def _running_stream(self, name: str, adapter: Crafted) -> _Stream:
@@ -490,36 +502,54 @@ class ConformRun:
     def _texts(self) -> str:
         """Compare with the texts that PEFT makes on the whole base: each must be nearest to its own.
 
-        They need not be equal: the server's base may be quantized.
+        They need not be equal, since the server's base may be quantized. By how much its text of the bare
+        base is nearest to PEFT's shows what can be told apart.
         """
         from .conform_servers import NotOfferedError
 
         adapters = self._specimens.ordinary
         if not adapters:
             raise NotOfferedError("the base has no q_proj and v_proj")
+        known = self._known_texts(adapters)
+        lead, nearest = _lead("", self._said(None), known)
+        if lead <= 0:
+            raise NotOfferedError(f"the server's text of the bare base is as near to PEFT's of {nearest}")
+        equal = 0
+        for adapter in adapters:
+            self._load(adapter)
+            said = self._said(self._name(adapter))
+            own, nearest = _lead(adapter.name, said, known)
+            told = f"{adapter.name} says {_short(said[0])}, which is nearer to {nearest or 'the base'}"
+            if 2 * -own > lead:
+                raise WrongError(told)
+            if own < 0:
+                raise NotOfferedError(f"{told}, but by too little to tell")
+            equal += sum(one == other for one, other in zip(said, known[adapter.name], strict=True))
+        total = len(adapters) * len(_PROMPTS)
+        return f"nearest to PEFT's text of its own adapter; {equal} of {total} are equal to the end"
+
+    def _said(self, name: str | None) -> list[str]:
+        return [self._server.ask(name, prompt, _TEXT_TOKENS) for prompt in _PROMPTS]
+
+    def _known_texts(self, adapters: Sequence[Crafted]) -> Mapping[str, Sequence[str]]:
+        """Return PEFT's texts by each adapter, and the base's under "". Raises NotOfferedError."""
+        from .conform_servers import NotOfferedError
+
+        needed, free = self._base_files.fp32_bytes, free_memory()
+        if free is not None and needed > free:
+            raise NotOfferedError(
+                f"PEFT's texts need {needed / 1e9:.1f} GB of memory for the base in fp32, and "
+                f"{free / 1e9:.1f} GB are free here"
+            )
         written = {one.name: one.write(self._folder) for one in adapters}
         try:
             (plugin,) = entry_points(group=_TEXTS)
             make: _Texts = plugin.load()
-            known = make(self._base_folder, written, _PROMPTS, _TEXT_TOKENS)
-        except (ImportError, AttributeError, OSError, ValueError, RuntimeError) as error:
+            return make(self._base_files.folder, written, _PROMPTS, _TEXT_TOKENS)
+        except (
+            ImportError, AttributeError, OSError, ValueError, LookupError, RuntimeError, MemoryError
+        ) as error:  # fmt: skip
             raise NotOfferedError(f"PEFT makes no texts of this base here: {error!r:.200}") from error
-        equal = 0
-        for adapter in adapters:
-            self._load(adapter)
-            said = [self._server.ask(self._name(adapter), prompt, _TEXT_TOKENS) for prompt in _PROMPTS]
-            near = {
-                name: sum(_alike(one, other) for one, other in zip(said, texts, strict=True))
-                for name, texts in known.items()
-            }
-            best = max(near, key=lambda name: near[name])
-            if near[best] > near[adapter.name]:
-                raise WrongError(
-                    f"{adapter.name} says {_short(said[0])}, which is nearer to {best or 'the base'}"
-                )
-            equal += sum(one == other for one, other in zip(said, known[adapter.name], strict=True))
-        total = len(adapters) * len(_PROMPTS)
-        return f"nearest to PEFT's text of its own adapter; {equal} of {total} are equal to the end"
 
     # ---- parts of checks -----------------------------------------------------------------------
 
@@ -621,6 +651,8 @@ class _Stream:
     def _read(self) -> None:
         try:
             for piece in self.server.stream(self.name, _PROMPTS[0], self.tokens):
+                if not piece:  # an event without text, as one with the reason for the end
+                    continue
                 with self._grown:
                     self.pieces.append(piece)
                     self._grown.notify()
@@ -670,6 +702,18 @@ def _alike(one: str, other: str) -> int:
     """Return the number of characters with which both begin."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _lead(name: str, said: Sequence[str], known: Mapping[str, Sequence[str]]) -> tuple[int, str]:
+    """Return by how many characters more of what was said begins like the texts of `name` than like those of
+    the nearest other, and which that is."""
+    near = {
+        one: sum(_alike(text, other) for text, other in zip(said, texts, strict=True))
+        for one, texts in known.items()
+    }
+    own = near.pop(name)
+    nearest = max(near, key=lambda one: near[one])
+    return own - near[nearest], nearest
 
 
 def _short(text: str) -> str:

@@ -9,6 +9,7 @@ base's own head, so the two words are known beforehand. Quantization and roundin
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,11 @@ class Base:
         if tensor is None or len(tensor.shape) != 2:
             raise UnreadableBaseError(f"{self.folder} has no {module}.weight")
         return tensor.shape[0], tensor.shape[1]
+
+    @property
+    def fp32_bytes(self) -> int:
+        """The size, in bytes, of all weights in fp32."""
+        return 4 * sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @cached_property
     def hidden(self) -> int:

@@ -172,7 +172,8 @@ def _said(response: httpx2.Response) -> str:
     try:
         body = response.json()
         error = body.get("error", body)
-        message = error.get("message") if isinstance(error, dict) else error
+        message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
+        message = message or response.text
     except (ValueError, AttributeError):
         message = response.text
     return f"HTTP {response.status_code}: {' '.join(str(message).split())[:300]}"
@@ -220,7 +221,7 @@ class VllmServer(LoraServer):
         try:
             self.call("POST", "/v1/load_lora_adapter", json=body)
         except ServerRefusedError as error:
-            if str(error).startswith(("HTTP 404: Not Found", "HTTP 404: {'detail'")):
+            if str(error).startswith("HTTP 404: Not Found"):
                 raise NotOfferedError(
                     "vLLM takes adapters only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
                 ) from error
@@ -329,22 +330,29 @@ class DynamoServer(LoraServer):
     def load(self, name: str, folder: Path) -> None:
         if "already loaded" in self._load(name, folder):
             raise ServerRefusedError(f"{name} is already loaded")
-        until = time.monotonic() + LISTED_SECONDS
-        while name not in self.listed():
-            if time.monotonic() > until:
-                raise UnreachableError(
-                    f"{self.url} does not list {name}, which {self._worker.url} has loaded: give the address "
-                    "of its own worker as --admin"
-                )
-            time.sleep(_LOOK_SECONDS)
+        self._wait_until_listed(name, True)
 
     def stage(self, name: str, folder: Path) -> Callable[[], None]:
         def switch() -> None:
             if "already loaded" in self._load(name, folder):  # without DYN_LORA_HOTSWAP_ENABLED
                 self.unload(name)
+                self._wait_until_listed(name, False)
                 self.load(name, folder)
 
         return switch
+
+    def _wait_until_listed(self, name: str, listed: bool) -> None:
+        """Wait until the frontend lists an adapter, or lists it no more."""
+        until = time.monotonic() + LISTED_SECONDS
+        while (name in self.listed()) is not listed:
+            if time.monotonic() > until:
+                what = "does not list" if listed else "still lists"
+                done = "loaded" if listed else "unloaded"
+                raise UnreachableError(
+                    f"{self.url} {what} {name}, which {self._worker.url} has {done}: give the address of its "
+                    "own worker as --admin"
+                )
+            time.sleep(_LOOK_SECONDS)
 
     def unload(self, name: str) -> None:
         self._answer("DELETE", f"/v1/loras/{quote(name)}")
