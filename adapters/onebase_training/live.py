@@ -721,8 +721,11 @@ class LiveModels:
         self._memory = memory
         self._joins = joins
         self._proven: set[str] = set()
-        """Models of which an operation was done here, by itself: a process that dies of the first one tells
-        which it was."""
+        """Models whose passes may join others: an operation was done here, by itself and not refused, since the
+        model was made and since a joined pass with it failed. A process that dies of the first one tells which
+        it was."""
+        self._next_tokens: dict[str, tuple[int, int]] = {}
+        """Number of each model's next operation, and its tokens in a joined pass; 0 tokens: it joins none."""
         self._base, self._store, self._gate, self._name = base, store, gate, name
         self._scorer = Scorer(base, gate.wait, int8_cache=int8_cache)
         self._on_done = on_done
@@ -786,6 +789,7 @@ class LiveModels:
         self._broken.pop(model_id, None)
         self._waiting.discard(model_id)
         self._proven.discard(model_id)
+        self._next_tokens.pop(model_id, None)
         if self._models.pop(model_id, None) is not None:
             gc.collect()
             waiting, self._waiting = self._waiting, set()
@@ -832,8 +836,10 @@ class LiveModels:
             self._write_point(model, seq_id, result)  # the checkpoint may be gone when it would be done over
         self._store.write_result(model_id, seq_id, result)
         self._on_done(model_id, seq_id)
+        if isinstance(result, Refused):
+            return True
         self._proven.add(model_id)
-        if not isinstance(result, Refused) and not _leaves_state(operation):
+        if not _leaves_state(operation):
             self._since_point[model_id] += time.monotonic() - began
             if isinstance(operation, OptimStep) and self._since_point[model_id] > self._point_seconds:
                 self._write_point(model, seq_id, result)
@@ -856,6 +862,7 @@ class LiveModels:
             logger.warning("a pass of %d models failed, and each is done by itself: %s", len(models), error)
             for model in models.values():
                 model.clear()
+            self._proven.difference_update(models)  # any of them may have spoilt it
             return False
         for (one, number, _), outcome in zip(passes, computed, strict=True):
             result = _added(models[one], outcome)
@@ -876,26 +883,39 @@ class LiveModels:
         """Return a backward pass, and the next ones of models whose turns follow, as far as all fit."""
         found, left = list[tuple[str, int, ForwardBackward]](), MICRO_TOKENS
         for one in (model_id, *self._turns):
-            number, asked = (seq_id, operation) if one == model_id else self._next_small(one)
-            joins = one in self._proven and isinstance(asked, ForwardBackward) and not asked.forward_only
-            if isinstance(asked, ForwardBackward) and joins and self._models[one].joins:
-                tokens = sum(map(len, asked.data))
-                if 0 < tokens <= left:
-                    found.append((one, number, asked))
-                    left -= tokens
+            number, asked = (seq_id, operation) if one == model_id else self._next_small(one, left)
+            tokens = self._joined_tokens(one, asked)
+            if isinstance(asked, ForwardBackward) and 0 < tokens <= left:
+                found.append((one, number, asked))
+                left -= tokens
             if left == 0 or not found:
                 break
         return found
 
-    def _next_small(self, model_id: str) -> tuple[int, Operation | None]:
-        """Return a model's next operation and its number, if it may join a pass: none is read that is large,
-        or of a model of which nothing is done now."""
+    def _joined_tokens(self, model_id: str, operation: Operation | None) -> int:
+        """Return the number of tokens of an operation that may join a pass; 0 if it may not."""
+        if model_id not in self._proven or not isinstance(operation, ForwardBackward):
+            return 0
+        joins = not operation.forward_only and self._models[model_id].joins
+        return sum(map(len, operation.data)) if joins else 0
+
+    def _next_small(self, model_id: str, room: int) -> tuple[int, Operation | None]:
+        """Return a model's next operation and its number, if it may join a pass with room for so many tokens.
+
+        None is read that is large, that was read before and does not fit, or of a model of which nothing is
+        done now.
+        """
         is_live = model_id in self._models and self._store.is_live(model_id)
         if not is_live or model_id in self._broken or model_id not in self._proven:
             return 0, None
         number = self._store.next_seq(model_id)
-        is_small = self._store.operation_bytes(model_id, number) <= JOINED_BYTES
-        return number, self._store.operation(model_id, number) if is_small else None
+        known, tokens = self._next_tokens.get(model_id, (0, 0))
+        size = self._store.operation_bytes(model_id, number)
+        if size == 0 or (known == number and not 0 < tokens <= room):
+            return number, None
+        operation = self._store.operation(model_id, number) if size <= JOINED_BYTES else None
+        self._next_tokens[model_id] = number, self._joined_tokens(model_id, operation)
+        return number, operation
 
     def _done(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
         """Do an operation. An error fails it alone, unless base or device cannot be trusted after it."""
@@ -909,8 +929,7 @@ class LiveModels:
             if isinstance(operation, OptimStep | Load):
                 self._models.pop(model.spec.id, None)  # half of it may be done: made again from its point
             if is_out_of_memory(error):
-                message = "it needs more memory than the trainer may take: send fewer or shorter rows"
-                return Refused(message=message, code=_NO_MEMORY, category="server")
+                return _too_large()
             if isinstance(operation, Save):
                 code = "disk_full" if isinstance(error, OSError) else "save_failed"
                 return Refused(message=f"it cannot be saved: {error}", code=code, category="server")
@@ -1044,6 +1063,16 @@ def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Ref
         return model.add(computed)
     except RefusedError as error:
         return error.refused
+    except Exception as error:
+        if _ends_process(error) or not is_out_of_memory(error):
+            raise
+        model.clear()
+        return _too_large()
+
+
+def _too_large() -> Refused:
+    message = "it needs more memory than the trainer may take: send fewer or shorter rows"
+    return Refused(message=message, code=_NO_MEMORY, category="server")
 
 
 def _leaves_state(operation: Operation) -> bool:

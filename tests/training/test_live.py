@@ -336,6 +336,104 @@ def test_a_large_operation_is_not_read_to_find_out_whether_it_joins_a_pass(
     assert all(isinstance(store.result(spec.id, 3), Computed) for spec in SPECS)
 
 
+def test_an_operation_that_does_not_fit_into_passes_of_others_is_read_once_to_find_that_out(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read, plain = LiveStore(tmp_path), list[tuple[str, int]](), LiveStore.operation
+
+    def reading(self: LiveStore, model_id: str, seq_id: int) -> Operation | None:
+        read.append((model_id, seq_id))
+        return plain(self, model_id, seq_id)
+
+    monkeypatch.setattr(live, "MICRO_TOKENS", 40)
+    names = [spec.id for spec in SPECS] + ["third", "fourth"]
+    for spec in (*SPECS, ModelSpec(id="third", rank=4), ModelSpec(id="fourth", rank=4)):
+        store.create(spec)
+        for seq_id, count in ((1, 9), (2, 30)):
+            store.submit(spec.id, seq_id, ask(text_row(count, seq_id)))
+    models = live_models(base, tmp_path, joins=True)
+    monkeypatch.setattr(LiveStore, "operation", reading)
+    while models.do_next():
+        pass
+    assert all(isinstance(store.result(name, 2), Computed) for name in names)
+    assert max(read.count((name, 2)) for name in names) == 2  # by another one, and in its own turn
+
+
+def test_a_model_for_whose_gradients_memory_is_short_in_a_pass_of_several_is_refused_alone(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, together = LiveStore(tmp_path), list[int]()
+    add_gradients = LiveModel._add_gradients
+
+    def counted(asked: Any) -> list[ComputedPass | Refused]:
+        together.append(len(asked))
+        return compute_together(asked)
+
+    def full(self: LiveModel) -> None:
+        if together == [2] and self.spec.id == SPECS[0].id:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        add_gradients(self)
+
+    monkeypatch.setattr(live, "compute_together", counted)
+    monkeypatch.setattr(LiveModel, "_add_gradients", full)
+    for spec in SPECS:
+        store.create(spec)
+        for seq_id in (1, 2):
+            store.submit(spec.id, seq_id, ask(text_row(9, seq_id)))
+    models = live_models(base, tmp_path, joins=True)
+    while models.do_next():
+        pass
+    assert together == [2]
+    refused, computed = (store.result(spec.id, 2) for spec in SPECS)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.category) == ("out_of_memory", "server")
+    assert isinstance(computed, Computed)
+    assert all(one.grad is None for one in models._models[SPECS[0].id]._parameters.values())
+
+
+def test_a_model_with_which_a_pass_of_several_failed_joins_none_until_it_has_done_one_alone(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, together, bad = LiveStore(tmp_path), list[list[str]](), "bad"
+    forward_backward = LiveModel.forward_backward
+
+    def spoils(operation: Any) -> bool:
+        return bool(operation.loss == "ppo")
+
+    def counted(asked: Any) -> list[ComputedPass | Refused]:
+        together.append(sorted(model.spec.id for model, _ in asked))
+        if any(spoils(operation) for _, operation in asked):
+            raise RuntimeError("a gradient is not finite")
+        return compute_together(asked)
+
+    def alone(self: LiveModel, operation: Any) -> Computed:
+        if spoils(operation):
+            raise RefusedError("the gradient is not finite", "not_finite")
+        return forward_backward(self, operation)
+
+    monkeypatch.setattr(live, "compute_together", counted)
+    monkeypatch.setattr(LiveModel, "forward_backward", alone)
+    for spec in (*SPECS, ModelSpec(id=bad, rank=4)):
+        store.create(spec)
+        for seq_id in range(1, 8):
+            spoilt = spec.id == bad and seq_id in (2, 3, 4)
+            operation = ask(policy_row(9, seq_id), loss="ppo") if spoilt else ask(text_row(9, seq_id))
+            store.submit(spec.id, seq_id, operation)
+    models = live_models(base, tmp_path, joins=True)
+    while models.do_next():
+        pass
+    everyone, good = sorted([*(spec.id for spec in SPECS), bad]), sorted(spec.id for spec in SPECS)
+    assert together[0] == everyone
+    assert together.count(everyone) > 1  # it has done one alone
+    first = together[1 : together.index(everyone, 1)]
+    assert first
+    assert all(one == good for one in first)
+    for name in everyone:
+        results = [store.result(name, seq_id) for seq_id in range(1, 8)]
+        refused = [isinstance(one, Refused) for one in results]
+        assert refused == [name == bad and place in (1, 2, 3) for place in range(7)]
+
+
 def test_a_model_that_is_unloaded_while_a_pass_of_several_runs_leaves_the_others_theirs(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
