@@ -12,7 +12,14 @@ import pytest
 
 from onebase_adapters.registry import LiveRecords, LiveSample, LiveSampler, Registry, RegistryBusyError
 from onebase_edge.background import Threads
-from onebase_edge.errors import InvalidRequestError, QueueFullError, ResultGoneError
+from onebase_edge.errors import (
+    ApiError,
+    InvalidRequestError,
+    LiveNotFoundError,
+    QueueFullError,
+    ResultGoneError,
+    UnavailableError,
+)
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.live import sampling
 from onebase_server.live.sampling import PlaceTargets, SampleOrder, Samples
@@ -20,6 +27,12 @@ from onebase_server.tenancy.access import LOCAL
 
 SAMPLER = LiveSampler("s:sample:0", "s", LOCAL.tenant, "base", None, 0.0)
 BASE = SimpleNamespace(vocab_size=100, max_length=60_000, kv_longest=60_000, max_sequences=4)
+WIDE = SimpleNamespace(**{**vars(BASE), "vocab_size": 103})
+OWN: Any = SimpleNamespace(words=103, end_tokens=(101,))
+"""Tokenizer of a version with three tokens of its own."""
+OF_VERSION = LiveSampler(
+    "s:sample:1", "s", LOCAL.tenant, "base", f"tinker://adapters/sampler_weights/own@{'d' * 64}", 0.0
+)
 
 
 def order(**fields: Any) -> SampleOrder:
@@ -34,19 +47,33 @@ class Drawn(Samples):
 
     def __init__(self, registry: Registry, draw: Callable[[], Awaitable[bytes]]) -> None:
         parts: Any = SimpleNamespace(
-            base=lambda: BASE, check_limits=lambda *_: None, end_tokens=(), run_for=self._run_for
+            base_of=lambda tokenizer: BASE if tokenizer.words == 0 else WIDE,
+            check_limits=lambda *_: None,
+            parts_for=self._parts_for,
+            end_tokens=(),
+            words=0,
+            run_for=self._run_for,
         )
         super().__init__(
             registry.live, Threads("test", 1), "server", planner=parts, supervisor=parts, tokenizer=parts,
-            reading=parts, residency=parts, keys=parts, limiter=parts, choose=parts, recorder=parts,
+            reading=parts, residency=parts, keys=parts, limiter=parts, choose=self._chosen, recorder=parts,
             log=parts,
         )  # fmt: skip
         self.draw = draw
         self.built = 0
+        self.missing: ApiError | None = None
 
     async def _run_for(self, tenant: str, call: Callable[..., Any], *args: Any) -> Any:
         self.built += 1
         return await asyncio.to_thread(call, *args)
+
+    async def _chosen(self, sampler: LiveSampler) -> AdapterChoice:
+        if self.missing is not None:
+            raise self.missing
+        return AdapterChoice()
+
+    async def _parts_for(self, choice: AdapterChoice, tenant: str, body: Any) -> Any:
+        return SimpleNamespace(tokenizer=OWN)
 
     async def _draw(self, *_: Any) -> bytes:
         return await self.draw()
@@ -54,9 +81,9 @@ class Drawn(Samples):
     async def _resumed(self, *_: Any) -> bytes:
         return await self.draw()
 
-    async def promised(self, number: int, **fields: Any) -> None:
+    async def promised(self, number: int, sampler: LiveSampler = SAMPLER, **fields: Any) -> None:
         reservation: Any = SimpleNamespace(leave=None)
-        await self.promise(f"s:sample:0:{number}", SAMPLER, order(**fields), LOCAL, reservation)
+        await self.promise(f"s:sample:0:{number}", sampler, order(**fields), LOCAL, reservation)
 
     async def drawn(self, number: int) -> Any:
         return await self.result(LOCAL.tenant, f"s:sample:0:{number}", 5.0)
@@ -200,12 +227,38 @@ def test_named_tokens_are_read_once_and_not_on_the_event_loop(registry: Registry
     async def run() -> None:
         samples = Drawn(registry, lambda: asyncio.sleep(0, b""))
         targets = PlaceTargets([5, -1, -1, 7], (2, 2))
-        wanted = await samples._wanted(order(targets=targets), LOCAL)
+        wanted = await samples._wanted(order(targets=targets), LOCAL, 100)
         assert wanted == {1: [5], 2: [7]}
-        request = [samples._request(order(targets=targets), wanted, LOCAL, AdapterChoice()) for _ in range(3)]
+        request = [
+            samples._request(order(targets=targets), wanted, LOCAL, AdapterChoice(), samples._tokenizer)
+            for _ in range(3)
+        ]
         assert request[-1].sampling.prompt_targets == wanted
         assert samples.built == 1
         with pytest.raises(InvalidRequestError, match="not in the vocabulary"):
-            await samples._wanted(order(targets=PlaceTargets([5, 100, -1, 7], (2, 2))), LOCAL)
+            await samples._wanted(order(targets=PlaceTargets([5, 100, -1, 7], (2, 2))), LOCAL, 100)
+
+    asyncio.run(run())
+
+
+def test_tokens_of_a_versions_own_vocabulary_are_promised_for_its_samplers_alone(registry: Registry) -> None:
+    own: dict[str, Any] = {"prompt": [1, 102, 3], "targets": PlaceTargets([101, 5], (2, 1))}
+
+    async def run() -> None:
+        samples = Drawn(registry, lambda: asyncio.sleep(0, b"drawn"))
+        await samples.promised(0, OF_VERSION, **own)
+        assert (await samples.drawn(0)).result == b"drawn"
+        for fields in ({"prompt": own["prompt"]}, {"targets": own["targets"]}):
+            with pytest.raises(InvalidRequestError, match="not in the vocabulary"):
+                await samples.promised(1, **fields)
+        with pytest.raises(InvalidRequestError, match=r"not in the vocabulary \(0 to 102\)"):
+            await samples.promised(1, OF_VERSION, prompt=[1, 103])
+        samples.missing = UnavailableError(
+            "it is being prepared", code="adapter_unavailable", retry_after=1.0
+        )
+        with pytest.raises(UnavailableError):
+            await samples.promised(1, OF_VERSION, **own)
+        samples.missing = LiveNotFoundError("checkpoint", "x", "path")
+        await samples.promised(1, OF_VERSION)  # its future says so
 
     asyncio.run(run())

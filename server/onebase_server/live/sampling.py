@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -45,6 +46,8 @@ from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 
+VERSIONS = "tinker://adapters/"
+"""Beginning of the paths of versions of adapters."""
 SAMPLE_ROUTE = "/api/v1/asample"
 """Path of the route that promises samples."""
 MOST_OPEN = 10_000
@@ -205,10 +208,11 @@ class Samples:
             return
         if await self._read(caller.tenant, sample_id) is not None:
             return
-        wanted = await self._wanted(order, caller)
+        tokenizer = await self._tokenizer_of(sampler, caller)
+        wanted = await self._wanted(order, caller, self._planner.base_of(tokenizer).vocab_size)
         if sample_id in self._open:  # it came again while this looked
             return
-        self._request(order, wanted, caller, AdapterChoice())
+        self._request(order, wanted, caller, AdapterChoice(), tokenizer)
         mine = sum(
             one.sample.tenant == caller.tenant and not one.finished.is_set() for one in self._open.values()
         )
@@ -396,7 +400,9 @@ class Samples:
         reservation: QuotaReservation,
         since: float,
     ) -> bytes:
-        request = self._request(order, wanted, caller, await self._choose(sampler))
+        choice = await self._choose(sampler)
+        own = await self._planner.parts_for(choice, caller.tenant, None)
+        request = self._request(order, wanted, caller, choice, own.tokenizer)
         reservation.admit(request.reserved_tokens, request.choices)
         entry = self._log.begin(request, since=since, key=caller.key, route=SAMPLE_ROUTE)
         run = GenerationRun(
@@ -421,9 +427,23 @@ class Samples:
             caller.tenant, lambda: write_sample(_result(order, choices, scores, run.usage.cached))
         )
 
-    async def _wanted(self, order: SampleOrder, caller: Caller) -> Wanted:
-        """Return the named tokens of a prompt, by place. Raises InvalidRequestError, UnavailableError."""
-        vocabulary = self._planner.base().vocab_size
+    async def _tokenizer_of(self, sampler: LiveSampler, caller: Caller) -> BaseTokenizer:
+        """Return the tokenizer of a sampler's version; the base's for others, and where there is none any
+        more, which is found when it is drawn. Raises UnavailableError: it is being prepared again."""
+        if sampler.path is None or not sampler.path.startswith(VERSIONS):
+            return self._tokenizer
+        try:
+            return (await self._planner.parts_for(await self._choose(sampler), caller.tenant, None)).tokenizer
+        except UnavailableError:
+            raise
+        except ApiError:
+            return self._tokenizer
+
+    async def _wanted(self, order: SampleOrder, caller: Caller, vocabulary: float = math.inf) -> Wanted:
+        """Return the named tokens of a prompt, by place. Raises InvalidRequestError.
+
+        vocabulary: number of tokens that there are, unless that was checked before.
+        """
         _check_last(order)
         if order.targets is None:
             return {}
@@ -431,10 +451,16 @@ class Samples:
         return await self._reading.run_for(caller.tenant, _named, order.targets, length, vocabulary)
 
     def _request(
-        self, order: SampleOrder, wanted: Wanted, caller: Caller, adapter: AdapterChoice
+        self,
+        order: SampleOrder,
+        wanted: Wanted,
+        caller: Caller,
+        adapter: AdapterChoice,
+        tokenizer: BaseTokenizer,
     ) -> GenerationRequest:
-        """Return the request to the engine. Raises InvalidRequestError, UnavailableError."""
-        base, length = self._planner.base(), len(order.prompt)
+        """Return the request to the engine, with the adapter's tokenizer or the base's. Raises
+        InvalidRequestError, UnavailableError."""
+        base, length = self._planner.base_of(tokenizer), len(order.prompt)
         check_prompts([Prompt(order.prompt)], base, "prompt")
         self._planner.check_limits(order.n, None)
         room = base.max_length - length
@@ -455,7 +481,7 @@ class Samples:
             top_p=order.top_p,
             seed=order.seed,
             stop_token_ids=tuple(order.stop_tokens),
-            end_token_ids=self._tokenizer.end_tokens,
+            end_token_ids=tokenizer.end_tokens,
             max_tokens=fits if order.max_tokens is None else order.max_tokens,
             ignore_eos=order.ignore_eos,
             logprobs=order.top,
@@ -469,6 +495,7 @@ class Samples:
             prompts=(Prompt(order.prompt),),
             sampling=sampling,
             adapter=adapter,
+            tokenizer=None if tokenizer is self._tokenizer else tokenizer,
             n=order.n,
             stops=tuple(order.stops),
             token_ids=True,
@@ -540,7 +567,7 @@ def _check_last(order: SampleOrder) -> None:
         )
 
 
-def _named(targets: PlaceTargets, length: int, vocabulary: int) -> Wanted:
+def _named(targets: PlaceTargets, length: int, vocabulary: float) -> Wanted:
     """Return the named tokens of a prompt of that length, by place. Raises InvalidRequestError."""
     if targets.shape[0] != length - 1:
         raise _bad_targets(f"has {targets.shape[0]} rows, and the prompt {length - 1} tokens to score")
