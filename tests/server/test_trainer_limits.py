@@ -55,6 +55,30 @@ bound_memory(20_000_000, torch.device("cpu"))
 print(torch.ones(1 << 20).add_(1.0).sum().item())
 """
 
+CHILDREN = """
+import pathlib, signal, subprocess, sys, threading
+from onebase_server.processes.link import kill_children
+started, ending = threading.Event(), threading.Event()
+children = []
+def start():
+    children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+    started.set()
+    ending.wait()
+thread = threading.Thread(target=start)
+thread.start()
+started.wait()
+own, read = f"/{thread.native_id}/", pathlib.Path.read_text
+def reading(path, *given):
+    if own in str(path) and not ending.is_set():
+        ending.set()
+        thread.join()
+    return read(path, *given)
+pathlib.Path.read_text = reading
+killed = kill_children()
+children[0].kill()
+print(killed == [children[0].pid], children[0].wait() == -signal.SIGKILL)
+"""
+
 
 def run(program: str, *arguments: str) -> list[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -80,6 +104,10 @@ def test_a_process_that_takes_more_than_it_may_fails_alone_and_says_so(kind: str
 
 def test_threads_of_the_processor_are_not_counted_as_what_a_job_takes() -> None:
     assert run(THREADS) == ["2097152.0"]
+
+
+def test_the_processes_of_a_thread_that_ends_while_they_are_looked_for_are_killed_too() -> None:
+    assert run(CHILDREN) == ["True", "True"]
 
 
 def test_on_a_gpu_a_job_takes_what_was_left_free_for_it_however_much_is_free(

@@ -24,6 +24,8 @@ from onebase_engine.machine import step_aside
 ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.processes", "engine")
 DEATH_SECONDS = 2.0
 """Time, in seconds, within which a killed process is gone, unless the system holds it."""
+_LOOKS = 10
+"""Largest number of looks for child processes, of which the last one is to find none that is new."""
 
 Received = TypeVar("Received")
 
@@ -272,10 +274,12 @@ def kill_children() -> list[int]:
 
     For a process that is about to exit. Returns their ids once they are gone, or after DEATH_SECONDS.
     """
-    pids: list[int] = []
-    for path in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # that thread has just ended
-            pids += map(int, path.read_text().split())
+    pids: set[int] = set()
+    for look in range(_LOOKS):
+        found = _children()
+        if look and found <= pids:
+            break
+        pids |= found
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(pid) == pid:
@@ -285,7 +289,17 @@ def kill_children() -> list[int]:
     end = time.monotonic() + DEATH_SECONDS
     while any(map(_runs, pids)) and time.monotonic() < end:
         time.sleep(0.01)
-    return pids
+    return sorted(pids)
+
+
+def _children() -> set[int]:
+    """Return the ids of the processes that this one has started, by the threads that did. Those of a thread
+    that ends meanwhile become another thread's, which may have been read before."""
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # that thread has just ended
+            found |= set(map(int, path.read_text().split()))
+    return found
 
 
 def _runs(pid: int) -> bool:
