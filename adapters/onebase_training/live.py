@@ -139,7 +139,7 @@ class LiveModel:
         self._scorer = scorer
         self._name = name
         self._recipe = _recipe(base, spec, start)
-        self.trainable = Trainable(base, self._recipe, gate, parent=start)
+        self.trainable = Trainable(base, self._recipe, gate, parent=start, keeps_start=False)
         self._words = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._longest = longest_row(base.config) or 2**20
         self._parameters = self.trainable.named_parameters()
@@ -721,9 +721,9 @@ class LiveModels:
         self._memory = memory
         self._joins = joins
         self._proven: set[str] = set()
-        """Models whose passes may join others: an operation was done here, by itself and not refused, since the
-        model was made and since a joined pass with it failed. A process that dies of the first one tells which
-        it was."""
+        """Models whose passes may join others: an operation was done here, by itself and not refused, since
+        the model was made, and since a joined pass with it failed. A process that dies of the first one tells
+        which it was."""
         self._next_tokens: dict[str, tuple[int, int]] = {}
         """Number of each model's next operation, and its tokens in a joined pass; 0 tokens: it joins none."""
         self._base, self._store, self._gate, self._name = base, store, gate, name

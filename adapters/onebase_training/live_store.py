@@ -109,6 +109,8 @@ class LiveStore:
         self.root = root
         self.base_id = base_id
         self._lock = threading.Lock()
+        self._creating = threading.Lock()
+        """Lock of `create` alone, which may copy a whole adapter."""
 
     # ---- models ------------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ class LiveStore:
         has as many as may be trained at once.
         """
         folder, spec = self.folder(spec.id), msgspec.structs.replace(spec, base_id=self.base_id)
-        with self._lock:
+        with self._creating:
             for name in (_SPEC, _REMOVED):
                 if (folder / name).exists():
                     if name == _SPEC and _same(self.spec(spec.id), spec):

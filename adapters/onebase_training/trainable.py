@@ -49,6 +49,7 @@ class Trainable:
         eva: micro-batches that EVA reads, for `init="eva"`.
         parent: the adapter whose weights training continues; the recipe must agree with it.
         labels: of a classifier, in the order of its head's rows; none for text.
+        keeps_start: whether `at_start` can restore the parent's weights, for which a copy of them is kept.
         version: an adapter that is only measured. It may be of any kind that is served, with labels of its
             own, and the recipe only decides how rows are computed.
 
@@ -66,6 +67,7 @@ class Trainable:
         eva: Iterable[MicroBatch] = (),
         parent: Parent | None = None,
         labels: Sequence[str] = (),
+        keeps_start: bool = True,
         version: Parent | None = None,
     ) -> None:
         self.base = base
@@ -96,7 +98,7 @@ class Trainable:
                 self._initialize_by_data(eva)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
-        self._parent = None if parent is None else copied(self.named_parameters())
+        self._parent = copied(self.named_parameters()) if parent is not None and keeps_start else None
         self._invocation = tuple(self.model.peft_config[ADAPTER].alora_invocation_tokens or ())
         self._activation = ActivatedTokens()
         if self._invocation:
@@ -203,7 +205,7 @@ class Trainable:
 
     @property
     def has_parent(self) -> bool:
-        """Whether training continues an adapter."""
+        """Whether training continues an adapter whose weights are kept."""
         return self._parent is not None
 
     @contextmanager

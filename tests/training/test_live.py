@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ from onebase_training.live_store import (
     UnknownCheckpointError,
     UnknownLiveModelError,
 )
+from onebase_training.parent import Parent
 from onebase_training.trainable import Trainable
 
 LEARNING = ModelSpec(id="learning", rank=8, seed=3)
@@ -739,6 +741,37 @@ def test_an_unloaded_model_is_gone_but_for_its_checkpoints(base: torch.nn.Module
         store.submit("learning", 3, STEP)
     store.remove("learning")
     assert not store.runs()
+
+
+def test_a_model_is_created_while_others_accept_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, submitted = LiveStore(tmp_path / "live"), list[bool]()
+    store.create(LEARNING)
+    (tmp_path / "brought").write_text("weights")
+
+    def linking(path: Path, target: Path) -> None:
+        """Stand for a long copy."""
+        submitting = threading.Thread(target=store.submit, args=("learning", 1, STEP), daemon=True)
+        submitting.start()
+        submitting.join(60)
+        submitted.append(not submitting.is_alive())
+        target.write_bytes(path.read_bytes())
+
+    monkeypatch.setattr("onebase_training.live_store._link", linking)
+    store.create(SPECS[0], {"adapter_config.json": tmp_path / "brought"})
+    assert submitted == [True]
+    assert (store.folder("small") / "start" / "adapter_config.json").read_text() == "weights"
+
+
+def test_a_model_that_begins_with_an_adapter_keeps_no_second_copy_of_its_weights(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    (made,) = done(base, tmp_path, {1: Save(name="a", kind="weights")}, LEARNING)
+    start, scorer = Parent.of_folder(Path(made.checkpoint.folder)), replies.Scorer(base, lambda: None)
+    model = LiveModel(base, LEARNING, OpenGate(), BaseName("tiny"), scorer, start)
+    assert not model.trainable.has_parent
+    assert_equal(dict(model._parameters), dict(model_of(base)._parameters))
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
