@@ -251,6 +251,8 @@ def test_tokens_of_a_versions_own_vocabulary_are_promised_for_its_samplers_alone
         for fields in ({"prompt": own["prompt"]}, {"targets": own["targets"]}):
             with pytest.raises(InvalidRequestError, match="not in the vocabulary"):
                 await samples.promised(1, **fields)
+        request = samples._request(order(prompt=own["prompt"]), {}, LOCAL, AdapterChoice(), OWN)
+        assert (request.sampling.end_token_ids, request.tokenizer) == ((101,), OWN)
         with pytest.raises(InvalidRequestError, match=r"not in the vocabulary \(0 to 102\)"):
             await samples.promised(1, OF_VERSION, prompt=[1, 103])
         samples.missing = UnavailableError(

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import msgspec
 import pytest
 from sqlalchemy import update
 
-from onebase_adapters.registry import SIGNATURE, LiveSampler, LiveSession, Registry
+from onebase_adapters.registry import DEFAULT_TENANT, SIGNATURE, LiveSampler, LiveSession, Registry
 from onebase_adapters.registry.audit import current
 from onebase_adapters.registry.tables import LiveSessionRow
 from onebase_adapters.signatures import PolicyRule, ServerKey, SignaturePolicy
@@ -31,11 +32,13 @@ from onebase_edge.errors import (
     QuotaExceededError,
     QuotaSpentError,
     ResultGoneError,
+    StateConflictError,
     UnavailableError,
 )
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.adapters.sources import take_folder
+from onebase_server.http.routes.tinker import OpenFileResponse
 from onebase_server.live import service as service_module
 from onebase_server.live.service import (
     ENDED_SECONDS,
@@ -313,11 +316,61 @@ def test_a_run_that_began_with_an_active_version_is_found_again_after_another_wa
         )
         return asyncio.run(made)
 
-    assert begin() == begun.id
+    assert begin() == begin(name=f"brought@{'d' * 8}") == begun.id
     other = Caller("k", "globex", frozenset({"train"}))
-    for asked in ({"caller": other}, {"name": "another"}, {"metadata": {"run": "2"}}):
+    changed = {"metadata": {"run": "2"}}
+    for asked in ({"caller": other}, {"name": "another"}, {"name": f"brought@{'e' * 8}"}, changed):
         with pytest.raises(AdapterNotFoundError):  # the version is looked for, and there is none here
             begin(**asked)  # type: ignore[arg-type]
+
+
+def test_a_run_that_began_with_a_checkpoint_is_found_again_after_that_was_deleted(upkeep: Upkeep) -> None:
+    service = upkeep.service
+    checkpoint(upkeep.store, "state", LATER, kind="weights")
+
+    def begin(name: str = "state", optimizer: bool = False, metadata: dict[str, str] | None = None) -> str:
+        path = f"tinker://{RUN}/weights/{name}"
+        made = service.continue_from(
+            ACME, "s", 8, path, optimizer=optimizer, base_model="base", metadata=metadata
+        )
+        return asyncio.run(made)
+
+    run = begin()
+    asyncio.run(service.delete_checkpoint(ACME, f"tinker://{RUN}/weights/state"))
+    assert begin() == run == "s:train:8"
+    for asked in ({"name": "other"}, {"optimizer": True}, {"metadata": {"run": "2"}}):
+        with pytest.raises(LiveNotFoundError):
+            begin(**asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_sample_waits_for_a_version_that_is_prepared_again_unless_it_fails(
+    upkeep: Upkeep, tmp_path: Path, fails: bool
+) -> None:
+    async def test() -> None:
+        house = House(upkeep.registry, tmp_path)
+        house.verifier.rejects = fails
+        upkeep.service._library = house.adapters
+        path = f"tinker://adapters/sampler_weights/other@{house.digest}"
+        sampler = LiveSampler("s:sample:9", "s", DEFAULT_TENANT, "base", path, LATER)
+        await house.catalog.refresh()
+        with pytest.raises(UnavailableError, match="not proved yet"):
+            await upkeep.service.choose(sampler)
+        await house.make_ready()
+        if fails:
+            with pytest.raises(StateConflictError, match="module_differs"):
+                await upkeep.service.choose(sampler)
+        else:
+            assert (await upkeep.service.choose(sampler)).uses[0].digest == house.digest
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("name", ["brought", "hub:acme/first@v1"])
+def test_a_sampler_of_a_version_has_no_live_weights(upkeep: Upkeep, name: str) -> None:
+    path = f"tinker://adapters/sampler_weights/{name}@{'d' * 64}"
+    sampler = LiveSampler("s:sample:9", "s", "acme", "base", path, LATER)
+    assert asyncio.run(upkeep.service.live_version(sampler)) is None
 
 
 def test_another_tenant_reaches_nothing_of_a_run(upkeep: Upkeep) -> None:
@@ -363,13 +416,14 @@ def test_an_address_of_external_weights_is_checked_before_any_file_is_read(upkee
     made = checkpoint(upkeep.store, "out", LATER, kind="external")
     found = asyncio.run(service.external_files(ACME, RUN, "out"))
 
-    def fetch(signature: str, until: int = found.until, save: int = found.save) -> Path:
-        return asyncio.run(service.external_file(place, save, name, until, signature))[0]
+    def fetch(signature: str, until: int = found.until, save: int = found.save) -> bytes:
+        with asyncio.run(service.external_file(place, save, name, until, signature)) as file:
+            return file.read()
 
     name, signature = "adapter_config.json", found.signatures["adapter_config.json"]
-    assert fetch(signature).read_text() == "{}"
+    assert fetch(signature) == b"{}"
     service._link_secret = b""  # another process, which reads it again
-    assert fetch(signature).read_text() == "{}"
+    assert fetch(signature) == b"{}"
     past = service_module._signature(service._read_link_secret(), place, found.save, name, 1)
     record = Path(made.folder) / CHECKPOINT
     written = record.read_bytes()
@@ -409,6 +463,47 @@ def test_external_weights_that_are_deleted_while_they_are_asked_for_are_not_foun
     monkeypatch.setattr(service, "checkpoint", deleting)
     with pytest.raises(LiveNotFoundError):
         asyncio.run(service.external_files(ACME, RUN, "out"))
+
+
+def test_external_weights_that_are_deleted_while_they_are_sent_are_sent_whole(upkeep: Upkeep) -> None:
+    service, place = upkeep.service, Place(RUN, "external", "out")
+    name, whole = "adapter_model.safetensors", b"weights 1"
+
+    async def sent(**headers: str) -> httpx2.Response:
+        made = checkpoint(upkeep.store, "out", LATER, kind="external")
+        found = await service.external_files(ACME, RUN, "out")
+        file = await service.external_file(place, found.save, name, found.until, found.signatures[name])
+        shutil.rmtree(made.folder)
+        transport = httpx2.ASGITransport(app=OpenFileResponse(file, filename=name))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as http:
+            answer = await http.get("/", headers=headers)
+        assert file.closed
+        return answer
+
+    answer = asyncio.run(sent())
+    assert (answer.status_code, answer.content) == (200, whole)
+    part = asyncio.run(sent(Range="bytes=3-5"))
+    assert (part.status_code, part.content) == (206, whole[3:6])
+    assert part.headers["content-range"] == f"bytes 3-5/{len(whole)}"
+
+
+def test_external_weights_that_are_saved_anew_while_they_are_asked_for_are_not_sent(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, place = upkeep.service, Place(RUN, "external", "out")
+    checkpoint(upkeep.store, "out", LATER, kind="external")
+    found = asyncio.run(service.external_files(ACME, RUN, "out"))
+    name, signature = next(iter(found.signatures.items()))
+    read = service._weights
+
+    async def saving(path: str) -> CheckpointFolder | None:
+        before = await read(path)
+        checkpoint(upkeep.store, "out", LATER, 2, kind="external")
+        return before
+
+    monkeypatch.setattr(service, "_weights", saving)
+    with pytest.raises(ForbiddenError, match="any more"):
+        asyncio.run(service.external_file(place, found.save, name, found.until, signature))
 
 
 def test_operations_that_wait_are_limited(upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, 
 
 from ..hub_standin import HubStandIn
 from .support import Server, Starter
+from .test_tinker import new_sampler, retrieved, sample_body, sequences
 
 TURN, END, TOOL = "<|turn|>", "<|over|>", "<|tool|>"
 TEMPLATE = (
@@ -209,6 +210,24 @@ def test_ids_beyond_the_base_are_refused_to_others_by_the_name_of_the_field(
     text = {"model": base, "prompt": TURN, "max_tokens": 1, "return_token_ids": True}
     found = http.post("/v1/completions", json=text).json()["choices"][0]
     assert len(found["prompt_token_ids"]) > 1  # letters to the base
+
+
+def test_the_tinker_api_samples_it_by_its_own_tokens(
+    http: httpx2.Client, chatty: dict[str, Any], grown: Grown
+) -> None:
+    own = [grown.tokenizer.convert_tokens_to_ids(token) for token in (TURN, TOOL, END)]
+    sampler = new_sampler(http, model_path=f"tinker://adapters/sampler_weights/chatty@{chatty['version']}")
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": own}]}
+    drawn = sample_body(
+        sampler, 0, prompt=prompt, sampling_params={"max_tokens": 8, "temperature": 0, "stop": []}
+    )
+    accepted = http.post("/api/v1/asample", json=drawn)
+    assert accepted.status_code == 200, accepted.text
+    ((tokens, _),) = sequences(retrieved(http, accepted.json()["request_id"]))
+    assert list(tokens) == grown.answer(own, 8)
+    refused = http.post("/api/v1/asample", json=sample_body(new_sampler(http), 0, prompt=prompt))
+    assert refused.status_code == 400
+    assert "is not in the vocabulary" in refused.json()["error"]["message"]
 
 
 def test_json_follows_its_schema_and_ends_by_its_own_token(

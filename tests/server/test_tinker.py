@@ -612,6 +612,8 @@ def test_external_weights_are_downloaded_without_a_key_as_peft_has_them(
         }
         url = found.urls["adapter_config.json"]
         assert stranger.get(url).headers["cache-control"] == "private, no-store"
+        part = stranger.get(url, headers={"Range": "bytes=2-5"})
+        assert (part.status_code, part.content) == (206, own["adapter_config.json"][2:6])
         for other in (
             re.sub(r"save=(\d+)", r"save=1\1", url),
             url.replace("plain", "secret"),

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
@@ -47,6 +47,7 @@ from onebase_edge.errors import (
     LiveNotFoundError,
     QuotaSpentError,
     ResultGoneError,
+    StateConflictError,
     UnavailableError,
     status_of,
 )
@@ -55,6 +56,7 @@ from onebase_server.adapters.catalog import AdapterChoice, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
+from onebase_server.live.sampling import VERSIONS
 from onebase_server.processes.live_client import LiveTrainer
 from onebase_server.requests.planner import check_generates
 from onebase_server.storage.calls import storage_errors
@@ -117,7 +119,7 @@ LINK_SECONDS = 3600
 minutes."""
 _PROVED, _CHARGED, _LINK_SECRET = "proved.json", "charged.json", ".link"
 _SCHEME = "tinker://"
-_VERSION = re.compile(rf"{_SCHEME}adapters/(?:weights|sampler_weights)/(.+)")
+_VERSION = re.compile(rf"{VERSIONS}(?:weights|sampler_weights)/(.+)")
 """Path of a version of an adapter, NAME or NAME@VERSION: the active one, or a certain one."""
 _KINDS: Mapping[str, Kind] = {
     "weights": "weights",
@@ -410,18 +412,42 @@ class LiveTraining:
         base_model: str | None,
         metadata: Mapping[str, Any] | None,
     ) -> str:
-        """Create a run that begins with a checkpoint, or with a version of an adapter. Return its id. Raises
+        """Create a run that begins with a checkpoint, or with a version of an adapter. Return its id.
+
+        A request that comes again is answered by what it says alone: what it began with may be gone by now,
+        or no longer the active version.
+
+        Raises InvalidRequestError, AdapterNotFoundError, StateConflictError: the version is not ready.
+        """
+        run = f"{session_id}:train:{number}"
+        with suppress(LiveNotFoundError):
+            begun = await self.run(caller, run)
+            same = base_model in (None, begun.base) and begun.metadata == dict(metadata or {})
+            if same and self._began_with(begun, path, optimizer):
+                return run
+        of_path = self._of_version if _VERSION.fullmatch(path) else self._of_checkpoint
+        base, arguments = await of_path(caller, path, optimizer)
+        return await self.create_run(
+            caller, session_id, number, base_model=base_model or base, metadata=metadata, **arguments
+        )
+
+    def _began_with(self, begun: ModelSpec, path: str, optimizer: bool) -> bool:
+        """Return True if a run began with what a path names. Raises InvalidRequestError: it names nothing."""
+        named = _VERSION.fullmatch(path)
+        if named is None:
+            place = Place.read(path, "path")
+            with suppress(UnknownLiveModelError, UnknownCheckpointError):
+                folder = self._store().checkpoint_folder(place.run, place.kind, place.name)
+                return begun.start == StartingWeights(folder=str(folder), optimizer=optimizer)
+            return False
+        reference = self._library.catalog.of(begun.owner).ours(named[1])
+        name = begun.version.rpartition("@")[0]
+        is_version = reference.startswith(f"{name}@") and begun.version.startswith(reference)
+        return begun.start is None and not optimizer and bool(name) and (reference == name or is_version)
+
+    async def _of_checkpoint(self, caller: Caller, path: str, optimizer: bool) -> tuple[str, dict[str, Any]]:
+        """Return the base and other arguments of `create_run` for a checkpoint. Raises
         InvalidRequestError."""
-        if _VERSION.fullmatch(path):
-            return await self._continue_version(
-                caller,
-                session_id,
-                number,
-                path,
-                optimizer=optimizer,
-                base_model=base_model,
-                metadata=metadata,
-            )
         found = await self.checkpoint(caller, path, "path")
         if optimizer and not found.optimizer:
             raise InvalidRequestError(
@@ -430,46 +456,24 @@ class LiveTraining:
             )
         parent = await self._disk(self._store().spec, found.model)
         folder = self._store().folder(found.model) / START
-        return await self.create_run(
-            caller,
-            session_id,
-            number,
-            base_model=base_model or parent.base,
-            rank=found.rank,
-            seed=parent.seed,
-            train={name: getattr(found, name) for name in ("train_mlp", "train_attn", "train_unembed")},
-            metadata=metadata,
-            start=StartingWeights(folder=found.folder, optimizer=optimizer),
-            alpha=parent.alpha,
-            version=parent.version,
-            files={name: folder / name for name in ADAPTER_FILES} if parent.version else None,
-        )
+        return parent.base, {
+            "rank": found.rank,
+            "seed": parent.seed,
+            "train": {name: getattr(found, name) for name in ("train_mlp", "train_attn", "train_unembed")},
+            "start": StartingWeights(folder=found.folder, optimizer=optimizer),
+            "alpha": parent.alpha,
+            "version": parent.version,
+            "files": {name: folder / name for name in ADAPTER_FILES} if parent.version else None,
+        }
 
-    async def _continue_version(
-        self,
-        caller: Caller,
-        session_id: str,
-        number: int,
-        path: str,
-        *,
-        optimizer: bool,
-        base_model: str | None,
-        metadata: Mapping[str, Any] | None,
-    ) -> str:
-        """Create a run that begins with a version of an adapter. Return its id. Raises InvalidRequestError,
-        AdapterNotFoundError, StateConflictError: it is not ready."""
+    async def _of_version(self, caller: Caller, path: str, optimizer: bool) -> tuple[str, dict[str, Any]]:
+        """Return the base and other arguments of `create_run` for a version of an adapter. Raises
+        InvalidRequestError, AdapterNotFoundError, StateConflictError: it is not ready."""
         if optimizer:
             raise InvalidRequestError(
                 f"optimizer: {path[:200]!r} is an adapter, which has none. Load it without.",
                 param="optimizer",
             )
-        base_model, run = base_model or self._base_names[0], f"{session_id}:train:{number}"
-        with suppress(LiveNotFoundError):
-            begun = await self.run(caller, run)  # another version may be the active one by now
-            name = path.removeprefix(f"{_SCHEME}adapters/").partition("/")[2]
-            same = (begun.base, begun.metadata) == (base_model, dict(metadata or {}))
-            if same and begun.start is None and name == begun.version.rpartition("@")[0]:
-                return run
         chosen = check_generates(await self._version(caller.tenant, path, "path"), "path")
         (use,) = chosen.uses
         self._library.catalog.of(caller.tenant).check_own(use.name, "train it further")
@@ -479,19 +483,14 @@ class LiveTraining:
                 name: await self._disk(self._library.store.local, version.files.of(name).sha256)
                 for name in ADAPTER_FILES
             }
-        return await self.create_run(
-            caller,
-            session_id,
-            number,
-            base_model=base_model,
-            rank=int(chosen.report["rank"]),
-            seed=0,
-            train={},
-            metadata=metadata,
-            alpha=float(chosen.report["alpha"]),
-            version=f"{use.name}@{use.digest}",
-            files=files,
-        )
+        return self._base_names[0], {
+            "rank": int(chosen.report["rank"]),
+            "seed": 0,
+            "train": {},
+            "alpha": float(chosen.report["alpha"]),
+            "version": f"{use.name}@{use.digest}",
+            "files": files,
+        }
 
     async def run(self, caller: Caller, run: str, param: str = "model_id") -> ModelSpec:
         """Return a run of the caller's tenant."""
@@ -742,11 +741,10 @@ class LiveTraining:
         signatures = {file: _signature(secret, place, found.seq_id, file, until) for file in files}
         return ExternalFiles(found.seq_id, until, signatures)
 
-    async def external_file(
-        self, place: Place, save: int, name: str, until: int, signature: str
-    ) -> tuple[Path, os.stat_result]:
-        """Return a file of external weights, if the signature is that of `external_files`: nothing is read
-        for another one. Raises ForbiddenError, InvalidRequestError.
+    async def external_file(self, place: Place, save: int, name: str, until: int, signature: str) -> BinaryIO:
+        """Open a file of external weights, if the signature is that of `external_files`: nothing is read
+        for another one. What is deleted meanwhile can still be read. Raises ForbiddenError,
+        InvalidRequestError.
 
         save: number of the operation that saved it.
         """
@@ -760,11 +758,10 @@ class LiveTraining:
         if found is None or found.seq_id != save or _has_expired(found):
             raise _link_invalid("signature: it belongs to no file that is here any more.")
         _check_base(self._store(), found, "run")
-        path = Path(found.folder) / name
-        try:
-            return path, await self._disk(path.stat)
-        except FileNotFoundError as error:  # it was deleted meanwhile
-            raise _link_invalid("signature: it belongs to no file that is here any more.") from error
+        file = await self._disk(_opened, found, name)
+        if file is None:  # it was deleted meanwhile
+            raise _link_invalid("signature: it belongs to no file that is here any more.")
+        return file
 
     def _read_link_secret(self) -> bytes:
         """Return what signs addresses of files. It is made once, and survives a restart. Blocks."""
@@ -847,11 +844,14 @@ class LiveTraining:
 
     async def choose(self, sampler: LiveSampler) -> AdapterChoice:
         """Return the weights that a sampler samples from, as a live version, or as the version of an adapter.
-        Raises LiveNotFoundError, AdapterNotFoundError, StateConflictError."""
+
+        Raises LiveNotFoundError, AdapterNotFoundError; StateConflictError: the version has failed;
+        UnavailableError: it is being prepared again.
+        """
         if sampler.path is None:
             return AdapterChoice()
         if _VERSION.fullmatch(sampler.path):
-            return await self._version(sampler.tenant, sampler.path, "sampling_session_id")
+            return await self._sampled_version(sampler.tenant, sampler.path)
         self._sampled[sampler.path] = time.time()
         found = await self._weights(sampler.path)
         if found is None:
@@ -860,10 +860,22 @@ class LiveTraining:
         ref = AdapterRef(found.packed)
         return AdapterChoice((ref,), (VersionRef(sampler.tenant, LIVE, ref.digest),), f"live@{ref.digest}")
 
+    async def _sampled_version(self, tenant: str, path: str) -> AdapterChoice:
+        """Return the version of a sampler's path, NAME@DIGEST. Raises as `choose` does."""
+        try:
+            return await self._version(tenant, path, "sampling_session_id")
+        except StateConflictError as error:
+            name, _, digest = path.partition("/sampler_weights/")[2].rpartition("@")
+            if self._library.catalog.of(tenant).version(name, digest).state == "failed":
+                raise
+            raise UnavailableError(error.message, code="adapter_unavailable", retry_after=10.0) from error
+
     async def live_version(self, sampler: LiveSampler) -> str | None:
         """Return the digest of the weights that a sampler samples from; None for the base, for versions of
         adapters, and before they are saved."""
-        found = None if sampler.path is None else await self._weights(sampler.path)
+        if sampler.path is None or _VERSION.fullmatch(sampler.path):
+            return None
+        found = await self._weights(sampler.path)
         return None if found is None else found.packed
 
     async def _weights(self, path: str) -> CheckpointFolder | None:
@@ -1186,6 +1198,16 @@ def _is_current(checkpoint: CheckpointFolder) -> bool:
     """Return True if the checkpoint's folder still has this save. Numbers of saves only grow. Blocks."""
     found = read_checkpoint(Path(checkpoint.folder))
     return found is not None and found.seq_id == checkpoint.seq_id
+
+
+def _opened(checkpoint: CheckpointFolder, name: str) -> BinaryIO | None:
+    """Open a file of this save of a checkpoint; None if it is gone. Blocks."""
+    with suppress(FileNotFoundError):
+        file = (Path(checkpoint.folder) / name).open("rb")
+        if _is_current(checkpoint):
+            return file
+        file.close()
+    return None
 
 
 def _write_mark(checkpoint: CheckpointFolder, mark: _Mark) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
+from starlette import types as asgi
 
 from onebase_edge.errors import (
     ApiError,
@@ -701,14 +703,25 @@ async def get_external_weights(
 ) -> Response:
     """Download a file of external weights from an address that `external_weights_urls` has returned."""
     place = Place(run, "external", name)
-    path, status = await services.live_training.external_file(place, save, file, expires, signature)
-    return FileResponse(
-        path,
+    return OpenFileResponse(
+        await services.live_training.external_file(place, save, file, expires, signature),
         media_type="application/octet-stream",
         filename=file,
-        stat_result=status,
         headers={"Cache-Control": "private, no-store"},
     )
+
+
+class OpenFileResponse(FileResponse):
+    """Sends a file that is open already, which may be deleted meanwhile, and closes it."""
+
+    def __init__(self, file: BinaryIO, **options: Any) -> None:
+        number = file.fileno()
+        super().__init__(f"/proc/self/fd/{number}", stat_result=os.fstat(number), **options)
+        self._file = file
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
 
 
 @router.post("/weights_info", responses=answer(wire.WeightsInfoAnswer, 404))
