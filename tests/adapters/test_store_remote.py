@@ -16,8 +16,8 @@ from typing import Any
 import boto3
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 from tests.disks import fill, small_disk
+from tests.object_store import object_store
 
 from onebase_adapters.store.blobs import Blob
 from onebase_adapters.store.local import FileSystem
@@ -33,11 +33,8 @@ SECRET = "s3cr3tKey"
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
+    with object_store() as url:
+        yield url
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from typing import Any
 import boto3
 import httpx2
 import pytest
-from moto.server import ThreadedMotoServer
 from tests.forks import Nursery
+from tests.object_store import object_store
 from tests.postgres import postgres_server
 from tests.server.conftest import make_adapter
 from tests.server.support import Server, launch, serving, upload_folder
@@ -37,14 +37,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(base: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Options and environment of a server on the shared registry and store."""
-    with postgres_server() as postgres:
-        bucket = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        bucket.start()
-        host, port = bucket.get_host_and_port()
-        environment = CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    with postgres_server() as postgres, object_store() as bucket:
+        environment = CREDENTIALS | {"AWS_ENDPOINT_URL": bucket}
         boto3.client(
             "s3",
-            endpoint_url=environment["AWS_ENDPOINT_URL"],
+            endpoint_url=bucket,
             aws_access_key_id="id",
             aws_secret_access_key="secret",
             region_name="us-east-1",
@@ -53,7 +50,6 @@ def shared(base: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
         options += ["--base", str(base), "--sync-seconds", "3600", "--kv-memory", "50MB"]
         options += ["--max-sequences", "4", "--threads", "1"]
         yield options, environment
-        bucket.stop()
 
 
 def text(http: httpx2.Client, adapter: str) -> tuple[str, str]:

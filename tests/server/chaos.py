@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import logging
 import math
 import os
 import random
@@ -174,7 +173,7 @@ class Places:
         store = str(self.folder / "store")
         url = self.registry
         if self.remote:
-            from moto.server import ThreadedMotoServer
+            from tests.object_store import object_store
             from tests.postgres import postgres_server
 
             postgres = self._stack.enter_context(postgres_server())
@@ -190,14 +189,10 @@ class Places:
             name = postgres.create()
             self.registry = postgres.url(name)
             url = f"postgresql://postgres@127.0.0.1:{self.database.port}/{name}?sslmode=disable"
-            logging.getLogger("werkzeug").setLevel(logging.ERROR)
-            moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-            moto.start()
-            self._stack.callback(moto.stop)
-            _, port = moto.get_host_and_port()
-            self.store = Proxy(lambda: socket.create_connection(("127.0.0.1", port)))
+            bucket = httpx2.URL(self._stack.enter_context(object_store()))
+            self.store = Proxy(lambda: socket.create_connection((bucket.host, bucket.port)))
             self._stack.callback(self.store.close)
-            httpx2.put(f"http://127.0.0.1:{port}/adapters").raise_for_status()
+            httpx2.put(bucket.copy_with(path="/adapters")).raise_for_status()
             self.environment = {
                 "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store.port}",
                 "AWS_ACCESS_KEY_ID": "id",
