@@ -22,7 +22,7 @@ def object_store() -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         url = f"http://{host}:{port}"
-        httpx2.post(f"{url}/moto-api/reset").raise_for_status()
+        httpx2.post(f"{url}/moto-api/reset", timeout=120).raise_for_status()
         yield url
     finally:
         server.stop()

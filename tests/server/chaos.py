@@ -192,7 +192,7 @@ class Places:
             bucket = httpx2.URL(self._stack.enter_context(object_store()))
             self.store = Proxy(lambda: socket.create_connection((bucket.host, bucket.port)))
             self._stack.callback(self.store.close)
-            httpx2.put(bucket.copy_with(path="/adapters")).raise_for_status()
+            httpx2.put(bucket.copy_with(path="/adapters"), timeout=120).raise_for_status()
             self.environment = {
                 "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store.port}",
                 "AWS_ACCESS_KEY_ID": "id",
