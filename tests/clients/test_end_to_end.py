@@ -129,7 +129,7 @@ def test_many_streams_at_once_each_get_their_own_answer(server: Server, adapter:
 
 def test_leaving_a_stream_ends_its_request_on_the_server(server: Server) -> None:
     def running() -> int:
-        return int(httpx2.get(f"{server.url}/status").json()["requests"])
+        return int(httpx2.get(f"{server.url}/status", timeout=60).json()["requests"])
 
     during: list[int] = []
 
@@ -320,7 +320,7 @@ def test_the_anthropic_client_calls_tools_whole_and_streamed(server: Server, ada
 
 def test_the_anthropic_client_streams_what_it_gets_whole_and_goes_on_from_there(server: Server) -> None:
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
-        (base, *_) = httpx2.get(f"{server.url}/v1/models").json()["data"]
+        (base, *_) = httpx2.get(f"{server.url}/v1/models", timeout=60).json()["data"]
         fields: Any = {"model": base["id"], "max_tokens": 12, "extra_body": {"temperature": 0}}
         fields |= {"system": "Be brief.", "messages": [{"role": "user", "content": EMOJI}]}
         whole = client.messages.create(**fields)

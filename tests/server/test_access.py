@@ -367,7 +367,9 @@ def test_the_anthropic_client_works_with_a_key_in_either_header_and_says_what_is
         with anthropic.Anthropic(base_url=server.url, max_retries=0, **more) as client:
             client.messages.count_tokens(model=ask["model"], messages=ask["messages"])
     train = keys.make("train")
-    server.wait_for(lambda: httpx2.get(f"{server.url}/version", headers=bearer(train)).status_code == 200)
+    server.wait_for(
+        lambda: httpx2.get(f"{server.url}/version", headers=bearer(train), timeout=60).status_code == 200
+    )
     for key, error, kind in (
         ("ob-wrong", anthropic.AuthenticationError, "authentication_error"),
         (train, anthropic.PermissionDeniedError, "permission_error"),

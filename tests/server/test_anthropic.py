@@ -314,9 +314,9 @@ def test_an_error_has_the_clients_type_and_comes_in_a_stream_as_an_event(
                 "details": {"error_code": "invalid_value", "param": "temperature"},
             },
         }
-        too_large = httpx2.post(f"{server.url}/v1/messages", content=b"x" * 9_000_000)
+        too_large = httpx2.post(f"{server.url}/v1/messages", content=b"x" * 9_000_000, timeout=60)
         assert (too_large.status_code, too_large.json()["error"]["type"]) == (413, "request_too_large")
-        lost = httpx2.get(f"{server.url}/v1/messages/batches")
+        lost = httpx2.get(f"{server.url}/v1/messages/batches", timeout=60)
         assert (lost.status_code, lost.json()["error"]["type"]) == (404, "not_found_error")
         with client.messages.stream(**ASK, max_tokens=5000) as stream:
             next(iter(stream.text_stream))

@@ -263,7 +263,9 @@ def test_a_batch_whose_key_is_revoked_ends_with_what_it_has_and_says_why(
         batch = begin(client, [row(str(number), tokens=1) for number in range(300)])
         until(server, admin, batch, lambda now: done(now) >= 1, allow)
         keys.revoke(mine)
-        server.wait_for(lambda: httpx2.get(f"{server.url}/version", headers=bearer(mine)).status_code == 401)
+        server.wait_for(
+            lambda: httpx2.get(f"{server.url}/version", headers=bearer(mine), timeout=60).status_code == 401
+        )
         allow(20)
         batch = end_of(server, admin, batch)
 

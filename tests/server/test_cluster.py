@@ -146,7 +146,7 @@ def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Serv
     for url in urls:
         assert os.getpriority(os.PRIO_PROCESS, listening(cluster, url)) == os.getpriority(os.PRIO_PROCESS, 0)
     for url in urls:  # what one was told, all know, within the second in which they look at SQLite
-        with httpx2.Client(base_url=url) as direct:
+        with httpx2.Client(base_url=url, timeout=60) as direct:
             assert wait(lambda: len(direct.get("/v1/adapters").json()["data"]) == len(NAMES))
     body = {"prompt": "a b", "max_tokens": 3, "stream": True, "adapter": NAMES[0]}
     with http.stream("POST", "/generate", json=body) as answer:

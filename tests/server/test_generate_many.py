@@ -171,7 +171,9 @@ def keyed(serve_scripted: Starter, keys: Keys) -> Iterator[Server]:
 
 def caller(server: Server, keys: Keys, tenant: str, **limits: Any) -> httpx2.Client:
     key = keys.make("generate", tenant=tenant, **limits)
-    server.wait_for(lambda: httpx2.get(f"{server.url}/version", headers=bearer(key)).status_code == 200)
+    server.wait_for(
+        lambda: httpx2.get(f"{server.url}/version", headers=bearer(key), timeout=60).status_code == 200
+    )
     return client_with(server, key)
 
 

@@ -396,7 +396,9 @@ def tenant(request: pytest.FixtureRequest) -> str:
 
 def known(server: Server, key: str) -> str:
     """The key, once the server has read it."""
-    server.wait_for(lambda: httpx2.get(f"{server.url}/version", headers=bearer(key)).status_code == 200)
+    server.wait_for(
+        lambda: httpx2.get(f"{server.url}/version", headers=bearer(key), timeout=60).status_code == 200
+    )
     return key
 
 

@@ -603,7 +603,7 @@ def test_external_weights_are_downloaded_without_a_key_as_peft_has_them(
     rest = tinker.RestClient(base_url=live.url, api_key="tml-dummy")
     found = rest.get_external_weights_urls(plain).result()
     assert found.expires.timestamp() > time.time() + 600  # clients renew it five minutes before
-    with httpx2.Client() as stranger:
+    with httpx2.Client(timeout=60) as stranger:
         assert {name: stranger.get(url).content for name, url in found.urls.items()} == own
         encrypted = rest.get_external_weights_urls(secret.path).result().urls
         files = {name: stranger.get(url).content for name, url in encrypted.items()}

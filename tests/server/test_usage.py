@@ -61,7 +61,9 @@ def test_the_use_of_a_tenant_is_the_sum_of_what_its_answers_say(
     server: Server, keys: Keys, admin: str, tmp_path: Path
 ) -> None:
     key = keys.make("generate", "adapters", tenant="sums")
-    server.wait_for(lambda: httpx2.get(f"{server.url}/version", headers=bearer(key)).status_code == 200)
+    server.wait_for(
+        lambda: httpx2.get(f"{server.url}/version", headers=bearer(key), timeout=60).status_code == 200
+    )
     with client_with(server, key) as http:
         for name in ("one", "two"):
             assert upload(http, name, name.encode(), activate="true").status_code == 200
@@ -99,7 +101,9 @@ def day_before(day: str) -> str:
 
 def test_a_stream_that_is_left_counts_what_was_computed(server: Server, keys: Keys) -> None:
     key = keys.make("generate", tenant="leaver")
-    server.wait_for(lambda: httpx2.get(f"{server.url}/version", headers=bearer(key)).status_code == 200)
+    server.wait_for(
+        lambda: httpx2.get(f"{server.url}/version", headers=bearer(key), timeout=60).status_code == 200
+    )
     body = {"prompt": "word", "max_tokens": 10_000, "stream": True, "n": 2}
     with client_with(server, key) as http:
         with http.stream("POST", "/generate", json=body) as answer:
