@@ -1,7 +1,8 @@
 """Recipes of tinker-cookbook against a real server: unmodified, but for the base's name and the loss's.
 
 tools/setup.sh installs the cookbook without its requirements, for PyPI does not have the tml-renderers that
-it asks for; none of these recipes imports it.
+it asks for; none of these recipes imports it. ONEBASE_COOKBOOK_PYTHON has the recipes run by the Python of
+another environment, such as one that only `pip install tinker 'tinker-cookbook[math-rl]'` has made.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .support import Server, Starter
 MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 """A name that the cookbook knows, and whose chat format has tools. What is served under it is small."""
 PROGRAM = Path(__file__).with_name("cookbook.py")
+PYTHON = os.environ.get("ONEBASE_COOKBOOK_PYTHON", sys.executable)
 pytestmark = [
     pytest.mark.full,
     pytest.mark.usefixtures("forks"),
@@ -55,7 +57,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run a recipe to its end, and return what it logged, a step each."""
     given = {"model_name": MODEL, "base_url": server.url, "log_path": folder / "log", **settings}
-    command = [sys.executable, str(PROGRAM), recipe, *(f"{name}={value}" for name, value in given.items())]
+    command = [PYTHON, str(PROGRAM), recipe, *(f"{name}={value}" for name, value in given.items())]
     environment = os.environ | hub | {"TINKER_API_KEY": "tml-dummy", "TINKER_TELEMETRY": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-6000:] + server.log[-2000:]
