@@ -500,33 +500,40 @@ class ConformRun:
         return f"says {adapter.says}"
 
     def _texts(self) -> str:
-        """Compare with the texts that PEFT makes on the whole base: each must be nearest to its own.
+        """Compare with the texts that PEFT makes on the whole base: together they must be most like them.
 
-        They need not be equal, since the server's base may be quantized. By how much its text of the bare
-        base is nearest to PEFT's shows what can be told apart.
+        They need not be equal, since the server's base may be quantized, and soon says others.
         """
         from .conform_servers import NotOfferedError
 
         adapters = self._specimens.ordinary
-        if not adapters:
+        if len(adapters) < 2:
             raise NotOfferedError("the base has no q_proj and v_proj")
-        known = self._known_texts(adapters)
-        lead, nearest = _lead("", self._said(None), known)
-        if lead <= 0:
-            raise NotOfferedError(f"the server's text of the bare base is as near to PEFT's of {nearest}")
-        equal = 0
-        for adapter in adapters:
+        known, base = self._known_texts(adapters), self._said(None)
+        own, other, bare, equal = 0, 0, 0, 0
+        for number, adapter in enumerate(adapters):
             self._load(adapter)
-            said = self._said(self._name(adapter))
-            own, nearest = _lead(adapter.name, said, known)
-            told = f"{adapter.name} says {_short(said[0])}, which is nearer to {nearest or 'the base'}"
-            if 2 * -own > lead:
-                raise WrongError(told)
-            if own < 0:
-                raise NotOfferedError(f"{told}, but by too little to tell")
-            equal += sum(one == other for one, other in zip(said, known[adapter.name], strict=True))
+            said, texts = self._said(self._name(adapter)), known[adapter.name]
+            if said == base and texts != known[""]:
+                raise WrongError(f"{adapter.name} says {_short(said[0])}, as the base does")
+            own += _likeness(said, texts)
+            other += _likeness(said, known[adapters[number - 1].name])
+            bare += _likeness(said, known[""])
+            equal += sum(one == text for one, text in zip(said, texts, strict=True))
+        who, nearest = max(("another adapter", other), ("the base", bare), key=lambda one: one[1])
+        if nearest > 2 * own:
+            raise WrongError(
+                f"texts are like PEFT's of {who}: {nearest} characters, and {own} like their own"
+            )
+        if nearest >= own:
+            raise NotOfferedError(
+                f"too little to tell: {own} characters as PEFT's own, {nearest} as of {who}"
+            )
         total = len(adapters) * len(_PROMPTS)
-        return f"nearest to PEFT's text of its own adapter; {equal} of {total} are equal to the end"
+        return (
+            f"{own} characters as PEFT's of their own adapters, {nearest} as of {who}; {equal} of {total} "
+            "texts are equal to the end"
+        )
 
     def _said(self, name: str | None) -> list[str]:
         return [self._server.ask(name, prompt, _TEXT_TOKENS) for prompt in _PROMPTS]
@@ -704,16 +711,9 @@ def _alike(one: str, other: str) -> int:
     return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _lead(name: str, said: Sequence[str], known: Mapping[str, Sequence[str]]) -> tuple[int, str]:
-    """Return by how many characters more of what was said begins like the texts of `name` than like those of
-    the nearest other, and which that is."""
-    near = {
-        one: sum(_alike(text, other) for text, other in zip(said, texts, strict=True))
-        for one, texts in known.items()
-    }
-    own = near.pop(name)
-    nearest = max(near, key=lambda one: near[one])
-    return own - near[nearest], nearest
+def _likeness(said: Sequence[str], texts: Sequence[str]) -> int:
+    """Return the number of characters with which both begin, over all prompts."""
+    return sum(_alike(one, other) for one, other in zip(said, texts, strict=True))
 
 
 def _short(text: str) -> str:

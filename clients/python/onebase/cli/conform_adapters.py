@@ -433,7 +433,7 @@ class Adapters:
 
 _MOST_PAIRS: Final = 24
 _ORDINARY_RANK: Final = 8
-_ORDINARY_STD: Final = 0.03
+_ORDINARY_STD: Final = 0.18
 """Standard deviation of B: enough that texts differ from the base's within some tokens."""
 
 
