@@ -33,9 +33,12 @@ def _no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conform_command, "entry_points", lambda group: ())
 
 
+READ_ON = threading.Event()
+"""Set as soon as the command has seen what of a stream came before a swap, and reads the rest."""
+
+
 @pytest.fixture(autouse=True)
-def read_on(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set as soon as the command has seen what of a stream came before a swap, and reads the rest."""
+def _set_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
     text = conform_command._Stream.text
 
     def reading(stream: Any) -> str:
@@ -43,10 +46,6 @@ def read_on(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return text(stream)
 
     monkeypatch.setattr(conform_command._Stream, "text", reading)
-    return READ_ON
-
-
-READ_ON = threading.Event()
 
 
 @pytest.fixture(scope="module")

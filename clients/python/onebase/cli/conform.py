@@ -500,7 +500,7 @@ class ConformRun:
         return f"says {adapter.says}"
 
     def _texts(self) -> str:
-        """Compare with the texts that PEFT makes on the whole base: together they must be most like them.
+        """Compare texts of adapters with PEFT's: they must be more like their own than like others.
 
         They need not be equal, since the server's base may be quantized, and soon says others.
         """
