@@ -812,10 +812,11 @@ class LiveModels:
             for other in [other for other in self._models if not self._store.is_live(other)]:
                 self._forget(other)
             self._store.write_begun(model_id, 0)
+            gc.collect()  # PEFT's modules refer to one another: what was here before would keep its memory
             self._make(model_id)
             self._store.forget_begun()
             if model_id not in self._models:
-                gc.collect()  # PEFT's modules refer to one another
+                gc.collect()
             if model_id in self._waiting:
                 return False
         seq_id = self._store.next_seq(model_id)
@@ -986,7 +987,7 @@ class LiveModels:
             message = f"the model cannot be continued: {error or type(error).__name__}"
             if is_out_of_memory(error):
                 message = "the trainer has no memory for this model: unload others, or lower the rank"
-                if made is not None:
+                if made is not None and self._models:
                     logger.warning("training model %s waits until another is unloaded", model_id)
                     self._waiting.add(model_id)
                     return

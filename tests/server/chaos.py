@@ -402,15 +402,16 @@ class Chaos:
         code = error_code(told)
         self.outcomes[code or str(status)] += 1
         during = [one for one in list(self._changes) if one.name == name and one.until > since]
+        engine_died = any(at > since - 30 for at in self._engines_died)
         if status == 503 and code:
-            is_expected = code == "crash_suspect" or self._faulted_at > since - 60
+            is_expected = code == "crash_suspect" or self._faulted_at > since - 60 or engine_died
             return "" if is_expected else _NO_FAULT
         if code == DELETED:
             return "" if any(one.forced for one in during) else "not deleted"
         if code in ("adapter_not_found", "model_not_found", "version_not_found"):
             return "" if any(one.digest is None for one in self._possible(name, since)) else "it is there"
         if code in ("engine_restarted", "crash_suspect", "engine_starting", "engine_restarting"):
-            return "" if any(at > since - 30 for at in self._engines_died) else "no engine died"
+            return "" if engine_died else "no engine died"
         if code == "crashes_engine":  # its prompt was there each time, and is refused for that long
             deaths = sum(at > since - FORGIVEN_AFTER for at in self._engines_died)
             return "" if deaths > 1 else f"{deaths} engines died"
@@ -892,7 +893,7 @@ class Chaos:
             is_answered = (status == 200 and not code) or code == "crashes_engine"
             if is_answered and not why:
                 return ""
-            if is_answered or why == _NO_FAULT or since > end:
+            if is_answered or since > end:
                 return f"{asked.path} of {name} at the end: {why or f'still {status} {code}'}: {told[-400:]}"
             time.sleep(0.5)
 

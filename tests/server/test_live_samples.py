@@ -82,7 +82,7 @@ class Drawn(Samples):
         return await self.draw()
 
     async def promised(self, number: int, sampler: LiveSampler = SAMPLER, **fields: Any) -> None:
-        reservation: Any = SimpleNamespace(leave=None)
+        reservation: Any = SimpleNamespace(leave=None, sequences_ended=lambda: None, settle=lambda _: None)
         await self.promise(f"s:sample:0:{number}", sampler, order(**fields), LOCAL, reservation)
 
     async def drawn(self, number: int) -> Any:
@@ -221,6 +221,38 @@ def test_the_likeliest_tokens_of_too_many_places_are_refused(
     samples = Drawn(registry, lambda: asyncio.sleep(0, b""))
     with pytest.raises(InvalidRequestError, match=told):
         asyncio.run(samples.promised(0, **fields))
+
+
+class Waiting(Drawn):
+    """Samples of which those of an adapter's version wait for its weights."""
+
+    _draw = Samples._draw
+
+    async def _drawn(self, sampler: LiveSampler, *_: Any) -> bytes:
+        if sampler is OF_VERSION:
+            raise UnavailableError("it is being prepared", code="adapter_unavailable", retry_after=1.0)
+        return await self.draw()
+
+
+def test_samples_that_wait_for_their_weights_hold_up_no_others_and_wait_for_so_long(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "MOST_RUNNING", 2)
+
+    async def run() -> None:
+        samples = Waiting(registry, lambda: asyncio.sleep(0, b"drawn"))
+        for number in range(4):
+            await samples.promised(number, OF_VERSION)
+        await samples.promised(4)
+        assert (await samples.drawn(4)).result == b"drawn"
+        monkeypatch.setattr(sampling, "KEPT_SECONDS", -1.0)
+        for number in range(4):
+            failed = await samples.result(LOCAL.tenant, f"s:sample:0:{number}", 60.0)
+            assert failed.error is not None
+            assert failed.error["category"] == "server"
+        assert not samples._turns_of_weights
+
+    asyncio.run(run())
 
 
 def test_named_tokens_are_read_once_and_not_on_the_event_loop(registry: Registry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -663,6 +664,56 @@ def test_a_model_without_memory_waits_until_another_is_unloaded(
     while models.do_next():
         pass
     assert isinstance(store.result("wide:0", 2), Stepped)
+
+
+def test_a_model_alone_that_ran_out_of_memory_is_made_again_once_its_memory_is_free(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made, step = LiveStore(tmp_path), weakref.WeakSet[LiveModel](), LiveModel.optim_step
+    init = LiveModel.__init__
+
+    def fits_once(self: LiveModel, *given: Any) -> None:
+        if len(made):
+            raise MemoryError
+        init(self, *given)
+        made.add(self)
+
+    def too_large(self: LiveModel, operation: OptimStep) -> Stepped:
+        if operation.learning_rate == 0.5:
+            raise MemoryError
+        return step(self, operation)
+
+    monkeypatch.setattr(LiveModel, "__init__", fits_once)
+    monkeypatch.setattr(LiveModel, "optim_step", too_large)
+    store.create(LEARNING)
+    for seq_id, operation in enumerate(
+        (ask(text_row(6)), OptimStep(learning_rate=0.5), ask(text_row(6)), STEP), 1
+    ):
+        store.submit("learning", seq_id, operation)
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    found = [store.result("learning", seq_id) for seq_id in range(1, 5)]
+    assert [type(one) for one in found] == [Computed, Refused, Computed, Stepped]
+
+
+def test_a_model_alone_for_which_there_is_no_memory_is_refused(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(base, tmp_path, {1: ask(text_row(6))}, LEARNING)
+    store = LiveStore(tmp_path)
+
+    def full(self: LiveModel, folder: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    store.submit("learning", 2, STEP)
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    refused = store.result("learning", 2)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.category) == ("model_broken", "server")
 
 
 def test_an_owner_has_so_many_models_and_so_much_of_the_memory(

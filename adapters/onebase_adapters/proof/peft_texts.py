@@ -35,6 +35,9 @@ def texts(
                     temperature=None,
                     top_p=None,
                     top_k=None,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    no_repeat_ngram_size=0,
                     pad_token_id=tokenizer.eos_token_id,
                 )
             found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))

@@ -339,7 +339,8 @@ RESUMABLE = frozenset(
     {
         "adapter_lost", "base_changed", "delivery_failed", "device_error", "disk_full",
         "insufficient_quota", "internal_error", "no_memory", "out_of_memory", "prepared_damaged",
-        "proof_crashed", "proof_timeout", "store_unavailable", "trainer_died", "trainer_failed",
+        "proof_crashed", "proof_timeout", "signature_missing", "signer_not_allowed", "store_unavailable",
+        "trainer_died", "trainer_failed",
     }
 )  # fmt: skip
 """Errors that may not happen again: the job can continue from its last checkpoint, or be delivered again."""

@@ -33,6 +33,7 @@ from onebase_edge.errors import (
     DiskFullError,
     TrainingFileNotFoundError,
     UnavailableError,
+    VersionFailedError,
 )
 from onebase_protocol.adapters import SliceScore
 from onebase_server.adapters.service import AdapterService, VersionOptions
@@ -171,7 +172,10 @@ class Delivery:
         result_file = await self._files.store_curve(job.tenant, job.id, report)
         with storage_errors(job.name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, folder)
-        await self._library.check_job(job, actor=ACTOR)
+        try:
+            await self._library.check_job(job, actor=ACTOR)
+        except VersionFailedError as error:
+            raise DeliveryError(error.code, f"{error.message} Resume the job then.") from error
         version = await self._proved(job, files)
         if version.error is not None:
             code = _CODES.get(version.error.code, version.error.code)

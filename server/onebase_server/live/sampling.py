@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -55,7 +56,7 @@ MOST_OPEN = 10_000
 MOST_RUNNING = 64
 """Largest number of requests for samples of one tenant that the engine has at once."""
 KEPT_SECONDS = 3600.0
-"""Seconds for which a result is kept."""
+"""Seconds for which a result is kept, and weights that cannot be had are waited for."""
 FORGET_SECONDS = 30.0
 """Pause, in seconds, between two looks for results that were kept for long enough."""
 MOST_SCORED = 64_000_000
@@ -186,6 +187,8 @@ class Samples:
         self._log = log
         self._open: dict[str, _Open] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
+        self._turns_of_weights: dict[tuple[str, str | None], asyncio.Semaphore] = {}
+        self._drawing: Counter[tuple[str, str | None]] = Counter()
         self._writer = _Writer(records, threads, server)
         self._all_open = asyncio.Event()
         """Set once the samples that earlier processes promised are drawn again."""
@@ -378,15 +381,25 @@ class Samples:
         """Return the message of a sample, once the engine has room for it. Raises ApiError."""
         since = time.monotonic()
         turn = self._turns.setdefault(caller.tenant, asyncio.Semaphore(MOST_RUNNING))
+        # Samples that wait for their weights hold up none of others.
+        same = (caller.tenant, sampler.path)
+        turn_of_weights = self._turns_of_weights.setdefault(same, asyncio.Semaphore(MOST_RUNNING))
+        self._drawing[same] += 1
         try:
-            async with turn:
+            async with turn_of_weights:
                 for pause in _AGAIN.pauses():
                     try:
-                        return await self._drawn(sampler, order, wanted, caller, reservation, since)
+                        async with turn:
+                            return await self._drawn(sampler, order, wanted, caller, reservation, since)
                     except _PASSING as error:
+                        if isinstance(error, UnavailableError) and time.monotonic() > since + KEPT_SECONDS:
+                            raise
                         _log.debug("a sample of %s waits: %s", sampler.id, error)
                     await asyncio.sleep(pause)
         finally:
+            self._drawing[same] -= 1
+            if not self._drawing[same]:  # each step of a run has weights of its own
+                del self._drawing[same], self._turns_of_weights[same]
             reservation.sequences_ended()
             reservation.settle(0)
         raise AssertionError("pauses have no end")

@@ -107,6 +107,7 @@ FORGOTTEN_SECONDS = 7 * 24 * 3600.0
 TIDY_SECONDS = 30.0
 LOOK_SECONDS = 3600.0
 """Pause, in seconds, between two looks at a run that has ended, and before a failed proof is tried again."""
+_POLICY_CODES = frozenset({"signature_missing", "signer_not_allowed"})
 MOST_WAITING = 1024
 """Largest number of operations of a run that wait."""
 MOST_WAITING_BYTES = 1 << 30
@@ -210,11 +211,13 @@ class _Mark(msgspec.Struct, frozen=True):
     """Outcome of a named checkpoint: the digest of its version, or why there is none.
 
     seq_id: number of the operation that saved it. A name may be saved again at any time.
+    by_policy: whether the policy of signatures refused it, which may be another by the next look.
     """
 
     digest: str = ""
     refused: str = ""
     seq_id: int = -1
+    by_policy: bool = False
 
 
 class LiveTraining:
@@ -365,6 +368,12 @@ class LiveTraining:
         await self._open_session(caller, session_id)
         run = f"{session_id}:train:{number}"
         await self._library.check_trained(caller.tenant, adapter_name(run), actor=caller.key, param=None)
+        if version:
+            adapter, _, digest = version.partition("@")
+            began = await self._library.version(caller.tenant, adapter, digest)
+            await self._library.check_parents(
+                caller.tenant, adapter_name(run), [began], actor=caller.key, act="training", param=None
+            )
         if seed is None:  # the same for a request that comes again
             seed = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4])
         mine = await self._disk(self._live_runs, caller.tenant)
@@ -915,7 +924,7 @@ class LiveTraining:
             self._prove_after[path] = seq_id, time.monotonic() + LOOK_SECONDS
             if not isinstance(error, ApiError) or not 400 <= status_of(error)[0] < 429:
                 return
-            mark = _Mark(refused=error.message, seq_id=seq_id)
+            mark = _Mark(refused=error.message, seq_id=seq_id, by_policy=error.code in _POLICY_CODES)
         finally:
             self._proving.discard((path, seq_id))
         with suppress(OSError):  # it was deleted meanwhile
@@ -1047,7 +1056,7 @@ class LiveTraining:
             if not is_served:
                 continue
             mark = await self._disk(_read_mark, one)
-            if mark is None:
+            if mark is None or mark.by_policy:
                 await self._prove(spec.owner, one)
             elif mark.digest:
                 await self._sign(spec.owner, one, mark.digest)

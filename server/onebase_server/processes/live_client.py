@@ -78,6 +78,7 @@ class LiveTrainer:
         self.store = store
         self._disk = disk
         self._settings = settings
+        self._creating = asyncio.Lock()
         self._base: _Base | None = None
         self._child: ChildProcess | None = None
         self._keeping: asyncio.Task[None] | None = None
@@ -96,7 +97,8 @@ class LiveTrainer:
 
         Raises SequenceConflictError, ModelRefusedError: its owner has too many; OSError.
         """
-        await self._disk.run_blocking(self.store.create, spec, files)
+        async with self._creating:  # which holds one thread, however many are created
+            await self._disk.run_blocking(self.store.create, spec, files)
         self._start()
         self._look(spec.id)
 

@@ -84,6 +84,14 @@ _TEXTS: Final = "onebase.conform"
 """Group of the entry point that gives PEFT's texts:
 `texts(base, adapters, prompts, tokens) -> {name: texts}`, with the base's own under ""."""
 _TEXT_TOKENS: Final = 16
+_CLEAR: Final = 8
+"""Characters by which texts must be more like one adapter's than like another's to tell between them."""
+_CLEARLY: Final = 1.4
+"""How many times as much they must have in common with them."""
+_ROOM: Final = 1.2
+"""Memory that PEFT's texts need, as a multiple of the base in fp32."""
+_CGROUP: Final = Path("/sys/fs/cgroup")
+_LIMIT_AND_USED: Final = ("memory.max", "memory.current")
 _BASE: Final = "the base itself, next to adapters"
 """Check of no adapter."""
 _Texts: TypeAlias = Callable[[Path, Mapping[str, Path], Sequence[str], int], Mapping[str, Sequence[str]]]
@@ -184,13 +192,23 @@ def makes_texts() -> bool:
 
 
 def free_memory() -> int | None:
-    """Return how many bytes of memory processes can still take here; None where that is not known."""
+    """Return how many bytes of memory processes can still take here, within the container's limit; None where
+    that is not known."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        (found,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return int(found) * 1024
+        free = 1024 * _fields(Path("/proc/meminfo"))["MemAvailable:"]
     except (OSError, ValueError, LookupError):
         return None
+    try:
+        limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in _LIMIT_AND_USED)
+        parts = _fields(_CGROUP / "memory.stat")
+        return min(free, limit - used + parts["active_file"] + parts["inactive_file"])
+    except (OSError, ValueError, LookupError):  # no limit
+        return free
+
+
+def _fields(file: Path) -> dict[str, int]:
+    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+    return {name: int(value) for name, value, *_ in lines}
 
 
 def _write(base: Base, adapters: Adapters, folder: Path) -> int:
@@ -521,11 +539,11 @@ class ConformRun:
             bare += _likeness(said, known[""])
             equal += sum(one == text for one, text in zip(said, texts, strict=True))
         who, nearest = max(("another adapter", other), ("the base", bare), key=lambda one: one[1])
-        if nearest > 2 * own:
+        if nearest >= own + _CLEAR and nearest >= _CLEARLY * own:
             raise WrongError(
                 f"texts are like PEFT's of {who}: {nearest} characters, and {own} like their own"
             )
-        if nearest >= own:
+        if own < nearest + _CLEAR or own < _CLEARLY * nearest:
             raise NotOfferedError(
                 f"too little to tell: {own} characters as PEFT's own, {nearest} as of {who}"
             )
@@ -543,7 +561,7 @@ class ConformRun:
         from .conform_servers import NotOfferedError
 
         needed, free = self._base_files.fp32_bytes, free_memory()
-        if free is not None and needed > free:
+        if free is not None and _ROOM * needed > free:
             raise NotOfferedError(
                 f"PEFT's texts need {needed / 1e9:.1f} GB of memory for the base in fp32, and "
                 f"{free / 1e9:.1f} GB are free here"
@@ -712,8 +730,11 @@ def _alike(one: str, other: str) -> int:
 
 
 def _likeness(said: Sequence[str], texts: Sequence[str]) -> int:
-    """Return the number of characters with which both begin, over all prompts."""
-    return sum(_alike(one, other) for one, other in zip(said, texts, strict=True))
+    """Return the number of characters with which both begin, over all prompts.
+
+    A continuation that is decoded without its prompt may lack the space in front.
+    """
+    return sum(_alike(one.lstrip(), other.lstrip()) for one, other in zip(said, texts, strict=True))
 
 
 def _short(text: str) -> str:
