@@ -34,6 +34,7 @@ from onebase_edge.errors import (
     ResultGoneError,
     StateConflictError,
     UnavailableError,
+    VersionFailedError,
 )
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.service import VersionOptions
@@ -628,7 +629,9 @@ def test_a_proof_that_takes_for_ever_holds_up_nobody_and_its_version_is_signed_o
     asyncio.run(test())
 
 
-def test_a_checkpoint_from_before_a_stricter_policy_makes_no_version(upkeep: Upkeep, tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_a_stricter_policy_makes_no_version_until_the_policy_lets_it(
+    upkeep: Upkeep, tmp_path: Path
+) -> None:
     async def test() -> None:
         signing = Signing(upkeep, tmp_path)
         rules = (PolicyRule("require", signers=("acme",)),)
@@ -636,10 +639,40 @@ def test_a_checkpoint_from_before_a_stricter_policy_makes_no_version(upkeep: Upk
         await signing.tidy()
         await signing.settled()
         assert signing.house.catalog.of("acme").own(adapter_name(RUN)) is None
+        mark = upkeep.store.checkpoint_folder(RUN, "sampler", "final") / "proved.json"
+        assert "only acme may sign this name" in mark.read_text()
+        signing.house.adapters.signatures = SignaturePolicy(())
+        signing.service._prove_after.clear()  # an hour later
+        await signing.tidy()
+        await signing.settled()
+        assert len(await signing.house.adapters.versions("acme", adapter_name(RUN))) == 1
 
     asyncio.run(test())
-    mark = upkeep.store.checkpoint_folder(RUN, "sampler", "final") / "proved.json"
-    assert "only acme may sign this name" in mark.read_text()
+
+
+def test_a_run_begins_with_no_version_without_the_signature_that_its_name_needs(
+    upkeep: Upkeep, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        final = upkeep.store.checkpoint(RUN, "sampler", "final")
+        await signing.add(final, {}, VersionOptions())
+        ((brought, digest),) = [
+            (adapter_name(RUN), one.digest)
+            for one in await signing.house.adapters.versions("acme", adapter_name(RUN))
+        ]
+        rules = (PolicyRule("require", signers=("server",)),)
+        signing.house.adapters.signatures = SignaturePolicy(rules)
+        for version, why in (
+            (f"{brought}@{digest}", "no verified signature"),
+            (f"x@{digest}", "was deleted"),
+        ):
+            with pytest.raises(VersionFailedError, match=why):
+                await signing.service.create_run(
+                    ACME, "s", 9, base_model="base", rank=4, seed=1, train={}, metadata=None, version=version
+                )
+
+    asyncio.run(test())
 
 
 def test_a_save_over_another_one_is_signed_with_its_own_steps(

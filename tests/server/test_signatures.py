@@ -492,7 +492,7 @@ def test_nobody_trains_under_a_name_that_others_must_sign(
         assert http.post("/v1/fine_tuning/jobs", json={**asked, "name": "mine"}).status_code == 200
 
 
-def test_a_job_from_before_a_stricter_policy_makes_no_version(
+def test_a_job_from_before_a_stricter_policy_makes_no_version_until_the_policy_lets_it(
     serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
 ) -> None:
     strict = keys["acme"].parent / "stricter.json"
@@ -511,6 +511,15 @@ def test_a_job_from_before_a_stricter_policy_makes_no_version(
         assert (failed.status, failed.error.code) == ("failed", "signature_missing")
         assert "have the operator add server" in failed.error.message.lower()
         assert http.get("/v1/adapters/support-held").status_code == 404
+    signers: dict[str, Any] = {"acme": {"key": "acme.pub"}}
+    rules[0]["signers"] = ["acme", "server"]
+    strict.write_text(json.dumps({"signers": signers, "rules": rules}))
+    options = (*options, "--signing-key", str(strict.parent / "server.key"))
+    with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
+        client = openai_client(server)
+        client.fine_tuning.jobs.resume(job.id)
+        assert wait_job(server, client, job.id, ended).status == "succeeded"
+        assert http.get("/v1/adapters/support-held").status_code == 200
 
 
 def test_a_job_from_before_a_stricter_policy_goes_on_from_no_unsigned_or_deleted_version(

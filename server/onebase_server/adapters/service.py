@@ -280,20 +280,31 @@ class AdapterService:
         Raises VersionFailedError, which is in the audit log then, and UnavailableError.
         """
         await self.check_trained(job.tenant, job.name, actor=actor, param=None)
-        if job.parent is None or self.signatures.rule(job.tenant, job.name).policy != "require":
+        if job.parent is not None:
+            parent = job.parent.tenant, job.parent.name, job.parent.digest
+            await self.check_start(job.tenant, job.name, *parent, actor=actor)
+
+    async def check_start(
+        self, tenant: str, name: str, owner: str, adapter: str, digest: str, *, actor: str
+    ) -> None:
+        """Refuse to train under a name that needs a signature from a version, `adapter@digest` of the tenant
+        `owner`, without one.
+
+        Raises VersionFailedError, which is in the audit log then, and UnavailableError.
+        """
+        if self.signatures.rule(tenant, name).policy != "require":
             return
         try:
-            parent = await self.version(job.parent.tenant, job.parent.name, job.parent.digest)
+            parent = await self.version(owner, adapter, digest)
         except AdapterNotFoundError:
             error = SignatureError(
                 "signature_missing",
-                f"{label(job.parent.name, job.parent.digest)}, from which training went on, was deleted, and "
-                "this name needs a verified signature of it. Upload it again with its signature, and create "
-                "the job again.",
+                f"{label(adapter, digest)}, from which training went on, was deleted, and this name "
+                "needs a verified signature of it. Upload it again with its signature, and train again.",
             )
-            await self.note_refusal(job.tenant, job.name, error, actor=actor)
+            await self.note_refusal(tenant, name, error, actor=actor)
             raise VersionFailedError(str(error), code=error.code) from None
-        await self.check_parents(job.tenant, job.name, [parent], actor=actor, act="training", param=None)
+        await self.check_parents(tenant, name, [parent], actor=actor, act="training", param=None)
 
     @property
     def signs(self) -> bool:

@@ -370,9 +370,8 @@ class LiveTraining:
         await self._library.check_trained(caller.tenant, adapter_name(run), actor=caller.key, param=None)
         if version:
             adapter, _, digest = version.partition("@")
-            began = await self._library.version(caller.tenant, adapter, digest)
-            await self._library.check_parents(
-                caller.tenant, adapter_name(run), [began], actor=caller.key, act="training", param=None
+            await self._library.check_start(
+                caller.tenant, adapter_name(run), caller.tenant, adapter, digest, actor=caller.key
             )
         if seed is None:  # the same for a request that comes again
             seed = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4])

@@ -252,9 +252,7 @@ def _other_settings(
     settings = sampling_settings(planned.sampling)
     left_out: tuple[str, ...] = _OF_SCORES
     is_free = not _names_token_limit(body) and all(one.finish_reason != "length" for one in logged.answers)
-    # Tokens are counted over all choices, each of which has one at least.
-    most = logged.completion_tokens - max(0, len(logged.answers) - 1)
-    if is_free and planned.sampling.max_tokens >= most:
+    if is_free and planned.sampling.max_tokens >= logged.completion_tokens:
         left_out = (*_OF_SCORES, "max_tokens")
     other = [
         name

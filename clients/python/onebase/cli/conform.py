@@ -87,7 +87,7 @@ _TEXT_TOKENS: Final = 16
 _CLEAR: Final = 8
 """Characters by which texts must be more like one adapter's than like another's to tell between them."""
 _CLEARLY: Final = 1.4
-"""How many times as much they must have in common with them."""
+"""Factor by which they must have more in common with them."""
 _ROOM: Final = 1.2
 """Memory that PEFT's texts need, as a multiple of the base in fp32."""
 _CGROUP: Final = Path("/sys/fs/cgroup")
