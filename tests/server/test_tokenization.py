@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -62,6 +64,31 @@ def test_texts_get_the_ids_that_transformers_gives_them(
     assert encode_texts(tokenizer, asked, special) == [
         reference.encode(text, add_special_tokens=special) for text in asked
     ]
+
+
+def test_a_long_text_gets_the_same_ids_from_threads_that_leave_the_processor_to_the_engine(
+    base_folder: str,
+) -> None:
+    # In a process of its own: the library begins its threads once, and keeps their niceness.
+    code = f"""
+import os, threading, time
+from transformers import AutoTokenizer
+from onebase_engine.base import chat
+from onebase_engine.machine import BESIDE_SERVING, thread_seconds
+
+chat.tokenize_long_texts_aside()
+tokenizer = AutoTokenizer.from_pretrained({str(base_folder)!r})
+text = "a word, " * (chat.LONG_CHARACTERS // 4)
+usual = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+own, all_of_it = time.thread_time(), thread_seconds()
+found = chat.encode_texts(tokenizer, [text, "short"])
+own, all_of_it = time.thread_time() - own, thread_seconds() - all_of_it
+assert found == [tokenizer.backend_tokenizer.encode(one).ids for one in (text, "short")]
+nice = [os.getpriority(os.PRIO_PROCESS, int(one)) for one in os.listdir("/proc/self/task")]
+assert max(nice) == min(19, usual + BESIDE_SERVING), nice
+assert all_of_it > 2 * own, (all_of_it, own)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_tokenizer_that_encodes_in_its_own_way_does_so(base_folder: str) -> None:

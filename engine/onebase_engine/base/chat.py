@@ -10,15 +10,20 @@ imported here.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
+
+from onebase_engine.machine import count_seconds, step_aside_in_thread
 
 _RARE = [chr(point) for point in range(0xA000, 0xA48D)]
 """Letters of Yi: normalizers, filters and JSON writers of templates leave them, and so does Python's `repr`,
@@ -35,6 +40,9 @@ _KEYS = frozenset(
 since `name` is part of StarCoder's `<reponame>`."""
 _ENCODING = ("encode", "__call__", "_encode_plus")
 """Methods with which transformers' tokenizers encode. A class that has its own does more than its backend."""
+LONG_CHARACTERS = 100_000
+"""Length, in characters, above which texts are tokenized one call after the other, in the threads of the
+tokenizers' library."""
 _PADDING = "▁" + "".join(chr(point) for point in range(0x3001) if chr(point).isspace())
 """Characters that templates trim: all of Unicode's white space, and the tokenizers' mark for a space."""
 
@@ -162,7 +170,68 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], special: bool = False) ->
         backend.no_padding()
     if backend.encode_special_tokens != tokenizer.split_special_tokens:
         backend.encode_special_tokens = tokenizer.split_special_tokens
-    return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+    return _encode(backend, texts, special)
+
+
+class _LibraryThreads:
+    """Threads of the tokenizers' library, which compute what it is given at once if that is several texts.
+
+    They hold no lock of the interpreter, so that with a high niceness they hold up nobody.
+    """
+
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()
+        self._ids: list[str] = []
+
+    def step_aside(self) -> None:
+        """Begin them, all with the niceness of the thread that calls for them first, which ends."""
+
+        def begin() -> None:
+            from tokenizers import Tokenizer, models
+
+            step_aside_in_thread()
+            Tokenizer(models.BPE()).encode_batch_fast(["", ""])
+
+        before = os.listdir("/proc/self/task")
+        first = threading.Thread(target=begin)
+        first.start()
+        first.join()
+        self._ids = [one for one in os.listdir("/proc/self/task") if one not in before]
+
+    def encode(self, backend: Any, texts: list[str], special: bool) -> list[Any]:
+        """Return the encodings of texts, and count the processor time of these threads as this one's."""
+        with self._one_at_a_time:
+            before = self._seconds()
+            made = backend.encode_batch_fast([*texts, ""], add_special_tokens=special)[:-1]
+            count_seconds(self._seconds() - before)
+        found: list[Any] = made
+        return found
+
+    def _seconds(self) -> float:
+        nanoseconds = 0
+        for one in self._ids:
+            with suppress(OSError):  # not every kernel tells
+                nanoseconds += int(Path(f"/proc/self/task/{one}/schedstat").read_text().split()[0])
+        return nanoseconds / 1e9
+
+
+_library_threads = _LibraryThreads()
+
+
+def tokenize_long_texts_aside() -> None:
+    """Have the processor time of long texts' tokens spent with the niceness of what waits beside serving.
+
+    Call it before anything is tokenized: the library begins its threads once.
+    """
+    _library_threads.step_aside()
+
+
+def _encode(backend: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    if sum(map(len, texts)) > LONG_CHARACTERS:
+        made = _library_threads.encode(backend, list(texts), special)
+    else:
+        made = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+    return [one.ids for one in made]
 
 
 @dataclass(frozen=True)
@@ -173,7 +242,7 @@ class _Twin:
     ids: Mapping[int, int]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        made = [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        made = _encode(self.backend, texts, special=False)
         return [[self.ids.get(token, token) for token in ids] for ids in made] if self.ids else made
 
 
@@ -229,14 +298,8 @@ class ChatTokenizer:
         and what the template raises.
         """
         if self.is_plain(messages, tools, options):
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                tokenize=True,
-                return_dict=False,
-                **{"add_generation_prompt": True, **options},
-            )
-            return ids
+            plain = self._write(messages, tools, {"add_generation_prompt": True, **options})
+            return self.encode_plain([plain])[0]
         return self.encode([self.render(messages, tools, generation=True, options=options)])[0]
 
     def render(

@@ -50,7 +50,7 @@ from onebase_engine.engine.grammar_link import (
 )
 from onebase_engine.engine.messages import FrameReader, Grammar, encode
 from onebase_engine.logs import set_up_logs
-from onebase_engine.machine import BESIDE_SERVING, return_freed_memory
+from onebase_engine.machine import return_freed_memory, step_aside_in_thread
 
 MEMORY_BYTES = 4 << 30
 """Addresses of one process, beyond which it ends."""
@@ -221,7 +221,7 @@ class Matchers:
             going.append((number, matcher, place, draft))
         if self._executor is None:
             # Its threads have the priority of the one that makes it.
-            with ThreadPoolExecutor(1, initializer=_give_way) as pool:
+            with ThreadPoolExecutor(1, initializer=step_aside_in_thread) as pool:
                 count = min(THREADS, os.cpu_count() or 1)
                 self._executor = pool.submit(self._library.LLExecutor, count).result()
         memory = self._masks.ctypes.data, self._masks.shape[1] * MASK_BYTES, len(self._masks)
@@ -361,7 +361,8 @@ def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:
 def serve(sock: socket.socket, matchers: Matchers) -> None:
     """Answer until the engine closes the socket. One thread compiles, so that masks are not waited for."""
     lock = threading.Lock()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="compile", initializer=_give_way)
+    # What only answers has the engine's priority.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="compile", initializer=step_aside_in_thread)
     reader, decoder = FrameReader(), request_decoder()
 
     def send(message: msgspec.Struct) -> None:
@@ -389,12 +390,6 @@ def serve(sock: socket.socket, matchers: Matchers) -> None:
                 send(Forced(message.number, matchers.foresee(message)))
             else:
                 matchers.forget(message.sequences, message.keys)
-
-
-def _give_way() -> None:
-    """Let the engine go before this thread, and before those that it starts. What only answers has the
-    engine's priority."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BESIDE_SERVING)
 
 
 def fork(control: socket.socket, files: list[int], tokenizer: Any, shape: tuple[int, int]) -> None:

@@ -26,6 +26,7 @@ from onebase_edge.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from onebase_engine.base.chat import LONG_CHARACTERS
 from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_protocol.adapters import AdapterDefaults
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
@@ -66,9 +67,6 @@ COMPLETION_TOKENS = 16
 _INLINE_CHARACTERS = 8_000
 """Characters that one turn of the event loop tokenizes, or makes a grammar of, for all requests together
 (about 4 ms). The rest is computed in threads, so that it does not hold up the streams."""
-_LONG_CHARACTERS = 100_000
-"""Length, in characters, above which texts are tokenized one after the other, so that shorter ones have their
-turn and memory is used for one."""
 _THREADS = 2
 _OF_TOKENIZER = ("prompt", "messages", "tools", "logit_bias", "stop_token_ids", "chat_template_kwargs")
 """Fields that an adapter's own tokenizer may accept where the base's does not."""
@@ -956,7 +954,7 @@ class Planner:
             return await self._template_thread.run_for(tenant, encode, text)
         if self._inline.try_spend(size):
             return encode(text)
-        if size <= _LONG_CHARACTERS:
+        if size <= LONG_CHARACTERS:
             return await self._threads.run_for(tenant, encode, text)
         return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
 
