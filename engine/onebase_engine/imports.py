@@ -2,18 +2,21 @@
 
 transformers reads 1,700 files at its import, twice, to learn which of them defines which name: up to a second
 of CPU for each process that starts. The result depends on its release alone, and is stored in the user's
-cache. bitsandbytes has torch.compile wrap four functions that are for other devices than ours, and that alone
-loads PyTorch's compiler: a second. Python also searches for garbage again and again among objects of which
-none is: another second.
+cache. bitsandbytes has torch.compile wrap four functions that are for other devices than ours; decorators of
+PyTorch and transformers ask its compiler to leave functions as they are; and transformers has code for
+tensors on several machines. Each of them alone loads the compiler, with SymPy: a second, and 80 MB. Python
+also searches for garbage again and again among objects of which none is: another second.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +27,9 @@ from onebase_engine.user_cache import keep, recall
 
 _READER = "transformers.utils.import_utils"
 _COMPILED = "bitsandbytes.backends.default.ops"
+_COMPILER = "torch._dynamo"
+_MASKING = "transformers.masking_utils"
+_WRAPPER = "torch._dynamo._trace_wrapped_higher_order_op"
 
 Index = dict[frozenset[str], dict[str, set[str]]]
 """Mapping: required packages -> module -> its names."""
@@ -45,11 +51,13 @@ def quick_imports() -> Iterator[None]:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds two modules, as Python would, and has them loaded otherwise."""
+    """Finds a few modules, as Python would, and has them loaded otherwise."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if name.startswith(f"{_COMPILER}."):
+            return self._part_of_compiler(name)
         loader = _LOADERS.get(name)
         if loader is None:
             return None
@@ -58,11 +66,20 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec.loader = loader(name, spec.loader.path)
         return spec
 
+    def _part_of_compiler(self, name: str) -> importlib.machinery.ModuleSpec | None:
+        """Load the compiler, whose parts need each other in its order, if this is the first part of it."""
+        whole = getattr(sys.modules.get(_COMPILER), "__spec__", None)
+        if whole is not None and isinstance(whole.loader, _CompilerLoader):
+            whole.loader.load()
+        return importlib.machinery.ModuleSpec(name, _PartLoader()) if name in sys.modules else None
+
 
 class _ReaderLoader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         read = getattr(module, "define_import_structure", None)
+        # What it defines for tensors on several machines takes more time to import than PyTorch itself.
+        module.is_torch_distributed_available = lambda: False  # type: ignore[attr-defined]
         if read is not None:
             module.define_import_structure = _remembering(read, Path(self.path).parents[1])  # type: ignore[attr-defined]
 
@@ -81,7 +98,82 @@ class _UncompiledLoader(importlib.machinery.SourceFileLoader):
             torch.compile = compile_function
 
 
-_LOADERS = {_READER: _ReaderLoader, _COMPILED: _UncompiledLoader}
+class _CompilerLoader(importlib.machinery.SourceFileLoader):
+    """Loads PyTorch's compiler once more of it is asked for than to leave a function as it is.
+
+    That much decorators of PyTorch and transformers ask of it when they are imported or first called.
+    """
+
+    def __init__(self, name: str, path: str) -> None:
+        super().__init__(name, path)
+        self._lock = threading.RLock()
+        self._module: ModuleType | None = None
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._module = module
+        vars(module).update(dict.fromkeys(_OF_DECORATORS, _leave), __getattr__=self._attribute)
+
+    def load(self) -> None:
+        with self._lock:
+            module, self._module = self._module, None
+            if module is not None:
+                for name in _OF_DECORATORS:
+                    delattr(module, name)
+                super().exec_module(module)
+
+    def _attribute(self, name: str) -> Any:
+        if not name.startswith("__"):  # those are asked of every module
+            self.load()
+        try:
+            return vars(sys.modules[_COMPILER])[name]
+        except KeyError:
+            raise AttributeError(f"module {_COMPILER!r} has no attribute {name!r}") from None
+
+
+_OF_DECORATORS = ("allow_in_graph", "assume_constant_result", "disable", "graph_break")
+
+
+def _leave(function: Any = None, *_: Any, **__: Any) -> Any:
+    return (lambda decorated: decorated) if function is None else function
+
+
+class _PartLoader(importlib.abc.Loader):
+    """Loads a part of the compiler, which the whole of it has loaded."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class _MaskingLoader(importlib.machinery.SourceFileLoader):
+    """Loads a module that needs a class of the compiler for masks that our bases do not have."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        if _WRAPPER in sys.modules:
+            return super().exec_module(module)
+        wrapper = sys.modules[_WRAPPER] = ModuleType(_WRAPPER)
+        wrapper.TransformGetItemToIndex = _TransformGetItemToIndex  # type: ignore[attr-defined]
+        try:
+            super().exec_module(module)
+        finally:
+            del sys.modules[_WRAPPER]
+
+
+class _TransformGetItemToIndex:
+    """Is PyTorch's class of this name from its first use on."""
+
+    def __new__(cls) -> Any:
+        return importlib.import_module(_WRAPPER).TransformGetItemToIndex()
+
+
+_LOADERS = {
+    _READER: _ReaderLoader,
+    _COMPILED: _UncompiledLoader,
+    _COMPILER: _CompilerLoader,
+    _MASKING: _MaskingLoader,
+}
 
 
 def _remembering(read: Callable[..., Index], package: Path) -> Callable[..., Index]:

@@ -181,3 +181,31 @@ def test_transformers_is_read_through_once_and_never_again(tmp_path: Path) -> No
     broken, read = import_transformers(tmp_path)
     assert broken == plain
     assert read > 1000
+
+
+COMPILER = """
+import json, sys
+from onebase_engine.imports import quick_imports
+with quick_imports():
+    import torch, transformers, peft, bitsandbytes
+    from transformers import masking_utils, LlamaForCausalLM
+weight = torch.nn.Parameter(torch.ones(2))
+weight.sum().backward()
+torch.optim.AdamW([weight]).step()
+heavy = "sympy", "torch.distributed.tensor", "torch._dynamo.convert_frame"
+loaded = [name in sys.modules for name in heavy]
+if {part_first}:
+    import torch._dynamo.backends.registry
+doubled = torch.compile(lambda number: number * 2, backend="eager")(torch.ones(2)).tolist()
+with masking_utils.TransformGetItemToIndex() as mode:
+    pass
+whole = heavy[-1] in sys.modules, torch._dynamo.disable.__module__, hasattr(torch._dynamo, "no")
+print(json.dumps([loaded, doubled, *whole]))
+"""
+
+
+@pytest.mark.parametrize("part_first", [False, True])
+def test_pytorchs_compiler_is_loaded_when_it_is_needed_and_whole_then(part_first: bool) -> None:
+    code = COMPILER.format(part_first=part_first)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert json.loads(done.stdout) == [[False] * 3, [2.0, 2.0], True, "torch._dynamo.decorators", False]

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from onebase_engine import machine
 from onebase_engine.base.experts import (
@@ -140,8 +141,25 @@ def check_servable(config: Any) -> None:
 def _empty(config: Any) -> Any:
     """Build the modules of a base without memory, not even for buffers."""
     # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
-    with torch.device("meta"):
-        return empty_base(copy.deepcopy(config))
+    try:
+        with _ParametersOnMeta():
+            return empty_base(copy.deepcopy(config))
+    except Exception:  # it computes with a parameter and a number, which are on two devices then
+        with torch.device("meta"):
+            return empty_base(copy.deepcopy(config))
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Makes on meta what parameters are made of. Of what else a model computes when it is built, PyTorch has
+    no kernels for meta but in Python, which import its compiler: a second, and 80 MB."""
+
+    _made = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func in self._made and given.get("device") is None:
+            given["device"] = "meta"
+        return func(*args, **given)
 
 
 def _check_architecture(config: Any) -> None:
