@@ -111,7 +111,8 @@ class _LiveWork:
         try:
             while self._reason is None:
                 if not models.do_next() and not self._looks:
-                    self._take(self._channel.receive())
+                    for message in self._channel.arrived(models.seconds_to_retry()):
+                        self._take(message)
                 self._stopping()
                 for model_id in self._looks:
                     models.enqueue(model_id)
