@@ -719,6 +719,8 @@ class LiveModels:
         point_seconds: time of computing after which a point is written.
         int8_cache: whether the engine that serves keeps keys and values in int8.
         memory: bytes for all models; 0: not known.
+        find_memory: returns these bytes anew; called before a model that waits for memory is tried again
+            while no other is loaded.
         joins: whether small backward passes of several models are computed in one. Their bits then depend on
             each other.
         clock: returns the time, in seconds, by which models that wait for memory are tried again.
@@ -735,11 +737,12 @@ class LiveModels:
         point_seconds: float = POINT_SECONDS,
         int8_cache: bool = False,
         memory: int = 0,
+        find_memory: Callable[[], int] | None = None,
         joins: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._memory = memory
+        self._memory, self._find_memory = memory, find_memory
         self._joins = joins
         self._proven: set[str] = set()
         """Models whose passes may join others: an operation was done here, by itself and not refused, since
@@ -851,6 +854,8 @@ class LiveModels:
                 self._forget(other)
             self._store.write_begun(model_id, 0)
             gc.collect()  # PEFT's modules refer to one another: what was here before would keep its memory
+            if model_id in self._waiting and not self._models and self._find_memory is not None:
+                self._memory = self._find_memory()
             self._make(model_id)
             self._store.forget_begun()
             if model_id not in self._models:

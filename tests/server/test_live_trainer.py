@@ -202,16 +202,22 @@ def test_a_model_for_which_memory_was_short_is_made_by_a_trainer_that_hears_no_m
 ) -> None:
     scarce = """
 import sys
+from onebase_server.processes import live as process
 from onebase_training import live
-read_whole, failures = live.LiveModel.read_state, [None] * 4
+read_whole, is_short, limits = live.LiveModel.read_state, [True], iter([1 << 30] * 4 + [2 << 30])
 def read_state(self, folder):
-    if failures:
-        failures.pop()
+    if is_short:
         raise MemoryError
     read_whole(self, folder)
 live.LiveModel.read_state, live.RETRY_SECONDS = read_state, 0.01
-from onebase_server.processes.live import main
-sys.exit(main())
+process.memory_limit = lambda *_: next(limits)
+bound = process.bound_memory
+def bound_memory(limit, device, *uncounted):
+    if limit == 2 << 30:
+        is_short.clear()
+    return bound(limit, device, *uncounted)
+process.bound_memory = bound_memory
+sys.exit(process.main())
 """
 
     async def train(live: LiveTrainer) -> None:

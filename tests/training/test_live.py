@@ -784,7 +784,13 @@ def test_a_shortage_of_memory_that_passes_breaks_no_model(
     for spec in SPECS:
         done(base, tmp_path, {1: ask(text_row(6))}, spec)
     store, clock, is_short = LiveStore(tmp_path), Clock(), [True]
-    models, read = live_models(base, tmp_path, clock=clock), LiveModel.read_state
+    found, read = list[int](), LiveModel.read_state
+
+    def find() -> int:
+        found.append(len(models._models))
+        return 1
+
+    models = live_models(base, tmp_path, clock=clock, memory=1, find_memory=find)
 
     def full(self: LiveModel, folder: Path) -> None:
         if is_short:
@@ -806,6 +812,7 @@ def test_a_shortage_of_memory_that_passes_breaks_no_model(
     clock.retry(models)
     assert all(isinstance(store.result(spec.id, 2), Stepped) for spec in SPECS)
     assert models.seconds_to_retry() is None
+    assert found == [0] * 5  # not at first, and not beside another
 
 
 def test_a_model_alone_that_finds_no_memory_for_ten_minutes_is_refused(
