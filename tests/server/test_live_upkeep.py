@@ -650,6 +650,66 @@ def test_a_checkpoint_from_before_a_stricter_policy_makes_no_version_until_the_p
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_checkpoint_of_a_run_that_began_with_an_unsigned_version_is_not_signed_under_a_stricter_policy(
+    upkeep: Upkeep, tmp_path: Path, registered: bool
+) -> None:
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        await signing.add(upkeep.store.checkpoint(RUN, "sampler", "final"), {}, VersionOptions())
+        (version,) = await signing.house.adapters.versions("acme", adapter_name(RUN))
+        begun = f"{version.name}@{version.digest}"
+        upkeep.store.create(ModelSpec(id=OF_VERSION, rank=4, owner="acme", session="s", version=begun))
+        made = checkpoint(upkeep.store, "further", LATER, 2, model=OF_VERSION, version=begun)
+        if registered:
+            signing.house.verifier.free.clear()
+            await signing.tidy()
+            await signing.service.stop()
+            signing.house.verifier.free.set()
+            await signing.house.settled()
+        rules = (PolicyRule("require", signers=("server",), name=adapter_name(OF_VERSION)),)
+        signing.house.adapters.signatures = SignaturePolicy(rules)
+        await signing.tidy()
+        await signing.settled()
+        if registered:
+            assert await signing.signature(made) is None
+        else:
+            assert await signing.service.proved_as("acme", made) is None
+            assert "no verified signature" in (Path(made.folder) / "proved.json").read_text()
+        signing.house.adapters.signatures = SignaturePolicy(())
+        signing.service._prove_after.clear()  # an hour later
+        await signing.tidy()
+        await signing.settled()
+        assert (await signing.signature(made))["status"] == "verified"
+
+    asyncio.run(test())
+
+
+def test_what_the_policy_refuses_again_is_not_copied_and_is_in_the_audit_log_once(
+    upkeep: Upkeep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+
+    def take(store: Store, folder: Path) -> AdapterFiles:
+        copied.append(folder)
+        return take_folder(store, folder)
+
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        rules = (PolicyRule("require", signers=("acme",)),)
+        signing.house.adapters.signatures = SignaturePolicy(rules)
+        for _ in range(3):
+            signing.service._prove_after.clear()  # an hour later
+            await signing.tidy()
+            await signing.settled()
+
+    monkeypatch.setattr(service_module, "take_folder", take)
+    asyncio.run(test())
+    assert copied == []
+    noted = [one.action for one in upkeep.registry.audit.entries(limit=9)]
+    assert noted.count("adapter.refused") == 1
+
+
 def test_a_run_begins_with_no_version_without_the_signature_that_its_name_needs(
     upkeep: Upkeep, tmp_path: Path
 ) -> None:
