@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,8 +46,10 @@ from onebase_server.live.service import (
     ENDED_SECONDS,
     FORGOTTEN_SECONDS,
     IDLE_SECONDS,
+    LOOK_SECONDS,
     LOST_SECONDS,
     MOST_WAITING,
+    TIDY_SECONDS,
     LiveTraining,
     Place,
     adapter_name,
@@ -708,6 +711,32 @@ def test_what_the_policy_refuses_again_is_not_copied_and_is_in_the_audit_log_onc
     assert copied == []
     noted = [one.action for one in upkeep.registry.audit.entries(limit=9)]
     assert noted.count("adapter.refused") == 1
+
+
+def test_a_checkpoint_of_an_ended_run_is_tried_again_each_hour_however_long_a_try_takes(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, took, tried = [0.0], TIDY_SECONDS + 1, list[float]()
+
+    async def refuse(tenant: str, checkpoint: CheckpointFolder) -> str:
+        tried.append(now[0])
+        now[0] += took
+        raise VersionFailedError("no", code="signature_missing")
+
+    async def test() -> None:
+        while now[0] < 4 * LOOK_SECONDS:
+            await upkeep.service.tidy((), LATER + now[0])
+            now[0] += TIDY_SECONDS
+
+    upkeep.service._added = refuse  # type: ignore[method-assign]
+    upkeep.store.unload(RUN)
+    for number in range(3):
+        upkeep.store.delete_checkpoint(RUN, "sampler", f"live-{number}")
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=lambda: LATER + now[0])
+    monkeypatch.setattr(service_module, "time", clock)
+    asyncio.run(test())
+    assert len(tried) == 4
+    assert all(later - sooner <= LOOK_SECONDS + took + TIDY_SECONDS for sooner, later in pairwise(tried))
 
 
 def test_a_run_begins_with_no_version_without_the_signature_that_its_name_needs(

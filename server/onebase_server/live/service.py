@@ -1029,7 +1029,7 @@ class LiveTraining:
 
         in_use: samplers with unfinished samples. Raises RegistryError.
         """
-        now = now or time.time()
+        now, began = now or time.time(), time.monotonic()
         await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
         if self._trainer is None:
             return
@@ -1053,7 +1053,7 @@ class LiveTraining:
             if not is_live and not kept:
                 await self._disk(store.remove, spec.id)
             if not is_live and not any(Place.of(one).is_of_step for one in kept):
-                self._looked[spec.id] = now
+                self._looked[spec.id] = now + time.monotonic() - began  # no sooner than its failed proofs
         self._looked = {run: at for run, at in self._looked.items() if run in self._specs}
 
     async def _tidy_checkpoints(
