@@ -746,11 +746,12 @@ def test_a_run_begins_with_no_version_without_the_signature_that_its_name_needs(
         signing = Signing(upkeep, tmp_path)
         final = upkeep.store.checkpoint(RUN, "sampler", "final")
         await signing.add(final, {}, VersionOptions())
-        brought = adapter_name(RUN)
+        brought, hub = adapter_name(RUN), "hub:acme/first@v1"
         (version,) = await signing.house.adapters.versions("acme", brought)
+        await signing.house.adapters.add("acme", hub, version.files, {}, VersionOptions())
         rules = (PolicyRule("require", signers=("server",)),)
         signing.house.adapters.signatures = SignaturePolicy(rules)
-        for name, why in ((brought, "no verified signature"), ("x", "was deleted")):
+        for name, why in ((brought, "no verified signature"), (hub, "no verified"), ("x", "was deleted")):
             start = f"{name}@{version.digest}"
             with pytest.raises(VersionFailedError, match=why):
                 await signing.service.create_run(
