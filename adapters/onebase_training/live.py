@@ -86,6 +86,11 @@ HIGHEST_SETTING = 1e6
 """Largest learning rate, weight decay, epsilon and norm: what AdamW makes of them is a number of fp32."""
 POINT_SECONDS = 30.0
 """Time of computing, in seconds, that a process that begins again may have to do over."""
+RETRY_SECONDS = 60.0
+"""Longest pause, in seconds, before a model for which there was no memory is tried again. The first is one
+second, and each is twice the one before it."""
+SHORTAGE_SECONDS = 600.0
+"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded."""
 _OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NO_MEMORY = "out_of_memory"
@@ -690,6 +695,19 @@ def _panics_refused(message: str) -> Iterator[None]:
         raise RefusedError(f"{message}: make a new key pair and send its public key") from error
 
 
+@dataclass
+class _Shortage:
+    """State of a model that waits for memory.
+
+    pause: seconds between the last two tries. next_try: time of the next one. alone_since: time of the first
+    one from which on no other model was loaded while an operation waited; None if the last was not so.
+    """
+
+    pause: float = 0.5
+    next_try: float = 0.0
+    alone_since: float | None = None
+
+
 class LiveModels:
     """The live adapters of a store, done one operation at a time, the models in turns.
 
@@ -701,8 +719,11 @@ class LiveModels:
         point_seconds: time of computing after which a point is written.
         int8_cache: whether the engine that serves keeps keys and values in int8.
         memory: bytes for all models; 0: not known.
+        find_memory: returns these bytes anew; called before a model that waits for memory is tried again
+            while no other is loaded.
         joins: whether small backward passes of several models are computed in one. Their bits then depend on
             each other.
+        clock: returns the time, in seconds, by which models that wait for memory are tried again.
     """
 
     def __init__(
@@ -716,9 +737,12 @@ class LiveModels:
         point_seconds: float = POINT_SECONDS,
         int8_cache: bool = False,
         memory: int = 0,
+        find_memory: Callable[[], int] | None = None,
         joins: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._memory = memory
+        self._clock = clock
+        self._memory, self._find_memory = memory, find_memory
         self._joins = joins
         self._proven: set[str] = set()
         """Models whose passes may join others: an operation was done here, by itself and not refused, since
@@ -734,8 +758,8 @@ class LiveModels:
         self._since_point: dict[str, float] = {}
         self._broken: dict[str, Refused] = {}
         """Result of each operation of a model that could not be made here."""
-        self._waiting: set[str] = set()
-        """Models that fit in the memory once another is unloaded. Their operations wait for that."""
+        self._waiting: dict[str, _Shortage] = {}
+        """Models that were made once, and for which there is no memory now. Their operations wait for it."""
         self._turns: deque[str] = deque()
 
     def enqueue(self, model_id: str) -> None:
@@ -771,11 +795,14 @@ class LiveModels:
         Raises OSError, Interrupted: no result was written. The operation is done again by the next process,
         from the state before it.
         """
+        for model_id in self._waiting:
+            if self._is_due(model_id):
+                self.enqueue(model_id)
         while self._turns:
             model_id = self._turns.popleft()
             try:
                 if self._do_next_of(model_id):
-                    self._turns.append(model_id)
+                    self.enqueue(model_id)
                     return True
             except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(model_id):
@@ -784,17 +811,31 @@ class LiveModels:
                 self._forget(model_id)
         return False
 
+    def seconds_to_retry(self) -> float | None:
+        """Return the seconds until a model that waits for memory is to be tried again; None if none waits."""
+        times = [shortage.next_try for shortage in self._waiting.values()]
+        return max(0.0, min(times) - self._clock()) if times else None
+
+    def _is_due(self, model_id: str) -> bool:
+        """Return True unless a model waits for memory, and is not to be tried yet."""
+        shortage = self._waiting.get(model_id)
+        return shortage is None or shortage.next_try <= self._clock()
+
+    def _wake_waiting(self) -> None:
+        """Try the models that wait for memory in their next turns: there may be more of it."""
+        for model_id, shortage in self._waiting.items():
+            shortage.next_try = self._clock()
+            self.enqueue(model_id)
+
     def _forget(self, model_id: str) -> None:
         """Free the memory of a model that was unloaded, for those that wait for memory."""
         self._broken.pop(model_id, None)
-        self._waiting.discard(model_id)
+        self._waiting.pop(model_id, None)
         self._proven.discard(model_id)
         self._next_tokens.pop(model_id, None)
         if self._models.pop(model_id, None) is not None:
             gc.collect()
-            waiting, self._waiting = self._waiting, set()
-            for other in waiting:
-                self.enqueue(other)
+            self._wake_waiting()
 
     def write_points(self) -> None:
         """Write all models to the disk, so that nothing has to be done over. Raises OSError."""
@@ -806,13 +847,15 @@ class LiveModels:
     def _do_next_of(self, model_id: str) -> bool:
         if not self._store.is_live(model_id) or self._store.spec(model_id).base_id != self._store.base_id:
             return False
-        if model_id in self._waiting:
+        if not self._is_due(model_id):
             return False
         if model_id not in self._models and model_id not in self._broken:
             for other in [other for other in self._models if not self._store.is_live(other)]:
                 self._forget(other)
             self._store.write_begun(model_id, 0)
             gc.collect()  # PEFT's modules refer to one another: what was here before would keep its memory
+            if model_id in self._waiting and not self._models and self._find_memory is not None:
+                self._memory = self._find_memory()
             self._make(model_id)
             self._store.forget_begun()
             if model_id not in self._models:
@@ -927,8 +970,10 @@ class LiveModels:
         except Exception as error:
             if _ends_process(error):
                 raise
-            if isinstance(operation, OptimStep | Load):
-                self._models.pop(model.spec.id, None)  # half of it may be done: made again from its point
+            half_done = isinstance(operation, OptimStep | Load)
+            if half_done and self._models.pop(model.spec.id, None) is not None:
+                self.enqueue(model.spec.id)  # made again from its point, before its memory goes to others
+                self._wake_waiting()
             if is_out_of_memory(error):
                 return _too_large()
             if isinstance(operation, Save):
@@ -960,8 +1005,9 @@ class LiveModels:
     # ---- what is on the disk -------------------------------------------------------------------
 
     def _make(self, model_id: str) -> None:
-        """Make the model that a spec asks for, or continue it. One that cannot be made fails alone."""
-        made = self._store.made(model_id)
+        """Make the model that a spec asks for, or continue it. One that cannot be made fails alone; one that
+        was made before, and for which there is no memory now, waits for that."""
+        made, shortage = self._store.made(model_id), self._waiting.pop(model_id, _Shortage())
         try:
             if made is not None and made.refused:
                 raise RefusedError(made.refused, "model_refused")
@@ -986,20 +1032,43 @@ class LiveModels:
                 raise
             message = f"the model cannot be continued: {error or type(error).__name__}"
             if is_out_of_memory(error):
-                message = "the trainer has no memory for this model: unload others, or lower the rank"
-                if made is not None and self._models:
-                    logger.warning("training model %s waits until another is unloaded", model_id)
-                    self._waiting.add(model_id)
+                if made is not None and self._waits(model_id, shortage):
                     return
+                message = self._no_memory(is_new=made is None)
             logger.exception("training model %s cannot be continued", model_id)
             self._broken[model_id] = Refused(message=message, code="model_broken", category="server")
             if made is None:
                 self._store.write_made(model_id, Made(refused=message))
+            else:
+                self._wake_waiting()
         else:
             self._models[model_id] = model
             if made is None:
                 self._store.write_made(model_id, Made(targets=model.targets, parameters=model.parameters))
         self._on_done(model_id, 0)
+
+    def _waits(self, model_id: str, shortage: _Shortage) -> bool:
+        """Let a model wait for memory. Return False if an operation waited for it for SHORTAGE_SECONDS while
+        no other model was loaded: then there is none to wait for."""
+        now, since = self._clock(), None
+        if not self._models and self._store.has_next(model_id):
+            since = now if shortage.alone_since is None else shortage.alone_since
+        if since is not None and now - since >= SHORTAGE_SECONDS:
+            return False
+        pause = min(RETRY_SECONDS, 2 * shortage.pause)
+        self._waiting[model_id] = _Shortage(pause, now + pause, since)
+        logger.warning("no memory for training model %s: it is tried again in %g s", model_id, pause)
+        return True
+
+    def _no_memory(self, is_new: bool) -> str:
+        """Return the message of a model for which there is no memory."""
+        if not is_new:
+            return (
+                f"the trainer had no memory for this model for {SHORTAGE_SECONDS / 60:g} minutes: begin "
+                "another from a checkpoint of it"
+            )
+        remedy = "end another run, or lower the rank" if self._models else "lower the rank, or try later"
+        return f"the trainer has no memory for this model: {remedy}"
 
     def _check_share(self, model: LiveModel) -> None:
         """Raise RefusedError if a new model beside others takes too much of the memory: its owner's part, or

@@ -197,6 +197,42 @@ sys.exit(main())
     run(published, tmp_path, work, (sys.executable, "-c", deadly))
 
 
+def test_a_model_for_which_memory_was_short_is_made_by_a_trainer_that_hears_no_more_of_it(
+    published: _Published, tmp_path: Path
+) -> None:
+    scarce = """
+import sys
+from onebase_server.processes import live as process
+from onebase_training import live
+read_whole, is_short, limits = live.LiveModel.read_state, [True], iter([1 << 30] * 4 + [2 << 30])
+def read_state(self, folder):
+    if is_short:
+        raise MemoryError
+    read_whole(self, folder)
+live.LiveModel.read_state, live.RETRY_SECONDS = read_state, 0.01
+process.memory_limit = lambda *_: next(limits)
+bound = process.bound_memory
+def bound_memory(limit, device, *uncounted):
+    if limit == 2 << 30:
+        is_short.clear()
+    return bound(limit, device, *uncounted)
+process.bound_memory = bound_memory
+sys.exit(process.main())
+"""
+
+    async def train(live: LiveTrainer) -> None:
+        await live.create(SPECS[0])
+        await live.submit("small", 1, ask(text_row(9)))
+        await _result(live, "small", 1)
+
+    async def step(live: LiveTrainer) -> None:
+        await live.submit("small", 2, STEP)
+        assert isinstance(await _result(live, "small", 2), Stepped)
+
+    run(published, tmp_path, train)
+    run(published, tmp_path, step, (sys.executable, "-c", scarce))
+
+
 def test_a_model_that_kills_the_trainer_is_broken_and_others_are_trained(
     published: _Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,8 +46,10 @@ from onebase_server.live.service import (
     ENDED_SECONDS,
     FORGOTTEN_SECONDS,
     IDLE_SECONDS,
+    LOOK_SECONDS,
     LOST_SECONDS,
     MOST_WAITING,
+    TIDY_SECONDS,
     LiveTraining,
     Place,
     adapter_name,
@@ -650,6 +653,92 @@ def test_a_checkpoint_from_before_a_stricter_policy_makes_no_version_until_the_p
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_checkpoint_of_a_run_that_began_with_an_unsigned_version_is_not_signed_under_a_stricter_policy(
+    upkeep: Upkeep, tmp_path: Path, registered: bool
+) -> None:
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        await signing.add(upkeep.store.checkpoint(RUN, "sampler", "final"), {}, VersionOptions())
+        (version,) = await signing.house.adapters.versions("acme", adapter_name(RUN))
+        begun = f"{version.name}@{version.digest}"
+        upkeep.store.create(ModelSpec(id=OF_VERSION, rank=4, owner="acme", session="s", version=begun))
+        made = checkpoint(upkeep.store, "further", LATER, 2, model=OF_VERSION, version=begun)
+        if registered:
+            signing.house.verifier.free.clear()
+            await signing.tidy()
+            await signing.service.stop()
+            signing.house.verifier.free.set()
+            await signing.house.settled()
+        rules = (PolicyRule("require", signers=("server",), name=adapter_name(OF_VERSION)),)
+        signing.house.adapters.signatures = SignaturePolicy(rules)
+        await signing.tidy()
+        await signing.settled()
+        if registered:
+            assert await signing.signature(made) is None
+        else:
+            assert await signing.service.proved_as("acme", made) is None
+            assert "no verified signature" in (Path(made.folder) / "proved.json").read_text()
+        signing.house.adapters.signatures = SignaturePolicy(())
+        signing.service._prove_after.clear()  # an hour later
+        await signing.tidy()
+        await signing.settled()
+        assert (await signing.signature(made))["status"] == "verified"
+
+    asyncio.run(test())
+
+
+def test_what_the_policy_refuses_again_is_not_copied_and_is_in_the_audit_log_once(
+    upkeep: Upkeep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+
+    def take(store: Store, folder: Path) -> AdapterFiles:
+        copied.append(folder)
+        return take_folder(store, folder)
+
+    async def test() -> None:
+        signing = Signing(upkeep, tmp_path)
+        rules = (PolicyRule("require", signers=("acme",)),)
+        signing.house.adapters.signatures = SignaturePolicy(rules)
+        for _ in range(3):
+            signing.service._prove_after.clear()  # an hour later
+            await signing.tidy()
+            await signing.settled()
+
+    monkeypatch.setattr(service_module, "take_folder", take)
+    asyncio.run(test())
+    assert copied == []
+    noted = [one.action for one in upkeep.registry.audit.entries(limit=9)]
+    assert noted.count("adapter.refused") == 1
+
+
+def test_a_checkpoint_of_an_ended_run_is_tried_again_each_hour_however_long_a_try_takes(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, took, tried = [0.0], TIDY_SECONDS + 1, list[float]()
+
+    async def refuse(tenant: str, checkpoint: CheckpointFolder) -> str:
+        tried.append(now[0])
+        now[0] += took
+        raise VersionFailedError("no", code="signature_missing")
+
+    async def test() -> None:
+        while now[0] < 4 * LOOK_SECONDS:
+            await upkeep.service.tidy((), LATER + now[0])
+            now[0] += TIDY_SECONDS
+
+    upkeep.service._added = refuse  # type: ignore[method-assign]
+    upkeep.store.unload(RUN)
+    for number in range(3):
+        upkeep.store.delete_checkpoint(RUN, "sampler", f"live-{number}")
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=lambda: LATER + now[0])
+    monkeypatch.setattr(service_module, "time", clock)
+    asyncio.run(test())
+    assert len(tried) == 4
+    assert all(later - sooner <= LOOK_SECONDS + took + TIDY_SECONDS for sooner, later in pairwise(tried))
+
+
 def test_a_run_begins_with_no_version_without_the_signature_that_its_name_needs(
     upkeep: Upkeep, tmp_path: Path
 ) -> None:
@@ -657,11 +746,12 @@ def test_a_run_begins_with_no_version_without_the_signature_that_its_name_needs(
         signing = Signing(upkeep, tmp_path)
         final = upkeep.store.checkpoint(RUN, "sampler", "final")
         await signing.add(final, {}, VersionOptions())
-        brought = adapter_name(RUN)
+        brought, hub = adapter_name(RUN), "hub:acme/first@v1"
         (version,) = await signing.house.adapters.versions("acme", brought)
+        await signing.house.adapters.add("acme", hub, version.files, {}, VersionOptions())
         rules = (PolicyRule("require", signers=("server",)),)
         signing.house.adapters.signatures = SignaturePolicy(rules)
-        for name, why in ((brought, "no verified signature"), ("x", "was deleted")):
+        for name, why in ((brought, "no verified signature"), (hub, "no verified"), ("x", "was deleted")):
             start = f"{name}@{version.digest}"
             with pytest.raises(VersionFailedError, match=why):
                 await signing.service.create_run(

@@ -47,6 +47,17 @@ except (RuntimeError, MemoryError) as error:
     taken = sum(item.numel() * 4 if hasattr(item, "numel") else len(item) for item in kept)
     print(failure_of(error, job, limit=200_000_000).code, taken <= 200_000_000)
 """
+HIGHER = """
+import torch
+from onebase_server.processes.trainer import bound_memory
+cpu = torch.device("cpu")
+uncounted = bound_memory(200_000_000, cpu)
+try:
+    torch.ones(100_000_000)
+except RuntimeError:
+    bound_memory(600_000_000, cpu, uncounted)
+    print(torch.ones(100_000_000).sum().item())
+"""
 THREADS = """
 import torch
 from onebase_server.processes.trainer import bound_memory
@@ -100,6 +111,10 @@ def job(**changes: str) -> TrainJob:
 @pytest.mark.parametrize("kind", ["torch", "python"])
 def test_a_process_that_takes_more_than_it_may_fails_alone_and_says_so(kind: str) -> None:
     assert run(GREEDY, kind) == ["out_of_memory", "True"]
+
+
+def test_a_limit_of_memory_is_replaced_by_a_higher_one() -> None:
+    assert run(HIGHER) == ["100000000.0"]
 
 
 def test_threads_of_the_processor_are_not_counted_as_what_a_job_takes() -> None:

@@ -36,6 +36,7 @@ from onebase_training import live, replies
 from onebase_training.checkpoint import save_peft
 from onebase_training.events import Interrupted, OpenGate
 from onebase_training.live import (
+    SHORTAGE_SECONDS,
     STATE_BYTES,
     BaseName,
     ComputedPass,
@@ -637,6 +638,21 @@ def test_an_error_of_the_device_or_the_base_ends_the_trainer_without_a_result(
         assert store.result("learning", 1) is None
 
 
+class Clock:
+    """Clock of live models, which a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def retry(self, models: LiveModels) -> None:
+        """Do what there is to do once the next model that waits for memory is to be tried again."""
+        self.now += models.seconds_to_retry() or 0.0
+        while models.do_next():
+            pass
+
+
 def test_a_model_without_memory_waits_until_another_is_unloaded(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -697,23 +713,188 @@ def test_a_model_alone_that_ran_out_of_memory_is_made_again_once_its_memory_is_f
     assert [type(one) for one in found] == [Computed, Refused, Computed, Stepped]
 
 
-def test_a_model_alone_for_which_there_is_no_memory_is_refused(
+@pytest.mark.parametrize("then", ["it is unloaded", "it finds no memory"])
+def test_a_model_waits_no_longer_once_another_has_lost_its_memory_by_a_failed_step(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    for spec in SPECS:
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    store, lost = LiveStore(tmp_path), list[str]()
+    models, read = live_models(base, tmp_path, clock=lambda: 0.0), LiveModel.read_state
+
+    def full(self: LiveModel, folder: Path) -> None:
+        if self.spec.id == ("small" if lost else "wide:0"):
+            raise MemoryError
+        read(self, folder)
+
+    def too_large(self: LiveModel, operation: OptimStep) -> Stepped:
+        lost.append(self.spec.id)
+        raise MemoryError
+
+    step = LiveModel.optim_step
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    store.submit("wide:0", 2, STEP)
+    while models.do_next():
+        pass
+    assert store.result("wide:0", 2) is None
+
+    monkeypatch.setattr(LiveModel, "optim_step", too_large)
+    store.submit("small", 2, STEP)
+    models.enqueue("small")
+    assert models.do_next()
+    monkeypatch.setattr(LiveModel, "optim_step", step)
+    assert lost == ["small"]
+    if then == "it is unloaded":
+        store.unload("small")
+    while models.do_next():
+        pass
+    assert isinstance(store.result("wide:0", 2), Stepped)
+
+
+def test_a_model_whose_step_failed_is_made_again_before_those_that_wait_for_its_memory(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spec in SPECS:
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    store, tried = LiveStore(tmp_path), list[str]()
+    models, read = live_models(base, tmp_path, clock=lambda: 0.0), LiveModel.read_state
+
+    def full(self: LiveModel, folder: Path) -> None:
+        tried.append(self.spec.id)
+        if self.spec.id == "wide:0":
+            raise MemoryError
+        read(self, folder)
+
+    def too_large(self: LiveModel, operation: OptimStep) -> Stepped:
+        raise MemoryError
+
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    monkeypatch.setattr(LiveModel, "optim_step", too_large)
+    assert not models.do_next()
+    store.submit("small", 2, STEP)
+    models.enqueue("small")
+    while models.do_next():
+        pass
+    assert tried == ["small", "wide:0"] * 2
+
+
+def test_a_shortage_of_memory_that_passes_breaks_no_model(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spec in SPECS:
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    store, clock, is_short = LiveStore(tmp_path), Clock(), [True]
+    found, read = list[int](), LiveModel.read_state
+
+    def find() -> int:
+        found.append(len(models._models))
+        return 1
+
+    models = live_models(base, tmp_path, clock=clock, memory=1, find_memory=find)
+
+    def full(self: LiveModel, folder: Path) -> None:
+        if is_short:
+            raise MemoryError
+        read(self, folder)
+
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    for spec in SPECS:
+        store.submit(spec.id, 2, STEP)
+    for _ in range(3):
+        clock.retry(models)
+        assert [store.result(spec.id, 2) for spec in SPECS] == [None, None]
+    is_short.clear()
+    for spec in SPECS:
+        models.enqueue(spec.id)
+    while models.do_next():
+        pass
+    assert store.result("small", 2) is None  # its time has not come
+    clock.retry(models)
+    assert all(isinstance(store.result(spec.id, 2), Stepped) for spec in SPECS)
+    assert models.seconds_to_retry() is None
+    assert found == [0] * 5  # not at first, and not beside another
+
+
+def test_a_model_alone_that_finds_no_memory_for_ten_minutes_is_refused(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done(base, tmp_path, {1: ask(text_row(6))}, LEARNING)
-    store = LiveStore(tmp_path)
+    store, clock, pauses = LiveStore(tmp_path), Clock(), list[float]()
 
     def full(self: LiveModel, folder: Path) -> None:
         raise MemoryError
 
     monkeypatch.setattr(LiveModel, "read_state", full)
     store.submit("learning", 2, STEP)
-    models = live_models(base, tmp_path)
-    while models.do_next():
-        pass
+    models = live_models(base, tmp_path, clock=clock)
+    clock.retry(models)
+    while (pause := models.seconds_to_retry()) is not None:
+        assert store.result("learning", 2) is None
+        pauses.append(pause)
+        clock.retry(models)
+    assert (pauses[:3], max(pauses)) == ([1.0, 2.0, 4.0], 60.0)
+    assert sum(pauses[:-1]) < SHORTAGE_SECONDS <= sum(pauses)
     refused = store.result("learning", 2)
     assert isinstance(refused, Refused)
     assert (refused.code, refused.category) == ("model_broken", "server")
+    assert "no memory for this model for 10 minutes: begin another" in refused.message
+
+
+@pytest.mark.parametrize("why", ["another is loaded", "no operation waits"])
+def test_a_model_is_not_given_up_while_another_is_loaded_or_no_operation_waits(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    for spec in SPECS if why == "another is loaded" else SPECS[1:]:
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    store, clock, is_short = LiveStore(tmp_path), Clock(), [True]
+    models, read = live_models(base, tmp_path, clock=clock), LiveModel.read_state
+
+    def full(self: LiveModel, folder: Path) -> None:
+        if is_short and self.spec.id == "wide:0":
+            raise MemoryError
+        read(self, folder)
+
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    if why == "another is loaded":
+        store.submit("wide:0", 2, STEP)
+    while clock.now < 2 * SHORTAGE_SECONDS:
+        clock.retry(models)
+    if why == "another is loaded":
+        store.unload("small")
+        models.enqueue("small")
+    else:
+        store.submit("wide:0", 2, STEP)
+    clock.retry(models)
+    assert store.result("wide:0", 2) is None
+    is_short.clear()
+    clock.retry(models)
+    assert isinstance(store.result("wide:0", 2), Stepped)
+
+
+@pytest.mark.parametrize(
+    ("others", "remedy"),
+    [((), "lower the rank, or try later"), (SPECS[:1], "end another run, or lower the rank")],
+)
+def test_a_new_model_for_which_there_is_no_memory_is_refused_at_once(
+    base: torch.nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    others: tuple[ModelSpec, ...],
+    remedy: str,
+) -> None:
+    for spec in others:
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    init = LiveModel.__init__
+
+    def full(self: LiveModel, base: torch.nn.Module, spec: ModelSpec, *given: Any) -> None:
+        if spec.id == "wide:0":
+            raise MemoryError
+        init(self, base, spec, *given)
+
+    monkeypatch.setattr(LiveModel, "__init__", full)
+    (refused,) = done(base, tmp_path, {1: STEP}, SPECS[1])
+    assert refused.code == "model_broken"
+    assert refused.message.endswith(f"no memory for this model: {remedy}")
 
 
 def test_an_owner_has_so_many_models_and_so_much_of_the_memory(

@@ -221,15 +221,16 @@ class AdapterService:
         actor: str = "",
         act: str = "a merge",
         param: str | None = "adapters",
+        audited: bool = True,
     ) -> None:
         """Refuse to make a version under a name that needs a signature, unless all its parents have one of a
         signer of this name.
 
         Args:
             act: what is refused, for the message. param: the request's field that names the parents, or
-                None.
+                None. audited: whether a refusal is noted in the audit log.
 
-        Raises VersionFailedError, which is in the audit log then.
+        Raises VersionFailedError.
         """
         rule = self.signatures.rule(tenant, name)
         if rule.policy != "require":
@@ -243,17 +244,25 @@ class AdapterService:
                 f"{label(version.name, version.digest)} has no verified signature of "
                 f"{' or '.join(rule.signers)}, which {act} under this name needs of each.",
             )
-            await self.note_refusal(tenant, name, error, actor=actor)
+            if audited:
+                await self.note_refusal(tenant, name, error, actor=actor)
             raise VersionFailedError(str(error), code=error.code, param=param)
 
     async def check_trained(
-        self, tenant: str, name: str, *, actor: str = "", param: str | None = "name"
+        self,
+        tenant: str,
+        name: str,
+        *,
+        actor: str = "",
+        param: str | None = "name",
+        audited: bool = True,
     ) -> None:
         """Refuse to train under a name that needs a signature, unless this server may sign it and can.
 
         param: the request's field that names it; None: nobody can choose another.
+        audited: whether a refusal is noted in the audit log.
 
-        Raises VersionFailedError, which is in the audit log then.
+        Raises VersionFailedError.
         """
         rule = self.signatures.rule(tenant, name)
         if rule.policy != "require" or (self._key is not None and OWN in rule.signers):
@@ -271,7 +280,8 @@ class AdapterService:
                 f"This name needs a signature of {signers}, and what this server trains has none. {remedy}, "
                 "and start it with --signing-key.",
             )
-        await self.note_refusal(tenant, name, error, actor=actor)
+        if audited:
+            await self.note_refusal(tenant, name, error, actor=actor)
         raise VersionFailedError(str(error), code=error.code, param=param)
 
     async def check_job(self, job: TrainingJob, *, actor: str) -> None:
@@ -285,12 +295,22 @@ class AdapterService:
             await self.check_start(job.tenant, job.name, *parent, actor=actor)
 
     async def check_start(
-        self, tenant: str, name: str, owner: str, adapter: str, digest: str, *, actor: str
+        self,
+        tenant: str,
+        name: str,
+        owner: str,
+        adapter: str,
+        digest: str,
+        *,
+        actor: str,
+        audited: bool = True,
     ) -> None:
         """Refuse to train under a name that needs a signature from a version, `adapter@digest` of the tenant
         `owner`, without one.
 
-        Raises VersionFailedError, which is in the audit log then, and UnavailableError.
+        audited: whether a refusal is noted in the audit log.
+
+        Raises VersionFailedError and UnavailableError.
         """
         if self.signatures.rule(tenant, name).policy != "require":
             return
@@ -302,9 +322,12 @@ class AdapterService:
                 f"{label(adapter, digest)}, from which training went on, was deleted, and this name "
                 "needs a verified signature of it. Upload it again with its signature, and train again.",
             )
-            await self.note_refusal(tenant, name, error, actor=actor)
+            if audited:
+                await self.note_refusal(tenant, name, error, actor=actor)
             raise VersionFailedError(str(error), code=error.code) from None
-        await self.check_parents(tenant, name, [parent], actor=actor, act="training", param=None)
+        await self.check_parents(
+            tenant, name, [parent], actor=actor, act="training", param=None, audited=audited
+        )
 
     @property
     def signs(self) -> bool:

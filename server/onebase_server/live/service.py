@@ -49,6 +49,7 @@ from onebase_edge.errors import (
     ResultGoneError,
     StateConflictError,
     UnavailableError,
+    VersionFailedError,
     status_of,
 )
 from onebase_engine.engine.messages import AdapterRef
@@ -367,12 +368,7 @@ class LiveTraining:
             )
         await self._open_session(caller, session_id)
         run = f"{session_id}:train:{number}"
-        await self._library.check_trained(caller.tenant, adapter_name(run), actor=caller.key, param=None)
-        if version:
-            adapter, _, digest = version.partition("@")
-            await self._library.check_start(
-                caller.tenant, adapter_name(run), caller.tenant, adapter, digest, actor=caller.key
-            )
+        await self._check_signatures(caller.tenant, run, version, caller.key)
         if seed is None:  # the same for a request that comes again
             seed = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4])
         mine = await self._disk(self._live_runs, caller.tenant)
@@ -408,6 +404,22 @@ class LiveTraining:
             raise InvalidRequestError(f"lora_config: {error}", param="lora_config") from error
         await self._note("run.created", caller.tenant, run, {"rank": rank, "base_model": base_model})
         return run
+
+    async def _check_signatures(
+        self, tenant: str, run: str, version: str, actor: str, *, audited: bool = True
+    ) -> None:
+        """Refuse a run whose versions the policy of signatures does not let this server make.
+
+        version: the one that the run begins with, as NAME@DIGEST, or "".
+        audited: whether a refusal is noted in the audit log.
+
+        Raises VersionFailedError, UnavailableError.
+        """
+        library, name = self._library, adapter_name(run)
+        await library.check_trained(tenant, name, actor=actor, param=None, audited=audited)
+        if version:
+            adapter, _, digest = version.rpartition("@")
+            await library.check_start(tenant, name, tenant, adapter, digest, actor=actor, audited=audited)
 
     async def continue_from(
         self,
@@ -941,8 +953,9 @@ class LiveTraining:
         await self._sign(tenant, checkpoint, digest)
 
     async def _sign(self, tenant: str, checkpoint: CheckpointFolder, digest: str) -> None:
-        """Sign the version that this save of a checkpoint is, unless it is not proved yet, or never will be
-        signed (`AdapterService.may_sign`). What fails is tried again by `tidy`."""
+        """Sign the version that this save of a checkpoint is, unless it is not proved yet, never will be
+        signed (`AdapterService.may_sign`), or is from before a policy that refuses its run. What fails is
+        tried again by `tidy`."""
         name = adapter_name(checkpoint.model)
         adapter = self._library.catalog.of(tenant).own(name)
         known = None if adapter is None else adapter.version(digest)
@@ -952,35 +965,44 @@ class LiveTraining:
         try:
             spec = await self._disk(self._store().spec, checkpoint.model)
             with acting(Origin(spec.key, actor="live training")):
+                await self._check_signatures(tenant, spec.id, spec.version, spec.key, audited=False)
                 version = await self._library.version(tenant, name, digest)
                 await self._library.sign(version, _facts(spec, checkpoint))
-        except AdapterNotFoundError as error:
+        except (AdapterNotFoundError, VersionFailedError) as error:
             _log.debug("checkpoint %s is not signed: %s", place.path, error)
         except (ApiError, UnknownLiveModelError, OSError) as error:
             _log.error("checkpoint %s is not signed: %s", place.path, error)
 
     async def _added(self, tenant: str, checkpoint: CheckpointFolder) -> str:
-        """Return the digest of the version that a checkpoint is.
+        """Return the digest of the version that a checkpoint is. The policy of signatures is asked before
+        anything is copied, and what it refuses again is not in the audit log again.
 
         Raises ApiError, StoreError, OSError; _SavedOverError, an OSError: the files are another save's.
         """
         place = Place.of(checkpoint)
-        with storage_errors():
-            files = await self._library.disk.run_blocking(
-                take_folder, self._library.store, Path(checkpoint.folder)
-            )
-        if not await self._disk(_is_current, checkpoint):
-            raise _SavedOverError(f"{place.path} of operation {checkpoint.seq_id} was saved over or deleted")
-        source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
         try:
             spec = await self._disk(self._store().spec, checkpoint.model)
         except UnknownLiveModelError as error:
             raise FileNotFoundError(f"the run {place.run} was deleted") from error
-        name = adapter_name(place.run)
+        is_first = await self._disk(_read_mark, checkpoint) is None
         with acting(Origin(spec.key, actor="live training")):
-            await self._library.check_trained(tenant, name, actor=spec.key, param=None)
+            await self._check_signatures(tenant, spec.id, spec.version, spec.key, audited=is_first)
+            with storage_errors():
+                files = await self._library.disk.run_blocking(
+                    take_folder, self._library.store, Path(checkpoint.folder)
+                )
+            if not await self._disk(_is_current, checkpoint):
+                raise _SavedOverError(
+                    f"{place.path} of operation {checkpoint.seq_id} was saved over or deleted"
+                )
+            source = {"kind": LIVE, "job": place.run, "checkpoint": place.name, "path": place.path}
             version = await self._library.add(
-                tenant, name, files, source, VersionOptions(any_base=True), actor=spec.key
+                tenant,
+                adapter_name(place.run),
+                files,
+                source,
+                VersionOptions(any_base=True),
+                actor=spec.key,
             )
         return version.digest
 
@@ -1007,7 +1029,7 @@ class LiveTraining:
 
         in_use: samplers with unfinished samples. Raises RegistryError.
         """
-        now = now or time.time()
+        now, began = now or time.time(), time.monotonic()
         await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
         if self._trainer is None:
             return
@@ -1031,7 +1053,7 @@ class LiveTraining:
             if not is_live and not kept:
                 await self._disk(store.remove, spec.id)
             if not is_live and not any(Place.of(one).is_of_step for one in kept):
-                self._looked[spec.id] = now
+                self._looked[spec.id] = now + time.monotonic() - began  # no sooner than its failed proofs
         self._looked = {run: at for run, at in self._looked.items() if run in self._specs}
 
     async def _tidy_checkpoints(

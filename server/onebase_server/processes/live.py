@@ -93,7 +93,17 @@ class _LiveWork:
         device = next(base.parameters()).device
         importlib.import_module("peft")  # before the limit, which is for what the models take
         memory = memory_limit(start.memory_limit, device, start.config)
-        bound_memory(memory, device)
+        uncounted = bound_memory(memory, device)
+
+        def find_memory() -> int:
+            """Let the models take what is free by now, if that is more than before, and return it."""
+            nonlocal memory
+            found = memory_limit(start.memory_limit, device, start.config)
+            if found > memory:
+                memory = found
+                bound_memory(memory, device, uncounted)
+            return memory
+
         models = LiveModels(
             base,
             LiveStore(Path(start.root), start.base_id),
@@ -101,6 +111,7 @@ class _LiveWork:
             BaseName(start.base_name, start.base_commit),
             int8_cache=start.config.kv_dtype == "int8",
             memory=memory,
+            find_memory=find_memory,
             joins=device.type == "cuda",
             on_done=lambda model_id, seq_id: self._channel.send(Done(model_id, seq_id)),
         )
@@ -111,7 +122,8 @@ class _LiveWork:
         try:
             while self._reason is None:
                 if not models.do_next() and not self._looks:
-                    self._take(self._channel.receive())
+                    for message in self._channel.arrived(models.seconds_to_retry()):
+                        self._take(message)
                 self._stopping()
                 for model_id in self._looks:
                     models.enqueue(model_id)

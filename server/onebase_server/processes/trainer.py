@@ -338,19 +338,27 @@ def memory_limit(asked: int, device: torch.device, config: EngineConfig) -> int:
     return asked or free_memory(device) // 2
 
 
-def bound_memory(limit: int, device: torch.device) -> None:
+def bound_memory(limit: int, device: torch.device, uncounted: int | None = None) -> int:
     """Limit this process to `limit` more bytes; beyond that allocations fail, in this process alone.
 
     On the CPU by RLIMIT_DATA, which counts private writable memory, mapped or not from a file: the base is
     counted already when this is called.
+
+    uncounted: bytes beside which the limit counts; None: all that the process has now.
+
+    Returns these bytes, with which the limit can be replaced later by another one.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-        return
-    torch.ones(_PARALLEL).add_(1.0)  # the threads' stacks are not what a job takes
-    most = private_bytes() + limit
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        return 0
+    if uncounted is None:
+        torch.ones(_PARALLEL).add_(1.0)  # the threads' stacks are not what a job takes
+        uncounted = private_bytes()
+    highest = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    most = uncounted + limit if highest == resource.RLIM_INFINITY else min(uncounted + limit, highest)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, highest))
+    return uncounted
 
 
 def private_bytes(status: Path = Path("/proc/self/status")) -> int:
