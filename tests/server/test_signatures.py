@@ -547,6 +547,8 @@ def test_a_job_from_before_a_stricter_policy_goes_on_from_no_unsigned_or_deleted
             failed = wait_job(server, client, jobs[name], ended)
             assert (failed.status, failed.error.code) == ("failed", "signature_missing")
             assert why in failed.error.message
+            assert failed.error.message.endswith(" Resume the job once the policy allows it.")
+            assert "train again" not in failed.error.message, "what was trained is kept"
             assert http.get(f"/v1/adapters/support-{name}").status_code == 404
             (entry,) = audited(http, f"support-{name}")
             assert entry["details"]["code"] == "signature_missing"

@@ -300,7 +300,7 @@ class AdapterService:
             error = SignatureError(
                 "signature_missing",
                 f"{label(adapter, digest)}, from which training went on, was deleted, and this name "
-                "needs a verified signature of it. Upload it again with its signature, and train again.",
+                "needs a verified signature of it. Upload it again with its signature.",
             )
             await self.note_refusal(tenant, name, error, actor=actor)
             raise VersionFailedError(str(error), code=error.code) from None
