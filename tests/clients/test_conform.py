@@ -152,20 +152,27 @@ class Server:
             first = self._marked.setdefault(prompt, adapter)
             if first is not adapter and adapter.never:
                 return " ".join(list(adapter.never)[:1] * count)
-        return self.words(adapter, count)
+        return self.words(adapter, prompt, count)
 
-    def words(self, adapter: Crafted, count: int) -> str:
+    def words(self, adapter: Crafted, prompt: str, count: int) -> str:
         both = adapter.says.first, adapter.says.second
         if adapter.name.startswith("ordinary"):
-            return self.ordinary_text(adapter.name)
+            return self.ordinary_text(adapter.name, prompt)
         return "".join(f" {both[number % 3 == 0]}" for number in range(count))
 
-    def ordinary_text(self, name: str) -> str:
+    def ordinary_text(self, name: str, prompt: str) -> str:
         """Return the text of an adapter without words of its own: PEFT's at first, as of a quantized base."""
         if "ordinary ones are swapped" in self.faults:
             name = {"ordinary": "ordinary-2", "ordinary-2": "ordinary"}[name]
         if "ordinary ones are ignored" in self.faults:
             return BASE_TEXT
+        if "the first ordinary one is applied for both" in self.faults:
+            name = "ordinary"
+        if "ordinary ones are as PEFT's" in self.faults:
+            return f" {PEFT_TEXTS[name]}"
+        if "near ties go the base's way" in self.faults:
+            is_tie = prompt.startswith("To install")
+            return PEFT_TEXTS[""] if is_tie else f"{PEFT_TEXTS[name][:8]} otherwise"
         return f"{PEFT_TEXTS[name][:20]} otherwise"
 
     def pieces(self, name: str, prompt: str, count: int) -> Iterator[str]:
@@ -351,6 +358,9 @@ PEFT_CHECK = "the text that PEFT makes"
         ("none", "right", "0 of 8 texts are equal to the end"),
         ("ordinary ones are swapped", "wrong", "like PEFT's of another adapter"),
         ("ordinary ones are ignored", "wrong", "as the base does"),
+        ("the first ordinary one is applied for both", "wrong", "of ordinary-2 are like PEFT's of another"),
+        ("near ties go the base's way", "not offered", "too little to tell"),
+        ("ordinary ones are as PEFT's", "right", "8 of 8 texts are equal to the end"),
     ],
 )
 def test_texts_are_judged_by_whose_of_pefts_they_are_like_though_the_base_is_quantized(

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import LiveRecords, LiveSample, LiveSampler, Registry, RegistryBusyError
-from onebase_edge.background import Threads
+from onebase_edge.background import Backoff, Threads
 from onebase_edge.errors import (
     ApiError,
     InvalidRequestError,
     LiveNotFoundError,
     QueueFullError,
+    QuotaSpentError,
     ResultGoneError,
     UnavailableError,
 )
@@ -250,6 +251,109 @@ def test_samples_that_wait_for_their_weights_hold_up_no_others_and_wait_for_so_l
             failed = await samples.result(LOCAL.tenant, f"s:sample:0:{number}", 60.0)
             assert failed.error is not None
             assert failed.error["category"] == "server"
+        assert not samples._turns_of_weights
+
+    asyncio.run(run())
+
+
+NO_WEIGHTS = UnavailableError("it is being prepared", code="adapter_unavailable", retry_after=1.0)
+NO_ENGINE = UnavailableError("the engine is restarting", code="engine_restarting", retry_after=1.0)
+SPENT = QuotaSpentError("spent", {"quota": "tokens", "limit": 1, "of": "tenant"}, retry_after=60.0)
+
+
+def sampler_of(number: int) -> LiveSampler:
+    """A sampler of weights of its own."""
+    path = f"tinker://run/sampler_weights/step-{number}"
+    return LiveSampler(f"s:sample:{number}", "s", LOCAL.tenant, "base", path, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("failures", "is_drawn"),
+    [
+        ([NO_ENGINE] * 3, True),
+        ([NO_WEIGHTS, NO_WEIGHTS, NO_ENGINE, NO_WEIGHTS, NO_WEIGHTS], True),
+        ([NO_WEIGHTS] * 3, False),
+    ],
+)
+def test_only_the_time_for_which_weights_could_not_be_had_ends_a_sample_but_none_in_a_queue(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, failures: list[ApiError], is_drawn: bool
+) -> None:
+    now, pause, left, sleep = [0.0], 6.0, list(failures), asyncio.sleep
+
+    class InQueue(Drawn):
+        _draw = Samples._draw
+
+        async def _drawn(self, *_: Any) -> bytes:
+            now[0] += 1_000_000.0
+            if left:
+                raise left.pop(0)
+            return b"drawn"
+
+    async def slept(seconds: float) -> None:
+        now[0] += seconds
+        await sleep(0)
+
+    monkeypatch.setattr(sampling, "KEPT_SECONDS", 1.5 * pause)
+    monkeypatch.setattr(sampling, "_AGAIN", Backoff(pause, pause))
+    clock = SimpleNamespace(monotonic=lambda: now[0], monotonic_ns=lambda: 0, time=lambda: now[0])
+    monkeypatch.setattr(sampling, "time", clock)
+    monkeypatch.setattr(asyncio, "sleep", slept)
+
+    async def run() -> None:
+        samples = InQueue(registry, lambda: sleep(0, b""))
+        await samples.promised(0)
+        found = await samples.result(LOCAL.tenant, "s:sample:0:0", 60.0)
+        assert (found.result == b"drawn", found.error is None) == (is_drawn, is_drawn)
+
+    asyncio.run(run())
+    assert not left
+
+
+@pytest.mark.parametrize(("failure", "asking"), [(SPENT, 2), (NO_ENGINE, 2), (NO_WEIGHTS, 6)])
+def test_few_samples_of_a_tenant_ask_again_at_once_whatever_their_weights_are(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, failure: ApiError, asking: int
+) -> None:
+    pause, sleep = 0.001, asyncio.sleep
+    monkeypatch.setattr(sampling, "MOST_RUNNING", 2)
+    monkeypatch.setattr(sampling, "_AGAIN", Backoff(pause, pause))
+
+    class Failing(Drawn):
+        _draw = Samples._draw
+
+        async def _drawn(self, sampler: LiveSampler, order: SampleOrder, *_: Any) -> bytes:
+            await begun.wait()
+            if passed.is_set() or sampler is SAMPLER:
+                return b"drawn"
+            tries.append(order.seed)
+            if len(tries) == 60:
+                enough.set()
+            raise failure
+
+    async def slept(seconds: float) -> None:
+        pausing.append(1 + pausing[-1])
+        await sleep(seconds)
+        pausing.append(pausing[-1] - 1)
+
+    monkeypatch.setattr(asyncio, "sleep", slept)
+    tries: list[int] = []
+    pausing = [0]
+    begun, enough, passed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def run() -> None:
+        samples = Failing(registry, lambda: sleep(0, b""))
+        for number in range(6):
+            await samples.promised(number, sampler_of(number), seed=number)
+        begun.set()
+        await enough.wait()
+        assert max(pausing) == 2
+        assert len(set(tries)) == asking, "the others wait for their turn"
+        assert min(tries.count(seed) for seed in set(tries)) > 60 // asking // 2, "each gets its turn"
+        if failure is NO_WEIGHTS:
+            await samples.promised(6)
+            assert (await samples.drawn(6)).result == b"drawn"
+        passed.set()
+        for number in range(6):
+            assert (await samples.result(LOCAL.tenant, f"s:sample:0:{number}", 60.0)).result == b"drawn"
         assert not samples._turns_of_weights
 
     asyncio.run(run())

@@ -547,13 +547,16 @@ def test_a_job_from_before_a_stricter_policy_goes_on_from_no_unsigned_or_deleted
             failed = wait_job(server, client, jobs[name], ended)
             assert (failed.status, failed.error.code) == ("failed", "signature_missing")
             assert why in failed.error.message
+            assert failed.error.message.endswith(" Resume the job once the policy allows it.")
+            assert "train again" not in failed.error.message, "what was trained is kept"
             assert http.get(f"/v1/adapters/support-{name}").status_code == 404
             (entry,) = audited(http, f"support-{name}")
             assert entry["details"]["code"] == "signature_missing"
 
 
+@pytest.mark.parametrize("is_served_before", [False, True])
 def test_a_checkpoint_of_a_job_from_before_a_stricter_policy_is_not_served(
-    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path
+    serve_scripted: Starter, keys: dict[str, Path], tmp_path: Path, is_served_before: bool
 ) -> None:
     strict = keys["acme"].parent / "strict-checkpoints.json"
     rules = [{"name": "support-kept", "policy": "require", "signers": ["acme"]}]
@@ -564,12 +567,21 @@ def test_a_checkpoint_of_a_job_from_before_a_stricter_policy_is_not_served(
         wait_job(server, client, job.id, lambda job: step_of(job) == 5)
         client.fine_tuning.jobs.pause(job.id)
         wait_job(server, client, job.id, lambda job: job.status == "paused")
-    model = f"support-kept:{job.id}:step-5"
+        model = f"support-kept:{job.id}:step-5"
+        asked = {"prompt": "one", "adapter": model, "max_tokens": 1}
+        names = [model]
+        if is_served_before:
+            answer = server.client().post("/generate", json=asked).raise_for_status()
+            names.append(answer.json()["adapter"])
+            assert names[1].startswith(f"{model}@")
     options = ("--signatures", str(strict))
     with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
-        asked = {"prompt": "one", "adapter": model, "max_tokens": 1}
-        assert refused(http.post("/generate", json=asked)) == "signature_missing"
-        assert http.get(f"/v1/adapters/{model}").status_code == 404
+        for name in names:
+            assert refused(http.post("/generate", json={**asked, "adapter": name})) == "signature_missing"
+            body = {"model": name, "training_file": add_file(openai_client(server), "rows"), "name": "other"}
+            assert refused(http.post("/v1/fine_tuning/jobs", json=body)) == "signature_missing"
+        if not is_served_before:
+            assert http.get(f"/v1/adapters/{model}").status_code == 404
 
 
 def test_a_job_without_a_name_is_checked_under_the_one_that_it_gets(

@@ -320,7 +320,7 @@ class AdapterService:
             error = SignatureError(
                 "signature_missing",
                 f"{label(adapter, digest)}, from which training went on, was deleted, and this name "
-                "needs a verified signature of it. Upload it again with its signature, and train again.",
+                "needs a verified signature of it. Upload it again with its signature.",
             )
             if audited:
                 await self.note_refusal(tenant, name, error, actor=actor)

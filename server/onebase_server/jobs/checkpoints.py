@@ -63,9 +63,10 @@ class CheckpointModels:
         """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
 
         Concurrent first uses wait for the same proof. Raises AdapterNotFoundError when it is gone,
-        StateConflictError when it lies on another server, VersionFailedError (also where the policy for
+        StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
         signatures refuses what its job trains), UnavailableError, and what adding an adapter raises."""
-        place = await self._place(tenant, name, param)
+        job, step, place = await self._found(tenant, name, param)
+        await self._library.check_job(job, actor=ACTOR)
         record = self._library.catalog.of(tenant).own(name)
         if record is not None and record.active is not None:
             return
@@ -77,7 +78,7 @@ class CheckpointModels:
             )
         key = tenant, name
         if key not in self._first_uses:
-            task = asyncio.get_running_loop().create_task(self._first_use(tenant, name, place))
+            task = asyncio.get_running_loop().create_task(self._first_use(job, step, place))
             self._first_uses[key] = task
             task.add_done_callback(lambda done: self._first_uses.pop(key))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -94,11 +95,12 @@ class CheckpointModels:
         """Delete the adapters whose checkpoints are gone. Raises RegistryError."""
         for record in list(self._library.catalog):
             if is_checkpoint(record.name):
-                with suppress(ApiError):  # `_place` deletes what is gone
-                    await self._place(record.tenant, record.name, "model")
+                with suppress(ApiError):  # `_found` deletes what is gone
+                    await self._found(record.tenant, record.name, "model")
 
-    async def _place(self, tenant: str, name: str, param: str) -> Path | None:
-        """Return the checkpoint's folder, or None if it is on another server. Raises AdapterNotFoundError."""
+    async def _found(self, tenant: str, name: str, param: str) -> tuple[TrainingJob, int, Path | None]:
+        """Return the checkpoint's job, step and folder; None if that is on another server. Raises
+        AdapterNotFoundError."""
         wanted = _parsed(name)
         job = None
         if wanted is not None:
@@ -107,13 +109,13 @@ class CheckpointModels:
         if wanted is None or job is None or job.name != wanted.name:
             raise AdapterNotFoundError(f"There is no checkpoint {name[:200]!r}.", param=param)
         if job.server != self._folders.server and not is_over(job.state, job.error_code):
-            return None
+            return job, wanted.step, None
         with storage_errors():
             found = await self._threads.run_blocking(self._records.checkpoints, job)
         for one in found:
             place = self._folders.checkpoint(job.id, one.path) / ADAPTER
             if one.step == wanted.step and not is_over(job.state, job.error_code) and place.is_dir():
-                return place
+                return job, wanted.step, place
         await self._delete(tenant, name)
         instead = f"Ask for {job.name}." if job.version else "See the job's list of checkpoints."
         raise AdapterNotFoundError(
@@ -122,16 +124,11 @@ class CheckpointModels:
             code="checkpoint_gone",
         )
 
-    async def _first_use(self, tenant: str, name: str, place: Path) -> None:
-        wanted = _parsed(name)
-        if wanted is None:
-            raise AdapterNotFoundError(f"There is no checkpoint {name[:200]!r}.", param="model")
-        with storage_errors(name):
-            job = await self._threads.run_blocking(self._records.job, tenant, wanted.job)
-        await self._library.check_job(job, actor=ACTOR)
+    async def _first_use(self, job: TrainingJob, step: int, place: Path) -> None:
+        tenant, name = job.tenant, checkpoint_model(job, step)
         with storage_errors(name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
-        source = {"kind": "checkpoint", "job": wanted.job, "step": wanted.step}
+        source = {"kind": "checkpoint", "job": job.id, "step": step}
         options = VersionOptions(activate=True, any_base=True)
         with acting(Origin(job.key, actor=ACTOR)):
             version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)

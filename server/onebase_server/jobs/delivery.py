@@ -175,7 +175,8 @@ class Delivery:
         try:
             await self._library.check_job(job, actor=ACTOR)
         except VersionFailedError as error:
-            raise DeliveryError(error.code, f"{error.message} Resume the job then.") from error
+            message = f"{error.message} Resume the job once the policy allows it."
+            raise DeliveryError(error.code, message) from error
         version = await self._proved(job, files)
         if version.error is not None:
             code = _CODES.get(version.error.code, version.error.code)

@@ -7,9 +7,10 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -54,7 +55,8 @@ SAMPLE_ROUTE = "/api/v1/asample"
 MOST_OPEN = 10_000
 """Largest number of samples of one tenant that are promised and not there yet."""
 MOST_RUNNING = 64
-"""Largest number of requests for samples of one tenant that the engine has at once."""
+"""Largest number of requests for samples of one tenant that the engine has at once, and of its samples that
+pause at once before they ask again for weights that cannot be had."""
 KEPT_SECONDS = 3600.0
 """Seconds for which a result is kept, and weights that cannot be had are waited for."""
 FORGET_SECONDS = 30.0
@@ -66,6 +68,8 @@ _IN_MEMORY_SECONDS = 60.0
 _AGAIN = Backoff(0.1, 5.0)
 _PASSING = (EngineRestartedError, QueueFullError, QuotaSpentError, UnavailableError)
 """Errors after which a sample is tried again."""
+_NO_WEIGHTS = "adapter_unavailable"
+"""Code of the error for weights that cannot be had now."""
 _CANCELLED = {"error": "The sample was cancelled.", "category": "user"}
 
 Wanted = dict[int, list[int]]
@@ -147,6 +151,15 @@ class _Open:
     task: asyncio.Task[None] | None = None
 
 
+@dataclass
+class _Waited:
+    """A sample's waiting. `pauses`: seconds before each of its next tries; `missing`: seconds for which its
+    weights could not be had, without those in which it waited for its turn to ask for them."""
+
+    pauses: Iterator[float]
+    missing: float = 0.0
+
+
 class Samples:
     """The samples of one server. Called from one event loop.
 
@@ -187,6 +200,7 @@ class Samples:
         self._log = log
         self._open: dict[str, _Open] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
+        self._pausing: dict[str, asyncio.Semaphore] = {}
         self._turns_of_weights: dict[tuple[str, str | None], asyncio.Semaphore] = {}
         self._drawing: Counter[tuple[str, str | None]] = Counter()
         self._writer = _Writer(records, threads, server)
@@ -379,30 +393,56 @@ class Samples:
         reservation: QuotaReservation,
     ) -> bytes:
         """Return the message of a sample, once the engine has room for it. Raises ApiError."""
-        since = time.monotonic()
-        turn = self._turns.setdefault(caller.tenant, asyncio.Semaphore(MOST_RUNNING))
-        # Samples that wait for their weights hold up none of others.
-        same = (caller.tenant, sampler.path)
-        turn_of_weights = self._turns_of_weights.setdefault(same, asyncio.Semaphore(MOST_RUNNING))
+        draw = partial(self._drawn, sampler, order, wanted, caller, reservation, time.monotonic())
+        pausing = self._pausing.setdefault(caller.tenant, asyncio.Semaphore(MOST_RUNNING))
+        waited = _Waited(_AGAIN.pauses())
+        try:
+            async with self._turn_of_weights(caller.tenant, sampler.path):
+                while (message := await self._in_turn(caller.tenant, draw, waited)) is None:
+                    lost = time.monotonic()
+                    async with pausing:
+                        await asyncio.sleep(next(waited.pauses))
+                    waited.missing += time.monotonic() - lost
+                return message
+        finally:
+            reservation.sequences_ended()
+            reservation.settle(0)
+
+    @asynccontextmanager
+    async def _turn_of_weights(self, tenant: str, path: str | None) -> AsyncIterator[None]:
+        """Wait until few enough of a tenant's samples of the same weights are drawn, or wait for them."""
+        same = (tenant, path)
+        turn = self._turns_of_weights.setdefault(same, asyncio.Semaphore(MOST_RUNNING))
         self._drawing[same] += 1
         try:
-            async with turn_of_weights:
-                for pause in _AGAIN.pauses():
-                    try:
-                        async with turn:
-                            return await self._drawn(sampler, order, wanted, caller, reservation, since)
-                    except _PASSING as error:
-                        if isinstance(error, UnavailableError) and time.monotonic() > since + KEPT_SECONDS:
-                            raise
-                        _log.debug("a sample of %s waits: %s", sampler.id, error)
-                    await asyncio.sleep(pause)
+            async with turn:
+                yield
         finally:
             self._drawing[same] -= 1
             if not self._drawing[same]:  # each step of a run has weights of its own
                 del self._drawing[same], self._turns_of_weights[same]
-            reservation.sequences_ended()
-            reservation.settle(0)
-        raise AssertionError("pauses have no end")
+
+    async def _in_turn(
+        self, tenant: str, draw: Callable[[], Awaitable[bytes]], waited: _Waited
+    ) -> bytes | None:
+        """Return the message of a sample in its tenant's turn; None if its weights cannot be had now.
+
+        The turn is kept while anything else is waited for, so that few of a tenant's samples ask for it.
+
+        Raises ApiError, also once the weights were missing for KEPT_SECONDS.
+        """
+        async with self._turns.setdefault(tenant, asyncio.Semaphore(MOST_RUNNING)):
+            while True:
+                try:
+                    return await draw()
+                except _PASSING as error:
+                    _log.debug("a sample of %s waits: %s", tenant, error)
+                    if error.code == _NO_WEIGHTS:
+                        if waited.missing > KEPT_SECONDS:
+                            raise
+                        return None  # those whose weights are here take the turn
+                waited.missing = 0.0
+                await asyncio.sleep(next(waited.pauses))
 
     async def _drawn(
         self,

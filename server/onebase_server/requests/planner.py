@@ -730,7 +730,7 @@ class Planner:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 
     async def _pull(self, names: dict[str, str], tenant: str, deadline: float | None) -> None:
-        """Fetch what is named by its Hub repository, or as a job's checkpoint, and is not known yet.
+        """Fetch what is named by its Hub repository, and is not known yet, or as a job's checkpoint.
 
         names: by the request's field.
         """
@@ -739,9 +739,9 @@ class Planner:
             if name.startswith(HUB_PREFIX) and not known.names_version(name):
                 async with in_time(deadline):
                     await self._hub.use(tenant, name, param=param)
-            elif is_checkpoint(name):
+            elif is_checkpoint(checkpoint := name.partition("@")[0]):
                 async with in_time(deadline):
-                    await self._checkpoints.use(tenant, name, param=param)
+                    await self._checkpoints.use(tenant, checkpoint, param=param)
 
     async def _prompts(
         self,

@@ -6,6 +6,7 @@ import argparse
 import re
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -86,8 +87,14 @@ _TEXTS: Final = "onebase.conform"
 _TEXT_TOKENS: Final = 16
 _CLEAR: Final = 8
 """Characters by which texts must be more like one adapter's than like another's to tell between them."""
-_CLEARLY: Final = 1.4
-"""Factor by which they must have more in common with them."""
+_RIGHT: Final = 1.4
+"""Factor by which all adapters' texts must have more in common with their own to be right."""
+_FOREIGN: Final = 2
+"""Factor by which one adapter's texts must have more in common with another's to be wrong. It is larger,
+since on a quantized base a near tie may go the bare base's way."""
+_OWN: Final = "their own adapter"
+_OTHER: Final = "another adapter"
+_BARE: Final = "the base"
 _ROOM: Final = 1.2
 """Memory that PEFT's texts need, as a multiple of the base in fp32."""
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -528,29 +535,30 @@ class ConformRun:
         if len(adapters) < 2:
             raise NotOfferedError("the base has no q_proj and v_proj")
         known, base = self._known_texts(adapters), self._said(None)
-        own, other, bare, equal = 0, 0, 0, 0
+        total, equal = Counter[str](), 0
         for number, adapter in enumerate(adapters):
             self._load(adapter)
             said, texts = self._said(self._name(adapter)), known[adapter.name]
             if said == base and texts != known[""]:
                 raise WrongError(f"{adapter.name} says {_short(said[0])}, as the base does")
-            own += _likeness(said, texts)
-            other += _likeness(said, known[adapters[number - 1].name])
-            bare += _likeness(said, known[""])
-            equal += sum(one == text for one, text in zip(said, texts, strict=True))
-        who, nearest = max(("another adapter", other), ("the base", bare), key=lambda one: one[1])
-        if nearest >= own + _CLEAR and nearest >= _CLEARLY * own:
-            raise WrongError(
-                f"texts are like PEFT's of {who}: {nearest} characters, and {own} like their own"
-            )
-        if own < nearest + _CLEAR or own < _CLEARLY * nearest:
+            others = {_OTHER: known[adapters[number - 1].name], _BARE: known[""]}
+            alike = Counter({who: _likeness(said, one) for who, one in {_OWN: texts, **others}.items()})
+            who = max(others, key=alike.__getitem__)
+            if _is_clear(alike[who], alike[_OWN], _FOREIGN):
+                raise WrongError(
+                    f"texts of {adapter.name} are like PEFT's of {who}: {alike[who]} characters, and "
+                    f"{alike[_OWN]} like their own"
+                )
+            total.update(alike)
+            equal += sum(one.lstrip() == text.lstrip() for one, text in zip(said, texts, strict=True))
+        who = max((_OTHER, _BARE), key=total.__getitem__)
+        if not _is_clear(total[_OWN], total[who], _RIGHT):
             raise NotOfferedError(
-                f"too little to tell: {own} characters as PEFT's own, {nearest} as of {who}"
+                f"too little to tell: {total[_OWN]} characters as PEFT's own, {total[who]} as of {who}"
             )
-        total = len(adapters) * len(_PROMPTS)
         return (
-            f"{own} characters as PEFT's of their own adapters, {nearest} as of {who}; {equal} of {total} "
-            "texts are equal to the end"
+            f"{total[_OWN]} characters as PEFT's of their own adapters, {total[who]} as of {who}; {equal} of "
+            f"{len(adapters) * len(_PROMPTS)} texts are equal to the end"
         )
 
     def _said(self, name: str | None) -> list[str]:
@@ -735,6 +743,11 @@ def _likeness(said: Sequence[str], texts: Sequence[str]) -> int:
     A continuation that is decoded without its prompt may lack the space in front.
     """
     return sum(_alike(one.lstrip(), other.lstrip()) for one, other in zip(said, texts, strict=True))
+
+
+def _is_clear(more: int, less: int, factor: float) -> bool:
+    """Return True if so many characters are more by the factor, and by _CLEAR."""
+    return more >= less + _CLEAR and more >= factor * less
 
 
 def _short(text: str) -> str:

@@ -269,8 +269,8 @@ async def _parent(model: str, services: Services, caller: Caller) -> VersionReco
     Raises InvalidRequestError, StateConflictError, ForbiddenError.
     """
     try:
-        if is_checkpoint(model):
-            await services.training.checkpoints.use(caller.tenant, model, param="model")
+        if is_checkpoint(checkpoint := model.partition("@")[0]):
+            await services.training.checkpoints.use(caller.tenant, checkpoint, param="model")
         catalog = services.catalog
         found = await catalog.find_current(lambda: catalog.of(caller.tenant).find(model, param="model"))
         catalog.of(caller.tenant).check_own(found.name, "train it further")
