@@ -29,6 +29,7 @@ _READER = "transformers.utils.import_utils"
 _COMPILED = "bitsandbytes.backends.default.ops"
 _COMPILER = "torch._dynamo"
 _MASKING = "transformers.masking_utils"
+_LAYERS = "peft.tuners.tuners_utils"
 _WRAPPER = "torch._dynamo._trace_wrapped_higher_order_op"
 
 Index = dict[frozenset[str], dict[str, set[str]]]
@@ -137,6 +138,14 @@ def _leave(function: Any = None, *_: Any, **__: Any) -> Any:
     return (lambda decorated: decorated) if function is None else function
 
 
+class _LoneLoader(importlib.machinery.SourceFileLoader):
+    """Loads PEFT's module that looks for tensors on several machines, and tells it that there are none."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        module._torch_supports_distributed = False  # type: ignore[attr-defined]
+
+
 class _PartLoader(importlib.abc.Loader):
     """Loads a part of the compiler, which the whole of it has loaded."""
 
@@ -173,6 +182,7 @@ _LOADERS = {
     _COMPILED: _UncompiledLoader,
     _COMPILER: _CompilerLoader,
     _MASKING: _MaskingLoader,
+    _LAYERS: _LoneLoader,
 }
 
 
