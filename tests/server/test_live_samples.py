@@ -24,7 +24,7 @@ from onebase_edge.errors import (
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.live import sampling
 from onebase_server.live.sampling import PlaceTargets, SampleOrder, Samples
-from onebase_server.tenancy.access import LOCAL
+from onebase_server.tenancy.access import LOCAL, Caller
 
 SAMPLER = LiveSampler("s:sample:0", "s", LOCAL.tenant, "base", None, 0.0)
 BASE = SimpleNamespace(vocab_size=100, max_length=60_000, kv_longest=60_000, max_sequences=4)
@@ -54,6 +54,8 @@ class Drawn(Samples):
             end_tokens=(),
             words=0,
             run_for=self._run_for,
+            caller_of=self._caller_of,
+            enter=lambda *_, **__: parts,
         )
         super().__init__(
             registry.live, Threads("test", 1), "server", planner=parts, supervisor=parts, tokenizer=parts,
@@ -68,6 +70,9 @@ class Drawn(Samples):
         self.built += 1
         return await asyncio.to_thread(call, *args)
 
+    async def _caller_of(self, key: str) -> Caller:
+        return LOCAL
+
     async def _chosen(self, sampler: LiveSampler) -> AdapterChoice:
         if self.missing is not None:
             raise self.missing
@@ -77,9 +82,6 @@ class Drawn(Samples):
         return SimpleNamespace(tokenizer=OWN)
 
     async def _draw(self, *_: Any) -> bytes:
-        return await self.draw()
-
-    async def _resumed(self, *_: Any) -> bytes:
         return await self.draw()
 
     async def promised(self, number: int, sampler: LiveSampler = SAMPLER, **fields: Any) -> None:
@@ -102,14 +104,21 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 def test_a_sample_that_an_earlier_process_promised_is_waited_for_while_this_one_starts(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    found, away = LiveRecords.open_samples, [RegistryBusyError("it is away")] * failures
+    found = LiveRecords.open_samples
+    away = {name: [RegistryBusyError("it is away")] * failures for name in ("open_samples", "sampler")}
 
     def open_samples(records: LiveRecords, server: str) -> list[LiveSample]:
-        if away:
-            raise away.pop()
+        if away["open_samples"]:
+            raise away["open_samples"].pop()
         return found(records, server)
 
+    def read_sampler(records: LiveRecords, tenant: str, sampler: str) -> LiveSampler:
+        if away["sampler"]:
+            raise away["sampler"].pop()
+        return SAMPLER
+
     monkeypatch.setattr(LiveRecords, "open_samples", open_samples)
+    monkeypatch.setattr(LiveRecords, "sampler", read_sampler)
 
     async def run() -> None:
         killed = Drawn(registry, asyncio.get_running_loop().create_future)

@@ -343,12 +343,23 @@ class Samples:
 
     async def _resumed(self, sample: LiveSample) -> bytes:
         """Return the message of a sample that an earlier process promised. Raises ApiError."""
-        caller = await self._keys.caller_of(sample.key)
-        with storage_errors():
-            sampler = await self._threads.run_blocking(self._records.sampler, sample.tenant, sample.sampler)
+        caller, sampler = await self._owner(sample)
         order = msgspec.msgpack.decode(sample.request or b"", type=SampleOrder)
         reservation = self._limiter.enter(caller, resumed=True)
         return await self._draw(sampler, order, await self._wanted(order, caller), caller, reservation)
+
+    async def _owner(self, sample: LiveSample) -> tuple[Caller, LiveSampler]:
+        """Return who asked for a sample, and of which sampler, once the registry answers. Raises ApiError."""
+        for pause in _AGAIN.pauses():
+            try:
+                caller = await self._keys.caller_of(sample.key)
+                with storage_errors():
+                    read = self._records.sampler
+                    return caller, await self._threads.run_blocking(read, sample.tenant, sample.sampler)
+            except UnavailableError as error:
+                _log.debug("sample %s waits for the registry: %s", sample.id, error)
+            await asyncio.sleep(pause)
+        raise AssertionError("pauses have no end")
 
     async def _finish(self, opened: _Open, drawn: Awaitable[bytes]) -> None:
         """Keep what comes of a sample, its error too."""
