@@ -141,6 +141,7 @@ class Upkeep:
         self.service = LiveTraining(
             trainer, self.records, threads, "server", base_names=["base"], tokenizer="base", max_rank=8,
             files=nothing, residency=nothing, library=nothing, usage=nothing, check_room=self._check_room,
+            checkpoints=nothing,
         )  # fmt: skip
         self.service._added = self._add  # type: ignore[method-assign]
 

@@ -580,6 +580,10 @@ def test_a_checkpoint_of_a_job_from_before_a_stricter_policy_is_not_served(
             assert refused(http.post("/generate", json={**asked, "adapter": name})) == "signature_missing"
             body = {"model": name, "training_file": add_file(openai_client(server), "rows"), "name": "other"}
             assert refused(http.post("/v1/fine_tuning/jobs", json=body)) == "signature_missing"
+            session = http.post("/api/v1/create_session", json={}).json()["session_id"]
+            sampled = {"session_id": session, "sampling_session_seq_id": 0, "base_model": BASE}
+            sampled["model_path"] = f"tinker://adapters/sampler_weights/{name}"
+            assert refused(http.post("/api/v1/create_sampling_session", json=sampled)) == "signature_missing"
         if not is_served_before:
             assert http.get(f"/v1/adapters/{model}").status_code == 404
 

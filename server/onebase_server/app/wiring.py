@@ -231,6 +231,7 @@ def assemble(
         library=adapters,
         usage=usage,
         check_room=keys.check_room,
+        checkpoints=training.checkpoints,
     )
 
     def recorder(

@@ -53,10 +53,11 @@ from onebase_edge.errors import (
     status_of,
 )
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.adapters.catalog import AdapterChoice, VersionRef, same_base
+from onebase_server.adapters.catalog import AdapterChoice, VersionRef, is_checkpoint, same_base
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
+from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.live.sampling import VERSIONS
 from onebase_server.processes.live_client import LiveTrainer
 from onebase_server.requests.planner import check_generates
@@ -233,6 +234,7 @@ class LiveTraining:
         tokenizer: where clients find its tokenizer: a repository on the Hub, or else a folder here.
         max_rank: highest rank that the engine serves.
         check_room: raises QuotaExceededError if a tenant may not store so many bytes more.
+        checkpoints: what jobs have saved, which the policy of signatures may refuse.
     """
 
     def __init__(
@@ -250,6 +252,7 @@ class LiveTraining:
         library: AdapterService,
         usage: TenantUsageRecorder,
         check_room: Callable[[Caller, int], Awaitable[None]],
+        checkpoints: CheckpointModels,
     ) -> None:
         self._trainer = trainer
         self._records = records
@@ -263,6 +266,7 @@ class LiveTraining:
         self._library = library
         self._usage = usage
         self._check_room = check_room
+        self._checkpoints = checkpoints
         self._specs: Mapping[str, ModelSpec] = {}
         """Specs that were read: they never change."""
         self._held: dict[str, tuple[float, int]] = {}
@@ -838,10 +842,12 @@ class LiveTraining:
 
     async def _version(self, tenant: str, path: str, param: str) -> AdapterChoice:
         """Return the version of an adapter that a path names. Raises AdapterNotFoundError,
-        StateConflictError, InvalidRequestError."""
+        StateConflictError, InvalidRequestError, and what `CheckpointModels.use` does."""
         named, catalog = _VERSION.fullmatch(path), self._library.catalog
         if named is None:
             raise InvalidRequestError(f"{param}: {path[:120]!r} names no adapter.", param=param)
+        if is_checkpoint(name := named[1].partition("@")[0]):
+            await self._checkpoints.use(tenant, name, param=param)
         return await catalog.find_current(lambda: catalog.of(tenant).choose(named[1], param=param))
 
     async def _add_sampler(

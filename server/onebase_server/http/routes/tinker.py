@@ -408,7 +408,7 @@ async def save_weights_external(body: SaveExternalRequest, services: Provided, c
     return json_response(wire.FutureAnswer(accepted, body.model_id))
 
 
-@router.post("/load_weights", responses=answer(wire.FutureAnswer, 404, 507))
+@router.post("/load_weights", responses=answer(wire.FutureAnswer, 404, 409, 422, 507))
 @needs("train")
 async def load_weights(body: LoadWeightsRequest, services: Provided, caller: Calling) -> Response:
     """Load a checkpoint into a run, or into a new one."""
@@ -440,7 +440,7 @@ async def _accept(
 # ---- samplers --------------------------------------------------------------------------------------
 
 
-@router.post("/create_sampling_session", responses=answer(wire.SamplerCreatedAnswer, 404))
+@router.post("/create_sampling_session", responses=answer(wire.SamplerCreatedAnswer, 404, 409, 422, 507))
 @needs("generate")
 async def create_sampling_session(
     body: CreateSamplingSessionRequest, services: Provided, caller: Calling
