@@ -89,6 +89,8 @@ POINT_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 """Longest pause, in seconds, before a model for which there was no memory is tried again. The first is one
 second, and each is twice the one before it."""
+_PAUSE_BY_TRY = 10
+"""Least pause before the next try, by the time that the last one took."""
 SHORTAGE_SECONDS = 600.0
 """Time, in seconds, after which a model is broken that finds no memory though no other model is loaded."""
 _OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
@@ -719,8 +721,7 @@ class LiveModels:
         point_seconds: time of computing after which a point is written.
         int8_cache: whether the engine that serves keeps keys and values in int8.
         memory: bytes for all models; 0: not known.
-        find_memory: returns these bytes anew; called before a model that waits for memory is tried again
-            while no other is loaded.
+        find_memory: returns these bytes anew; called before a model is made.
         joins: whether small backward passes of several models are computed in one. Their bits then depend on
             each other.
         clock: returns the time, in seconds, by which models that wait for memory are tried again.
@@ -796,7 +797,7 @@ class LiveModels:
         from the state before it.
         """
         for model_id in self._waiting:
-            if self._is_due(model_id):
+            if self._is_due(model_id) and self._store.has_next(model_id):
                 self.enqueue(model_id)
         while self._turns:
             model_id = self._turns.popleft()
@@ -812,8 +813,9 @@ class LiveModels:
         return False
 
     def seconds_to_retry(self) -> float | None:
-        """Return the seconds until a model that waits for memory is to be tried again; None if none waits."""
-        times = [shortage.next_try for shortage in self._waiting.values()]
+        """Return the seconds until a model that waits for memory is to be tried again; None if no operation
+        waits for one."""
+        times = [one.next_try for model_id, one in self._waiting.items() if self._store.has_next(model_id)]
         return max(0.0, min(times) - self._clock()) if times else None
 
     def _is_due(self, model_id: str) -> bool:
@@ -854,7 +856,7 @@ class LiveModels:
                 self._forget(other)
             self._store.write_begun(model_id, 0)
             gc.collect()  # PEFT's modules refer to one another: what was here before would keep its memory
-            if model_id in self._waiting and not self._models and self._find_memory is not None:
+            if self._find_memory is not None:
                 self._memory = self._find_memory()
             self._make(model_id)
             self._store.forget_begun()
@@ -972,8 +974,11 @@ class LiveModels:
                 raise
             half_done = isinstance(operation, OptimStep | Load)
             if half_done and self._models.pop(model.spec.id, None) is not None:
-                self.enqueue(model.spec.id)  # made again from its point, before its memory goes to others
                 self._wake_waiting()
+                # It is made again from its point, before its memory goes to others.
+                with suppress(ValueError):
+                    self._turns.remove(model.spec.id)
+                self._turns.appendleft(model.spec.id)
             if is_out_of_memory(error):
                 return _too_large()
             if isinstance(operation, Save):
@@ -1008,6 +1013,7 @@ class LiveModels:
         """Make the model that a spec asks for, or continue it. One that cannot be made fails alone; one that
         was made before, and for which there is no memory now, waits for that."""
         made, shortage = self._store.made(model_id), self._waiting.pop(model_id, _Shortage())
+        began = self._clock()
         try:
             if made is not None and made.refused:
                 raise RefusedError(made.refused, "model_refused")
@@ -1032,7 +1038,7 @@ class LiveModels:
                 raise
             message = f"the model cannot be continued: {error or type(error).__name__}"
             if is_out_of_memory(error):
-                if made is not None and self._waits(model_id, shortage):
+                if made is not None and self._waits(model_id, shortage, began):
                     return
                 message = self._no_memory(is_new=made is None)
             logger.exception("training model %s cannot be continued", model_id)
@@ -1047,15 +1053,16 @@ class LiveModels:
                 self._store.write_made(model_id, Made(targets=model.targets, parameters=model.parameters))
         self._on_done(model_id, 0)
 
-    def _waits(self, model_id: str, shortage: _Shortage) -> bool:
-        """Let a model wait for memory. Return False if an operation waited for it for SHORTAGE_SECONDS while
-        no other model was loaded: then there is none to wait for."""
+    def _waits(self, model_id: str, shortage: _Shortage, began: float) -> bool:
+        """Let a model wait for memory, for longer than this try took from its beginning, so that other models
+        have most of the time. Return False if an operation waited for it for SHORTAGE_SECONDS while no other
+        model was loaded: then there is none to wait for."""
         now, since = self._clock(), None
         if not self._models and self._store.has_next(model_id):
             since = now if shortage.alone_since is None else shortage.alone_since
         if since is not None and now - since >= SHORTAGE_SECONDS:
             return False
-        pause = min(RETRY_SECONDS, 2 * shortage.pause)
+        pause = max(min(RETRY_SECONDS, 2 * shortage.pause), _PAUSE_BY_TRY * (now - began))
         self._waiting[model_id] = _Shortage(pause, now + pause, since)
         logger.warning("no memory for training model %s: it is tried again in %g s", model_id, pause)
         return True

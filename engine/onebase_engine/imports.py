@@ -36,6 +36,11 @@ Index = dict[frozenset[str], dict[str, set[str]]]
 """Mapping: required packages -> module -> its names."""
 
 
+def load_compiler() -> None:
+    """Load PyTorch's compiler, which recomputing activations asks for, before memory is limited."""
+    importlib.import_module(f"{_COMPILER}.config")
+
+
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """Speed up imports: reuse transformers' index from an earlier start, compile nothing, and pause garbage
@@ -117,10 +122,15 @@ class _CompilerLoader(importlib.machinery.SourceFileLoader):
     def load(self) -> None:
         with self._lock:
             module, self._module = self._module, None
-            if module is not None:
-                for name in _OF_DECORATORS:
-                    delattr(module, name)
+            if module is None:
+                return
+            for name in _OF_DECORATORS:
+                delattr(module, name)
+            try:
                 super().exec_module(module)
+            except BaseException:  # no memory, say: the next who asks tries again
+                self.exec_module(module)
+                raise
 
     def _attribute(self, name: str) -> Any:
         if not name.startswith("__"):  # those are asked of every module

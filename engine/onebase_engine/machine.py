@@ -108,7 +108,8 @@ def step_aside(pid: int, niceness: int) -> None:
 def step_aside_in_thread() -> None:
     """Let the engine go before this thread, and before those that it starts."""
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, 0, min(19, usual + BESIDE_SERVING))  # Linux: of the thread that calls
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.setpriority(os.PRIO_PROCESS, 0, min(19, usual + BESIDE_SERVING))  # Linux: of the thread that calls
 
 
 def total_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

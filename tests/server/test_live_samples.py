@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +64,7 @@ class Drawn(Samples):
             log=parts,
         )  # fmt: skip
         self.draw = draw
-        self.built = 0
+        self.built, self.caller = 0, LOCAL
         self.missing: ApiError | None = None
 
     async def _run_for(self, tenant: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -86,7 +87,7 @@ class Drawn(Samples):
 
     async def promised(self, number: int, sampler: LiveSampler = SAMPLER, **fields: Any) -> None:
         reservation: Any = SimpleNamespace(leave=None, sequences_ended=lambda: None, settle=lambda _: None)
-        await self.promise(f"s:sample:0:{number}", sampler, order(**fields), LOCAL, reservation)
+        await self.promise(f"s:sample:0:{number}", sampler, order(**fields), self.caller, reservation)
 
     async def drawn(self, number: int) -> Any:
         return await self.result(LOCAL.tenant, f"s:sample:0:{number}", 5.0)
@@ -318,7 +319,7 @@ def test_only_the_time_for_which_weights_could_not_be_had_ends_a_sample_but_none
     assert not left
 
 
-@pytest.mark.parametrize(("failure", "asking"), [(SPENT, 2), (NO_ENGINE, 2), (NO_WEIGHTS, 6)])
+@pytest.mark.parametrize(("failure", "asking"), [(SPENT, 6), (NO_ENGINE, 2), (NO_WEIGHTS, 6)])
 def test_few_samples_of_a_tenant_ask_again_at_once_whatever_their_weights_are(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, failure: ApiError, asking: int
 ) -> None:
@@ -329,9 +330,11 @@ def test_few_samples_of_a_tenant_ask_again_at_once_whatever_their_weights_are(
     class Failing(Drawn):
         _draw = Samples._draw
 
-        async def _drawn(self, sampler: LiveSampler, order: SampleOrder, *_: Any) -> bytes:
+        async def _drawn(
+            self, sampler: LiveSampler, order: SampleOrder, wanted: Any, caller: Caller, *_: Any
+        ) -> bytes:
             await begun.wait()
-            if passed.is_set() or sampler is SAMPLER:
+            if passed.is_set() or sampler is SAMPLER or caller.key == "other":
                 return b"drawn"
             tries.append(order.seed)
             if len(tries) == 60:
@@ -357,9 +360,12 @@ def test_few_samples_of_a_tenant_ask_again_at_once_whatever_their_weights_are(
         assert max(pausing) == 2
         assert len(set(tries)) == asking, "the others wait for their turn"
         assert min(tries.count(seed) for seed in set(tries)) > 60 // asking // 2, "each gets its turn"
-        if failure is NO_WEIGHTS:
+        if failure is not NO_ENGINE:
             await samples.promised(6)
-            assert (await samples.drawn(6)).result == b"drawn"
+            assert (await samples.drawn(6)).result == b"drawn", "other weights"
+            samples.caller = replace(LOCAL, key="other")
+            await samples.promised(7, sampler_of(0))
+            assert (await samples.drawn(7)).result == b"drawn", "another key"
         passed.set()
         for number in range(6):
             assert (await samples.result(LOCAL.tenant, f"s:sample:0:{number}", 60.0)).result == b"drawn"

@@ -201,19 +201,20 @@ def test_a_model_for_which_memory_was_short_is_made_by_a_trainer_that_hears_no_m
     published: _Published, tmp_path: Path
 ) -> None:
     scarce = """
-import sys
+import itertools, sys
 from onebase_server.processes import live as process
 from onebase_training import live
-read_whole, is_short, limits = live.LiveModel.read_state, [True], iter([1 << 30] * 4 + [2 << 30])
+read_whole, is_short = live.LiveModel.read_state, [True]
+free = itertools.chain([1 << 30] * 4, itertools.repeat(8 << 30))
 def read_state(self, folder):
     if is_short:
         raise MemoryError
     read_whole(self, folder)
 live.LiveModel.read_state, live.RETRY_SECONDS = read_state, 0.01
-process.memory_limit = lambda *_: next(limits)
+process.memory_limit, process.free_memory = lambda *_: 1 << 30, lambda device: next(free)
 bound = process.bound_memory
 def bound_memory(limit, device, *uncounted):
-    if limit == 2 << 30:
+    if limit > 2 << 30:
         is_short.clear()
     return bound(limit, device, *uncounted)
 process.bound_memory = bound_memory

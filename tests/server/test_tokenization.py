@@ -76,12 +76,13 @@ from transformers import AutoTokenizer
 from onebase_engine.base import chat
 from onebase_engine.machine import BESIDE_SERVING, thread_seconds
 
-chat.tokenize_long_texts_aside()
+chat.begin_tokenizing_aside()
 tokenizer = AutoTokenizer.from_pretrained({str(base_folder)!r})
 text = "a word, " * (chat.LONG_CHARACTERS // 4)
 usual = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 own, all_of_it = time.thread_time(), thread_seconds()
-found = chat.encode_texts(tokenizer, [text, "short"])
+with chat.tokenized_aside():
+    found = chat.encode_texts(tokenizer, [text, "short"])
 own, all_of_it = time.thread_time() - own, thread_seconds() - all_of_it
 assert found == [tokenizer.backend_tokenizer.encode(one).ids for one in (text, "short")]
 nice = [os.getpriority(os.PRIO_PROCESS, int(one)) for one in os.listdir("/proc/self/task")]

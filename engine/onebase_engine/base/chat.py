@@ -16,7 +16,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -216,18 +216,29 @@ class _LibraryThreads:
 
 
 _library_threads = _LibraryThreads()
+_here = threading.local()
+"""Has `is_aside`: see tokenized_aside."""
 
 
-def tokenize_long_texts_aside() -> None:
-    """Have the processor time of long texts' tokens spent with the niceness of what waits beside serving.
-
-    Call it before anything is tokenized: the library begins its threads once.
-    """
+def begin_tokenizing_aside() -> None:
+    """Begin the threads of `tokenized_aside`. Call it before anything is tokenized: the library begins its
+    threads once."""
     _library_threads.step_aside()
 
 
+@contextmanager
+def tokenized_aside() -> Iterator[None]:
+    """Have the processor time of long texts' tokens, which this thread asks for, spent with the niceness of
+    what waits beside serving."""
+    _here.is_aside = True
+    try:
+        yield
+    finally:
+        _here.is_aside = False
+
+
 def _encode(backend: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    if sum(map(len, texts)) > LONG_CHARACTERS:
+    if getattr(_here, "is_aside", False) and sum(map(len, texts)) > LONG_CHARACTERS:
         made = _library_threads.encode(backend, list(texts), special)
     else:
         made = backend.encode_batch_fast(list(texts), add_special_tokens=special)

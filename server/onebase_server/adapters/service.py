@@ -284,15 +284,17 @@ class AdapterService:
             await self.note_refusal(tenant, name, error, actor=actor)
         raise VersionFailedError(str(error), code=error.code, param=param)
 
-    async def check_job(self, job: TrainingJob, *, actor: str) -> None:
+    async def check_job(self, job: TrainingJob, *, actor: str, audited: bool = True) -> None:
         """Refuse what a job trained where today's policy would not let the job begin: it may be from before.
 
-        Raises VersionFailedError, which is in the audit log then, and UnavailableError.
+        audited: whether a refusal is noted in the audit log.
+
+        Raises VersionFailedError and UnavailableError.
         """
-        await self.check_trained(job.tenant, job.name, actor=actor, param=None)
+        await self.check_trained(job.tenant, job.name, actor=actor, param=None, audited=audited)
         if job.parent is not None:
             parent = job.parent.tenant, job.parent.name, job.parent.digest
-            await self.check_start(job.tenant, job.name, *parent, actor=actor)
+            await self.check_start(job.tenant, job.name, *parent, actor=actor, audited=audited)
 
     async def check_start(
         self,

@@ -25,7 +25,7 @@ from onebase_edge.background import keep_running
 from onebase_edge.errors import UnavailableError
 from onebase_edge.listener import LEAST_FILES, url_of
 from onebase_edge.settings import Settings, is_loopback
-from onebase_engine.base.chat import tokenize_long_texts_aside
+from onebase_engine.base.chat import begin_tokenizing_aside
 from onebase_engine.machine import switch_threads_soon
 from onebase_server.adapters.sources import FolderError, find_adapters
 from onebase_server.app.console import LoadingDisplay, print_summary
@@ -65,7 +65,7 @@ def serve_until_stopped(
     with LoadingDisplay(console) as display:
         base = resolve(settings.base, display)
         leave_torch_out()
-        tokenize_long_texts_aside()
+        begin_tokenizing_aside()
         keep_private()  # not before: the cache of bases may be shared by several users
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)

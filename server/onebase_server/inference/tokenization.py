@@ -23,7 +23,13 @@ from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary,
 from onebase_adapters.format.config import AdapterFormatError
 from onebase_edge.errors import InvalidRequestError, UnavailableError
 from onebase_edge.settings import RawControlTokens
-from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, encode_texts, tokens_around
+from onebase_engine.base.chat import (
+    ChatTokenizer,
+    ControlTokenError,
+    encode_texts,
+    tokenized_aside,
+    tokens_around,
+)
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
 from onebase_protocol.adapters import TokenizerAdditions
@@ -649,10 +655,11 @@ def leave_torch_out() -> None:
         logging.disable(logging.NOTSET)
 
 
-def and_give_memory_back(encode: Callable[[T], U], text: T) -> U:
-    """Return `encode(text)` and free memory. A tokenizer takes hundreds of bytes for each character for a
-    moment, and the C library would keep them for the next text."""
-    made = encode(text)
+def encode_aside(encode: Callable[[T], U], text: T) -> U:
+    """Return `encode(text)` of a long text, let the engine go before it, and free memory. A tokenizer takes
+    hundreds of bytes for each character for a moment, and the C library would keep them for the next text."""
+    with tokenized_aside():
+        made = encode(text)
     return_freed_memory()
     return made
 

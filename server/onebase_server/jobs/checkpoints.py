@@ -58,6 +58,8 @@ class CheckpointModels:
         self._threads = threads
         self._folders = folders
         self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._refused: set[str] = set()
+        """Jobs whose refusal is in the audit log."""
 
     async def use(self, tenant: str, name: str, *, param: str) -> None:
         """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
@@ -66,7 +68,11 @@ class CheckpointModels:
         StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
         signatures refuses what its job trains), UnavailableError, and what adding an adapter raises."""
         job, step, place = await self._found(tenant, name, param)
-        await self._library.check_job(job, actor=ACTOR)
+        try:
+            await self._library.check_job(job, actor=ACTOR, audited=job.id not in self._refused)
+        except VersionFailedError:
+            self._refused.add(job.id)
+            raise
         record = self._library.catalog.of(tenant).own(name)
         if record is not None and record.active is not None:
             return

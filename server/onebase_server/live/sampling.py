@@ -68,8 +68,8 @@ _IN_MEMORY_SECONDS = 60.0
 _AGAIN = Backoff(0.1, 5.0)
 _PASSING = (EngineRestartedError, QueueFullError, QuotaSpentError, UnavailableError)
 """Errors after which a sample is tried again."""
-_NO_WEIGHTS = "adapter_unavailable"
-"""Code of the error for weights that cannot be had now."""
+_NO_WEIGHTS = ("adapter_unavailable", "store_unavailable")
+"""Codes of errors for weights that cannot be had now."""
 _CANCELLED = {"error": "The sample was cancelled.", "category": "user"}
 
 Wanted = dict[int, list[int]]
@@ -153,11 +153,19 @@ class _Open:
 
 @dataclass
 class _Waited:
-    """A sample's waiting. `pauses`: seconds before each of its next tries; `missing`: seconds for which its
-    weights could not be had, without those in which it waited for its turn to ask for them."""
+    """A sample's waiting. `pauses`: seconds before each of its next tries; `is_missing`: whether it is the
+    weights that it waits for; `missing`: seconds for which they could not be had, without those in which it
+    waited for its turn to ask for them."""
 
     pauses: Iterator[float]
+    is_missing: bool = False
     missing: float = 0.0
+
+
+def _is_of_all(error: ApiError) -> bool:
+    """Return True for an error that every other sample would get too."""
+    by_class = isinstance(error, QueueFullError | EngineRestartedError)
+    return by_class or error.code == "registry_unavailable" or error.code.startswith("engine_")
 
 
 class Samples:
@@ -200,9 +208,9 @@ class Samples:
         self._log = log
         self._open: dict[str, _Open] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
-        self._pausing: dict[str, asyncio.Semaphore] = {}
-        self._turns_of_weights: dict[tuple[str, str | None], asyncio.Semaphore] = {}
-        self._drawing: Counter[tuple[str, str | None]] = Counter()
+        self._pausing: dict[tuple[str, str], asyncio.Semaphore] = {}
+        self._turns_of_weights: dict[tuple[str, str, str | None], asyncio.Semaphore] = {}
+        self._drawing: Counter[tuple[str, str, str | None]] = Counter()
         self._writer = _Writer(records, threads, server)
         self._all_open = asyncio.Event()
         """Set once the samples that earlier processes promised are drawn again."""
@@ -405,24 +413,26 @@ class Samples:
     ) -> bytes:
         """Return the message of a sample, once the engine has room for it. Raises ApiError."""
         draw = partial(self._drawn, sampler, order, wanted, caller, reservation, time.monotonic())
-        pausing = self._pausing.setdefault(caller.tenant, asyncio.Semaphore(MOST_RUNNING))
+        pausing = self._pausing.setdefault((caller.tenant, caller.key), asyncio.Semaphore(MOST_RUNNING))
         waited = _Waited(_AGAIN.pauses())
         try:
-            async with self._turn_of_weights(caller.tenant, sampler.path):
+            async with self._turn_of_weights(caller, sampler.path):
                 while (message := await self._in_turn(caller.tenant, draw, waited)) is None:
                     lost = time.monotonic()
                     async with pausing:
                         await asyncio.sleep(next(waited.pauses))
-                    waited.missing += time.monotonic() - lost
+                    if waited.is_missing:
+                        waited.missing += time.monotonic() - lost
                 return message
         finally:
             reservation.sequences_ended()
             reservation.settle(0)
 
     @asynccontextmanager
-    async def _turn_of_weights(self, tenant: str, path: str | None) -> AsyncIterator[None]:
-        """Wait until few enough of a tenant's samples of the same weights are drawn, or wait for them."""
-        same = (tenant, path)
+    async def _turn_of_weights(self, caller: Caller, path: str | None) -> AsyncIterator[None]:
+        """Wait until few enough of a key's samples of the same weights are drawn, or wait for them or for the
+        key's quota."""
+        same = (caller.tenant, caller.key, path)
         turn = self._turns_of_weights.setdefault(same, asyncio.Semaphore(MOST_RUNNING))
         self._drawing[same] += 1
         try:
@@ -436,9 +446,10 @@ class Samples:
     async def _in_turn(
         self, tenant: str, draw: Callable[[], Awaitable[bytes]], waited: _Waited
     ) -> bytes | None:
-        """Return the message of a sample in its tenant's turn; None if its weights cannot be had now.
+        """Return the message of a sample in its tenant's turn; None if it waits for its weights or for its
+        key's quota, while others take the turn.
 
-        The turn is kept while anything else is waited for, so that few of a tenant's samples ask for it.
+        The turn is kept while the engine or the registry is waited for, so that few samples ask for them.
 
         Raises ApiError, also once the weights were missing for KEPT_SECONDS.
         """
@@ -448,11 +459,13 @@ class Samples:
                     return await draw()
                 except _PASSING as error:
                     _log.debug("a sample of %s waits: %s", tenant, error)
-                    if error.code == _NO_WEIGHTS:
-                        if waited.missing > KEPT_SECONDS:
-                            raise
-                        return None  # those whose weights are here take the turn
-                waited.missing = 0.0
+                    waited.is_missing = error.code in _NO_WEIGHTS
+                    if waited.is_missing and waited.missing > KEPT_SECONDS:
+                        raise
+                    if not waited.is_missing:
+                        waited.missing = 0.0
+                    if not _is_of_all(error):
+                        return None
                 await asyncio.sleep(next(waited.pauses))
 
     async def _drawn(

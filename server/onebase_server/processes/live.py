@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from onebase_engine.base.attach import attach
-from onebase_engine.machine import keep_freed_memory
+from onebase_engine.imports import load_compiler
+from onebase_engine.machine import free_memory, keep_freed_memory
 from onebase_server.processes.child import Channel, begin
 from onebase_server.processes.engine import base_settings
 from onebase_server.processes.live_protocol import (
@@ -28,7 +29,7 @@ from onebase_server.processes.live_protocol import (
     to_live_decoder,
 )
 from onebase_server.processes.time_share import BusyFlag, device_gate
-from onebase_server.processes.trainer import CPU, alone, bound_memory, memory_limit, threads_of
+from onebase_server.processes.trainer import CPU, alone, bound_memory, memory_limit, private_bytes, threads_of
 from onebase_training.events import Interrupted, Reason
 from onebase_training.live import BaseName, LiveModels
 from onebase_training.live_operations import Refused
@@ -91,14 +92,19 @@ class _LiveWork:
         torch.set_num_threads(threads_of(start.config))
         base = attach(base_settings(start.config, CPU), start.manifest, self._base_fd)
         device = next(base.parameters()).device
-        importlib.import_module("peft")  # before the limit, which is for what the models take
+        # Before the limit, which is for what the models take.
+        importlib.import_module("peft")
+        load_compiler()
         memory = memory_limit(start.memory_limit, device, start.config)
         uncounted = bound_memory(memory, device)
 
         def find_memory() -> int:
-            """Let the models take what is free by now, if that is more than before, and return it."""
+            """Let the models take half of what is free by now and of what they have, if that is more than
+            before, and return it. What was asked for stays."""
             nonlocal memory
-            found = memory_limit(start.memory_limit, device, start.config)
+            if start.memory_limit or device.type == "cuda":
+                return memory
+            found = (free_memory(device) + private_bytes() - uncounted) // 2
             if found > memory:
                 memory = found
                 bound_memory(memory, device, uncounted)

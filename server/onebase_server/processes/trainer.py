@@ -23,6 +23,7 @@ import torch
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError, load_config
 from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.imports import load_compiler
 from onebase_engine.machine import free_memory, is_out_of_memory, keep_freed_memory
 from onebase_server.processes.child import Channel, begin
 from onebase_server.processes.engine import base_settings
@@ -168,7 +169,9 @@ class Work:
             torch.set_num_threads(threads_of(config))
             base = attach(base_settings(config, CPU), message.manifest, self._base_fd)
             device = next(base.parameters()).device
-            importlib.import_module("peft")  # before the limit, which is for what the job takes
+            # Before the limit, which is for what the job takes.
+            importlib.import_module("peft")
+            load_compiler()
             self._limit = memory_limit(job.memory_limit, device, config)
             bound_memory(self._limit, device)
             run_job = _run_job(job, config, device, self._limit)

@@ -38,7 +38,7 @@ from onebase_server.inference.tokenization import (
     TemplateInput,
     TokenizerError,
     Tokenizers,
-    and_give_memory_back,
+    encode_aside,
 )
 from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.tool_format import NO_ARGUMENTS, ToolDefinition
@@ -956,7 +956,7 @@ class Planner:
             return encode(text)
         if size <= LONG_CHARACTERS:
             return await self._threads.run_for(tenant, encode, text)
-        return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
+        return await self._one_thread.run_for(tenant, encode_aside, encode, text)
 
     def _request(
         self, wanted: _Wanted, body: SamplingBody, caller: Caller, tokenizer: BaseTokenizer
