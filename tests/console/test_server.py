@@ -208,7 +208,7 @@ def test_a_key_is_made_limited_and_revoked_and_tokens_have_a_price(
             page.get_by_role("dialog").get_by_label("Requests a minute").fill("9")
             page.get_by_role("dialog").get_by_role("button", name="Save").click()
             expect(row).to_contain_text("0 of 9")
-            page.get_by_role("button", name="Edit the quotas of made-here").click()
+            page.get_by_role("button", name="Edit quotas of made-here").click()
             page.get_by_role("dialog").get_by_label("Adapters").fill("3")
             page.get_by_role("dialog").get_by_role("button", name="Save").click()
             tenant = page.get_by_role("table", name="Tenants").get_by_role("row").filter(has_text="made-here")
