@@ -397,6 +397,10 @@ class QueueFullError(ApiError):
         )
 
 
+class LoadingQueueFullError(QueueFullError):
+    """A refusal of a request whose adapter is not in memory; those of loaded ones do not get it."""
+
+
 class QuotaSpentError(ApiError):
     """`of`: the `quota`, its `limit`, and whether it is `of` a key or a tenant. retry_after: seconds."""
 

@@ -66,6 +66,36 @@ def test_a_checkpoint_is_proved_when_it_is_first_asked_for_and_answers(
     client.fine_tuning.jobs.cancel(job.id)
 
 
+def test_a_sample_of_a_checkpoint_undoes_neither_its_deactivation_nor_its_deletion(
+    server: Server, client: OpenAI
+) -> None:
+    http = server.client()
+    job = waiting(server, client, "undone")
+    model = newest(client, job.id)
+    session = http.post("/api/v1/create_session", json={}).json()["session_id"]
+    wanted = {"session_id": session, "sampling_session_seq_id": 0, "base_model": BASE}
+    wanted["model_path"] = f"tinker://adapters/sampler_weights/{model}"
+    sampler = http.post("/api/v1/create_sampling_session", json=wanted).json()["sampling_session_id"]
+
+    def sampled(number: int) -> bool:
+        chunks = [{"type": "encoded_text", "tokens": [5, 6, 7]}]
+        body = {"sampling_session_id": sampler, "seq_id": number, "num_samples": 1}
+        body |= {"prompt": {"chunks": chunks}, "sampling_params": {"max_tokens": 1}}
+        request_id = http.post("/api/v1/asample", json=body).json()["request_id"]
+        body = {"request_id": request_id}
+        return b'"error"' not in http.post("/api/v1/retrieve_future", json=body, timeout=120.0).content
+
+    http.post(f"/v1/adapters/{model}/deactivate").raise_for_status()
+    assert sampled(0)
+    with pytest.raises(openai.NotFoundError):
+        ask(client, model)
+    assert not http.get(f"/v1/adapters/{model}").json()["active"]
+    http.delete(f"/v1/adapters/{model}").raise_for_status()
+    assert not sampled(1)
+    assert http.get(f"/v1/adapters/{model}").status_code == 404
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 def test_a_checkpoint_is_gone_with_the_end_of_its_job_and_the_error_says_what_to_ask_for(
     server: Server, client: OpenAI
 ) -> None:

@@ -17,6 +17,7 @@ from onebase_edge.errors import (
     ApiError,
     InvalidRequestError,
     LiveNotFoundError,
+    LoadingQueueFullError,
     QueueFullError,
     QuotaSpentError,
     ResultGoneError,
@@ -268,6 +269,7 @@ def test_samples_that_wait_for_their_weights_hold_up_no_others_and_wait_for_so_l
 
 NO_WEIGHTS = UnavailableError("it is being prepared", code="adapter_unavailable", retry_after=1.0)
 NO_ENGINE = UnavailableError("the engine is restarting", code="engine_restarting", retry_after=1.0)
+NO_PLACE = LoadingQueueFullError(1, 256, 256, 2.0)
 SPENT = QuotaSpentError("spent", {"quota": "tokens", "limit": 1, "of": "tenant"}, retry_after=60.0)
 
 
@@ -319,7 +321,7 @@ def test_only_the_time_for_which_weights_could_not_be_had_ends_a_sample_but_none
     assert not left
 
 
-@pytest.mark.parametrize(("failure", "asking"), [(SPENT, 6), (NO_ENGINE, 2), (NO_WEIGHTS, 6)])
+@pytest.mark.parametrize(("failure", "asking"), [(SPENT, 6), (NO_ENGINE, 2), (NO_WEIGHTS, 6), (NO_PLACE, 6)])
 def test_few_samples_of_a_tenant_ask_again_at_once_whatever_their_weights_are(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, failure: ApiError, asking: int
 ) -> None:

@@ -27,7 +27,7 @@ from onebase_edge.errors import (
     ApiError,
     EngineRestartedError,
     InvalidRequestError,
-    QueueFullError,
+    LoadingQueueFullError,
     UnavailableError,
 )
 from onebase_engine.engine.messages import (
@@ -240,7 +240,7 @@ class Residency:
                 lease.hold(self._entries[digest])
         else:
             if not self._waiting.has_room(lease.tenant, 1, self._queue_limit + 1):
-                raise QueueFullError(1, self._waiting.total, self._queue_limit, _QUEUE_RETRY_AFTER)
+                raise LoadingQueueFullError(1, self._waiting.total, self._queue_limit, _QUEUE_RETRY_AFTER)
             self._waiting.enter(lease.tenant)
             try:
                 async with self._turn:

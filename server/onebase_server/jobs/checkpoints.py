@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from onebase_server.storage.calls import storage_errors
 ADAPTER = "adapter"
 """The folder in a checkpoint's with the adapter as PEFT has it."""
 ACTOR = "first use"
+AUDITED_EVERY = 600.0
+"""Seconds for which the audit log takes one refusal of a job's checkpoints at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,23 +61,20 @@ class CheckpointModels:
         self._threads = threads
         self._folders = folders
         self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._refused: set[str] = set()
-        """Jobs whose refusal is in the audit log."""
+        self._audited: dict[str, float] = {}
+        """When the audit log last took a refusal of a job, by the job's id."""
 
     async def use(self, tenant: str, name: str, *, param: str) -> None:
         """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
 
         Concurrent first uses wait for the same proof. Raises AdapterNotFoundError when it is gone,
         StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
-        signatures refuses what its job trains), UnavailableError, and what adding an adapter raises."""
-        job, step, place = await self._found(tenant, name, param)
-        try:
-            await self._library.check_job(job, actor=ACTOR, audited=job.id not in self._refused)
-        except VersionFailedError:
-            self._refused.add(job.id)
-            raise
+        signatures refuses what its job trains), UnavailableError, and what adding an adapter raises.
+
+        One that was proved and then deactivated stays so."""
+        job, step, place = await self._checked(tenant, name, param)
         record = self._library.catalog.of(tenant).own(name)
-        if record is not None and record.active is not None:
+        if record is not None and any(version.state == "ready" for version in record.versions):
             return
         if place is None:
             raise StateConflictError(
@@ -89,6 +89,23 @@ class CheckpointModels:
             task.add_done_callback(lambda done: self._first_uses.pop(key))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._first_uses[key])
+
+    async def check(self, tenant: str, name: str, *, param: str) -> None:
+        """Raise AdapterNotFoundError when a checkpoint is gone, VersionFailedError where today's policy for
+        signatures refuses what its job trains, and UnavailableError."""
+        await self._checked(tenant, name, param)
+
+    async def _checked(self, tenant: str, name: str, param: str) -> tuple[TrainingJob, int, Path | None]:
+        """Return what `_found` does once `check` has nothing against it."""
+        found = job, _, _ = await self._found(tenant, name, param)
+        now = time.monotonic()
+        self._audited = {one: at for one, at in self._audited.items() if now - at < AUDITED_EVERY}
+        try:
+            await self._library.check_job(job, actor=ACTOR, audited=job.id not in self._audited)
+        except VersionFailedError:
+            self._audited.setdefault(job.id, now)
+            raise
+        return found
 
     async def forget(self, job_id: str) -> None:
         """Delete the adapters that were made of a job's checkpoints; those in use with the next sweep."""

@@ -21,6 +21,7 @@ from onebase_edge.errors import (
     ApiError,
     EngineRestartedError,
     InvalidRequestError,
+    LoadingQueueFullError,
     QueueFullError,
     QuotaSpentError,
     ResultGoneError,
@@ -164,6 +165,8 @@ class _Waited:
 
 def _is_of_all(error: ApiError) -> bool:
     """Return True for an error that every other sample would get too."""
+    if isinstance(error, LoadingQueueFullError):
+        return False
     by_class = isinstance(error, QueueFullError | EngineRestartedError)
     return by_class or error.code == "registry_unavailable" or error.code.startswith("engine_")
 

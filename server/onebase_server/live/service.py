@@ -116,6 +116,8 @@ MOST_WAITING_BYTES = 1 << 30
 """Largest size of the operations of one tenant that wait."""
 MOST_CHECKPOINTS = 1000
 """Largest number of named checkpoints of one tenant."""
+PROOF_SECONDS = 45.0
+"""Longest wait of a request for the proof of a job's checkpoint."""
 _COUNTED_SECONDS = 5.0
 LINK_SECONDS = 3600
 """Seconds for which the address of a file of external weights is good; clients renew it in the last five
@@ -498,7 +500,7 @@ class LiveTraining:
                 f"optimizer: {path[:200]!r} is an adapter, which has none. Load it without.",
                 param="optimizer",
             )
-        chosen = check_generates(await self._version(caller.tenant, path, "path"), "path")
+        chosen = check_generates(await self._proved_version(caller.tenant, path, "path"), "path")
         (use,) = chosen.uses
         self._library.catalog.of(caller.tenant).check_own(use.name, "train it further")
         version = await self._library.version(use.tenant, use.name, use.digest)
@@ -836,18 +838,37 @@ class LiveTraining:
     async def _version_path(self, tenant: str, path: str) -> str:
         """Return the path with the digest of the version that it means now. Raises AdapterNotFoundError,
         StateConflictError: it is not ready; InvalidRequestError: it generates no text."""
-        chosen = check_generates(await self._version(tenant, path, "model_path"), "model_path")
+        chosen = check_generates(await self._proved_version(tenant, path, "model_path"), "model_path")
         (use,) = chosen.uses
         return f"{_SCHEME}adapters/sampler_weights/{use.name}@{use.digest}"
 
+    async def _proved_version(self, tenant: str, path: str, param: str) -> AdapterChoice:
+        """Return the version of an adapter that a path names; a job's checkpoint is proved first.
+
+        Raises what `_version` does, what `CheckpointModels.use` does, and UnavailableError once
+        PROOF_SECONDS have passed: the proof goes on.
+        """
+        named = _VERSION.fullmatch(path)
+        if named is not None and is_checkpoint(name := named[1].partition("@")[0]):
+            try:
+                async with asyncio.timeout(PROOF_SECONDS):
+                    await self._checkpoints.use(tenant, name, param=param)
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"{param}: {name} is still being proved. Send the request again in a moment.",
+                    code="adapter_timeout",
+                    retry_after=5.0,
+                ) from error
+        return await self._version(tenant, path, param)
+
     async def _version(self, tenant: str, path: str, param: str) -> AdapterChoice:
         """Return the version of an adapter that a path names. Raises AdapterNotFoundError,
-        StateConflictError, InvalidRequestError, and what `CheckpointModels.use` does."""
+        StateConflictError, InvalidRequestError, and what `CheckpointModels.check` does."""
         named, catalog = _VERSION.fullmatch(path), self._library.catalog
         if named is None:
             raise InvalidRequestError(f"{param}: {path[:120]!r} names no adapter.", param=param)
         if is_checkpoint(name := named[1].partition("@")[0]):
-            await self._checkpoints.use(tenant, name, param=param)
+            await self._checkpoints.check(tenant, name, param=param)
         return await catalog.find_current(lambda: catalog.of(tenant).choose(named[1], param=param))
 
     async def _add_sampler(
