@@ -280,8 +280,8 @@ TgiEvent = TgiTokenEvent | Error
 # ---- OpenAI --------------------------------------------------------------------------------------
 
 Fingerprint = Annotated[
-    str | UnsetType,
-    Meta(description="what answered: `name@digest`, or such terms of a sum; missing for the base alone"),
+    str,
+    Meta(description="what answered: `name@digest`, or such terms of a sum; of the base alone the `model`"),
 ]
 
 
@@ -313,7 +313,7 @@ class CompletionAnswer(msgspec.Struct, kw_only=True):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    system_fingerprint: Fingerprint = UNSET
+    system_fingerprint: Fingerprint
     choices: list[CompletionChoice]
     usage: OpenAIUsage
 
@@ -325,7 +325,7 @@ class CompletionChunk(msgspec.Struct, kw_only=True):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    system_fingerprint: Fingerprint = UNSET
+    system_fingerprint: Fingerprint
     usage: OpenAIUsage | UnsetType | None = UNSET
     choices: list[CompletionChunkChoice]
 
@@ -356,7 +356,7 @@ class ChatAnswer(msgspec.Struct, kw_only=True):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    system_fingerprint: Fingerprint = UNSET
+    system_fingerprint: Fingerprint
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     choices: list[ChatChoice]
@@ -386,7 +386,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    system_fingerprint: Fingerprint = UNSET
+    system_fingerprint: Fingerprint
     usage: OpenAIUsage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     choices: list[ChatChunkChoice]

@@ -421,7 +421,7 @@ class Chaos:
             return f"status {status} {code}"
         if same_events(told) != asked.events:
             return "other events"
-        named = re.findall(r'"(?:adapter|system_fingerprint)":"([^"]*)"', told)
+        named = re.findall(r'"(?:adapter|system_fingerprint)":"([^"]*@[^"]*)"', told)
         versions = {one.partition("@")[2] for one in named}
         if bool(versions) != (name is not None):
             return f"by {named or 'the base alone'}"

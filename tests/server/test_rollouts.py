@@ -41,6 +41,7 @@ def keys(tmp_path: Path) -> Iterator[Keys]:
     made.close()
 
 
+OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions")
 TALK = [{"role": "user", "content": "a"}]
 
 
@@ -161,7 +162,7 @@ def test_each_route_names_the_version_that_answered(
         answer = http.post(path, json={**body, "stream": stream})
         assert answer.status_code == 200, answer.text
         assert answer.headers["x-onebase-adapter"] == label
-        if path in ("/v1/completions", "/v1/chat/completions"):
+        if path in OPENAI_PATHS:
             said = [line for line in answer.text.split("\n\n") if '"choices"' in line]
             assert said
             assert all(f'"system_fingerprint":"{label}"' in line for line in said)
@@ -172,7 +173,8 @@ def test_each_route_names_the_version_that_answered(
         bare = http.post(path, json={**of_base.get(path, {**body, "model": BASE}), "stream": stream})
         assert bare.status_code == 200, bare.text
         assert "x-onebase-adapter" not in bare.headers
-        assert "system_fingerprint" not in bare.text
+        assert label not in bare.text
+        assert (f'"system_fingerprint":"{BASE}"' in bare.text) == (path in OPENAI_PATHS)
 
 
 def test_without_a_user_a_key_has_one_version_and_requests_can_be_divided_instead(scripted: Server) -> None:

@@ -62,7 +62,7 @@ class CheckpointModels:
         self._folders = folders
         self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._audited: dict[str, float] = {}
-        """When the audit log last took a refusal of a job, by the job's id."""
+        """Time of the last refusal of a job that the audit log took, by the job's id."""
 
     async def use(self, tenant: str, name: str, *, param: str) -> None:
         """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.

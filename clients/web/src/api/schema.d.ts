@@ -6046,8 +6046,8 @@ export interface components {
             object: "text_completion";
             created: number;
             model: string;
-            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
-            system_fingerprint?: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; of the base alone the `model` */
+            system_fingerprint: string;
             choices: components["schemas"]["CompletionChoice"][];
             usage: components["schemas"]["OpenAIUsage"];
         };
@@ -6095,8 +6095,8 @@ export interface components {
             object: "text_completion";
             created: number;
             model: string;
-            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
-            system_fingerprint?: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; of the base alone the `model` */
+            system_fingerprint: string;
             usage?: components["schemas"]["OpenAIUsage"] | null;
             choices: components["schemas"]["CompletionChunkChoice"][];
         };
@@ -6119,8 +6119,8 @@ export interface components {
             object: "chat.completion";
             created: number;
             model: string;
-            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
-            system_fingerprint?: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; of the base alone the `model` */
+            system_fingerprint: string;
             prompt_token_ids?: number[];
             prompt_logprobs?: ({
                 [key: string]: components["schemas"]["PromptTokenLogprob"];
@@ -6174,8 +6174,8 @@ export interface components {
             object: "chat.completion.chunk";
             created: number;
             model: string;
-            /** @description what answered: `name@digest`, or such terms of a sum; missing for the base alone */
-            system_fingerprint?: string;
+            /** @description what answered: `name@digest`, or such terms of a sum; of the base alone the `model` */
+            system_fingerprint: string;
             usage?: components["schemas"]["OpenAIUsage"] | null;
             prompt_token_ids?: number[];
             choices: components["schemas"]["ChatChunkChoice"][];

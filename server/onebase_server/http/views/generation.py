@@ -376,10 +376,14 @@ class OpenAIView(GenerationView):
 
     def _head(self, generation: GenerationRun) -> Json:
         job = generation.request
-        head: Json = {"id": job.id, "created": job.created, "model": self._model}
-        if (label := job.adapter.version_label) is not None:
-            head["system_fingerprint"] = label
-        return head
+        # Of the base too: TGI's client reads no answer without one.
+        fingerprint = job.adapter.version_label or self._model
+        return {
+            "id": job.id,
+            "created": job.created,
+            "model": self._model,
+            "system_fingerprint": fingerprint,
+        }
 
 
 def openai_usage(usage: TokenUsage) -> text.OpenAIUsage:
