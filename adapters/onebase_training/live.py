@@ -761,6 +761,8 @@ class LiveModels:
         """Result of each operation of a model that could not be made here."""
         self._waiting: dict[str, _Shortage] = {}
         """Models that were made once, and for which there is no memory now. Their operations wait for it."""
+        self._lost: set[str] = set()
+        """Models to be made again, in a turn for that alone, because an operation left them half changed."""
         self._turns: deque[str] = deque()
 
     def enqueue(self, model_id: str) -> None:
@@ -791,7 +793,8 @@ class LiveModels:
             self._on_done(model_id, seq_id)
 
     def do_next(self) -> bool:
-        """Do one operation of the model whose turn it is. Returns False if nothing waits.
+        """Do one operation of the model whose turn it is, or make it again if its last operation left it half
+        changed. Returns False if nothing waits.
 
         Raises OSError, Interrupted: no result was written. The operation is done again by the next process,
         from the state before it.
@@ -833,6 +836,7 @@ class LiveModels:
         """Free the memory of a model that was unloaded, for those that wait for memory."""
         self._broken.pop(model_id, None)
         self._waiting.pop(model_id, None)
+        self._lost.discard(model_id)
         self._proven.discard(model_id)
         self._next_tokens.pop(model_id, None)
         if self._models.pop(model_id, None) is not None:
@@ -862,8 +866,12 @@ class LiveModels:
             self._store.forget_begun()
             if model_id not in self._models:
                 gc.collect()
+            is_again = model_id in self._lost
+            self._lost.discard(model_id)
             if model_id in self._waiting:
                 return False
+            if is_again:
+                return True  # its next operation comes after those of models that had no turn meanwhile
         seq_id = self._store.next_seq(model_id)
         operation = self._store.operation(model_id, seq_id)
         if operation is None:
@@ -975,7 +983,9 @@ class LiveModels:
             half_done = isinstance(operation, OptimStep | Load)
             if half_done and self._models.pop(model.spec.id, None) is not None:
                 self._wake_waiting()
-                # It is made again from its point, before its memory goes to others.
+                # It is made again from its point, before its memory goes to others. Its next operation waits
+                # for a turn behind theirs.
+                self._lost.add(model.spec.id)
                 with suppress(ValueError):
                     self._turns.remove(model.spec.id)
                 self._turns.appendleft(model.spec.id)

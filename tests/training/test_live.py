@@ -778,6 +778,34 @@ def test_a_model_whose_step_failed_is_made_again_before_those_that_wait_for_its_
     assert tried == ["small", "wide:0"] * 2
 
 
+def test_an_operation_of_another_model_comes_before_the_next_step_of_one_whose_steps_fail(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spec in SPECS:
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    store, order, step = LiveStore(tmp_path), list[str](), LiveModel.optim_step
+
+    def too_large(self: LiveModel, operation: OptimStep) -> Stepped:
+        order.append(self.spec.id)
+        if self.spec.id == "wide:0":
+            raise MemoryError
+        return step(self, operation)
+
+    monkeypatch.setattr(LiveModel, "optim_step", too_large)
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    for seq_id in range(2, 5):
+        store.submit("wide:0", seq_id, STEP)
+    store.submit("small", 2, STEP)
+    models.enqueue("wide:0")
+    models.enqueue("small")
+    while models.do_next():
+        pass
+    assert order == ["wide:0", "small", "wide:0", "wide:0"]
+    assert isinstance(store.result("small", 2), Stepped)
+
+
 def test_a_shortage_of_memory_that_passes_breaks_no_model(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
