@@ -87,12 +87,13 @@ HIGHEST_SETTING = 1e6
 POINT_SECONDS = 30.0
 """Time of computing, in seconds, that a process that begins again may have to do over."""
 RETRY_SECONDS = 60.0
-"""Longest pause, in seconds, before a model for which there was no memory is tried again. The first is one
-second, and each is twice the one before it."""
-_PAUSE_BY_TRY = 10
-"""Least pause before the next try, by the time that the last one took."""
+"""Longest pause, in seconds, before a model for which there was no memory is tried again, while tries are
+quick. The first pause is one second, and each is twice the one before it."""
+PAUSE_BY_TRY = 10.0
+"""Least pause before the next try, as a multiple of the time that the last try took."""
 SHORTAGE_SECONDS = 600.0
-"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded."""
+"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded. No
+pause between two tries is longer than half of it."""
 _OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NO_MEMORY = "out_of_memory"
@@ -1064,17 +1065,22 @@ class LiveModels:
         self._on_done(model_id, 0)
 
     def _waits(self, model_id: str, shortage: _Shortage, began: float) -> bool:
-        """Let a model wait for memory, for longer than this try took from its beginning, so that other models
-        have most of the time. Return False if an operation waited for it for SHORTAGE_SECONDS while no other
-        model was loaded: then there is none to wait for."""
+        """Let a model wait for memory, longer after a try that took long, so that other models have time too.
+
+        Return False if an operation waited for it for SHORTAGE_SECONDS while no other model was loaded: then
+        there is none to wait for.
+        """
         now, since = self._clock(), None
-        if not self._models and self._store.has_next(model_id):
+        has_next = self._store.has_next(model_id)
+        if has_next and not self._models:
             since = now if shortage.alone_since is None else shortage.alone_since
         if since is not None and now - since >= SHORTAGE_SECONDS:
             return False
-        pause = max(min(RETRY_SECONDS, 2 * shortage.pause), _PAUSE_BY_TRY * (now - began))
+        by_try = min(SHORTAGE_SECONDS / 2, PAUSE_BY_TRY * (now - began))
+        pause = max(min(RETRY_SECONDS, 2 * shortage.pause), by_try)
         self._waiting[model_id] = _Shortage(pause, now + pause, since)
-        logger.warning("no memory for training model %s: it is tried again in %g s", model_id, pause)
+        when = f"in {pause:g} s" if has_next else "once an operation waits for it"
+        logger.warning("no memory for training model %s: it is tried again %s", model_id, when)
         return True
 
     def _no_memory(self, is_new: bool) -> str:

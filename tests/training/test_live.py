@@ -868,6 +868,33 @@ def test_a_model_alone_that_finds_no_memory_for_ten_minutes_is_refused(
     assert "no memory for this model for 10 minutes: begin another" in refused.message
 
 
+@pytest.mark.parametrize(("try_seconds", "pause"), [(12.0, 120.0), (120.0, SHORTAGE_SECONDS / 2)])
+def test_the_pause_after_a_try_that_took_long_is_ten_times_as_long_but_five_minutes_at_most(
+    base: torch.nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    try_seconds: float,
+    pause: float,
+) -> None:
+    done(base, tmp_path, {1: ask(text_row(6))}, LEARNING)
+    store, clock = LiveStore(tmp_path), Clock()
+
+    def full(self: LiveModel, folder: Path) -> None:
+        clock.now += try_seconds
+        raise MemoryError
+
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    models = live_models(base, tmp_path, clock=clock)
+    assert not models.do_next()
+    assert caplog.messages[-1].endswith("it is tried again once an operation waits for it")
+    store.submit("learning", 2, STEP)
+    assert models.seconds_to_retry() == pause
+    clock.retry(models)
+    assert models.seconds_to_retry() == pause
+    assert caplog.messages[-1].endswith(f"it is tried again in {pause:g} s")
+
+
 @pytest.mark.parametrize("why", ["another is loaded", "no operation waits"])
 def test_a_model_is_not_given_up_while_another_is_loaded_or_no_operation_waits(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
