@@ -87,12 +87,13 @@ HIGHEST_SETTING = 1e6
 POINT_SECONDS = 30.0
 """Time of computing, in seconds, that a process that begins again may have to do over."""
 RETRY_SECONDS = 60.0
-"""Longest pause, in seconds, before a model for which there was no memory is tried again. The first is one
-second, and each is twice the one before it."""
-_PAUSE_BY_TRY = 10
-"""Least pause before the next try, by the time that the last one took."""
+"""Longest pause, in seconds, before a model for which there was no memory is tried again, while tries are
+quick. The first pause is one second, and each is twice the one before it."""
+PAUSE_BY_TRY = 10.0
+"""Least pause before the next try, as a multiple of the time that the last try took."""
 SHORTAGE_SECONDS = 600.0
-"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded."""
+"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded. No
+pause between two tries is longer than half of it."""
 _OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NO_MEMORY = "out_of_memory"
@@ -761,6 +762,8 @@ class LiveModels:
         """Result of each operation of a model that could not be made here."""
         self._waiting: dict[str, _Shortage] = {}
         """Models that were made once, and for which there is no memory now. Their operations wait for it."""
+        self._lost: set[str] = set()
+        """Models to be made again, in a turn for that alone, because an operation left them half changed."""
         self._turns: deque[str] = deque()
 
     def enqueue(self, model_id: str) -> None:
@@ -791,7 +794,8 @@ class LiveModels:
             self._on_done(model_id, seq_id)
 
     def do_next(self) -> bool:
-        """Do one operation of the model whose turn it is. Returns False if nothing waits.
+        """Do one operation of the model whose turn it is, or make it again if its last operation left it half
+        changed. Returns False if nothing waits.
 
         Raises OSError, Interrupted: no result was written. The operation is done again by the next process,
         from the state before it.
@@ -833,6 +837,7 @@ class LiveModels:
         """Free the memory of a model that was unloaded, for those that wait for memory."""
         self._broken.pop(model_id, None)
         self._waiting.pop(model_id, None)
+        self._lost.discard(model_id)
         self._proven.discard(model_id)
         self._next_tokens.pop(model_id, None)
         if self._models.pop(model_id, None) is not None:
@@ -862,8 +867,12 @@ class LiveModels:
             self._store.forget_begun()
             if model_id not in self._models:
                 gc.collect()
+            is_again = model_id in self._lost
+            self._lost.discard(model_id)
             if model_id in self._waiting:
                 return False
+            if is_again:
+                return True  # its next operation comes after those of models that had no turn meanwhile
         seq_id = self._store.next_seq(model_id)
         operation = self._store.operation(model_id, seq_id)
         if operation is None:
@@ -975,7 +984,9 @@ class LiveModels:
             half_done = isinstance(operation, OptimStep | Load)
             if half_done and self._models.pop(model.spec.id, None) is not None:
                 self._wake_waiting()
-                # It is made again from its point, before its memory goes to others.
+                # It is made again from its point, before its memory goes to others. Its next operation waits
+                # for a turn behind theirs.
+                self._lost.add(model.spec.id)
                 with suppress(ValueError):
                     self._turns.remove(model.spec.id)
                 self._turns.appendleft(model.spec.id)
@@ -1054,17 +1065,22 @@ class LiveModels:
         self._on_done(model_id, 0)
 
     def _waits(self, model_id: str, shortage: _Shortage, began: float) -> bool:
-        """Let a model wait for memory, for longer than this try took from its beginning, so that other models
-        have most of the time. Return False if an operation waited for it for SHORTAGE_SECONDS while no other
-        model was loaded: then there is none to wait for."""
+        """Let a model wait for memory, longer after a try that took long, so that other models have time too.
+
+        Return False if an operation waited for it for SHORTAGE_SECONDS while no other model was loaded: then
+        there is none to wait for.
+        """
         now, since = self._clock(), None
-        if not self._models and self._store.has_next(model_id):
+        has_next = self._store.has_next(model_id)
+        if has_next and not self._models:
             since = now if shortage.alone_since is None else shortage.alone_since
         if since is not None and now - since >= SHORTAGE_SECONDS:
             return False
-        pause = max(min(RETRY_SECONDS, 2 * shortage.pause), _PAUSE_BY_TRY * (now - began))
+        by_try = min(SHORTAGE_SECONDS / 2, PAUSE_BY_TRY * (now - began))
+        pause = max(min(RETRY_SECONDS, 2 * shortage.pause), by_try)
         self._waiting[model_id] = _Shortage(pause, now + pause, since)
-        logger.warning("no memory for training model %s: it is tried again in %g s", model_id, pause)
+        when = f"in {pause:g} s" if has_next else "once an operation waits for it"
+        logger.warning("no memory for training model %s: it is tried again %s", model_id, when)
         return True
 
     def _no_memory(self, is_new: bool) -> str:

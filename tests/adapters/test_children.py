@@ -199,6 +199,8 @@ try:
     torch._dynamo.config
 except ImportError:
     torch.optim.AdamW([weight]).step()
+else:
+    raise SystemExit("the compiler loaded without SymPy")
 del sys.modules["sympy"]
 if {part_first}:
     import torch._dynamo.backends.registry

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from onebase_engine.engine.messages import EngineConfig, to_api_decoder
 from onebase_server.processes import child
 from onebase_server.processes.job_memory import job_bytes
 from onebase_server.processes.link import ChildProcess
+from onebase_server.processes.live import ModelMemory
 from onebase_server.processes.trainer import failure_of, memory_limit
 from onebase_server.processes.trainer_client import TrainerClient
 from onebase_server.processes.trainer_protocol import Check, Train, TrainJob
@@ -143,6 +145,32 @@ def test_on_a_gpu_where_nothing_is_set_aside_for_jobs_one_takes_half_of_what_is_
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 10**12))
     assert memory_limit(0, torch.device("cuda"), config) == 400
     assert memory_limit(7, torch.device("cuda"), config) == 7
+
+
+@pytest.mark.parametrize(("asked", "kv_memory"), [(0, 1000), (7, 1000), (0, 0)])
+def test_on_a_gpu_live_models_may_take_more_once_more_is_free_unless_their_part_is_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int, kv_memory: int
+) -> None:
+    free, reserved, bounds, device = [800], [0], list[float](), torch.device("cuda")
+    total = SimpleNamespace(total_memory=10**12)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda part, device: bounds.append(part * 10**12)
+    )
+    config = EngineConfig(base_folder=str(save_base("llama", tmp_path)), kv_memory=kv_memory)
+    memory = ModelMemory(asked, device, config)
+    found = [memory.limit, memory.find()]
+    for free[0], reserved[0] in ((500, 300), (1000, 300), (100, 300)):
+        found.append(memory.find())
+    first = memory_limit(asked, device, config)
+    if asked or not kv_memory:
+        assert found == [first] * 5
+        assert bounds == pytest.approx([first])
+    else:
+        assert found == [400, 400, 400, 650, 650]
+        assert bounds == pytest.approx([400, 650])
 
 
 def test_products_of_fp32_are_exact_in_every_process_whatever_an_image_asks_for() -> None:

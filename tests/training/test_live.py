@@ -778,6 +778,34 @@ def test_a_model_whose_step_failed_is_made_again_before_those_that_wait_for_its_
     assert tried == ["small", "wide:0"] * 2
 
 
+def test_an_operation_of_another_model_comes_before_the_next_step_of_one_whose_steps_fail(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spec in SPECS:
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    store, order, step = LiveStore(tmp_path), list[str](), LiveModel.optim_step
+
+    def too_large(self: LiveModel, operation: OptimStep) -> Stepped:
+        order.append(self.spec.id)
+        if self.spec.id == "wide:0":
+            raise MemoryError
+        return step(self, operation)
+
+    monkeypatch.setattr(LiveModel, "optim_step", too_large)
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    for seq_id in range(2, 5):
+        store.submit("wide:0", seq_id, STEP)
+    store.submit("small", 2, STEP)
+    models.enqueue("wide:0")
+    models.enqueue("small")
+    while models.do_next():
+        pass
+    assert order == ["wide:0", "small", "wide:0", "wide:0"]
+    assert isinstance(store.result("small", 2), Stepped)
+
+
 def test_a_shortage_of_memory_that_passes_breaks_no_model(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -838,6 +866,33 @@ def test_a_model_alone_that_finds_no_memory_for_ten_minutes_is_refused(
     assert isinstance(refused, Refused)
     assert (refused.code, refused.category) == ("model_broken", "server")
     assert "no memory for this model for 10 minutes: begin another" in refused.message
+
+
+@pytest.mark.parametrize(("try_seconds", "pause"), [(12.0, 120.0), (120.0, SHORTAGE_SECONDS / 2)])
+def test_the_pause_after_a_try_that_took_long_is_ten_times_as_long_but_five_minutes_at_most(
+    base: torch.nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    try_seconds: float,
+    pause: float,
+) -> None:
+    done(base, tmp_path, {1: ask(text_row(6))}, LEARNING)
+    store, clock = LiveStore(tmp_path), Clock()
+
+    def full(self: LiveModel, folder: Path) -> None:
+        clock.now += try_seconds
+        raise MemoryError
+
+    monkeypatch.setattr(LiveModel, "read_state", full)
+    models = live_models(base, tmp_path, clock=clock)
+    assert not models.do_next()
+    assert caplog.messages[-1].endswith("it is tried again once an operation waits for it")
+    store.submit("learning", 2, STEP)
+    assert models.seconds_to_retry() == pause
+    clock.retry(models)
+    assert models.seconds_to_retry() == pause
+    assert caplog.messages[-1].endswith(f"it is tried again in {pause:g} s")
 
 
 @pytest.mark.parametrize("why", ["another is loaded", "no operation waits"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from onebase_engine.base.attach import attach
+from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.imports import load_compiler
 from onebase_engine.machine import free_memory, keep_freed_memory
 from onebase_server.processes.child import Channel, begin
@@ -64,6 +65,40 @@ def run_live(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> i
         channel.close()
 
 
+class ModelMemory:
+    """Memory limit of this process, for all live models together.
+
+    Args:
+        asked: bytes that the models may take; 0: as many as `memory_limit` finds.
+
+    Attributes:
+        limit: bytes that the models may take now.
+    """
+
+    def __init__(self, asked: int, device: torch.device, config: EngineConfig) -> None:
+        self._device = device
+        self._is_fixed = asked > 0 or (device.type == "cuda" and not config.kv_memory)
+        self.limit = memory_limit(asked, device, config)
+        self._uncounted = bound_memory(self.limit, device)
+
+    def find(self) -> int:
+        """Raise the limit to half of what is free now and of what the models have, and return it. A limit
+        that was asked for, and one that the engine sets aside on a GPU, stay as they are."""
+        if self._is_fixed:
+            return self.limit
+        found = (free_memory(self._device) + self._taken()) // 2
+        if found > self.limit:
+            self.limit = found
+            bound_memory(found, self._device, self._uncounted)
+        return self.limit
+
+    def _taken(self) -> int:
+        """Return the bytes that the models have."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_reserved(self._device)
+        return private_bytes() - self._uncounted
+
+
 class _LiveWork:
     """One process's work."""
 
@@ -95,29 +130,15 @@ class _LiveWork:
         # Before the limit, which is for what the models take.
         importlib.import_module("peft")
         load_compiler()
-        memory = memory_limit(start.memory_limit, device, start.config)
-        uncounted = bound_memory(memory, device)
-
-        def find_memory() -> int:
-            """Let the models take half of what is free by now and of what they have, if that is more than
-            before, and return it. What was asked for stays."""
-            nonlocal memory
-            if start.memory_limit or device.type == "cuda":
-                return memory
-            found = (free_memory(device) + private_bytes() - uncounted) // 2
-            if found > memory:
-                memory = found
-                bound_memory(memory, device, uncounted)
-            return memory
-
+        memory = ModelMemory(start.memory_limit, device, start.config)
         models = LiveModels(
             base,
             LiveStore(Path(start.root), start.base_id),
             device_gate(device, self._busy, start.share, self._stopping),
             BaseName(start.base_name, start.base_commit),
             int8_cache=start.config.kv_dtype == "int8",
-            memory=memory,
-            find_memory=find_memory,
+            memory=memory.limit,
+            find_memory=memory.find,
             joins=device.type == "cuda",
             on_done=lambda model_id, seq_id: self._channel.send(Done(model_id, seq_id)),
         )
