@@ -584,6 +584,8 @@ def test_a_checkpoint_of_a_job_from_before_a_stricter_policy_is_not_served(
             sampled = {"session_id": session, "sampling_session_seq_id": 0, "base_model": BASE}
             sampled["model_path"] = f"tinker://adapters/sampler_weights/{name}"
             assert refused(http.post("/api/v1/create_sampling_session", json=sampled)) == "signature_missing"
+        refusals = [one for one in audited(http, "support-kept") if one["action"] == "adapter.refused"]
+        assert len(refusals) == 1, "however often it is asked for"
         if not is_served_before:
             assert http.get(f"/v1/adapters/{model}").status_code == 404
 
