@@ -499,10 +499,7 @@ def test_garbage_collections_of_a_server_that_is_ready_leave_out_what_was_loaded
 
     gc.unfreeze()
     gc.collect()  # what is garbage already is not kept
-    try:
-        assert asyncio.run(serve()) > 0.9
-    finally:
-        gc.unfreeze()
+    assert asyncio.run(serve()) > 0.9
 
 
 def test_promised_samples_are_drawn_also_if_the_server_cannot_say_that_it_is_ready(
@@ -525,7 +522,4 @@ def test_promised_samples_are_drawn_also_if_the_server_cannot_say_that_it_is_rea
         async with asyncio.timeout(60):
             await run_parts(idle, lambda name: stopping, ready, on_ready, resume)
 
-    try:
-        asyncio.run(serve())
-    finally:
-        gc.unfreeze()
+    asyncio.run(serve())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,3 +76,10 @@ def exact_base(base_folder: Path, base: torch.nn.Module) -> torch.nn.Module:
 def talking_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random base with a real tokenizer."""
     return talking_base(tmp_path_factory.mktemp("talking"))
+
+
+@pytest.fixture(scope="module")
+def quick_collections() -> None:
+    """For what collects garbage at each step: objects that are there already are not looked through again."""
+    gc.collect()
+    gc.freeze()

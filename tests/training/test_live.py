@@ -72,6 +72,7 @@ from onebase_training.live_store import (
 from onebase_training.parent import Parent
 from onebase_training.trainable import Trainable
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
 LEARNING = ModelSpec(id="learning", rank=8, seed=3)
 
 

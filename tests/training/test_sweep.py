@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import gc
 import io
 import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,10 @@ from onebase_training.run import TrainingRequest, load_tokenizer
 from onebase_training.sweep import Grid, Trial
 from onebase_training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 
-pytestmark = pytest.mark.usefixtures("forks")
+pytestmark = pytest.mark.usefixtures("forks", "quick_collections")
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
 DULL, BRIGHT = 1e-9, 2e-2
 """Learning rates that learn nothing and something."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _collect_quickly() -> Iterator[None]:
-    """A sweep collects garbage after each run; what is there already need not be looked through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
