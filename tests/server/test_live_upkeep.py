@@ -371,6 +371,21 @@ def test_a_sample_waits_for_a_version_that_is_prepared_again_unless_it_fails(
     asyncio.run(test())
 
 
+def test_a_sampler_of_a_checkpoint_is_refused_for_now_if_its_proof_takes_long(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(*_: Any, **__: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(service_module, "PROOF_SECONDS", 0.01)
+    checkpoints: Any = SimpleNamespace(use=use)
+    upkeep.service._checkpoints = checkpoints
+    path = f"tinker://adapters/sampler_weights/orders:ftjob-{'0' * 24}:step-8"
+    with pytest.raises(UnavailableError, match="still being proved") as refused:
+        asyncio.run(upkeep.service._version("acme", path, "model_path"))
+    assert refused.value.code == "adapter_timeout"
+
+
 @pytest.mark.parametrize("name", ["brought", "hub:acme/first@v1"])
 def test_a_sampler_of_a_version_has_no_live_weights(upkeep: Upkeep, name: str) -> None:
     path = f"tinker://adapters/sampler_weights/{name}@{'d' * 64}"

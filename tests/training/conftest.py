@@ -80,6 +80,6 @@ def talking_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick_collections() -> None:
-    """For what collects garbage at each step: objects that are there already are not looked through again."""
+    """Keep what is there already out of the garbage collections of tests that collect at each step."""
     gc.collect()
     gc.freeze()

@@ -28,7 +28,7 @@ ADAPTER = "adapter"
 """The folder in a checkpoint's with the adapter as PEFT has it."""
 ACTOR = "first use"
 AUDITED_EVERY = 600.0
-"""Seconds for which the audit log takes one refusal of a job's checkpoints at most."""
+"""Shortest time, in seconds, between two refusals of one job's checkpoints in the audit log."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class CheckpointModels:
         self._folders = folders
         self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._audited: dict[str, float] = {}
-        """Time of the last refusal of a job that the audit log took, by the job's id."""
+        """Time of the last refusal that the audit log was told of, by the job's id."""
 
     async def use(self, tenant: str, name: str, *, param: str) -> None:
         """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
@@ -71,11 +71,13 @@ class CheckpointModels:
         StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
         signatures refuses what its job trains), UnavailableError, and what adding an adapter raises.
 
-        One that was proved and then deactivated stays so."""
-        job, step, place = await self._checked(tenant, name, param)
+        One that was deactivated stays so."""
+        job, step, place = await self.check(tenant, name, param=param)
         record = self._library.catalog.of(tenant).own(name)
-        if record is not None and any(version.state == "ready" for version in record.versions):
-            return
+        if record is not None:
+            is_settled = any(one.state == "ready" and not one.activates for one in record.versions)
+            if is_settled or record.active is not None:
+                return
         if place is None:
             raise StateConflictError(
                 f"{name} lies on another server, where its job runs: ask that one.",
@@ -90,13 +92,12 @@ class CheckpointModels:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._first_uses[key])
 
-    async def check(self, tenant: str, name: str, *, param: str) -> None:
-        """Raise AdapterNotFoundError when a checkpoint is gone, VersionFailedError where today's policy for
-        signatures refuses what its job trains, and UnavailableError."""
-        await self._checked(tenant, name, param)
+    async def check(self, tenant: str, name: str, *, param: str) -> tuple[TrainingJob, int, Path | None]:
+        """Return the checkpoint's job, step and folder; None if that is on another server.
 
-    async def _checked(self, tenant: str, name: str, param: str) -> tuple[TrainingJob, int, Path | None]:
-        """Return what `_found` does once `check` has nothing against it."""
+        Raises AdapterNotFoundError when it is gone, VersionFailedError where today's policy for signatures
+        refuses what its job trains, and UnavailableError.
+        """
         found = job, _, _ = await self._found(tenant, name, param)
         now = time.monotonic()
         self._audited = {one: at for one, at in self._audited.items() if now - at < AUDITED_EVERY}

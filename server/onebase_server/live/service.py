@@ -500,7 +500,7 @@ class LiveTraining:
                 f"optimizer: {path[:200]!r} is an adapter, which has none. Load it without.",
                 param="optimizer",
             )
-        chosen = check_generates(await self._proved_version(caller.tenant, path, "path"), "path")
+        chosen = check_generates(await self._version(caller.tenant, path, "path"), "path")
         (use,) = chosen.uses
         self._library.catalog.of(caller.tenant).check_own(use.name, "train it further")
         version = await self._library.version(use.tenant, use.name, use.digest)
@@ -838,37 +838,32 @@ class LiveTraining:
     async def _version_path(self, tenant: str, path: str) -> str:
         """Return the path with the digest of the version that it means now. Raises AdapterNotFoundError,
         StateConflictError: it is not ready; InvalidRequestError: it generates no text."""
-        chosen = check_generates(await self._proved_version(tenant, path, "model_path"), "model_path")
+        chosen = check_generates(await self._version(tenant, path, "model_path"), "model_path")
         (use,) = chosen.uses
         return f"{_SCHEME}adapters/sampler_weights/{use.name}@{use.digest}"
 
-    async def _proved_version(self, tenant: str, path: str, param: str) -> AdapterChoice:
-        """Return the version of an adapter that a path names; a job's checkpoint is proved first.
+    async def _version(self, tenant: str, path: str, param: str, *, proves: bool = True) -> AdapterChoice:
+        """Return the version of an adapter that a path names.
 
-        Raises what `_version` does, what `CheckpointModels.use` does, and UnavailableError once
-        PROOF_SECONDS have passed: the proof goes on.
+        proves: whether a job's checkpoint that nobody has asked for yet is proved first.
+
+        Raises AdapterNotFoundError, StateConflictError, InvalidRequestError, what `CheckpointModels.use`
+        does, and UnavailableError once PROOF_SECONDS have passed: the proof goes on.
         """
-        named = _VERSION.fullmatch(path)
-        if named is not None and is_checkpoint(name := named[1].partition("@")[0]):
+        named, catalog = _VERSION.fullmatch(path), self._library.catalog
+        if named is None:
+            raise InvalidRequestError(f"{param}: {path[:120]!r} names no adapter.", param=param)
+        if is_checkpoint(name := named[1].partition("@")[0]):
+            use = self._checkpoints.use if proves else self._checkpoints.check
             try:
-                async with asyncio.timeout(PROOF_SECONDS):
-                    await self._checkpoints.use(tenant, name, param=param)
+                async with asyncio.timeout(PROOF_SECONDS if proves else None):
+                    await use(tenant, name, param=param)
             except TimeoutError as error:
                 raise UnavailableError(
                     f"{param}: {name} is still being proved. Send the request again in a moment.",
                     code="adapter_timeout",
                     retry_after=5.0,
                 ) from error
-        return await self._version(tenant, path, param)
-
-    async def _version(self, tenant: str, path: str, param: str) -> AdapterChoice:
-        """Return the version of an adapter that a path names. Raises AdapterNotFoundError,
-        StateConflictError, InvalidRequestError, and what `CheckpointModels.check` does."""
-        named, catalog = _VERSION.fullmatch(path), self._library.catalog
-        if named is None:
-            raise InvalidRequestError(f"{param}: {path[:120]!r} names no adapter.", param=param)
-        if is_checkpoint(name := named[1].partition("@")[0]):
-            await self._checkpoints.check(tenant, name, param=param)
         return await catalog.find_current(lambda: catalog.of(tenant).choose(named[1], param=param))
 
     async def _add_sampler(
@@ -910,7 +905,7 @@ class LiveTraining:
     async def _sampled_version(self, tenant: str, path: str) -> AdapterChoice:
         """Return the version of a sampler's path, NAME@DIGEST. Raises as `choose` does."""
         try:
-            return await self._version(tenant, path, "sampling_session_id")
+            return await self._version(tenant, path, "sampling_session_id", proves=False)
         except StateConflictError as error:
             name, _, digest = path.partition("/sampler_weights/")[2].rpartition("@")
             if self._library.catalog.of(tenant).version(name, digest).state == "failed":
