@@ -398,7 +398,19 @@ class QueueFullError(ApiError):
 
 
 class LoadingQueueFullError(QueueFullError):
-    """A refusal of a request whose adapter is not in memory; those of loaded ones do not get it."""
+    """A refusal of a request whose adapter is not in memory; those of loaded ones do not get it.
+
+    `waiting`: the requests that wait for adapters to be loaded.
+    """
+
+    def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
+        ApiError.__init__(
+            self,
+            f"{waiting} requests wait already for adapters to be loaded, and no more than {limit} may wait "
+            "(--queue-limit). Try again in a moment, or ask for an adapter that is in memory.",
+            code="queue_full",
+            retry_after=retry_after,
+        )
 
 
 class QuotaSpentError(ApiError):
@@ -515,6 +527,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     VersionFailedError: (422, "invalid_request_error"),
     DiskFullError: (507, "server_error"),
     QueueFullError: (429, "rate_limit_error"),
+    LoadingQueueFullError: (429, "rate_limit_error"),
     QuotaSpentError: (429, "rate_limit_error"),
     QuotaExceededError: (429, "insufficient_quota"),
     UnavailableError: (503, "service_unavailable"),

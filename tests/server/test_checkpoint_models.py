@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 
+from onebase_adapters.registry import DEFAULT_TENANT, Registry
 from onebase_server.jobs.checkpoints import adapter_of
 
 from .access import Keys
@@ -93,6 +96,41 @@ def test_a_sample_of_a_checkpoint_undoes_neither_its_deactivation_nor_its_deleti
     http.delete(f"/v1/adapters/{model}").raise_for_status()
     assert not sampled(1)
     assert http.get(f"/v1/adapters/{model}").status_code == 404
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize("is_due", [False, True], ids=["deactivated", "not activated yet"])
+def test_a_checkpoint_that_is_proved_again_becomes_active_only_if_nobody_has_deactivated_it(
+    server: Server, client: OpenAI, is_due: bool
+) -> None:
+    http = server.client()
+    job = waiting(server, client, "again")
+    model = newest(client, job.id)
+    ask(client, model)
+    http.post(f"/v1/adapters/{model}/deactivate").raise_for_status()
+
+    def states() -> list[str]:
+        found = http.get(f"/v1/adapters/{model}/versions").json()["data"]
+        return [version["state"] for version in found]
+
+    file = server.data_dir / "registry.db"
+    with closing(sqlite3.connect(file)) as database:
+        ((base,),) = database.execute("SELECT base_id FROM adapters WHERE name = ?", (model,))
+    with closing(Registry(f"sqlite:///{file}", base_id=base, base_name=BASE)) as registry:
+        (version,) = registry.versions(DEFAULT_TENANT, model)
+        registry.reopen(DEFAULT_TENANT, model, version.digest)
+        server.wait_for(lambda: states() == ["validating"])
+        if is_due:  # as a server leaves it that ends between proof and activation
+            registry.add_version(model, version.digest, version.files, version.source, activates=True)
+            found = {"report": version.report, "prepared": version.prepared}
+            registry.set_state(DEFAULT_TENANT, model, version.digest, "ready", **found)
+            server.wait_for(lambda: states() == ["ready"])
+            assert ask(client, model)
+        else:
+            with pytest.raises(openai.NotFoundError):
+                ask(client, model)
+            (version,) = registry.versions(DEFAULT_TENANT, model)
+            assert (version.state, version.activates) == ("validating", False)
     client.fine_tuning.jobs.cancel(job.id)
 
 

@@ -269,7 +269,7 @@ def test_samples_that_wait_for_their_weights_hold_up_no_others_and_wait_for_so_l
 
 NO_WEIGHTS = UnavailableError("it is being prepared", code="adapter_unavailable", retry_after=1.0)
 NO_ENGINE = UnavailableError("the engine is restarting", code="engine_restarting", retry_after=1.0)
-NO_PLACE = LoadingQueueFullError(1, 256, 256, 2.0)
+NO_PLACE = LoadingQueueFullError(256, 256, 2.0)
 SPENT = QuotaSpentError("spent", {"quota": "tokens", "limit": 1, "of": "tenant"}, retry_after=60.0)
 
 

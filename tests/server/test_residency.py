@@ -15,8 +15,9 @@ from onebase_edge.errors import (
     AdapterDeletedError,
     EngineRestartedError,
     InvalidRequestError,
-    QueueFullError,
+    LoadingQueueFullError,
     UnavailableError,
+    status_of,
 )
 from onebase_engine.engine.messages import (
     AdapterFailed,
@@ -335,8 +336,9 @@ def test_more_who_wait_for_room_than_the_queue_holds_are_turned_away() -> None:
         await holder.ready()
         waiting = [asyncio.create_task(engine.lease(digest).ready()) for digest in "bcd"]
         await settle()
-        with pytest.raises(QueueFullError):
+        with pytest.raises(LoadingQueueFullError, match="2 requests wait already") as refused:
             await engine.lease("b").ready()
+        assert status_of(refused.value) == (429, "rate_limit_error")
         async with engine.lease("a"):
             pass
         for task in waiting:

@@ -240,7 +240,8 @@ class Residency:
                 lease.hold(self._entries[digest])
         else:
             if not self._waiting.has_room(lease.tenant, 1, self._queue_limit + 1):
-                raise LoadingQueueFullError(1, self._waiting.total, self._queue_limit, _QUEUE_RETRY_AFTER)
+                waiting = max(0, self._waiting.total - 1)  # one is being loaded
+                raise LoadingQueueFullError(waiting, self._queue_limit, _QUEUE_RETRY_AFTER)
             self._waiting.enter(lease.tenant)
             try:
                 async with self._turn:

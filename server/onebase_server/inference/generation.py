@@ -629,9 +629,11 @@ def resume_tokens_of(
 async def in_time(deadline: float | None) -> AsyncIterator[None]:
     """Bound the waiting for an adapter. Raises UnavailableError at `deadline` (on the event loop's clock)."""
     try:
-        async with asyncio.timeout_at(deadline):
+        async with asyncio.timeout_at(deadline) as limit:
             yield
     except TimeoutError as error:
+        if not limit.expired():
+            raise
         raise UnavailableError(
             "adapter: it was not in memory before the request's time was over (timeout_s). It is still being "
             "loaded: send the request again in a moment, or raise timeout_s.",

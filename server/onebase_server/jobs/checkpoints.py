@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onebase_adapters.registry import (
+    AdapterRecord,
     Origin,
     TrainingJob,
     TrainingRecords,
@@ -71,13 +72,15 @@ class CheckpointModels:
         StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
         signatures refuses what its job trains), UnavailableError, and what adding an adapter raises.
 
-        One that was deactivated stays so."""
+        One that was deactivated after its proof stays so, also while it is proved again."""
         job, step, place = await self.check(tenant, name, param=param)
-        record = self._library.catalog.of(tenant).own(name)
-        if record is not None:
-            is_settled = any(one.state == "ready" and not one.activates for one in record.versions)
-            if is_settled or record.active is not None:
-                return
+        catalog = self._library.catalog
+        if _is_active(catalog.of(tenant).own(name)):
+            return
+        await catalog.look()  # another server may have changed it
+        record = catalog.of(tenant).own(name)
+        if _is_active(record) or (record is not None and not all(one.activates for one in record.versions)):
+            return
         if place is None:
             raise StateConflictError(
                 f"{name} lies on another server, where its job runs: ask that one.",
@@ -101,11 +104,17 @@ class CheckpointModels:
         found = job, _, _ = await self._found(tenant, name, param)
         now = time.monotonic()
         self._audited = {one: at for one, at in self._audited.items() if now - at < AUDITED_EVERY}
+        is_first, is_refused = job.id not in self._audited, False
+        if is_first:
+            self._audited[job.id] = now
         try:
-            await self._library.check_job(job, actor=ACTOR, audited=job.id not in self._audited)
+            await self._library.check_job(job, actor=ACTOR, audited=is_first)
         except VersionFailedError:
-            self._audited.setdefault(job.id, now)
+            is_refused = True
             raise
+        finally:
+            if is_first and not is_refused:
+                del self._audited[job.id]
         return found
 
     async def forget(self, job_id: str) -> None:
@@ -150,6 +159,10 @@ class CheckpointModels:
 
     async def _first_use(self, job: TrainingJob, step: int, place: Path) -> None:
         tenant, name = job.tenant, checkpoint_model(job, step)
+        record = self._library.catalog.of(tenant).own(name)
+        if record is not None and (version := record.versions[0]).state == "ready":
+            await self._library.activation.activate(tenant, name, version.digest, if_due=True, actor=ACTOR)
+            return
         with storage_errors(name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
         source = {"kind": "checkpoint", "job": job.id, "step": step}
@@ -169,6 +182,10 @@ class CheckpointModels:
             await self._library.activation.delete(tenant, name, force=False)
         except ApiError as error:
             _log.info("%s stays for now: %s", name, error.message)
+
+
+def _is_active(record: AdapterRecord | None) -> bool:
+    return record is not None and record.active is not None
 
 
 def _parsed(name: str) -> _Wanted | None:

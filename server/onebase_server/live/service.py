@@ -856,9 +856,11 @@ class LiveTraining:
         if is_checkpoint(name := named[1].partition("@")[0]):
             use = self._checkpoints.use if proves else self._checkpoints.check
             try:
-                async with asyncio.timeout(PROOF_SECONDS if proves else None):
+                async with asyncio.timeout(PROOF_SECONDS if proves else None) as limit:
                     await use(tenant, name, param=param)
             except TimeoutError as error:
+                if not limit.expired():
+                    raise
                 raise UnavailableError(
                     f"{param}: {name} is still being proved. Send the request again in a moment.",
                     code="adapter_timeout",
