@@ -36,6 +36,32 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    "1b": {  # Llama-3.2-1B
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "3b": {  # Llama-3.2-3B
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
     "olmoe": {  # OLMoE-1B-7B
         "model_type": "olmoe",
         "vocab_size": 50304,
@@ -76,7 +102,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Fields of configs."""
-_CLASSES = {"llama": "LlamaForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+CLASSES = {"llama": "LlamaForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 """Names of models, by type."""
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _TEMPLATE = (
@@ -94,15 +120,14 @@ def write_folder(shape: str, folder: Path, **changes: Any) -> BaseSettings:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
-    fields = SHAPES[shape] | changes
+    fields = {"tie_word_embeddings": False} | SHAPES[shape] | changes
     config = AutoConfig.for_model(
         **fields,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        architectures=[_CLASSES[fields["model_type"]]],
+        architectures=[CLASSES[fields["model_type"]]],
     )
     config.save_pretrained(folder)
     save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -577,7 +578,10 @@ def test_a_checkpoint_of_a_job_from_before_a_stricter_policy_is_not_served(
     options = ("--signatures", str(strict))
     with serve_scripted("words", *options, data_dir=tmp_path / "data") as server, server.client() as http:
         for name in names:
-            assert refused(http.post("/generate", json={**asked, "adapter": name})) == "signature_missing"
+            with ThreadPoolExecutor(4) as pool:
+                bodies = [{**asked, "adapter": name}] * 4
+                answers = pool.map(lambda body: http.post("/generate", json=body), bodies)
+                assert {refused(answer) for answer in answers} == {"signature_missing"}
             body = {"model": name, "training_file": add_file(openai_client(server), "rows"), "name": "other"}
             assert refused(http.post("/v1/fine_tuning/jobs", json=body)) == "signature_missing"
             session = http.post("/api/v1/create_session", json={}).json()["session_id"]

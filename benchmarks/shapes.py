@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Measures serving a mixture of experts of OLMoE-1B-7B's shape: OneBase in NF4, transformers + PEFT in bf16,
-llama.cpp in Q4_1.
+"""Measures serving a base of a usual size, without its files: a Llama of 1B or 3B, or a mixture of experts of
+OLMoE-1B-7B's shape. OneBase in NF4, transformers + PEFT in NF4 (a mixture in bf16), llama.cpp in Q4_1.
 
-Its weights are random, the same ones for all three, and its tokenizer is the default base's. The loads and
-the table are those of serve.py, which gets all further options. With --folder, the base and what OneBase has
-proved about its adapters are kept for the next time; --prepare writes the base and ends.
+Its weights are random, the same ones for all three, and its tokenizer and vocabulary are the default base's.
+The loads and the table are those of serve.py, which gets all further options. With --folder, the base and
+what OneBase has proved about its adapters are kept for the next time; --prepare writes the base and ends.
 
-  python benchmarks/mixture.py --folder ~/olmoe --prepare             # 18 GB on disk
-  python benchmarks/mixture.py --folder ~/olmoe --targets onebase,peft,llama.cpp --install-peers
-  python benchmarks/mixture.py --layers 2 --rounds 1 --tokens 16      # a quick look
+  python benchmarks/shapes.py 1b --folder ~/1b --targets onebase,llama.cpp --install-peers
+  python benchmarks/shapes.py olmoe --folder ~/olmoe --prepare          # 18 GB on disk
+  python benchmarks/shapes.py olmoe --layers 2 --rounds 1 --tokens 16   # a quick look
 
-With --resident a mixture of another shape is made of random 4-bit weights in this process, and its engine is
-measured without files, server and peers: its memory, one stream, and 16 streams over 8 adapters.
+With --resident the base is made of random 4-bit weights in this process, and its engine is measured without
+files, server and peers: its memory, one stream, and 16 streams over 8 adapters.
 
-  python benchmarks/mixture.py --resident qwen3-30b-a3b               # 18 GB of memory
+  python benchmarks/shapes.py qwen3-30b-a3b --resident                  # 18 GB of memory
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from transformers import AutoConfig
 import serve
 from bench.command import positive
 from bench.engines import engine_on, outputs
-from bench.random_base import SHAPES, random_adapter, random_base, write_folder
+from bench.random_base import CLASSES, SHAPES, random_adapter, random_base, write_folder
 from bench.report import table
 from onebase_engine.base.default_base import fetch_default_base, fetch_gguf
 from onebase_engine.base.load import base_bytes
@@ -56,9 +56,13 @@ Q4_1 = GGMLQuantizationType.Q4_1
 BLOCK, BLOCKS = 32, 1 << 17
 """Weights in a block of Q4_1, and blocks that are drawn; tensors are put together from them."""
 ADAPTERS = 8
-"""Adapters of a mixture that is measured in this process."""
+"""Adapters of a base that is measured in this process."""
 GGUF, DONE = "Q4_1.gguf", "written"
-"""Files of the mixture: for llama.cpp, and the number of layers once everything is written."""
+"""Files of the base: for llama.cpp, and its shape and number of layers once everything is written."""
+WRITTEN = ("1b", "3b", "olmoe")
+"""Shapes of which files are written: those that fit on a usual disk twice."""
+WRITTEN = ("1b", "3b", "olmoe")
+"""Shapes of which files are written."""
 START_SECONDS, LOAD_SECONDS = 3600, 1800
 """Limits of a target's start and of a load. At its first start OneBase quantizes the base and proves its
 adapters."""
@@ -73,11 +77,12 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
 }
-EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+"""Names of a layer's weights in Hugging Face's files and in GGUF, where those of experts end in _exps."""
 
 
 class Planned(NamedTuple):
-    """One tensor of the mixture: its name in Hugging Face's files, * for an expert's number, and in GGUF."""
+    """One tensor of the base: its name in Hugging Face's files, * for an expert's number, and in GGUF."""
 
     name: str
     gguf: str
@@ -89,8 +94,8 @@ class Planned(NamedTuple):
         return len(self.shape) > 1 and not self.gguf.endswith("ffn_gate_inp")
 
 
-def write_mixture(folder: Path, layers: int, console: Console) -> None:
-    """Write a random mixture as Hugging Face's files in bf16, and as a GGUF in Q4_1.
+def write_base(shape: str, folder: Path, layers: int, console: Console) -> None:
+    """Write a base of random weights as Hugging Face's files in bf16, and as a GGUF in Q4_1.
 
     One layer is in memory at a time. What an interrupted call has left is written again.
 
@@ -100,13 +105,13 @@ def write_mixture(folder: Path, layers: int, console: Console) -> None:
     (folder / DONE).unlink(missing_ok=True)
     for old in [*folder.glob("model*.safetensors"), folder / GGUF]:
         old.unlink(missing_ok=True)
-    config = _write_settings(folder, layers)
+    config = _write_settings(shape, folder, layers)
     parts = {f"{number:02}": _layer(config, number) for number in range(layers)}
     parts["rest"] = _rest(config)
     planned = [one for part in parts.values() for one in part]
     size = sum(2 * math.prod(one.shape) + _bytes_in_gguf(one) for one in planned)
     if (free := shutil.disk_usage(folder).free) < size:
-        raise SystemExit(f"The mixture takes {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
+        raise SystemExit(f"The base takes {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
     bank = torch.randn(BLOCKS, BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     in_4_bits = quantize(bank.float().numpy(), Q4_1)
     draw = np.random.default_rng(0)
@@ -120,55 +125,89 @@ def write_mixture(folder: Path, layers: int, console: Console) -> None:
     writer.write_ti_data_to_file()
     places: dict[str, str] = {}
     for part, ones in parts.items():
-        console.print(f"writing the mixture ({size / 1e9:.1f} GB): part {part} of {layers} layers and rest")
+        console.print(f"writing the base ({size / 1e9:.1f} GB): part {part} of {layers} layers and rest")
         tensors: dict[str, torch.Tensor] = {}
         for one in ones:
-            name, shape = one.name, one.shape
-            chosen = draw.integers(0, BLOCKS, math.prod(shape) // BLOCK)
-            many = len(shape) > 1
-            made = bank[torch.from_numpy(chosen)].view(shape) if many else torch.ones(shape).bfloat16()
+            name, sizes = one.name, one.shape
+            chosen = draw.integers(0, BLOCKS, math.prod(sizes) // BLOCK)
+            many = len(sizes) > 1
+            made = bank[torch.from_numpy(chosen)].view(sizes) if many else torch.ones(sizes).bfloat16()
             singles = enumerate(made) if "*" in name else [(0, made)]
             tensors |= {f"{name.replace('*', str(at))}.weight": single.clone() for at, single in singles}
-            writer.write_tensor_data(in_4_bits[chosen] if one.in_4_bits else made.float().numpy())
+            if one.in_4_bits:
+                writer.write_tensor_data(in_4_bits[_rows_of_llama_cpp(one, chosen, config)])
+            else:
+                writer.write_tensor_data(made.float().numpy())
         file = f"model-{part}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
     writer.close()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / DONE).write_text(str(layers))
+    (folder / DONE).write_text(f"{shape} {layers}")
 
 
-def _write_settings(folder: Path, layers: int) -> Any:
+def _rows_of_llama_cpp(one: Planned, blocks: np.ndarray, config: Any) -> np.ndarray:
+    """Return a tensor's blocks with its rows in llama.cpp's order: another one for q and k of a Llama."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = heads.get(one.name.rpartition(".")[2])
+    if config.model_type != "llama" or count is None:
+        return blocks
+    return blocks.reshape(count, 2, one.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def _write_settings(shape: str, folder: Path, layers: int) -> Any:
     """Write the config and the default base's tokenizer; return the config."""
     base = fetch_default_base()
     for file in [*base.glob("*token*"), *base.glob("*.jinja"), *base.glob("vocab*"), *base.glob("merges*")]:
         shutil.copy(file, folder)
     words = json.loads((base / "config.json").read_text())
-    fields = SHAPES["olmoe"] | {name: words[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    fields = SHAPES[shape] | {name: words[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
     config = AutoConfig.for_model(
-        **fields | {"num_hidden_layers": layers}, pad_token_id=0, architectures=["OlmoeForCausalLM"]
+        **fields | {"num_hidden_layers": layers},
+        pad_token_id=0,
+        architectures=[CLASSES[fields["model_type"]]],
     )
     config.save_pretrained(folder)
     return config
 
 
 def _layer(config: Any, number: int) -> list[Planned]:
-    size, inner, count = config.hidden_size, config.intermediate_size, config.num_experts
-    found = []
-    for name, gguf in NAMES.items():
-        shape = (size,) if "norm" in name else (count, size) if name == "mlp.gate" else (size, size)
-        found.append(Planned(f"model.layers.{number}.{name}", f"blk.{number}.{gguf}", shape))
-    for name, gguf in EXPERTS.items():
+    size, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or size // heads
+    of_queries, of_keys = heads * width, config.num_key_value_heads * width
+    experts = getattr(config, "num_experts", None)
+    shapes = {
+        "self_attn.q_proj": (of_queries, size),
+        "self_attn.k_proj": (of_keys, size),
+        "self_attn.v_proj": (of_keys, size),
+        "self_attn.o_proj": (size, of_queries),
+        "input_layernorm": (size,),
+        "post_attention_layernorm": (size,),
+    }
+    if experts:
+        norms = {"self_attn.q_norm": (of_queries,), "self_attn.k_norm": (of_keys,)}
+        shapes |= norms | {"mlp.gate": (experts, size)}
+    place = f"model.layers.{number}"
+    found = [
+        Planned(f"{place}.{name}", f"blk.{number}.{NAMES[name]}", shape) for name, shape in shapes.items()
+    ]
+    for name, gguf in MLP.items():
         matrix = (size, inner) if name == "down_proj" else (inner, size)
-        path = f"model.layers.{number}.mlp.experts.*.{name}"
-        found.append(Planned(path, f"blk.{number}.{gguf}", (count, *matrix)))
+        if experts:
+            path = f"{place}.mlp.experts.*.{name}"
+            found.append(Planned(path, f"blk.{number}.{gguf}_exps", (experts, *matrix)))
+        else:
+            found.append(Planned(f"{place}.mlp.{name}", f"blk.{number}.{gguf}", matrix))
     return found
 
 
 def _rest(config: Any) -> list[Planned]:
     rows = (config.vocab_size, config.hidden_size)
-    head, norm = Planned("lm_head", "output", rows), Planned("model.norm", "output_norm", rows[1:])
-    return [Planned("model.embed_tokens", "token_embd", rows), head, norm]
+    found = [
+        Planned("model.embed_tokens", "token_embd", rows),
+        Planned("model.norm", "output_norm", rows[1:]),
+    ]
+    return found if config.tie_word_embeddings else [*found, Planned("lm_head", "output", rows)]
 
 
 def _bytes_in_gguf(one: Planned) -> int:
@@ -179,7 +218,7 @@ def _bytes_in_gguf(one: Planned) -> int:
 
 def _begin(file: Path, config: Any) -> GGUFWriter:
     """Return the writer of a GGUF with the fields of a config, and the default base's tokenizer."""
-    writer = GGUFWriter(file, "olmoe")
+    writer = GGUFWriter(file, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -187,9 +226,15 @@ def _begin(file: Path, config: Any) -> GGUFWriter:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type == "llama":
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    else:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     for field in GGUFReader(fetch_gguf(default_cache() / "gguf")).fields.values():
         if field.name.startswith("tokenizer."):
             within = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
@@ -197,10 +242,9 @@ def _begin(file: Path, config: Any) -> GGUFWriter:
     return writer
 
 
-def measure_resident(shape: str, layers: int | None, console: Console) -> None:
-    """Print the memory and the speed of an engine over a mixture of this shape."""
-    layers = layers or SHAPES[shape]["num_hidden_layers"]
-    with tempfile.TemporaryDirectory(prefix="onebase-mixture-") as name:
+def measure_resident(shape: str, layers: int, console: Console) -> None:
+    """Print the memory and the speed of an engine over a base of this shape."""
+    with tempfile.TemporaryDirectory(prefix="onebase-shape-") as name:
         folder = Path(name)
         write_folder(shape, folder, num_hidden_layers=layers)
         with console.status(f"making the weights of {shape}"):
@@ -246,29 +290,29 @@ def main(argv: Sequence[str]) -> int:
     """Return the exit status: 0 when every target was measured, else 1."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--layers", type=positive, help="of the mixture (default: all; OLMoE has 16)")
+    parser.add_argument("shape", choices=[name for name in SHAPES if name != "tiny"])
+    parser.add_argument("--layers", type=positive, help="of the base (default: all of its shape)")
     parser.add_argument("--folder", type=Path, help="folder in which it is kept for the next time")
-    parser.add_argument("--prepare", action="store_true", help="write the mixture to --folder, and end")
-    mixtures = [name for name, fields in SHAPES.items() if "num_experts" in fields]
-    parser.add_argument(
-        "--resident", choices=mixtures, help="shape of a mixture to be measured in this process"
-    )
+    parser.add_argument("--prepare", action="store_true", help="write the base to --folder, and end")
+    parser.add_argument("--resident", action="store_true", help="measure an engine in this process")
     options, rest = parser.parse_known_args(argv)
-    if options.resident is not None:
+    layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+    if options.resident:
         if rest:
             parser.error(f"--resident is measured without a server: leave out {' '.join(rest)}")
         torch.set_num_threads(os.cpu_count() or 1)
-        measure_resident(options.resident, options.layers, Console())
+        measure_resident(options.shape, layers, Console())
         return 0
+    if options.shape not in WRITTEN:
+        parser.error(f"{options.shape} is measured with --resident alone; with files: {', '.join(WRITTEN)}")
     if options.prepare and options.folder is None:
         parser.error("--prepare needs --folder")
-    with tempfile.TemporaryDirectory(prefix="onebase-mixture-") as folder:
+    with tempfile.TemporaryDirectory(prefix="onebase-shape-") as folder:
         kept = options.folder or Path(folder)
         kept.mkdir(parents=True, exist_ok=True)
         done = kept / DONE
-        layers = options.layers or SHAPES["olmoe"]["num_hidden_layers"]
-        if not done.exists() or done.read_text() != str(layers):
-            write_mixture(kept, layers, Console())
+        if not done.exists() or done.read_text() != f"{options.shape} {layers}":
+            write_base(options.shape, kept, layers, Console())
         if options.prepare:
             return 0
         usual = [
