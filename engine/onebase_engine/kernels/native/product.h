@@ -314,6 +314,13 @@ static inline void ask_for(const char *from, int64_t size) {
   for (const char *line = from; line < from + size; line += 64) __builtin_prefetch(line);
 }
 
+/* The same for 32 terms of a panel in bf16. What lies `ahead` is needed so much later that the first cache has no room
+ * for it, so it goes to the second one; from there come the terms of `rows`, `stride` apart, that are next but one. */
+static inline void ask_for_plain(const char *ahead, const char *rows, int64_t stride, int64_t there) {
+  for (int64_t line = 0; line < 32 * LANES * 2; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+  for (int64_t row = 0; row < there; row++) __builtin_prefetch(rows + row * stride + 2 * 64);
+}
+
 /* `size` bytes of each of a panel's 16 outputs, `stride` apart: where they lie, or in the room with the last one again
  * and again if not all are `there`. */
 static inline const uint8_t *all_rows(const uint8_t *from, int64_t *stride, int64_t size, int64_t there,
@@ -443,7 +450,7 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
     stride = count / 2;
   }
   for (int64_t k = 0; k < count; k += 32, from += 16, to += 32 / TERMS * LANES) {
-    if (layer->kind == ONEBASE_BF16) ask_for(ahead + k * LANES * 2, 32 * LANES * 2);
+    if (layer->kind == ONEBASE_BF16) ask_for_plain(ahead + k * LANES * 2, (const char *)from, stride * 4, there);
 #if TERMS == 2
     turn_words(from, stride, there, to);
 #else
@@ -573,7 +580,8 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
     stride = count * 2;
   } else from = all_rows(from, &stride, count * 2, there, room);
   for (int64_t k = 0; k < count; k += 8, from += 16) {
-    ask_for(ahead + size_of(layer, k * LANES), size_of(layer, 8 * LANES));
+    if (layer->kind == ONEBASE_INT8) ask_for(ahead + k * LANES, 8 * LANES);
+    else if (k % 32 == 0) ask_for_plain(ahead + k * LANES * 2, (const char *)from, stride, LANES);
     for (int half = 0; half < 2; half++) {
       const uint8_t *own = from + 8 * half * stride;
       __m256i pairs[4];
