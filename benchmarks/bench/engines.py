@@ -17,6 +17,7 @@ from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, EngineConfig, Sampling, SequenceOutput, Submit
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.machine import freeze_loaded
 from onebase_server.processes.engine import DEFAULT_STEP_TOKENS, base_settings, warm_up
 
 KV_TOKENS = 65536
@@ -44,6 +45,7 @@ def load(folder: Path, adapters: dict[str, str], rank: int, draft_tokens: int) -
         loaded = load_adapter(base, Path(path) / CONFIG_FILE, Path(path) / WEIGHTS_FILE, rank)
         engine.put_adapter(name, loaded.weights)
     warm_up(engine)
+    freeze_loaded()
     return engine
 
 
