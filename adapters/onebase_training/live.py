@@ -89,6 +89,7 @@ POINT_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 """Longest pause, in seconds, before a model for which there was no memory is tried again, while tries are
 quick. The first pause is one second, and each is twice the one before it."""
+SHORTER = "send fewer or shorter rows"
 PAUSE_BY_TRY = 10.0
 """Least pause before the next try, as a multiple of the time that the last try took."""
 SHORTAGE_SECONDS = 600.0
@@ -981,17 +982,20 @@ class LiveModels:
         except Exception as error:
             if _ends_process(error):
                 raise
+            model.clear()  # gradients of a pass that ended half-way
             half_done = isinstance(operation, OptimStep | Load)
             if half_done and self._models.pop(model.spec.id, None) is not None:
                 self._wake_waiting()
                 # It is made again from its point, before its memory goes to others. Its next operation waits
                 # for a turn behind theirs.
                 self._lost.add(model.spec.id)
+                self._proven.discard(model.spec.id)
                 with suppress(ValueError):
                     self._turns.remove(model.spec.id)
                 self._turns.appendleft(model.spec.id)
             if is_out_of_memory(error):
-                return _too_large()
+                is_pass = isinstance(operation, ForwardBackward)
+                return _too_large(SHORTER if is_pass else "end another run, or lower the rank")
             if isinstance(operation, Save):
                 code = "disk_full" if isinstance(error, OSError) else "save_failed"
                 return Refused(message=f"it cannot be saved: {error}", code=code, category="server")
@@ -1076,7 +1080,9 @@ class LiveModels:
             since = now if shortage.alone_since is None else shortage.alone_since
         if since is not None and now - since >= SHORTAGE_SECONDS:
             return False
-        by_try = min(SHORTAGE_SECONDS / 2, PAUSE_BY_TRY * (now - began))
+        by_try = PAUSE_BY_TRY * (now - began)
+        if not self._models:  # nobody else has use for the time, and two tries fit before it is given up
+            by_try = min(SHORTAGE_SECONDS / 2, by_try)
         pause = max(min(RETRY_SECONDS, 2 * shortage.pause), by_try)
         self._waiting[model_id] = _Shortage(pause, now + pause, since)
         when = f"in {pause:g} s" if has_next else "once an operation waits for it"
@@ -1160,11 +1166,11 @@ def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Ref
         if _ends_process(error) or not is_out_of_memory(error):
             raise
         model.clear()
-        return _too_large()
+        return _too_large(SHORTER)
 
 
-def _too_large() -> Refused:
-    message = "it needs more memory than the trainer may take: send fewer or shorter rows"
+def _too_large(remedy: str) -> Refused:
+    message = f"it needs more memory than the trainer may take: {remedy}"
     return Refused(message=message, code=_NO_MEMORY, category="server")
 
 

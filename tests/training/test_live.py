@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
+from collections.abc import Mapping
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -439,6 +440,45 @@ def test_a_model_with_which_a_pass_of_several_failed_joins_none_until_it_has_don
         assert refused == [name == bad and place in (1, 2, 3) for place in range(7)]
 
 
+def test_a_model_made_again_after_a_failed_step_joins_no_pass_before_it_has_done_one_alone(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, together, step = LiveStore(tmp_path), list[list[str]](), LiveModel.optim_step
+
+    def counted(asked: Any) -> list[ComputedPass | Refused]:
+        together.append(sorted(model.spec.id for model, _ in asked))
+        return compute_together(asked)
+
+    def failing(self: LiveModel, operation: OptimStep) -> Stepped:
+        if operation.learning_rate == 0.5:
+            raise RuntimeError("overflow")
+        return step(self, operation)
+
+    def both(seq_ids: Mapping[str, int]) -> None:
+        for name, seq_id in seq_ids.items():
+            store.submit(name, seq_id, ask(text_row(9, seq_id)))
+            models.enqueue(name)
+        while models.do_next():
+            pass
+
+    monkeypatch.setattr(live, "compute_together", counted)
+    monkeypatch.setattr(LiveModel, "optim_step", failing)
+    for spec in SPECS:
+        store.create(spec)
+    models = live_models(base, tmp_path, joins=True)
+    both({"small": 1, "wide:0": 1})
+    store.submit("small", 2, OptimStep(learning_rate=0.5))
+    models.enqueue("small")
+    while models.do_next():
+        pass
+    assert isinstance(store.result("small", 2), Refused)
+    together.clear()
+    both({"small": 3, "wide:0": 2})
+    assert not together
+    both({"small": 4, "wide:0": 3})
+    assert together == [["small", "wide:0"]]
+
+
 def test_a_model_that_is_unloaded_while_a_pass_of_several_runs_leaves_the_others_theirs(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -869,28 +909,38 @@ def test_a_model_alone_that_finds_no_memory_for_ten_minutes_is_refused(
     assert "no memory for this model for 10 minutes: begin another" in refused.message
 
 
-@pytest.mark.parametrize(("try_seconds", "pause"), [(12.0, 120.0), (120.0, SHORTAGE_SECONDS / 2)])
-def test_the_pause_after_a_try_that_took_long_is_ten_times_as_long_but_five_minutes_at_most(
+@pytest.mark.parametrize(
+    ("try_seconds", "is_alone", "pause"),
+    [(12.0, True, 120.0), (120.0, True, SHORTAGE_SECONDS / 2), (120.0, False, 1200.0)],
+)
+def test_the_pause_after_a_try_that_took_long_is_ten_times_as_long_and_of_a_model_alone_five_minutes_at_most(
     base: torch.nn.Module,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     try_seconds: float,
+    is_alone: bool,
     pause: float,
 ) -> None:
     done(base, tmp_path, {1: ask(text_row(6))}, LEARNING)
-    store, clock = LiveStore(tmp_path), Clock()
+    if not is_alone:
+        done(base, tmp_path, {1: ask(text_row(6))}, SPECS[0])
+    store, clock, read = LiveStore(tmp_path), Clock(), LiveModel.read_state
 
     def full(self: LiveModel, folder: Path) -> None:
+        if self.spec.id != LEARNING.id:
+            return read(self, folder)
         clock.now += try_seconds
         raise MemoryError
 
     monkeypatch.setattr(LiveModel, "read_state", full)
     models = live_models(base, tmp_path, clock=clock)
-    assert not models.do_next()
+    while models.do_next():
+        pass
     assert caplog.messages[-1].endswith("it is tried again once an operation waits for it")
     store.submit("learning", 2, STEP)
-    assert models.seconds_to_retry() == pause
+    if is_alone:
+        assert models.seconds_to_retry() == pause
     clock.retry(models)
     assert models.seconds_to_retry() == pause
     assert caplog.messages[-1].endswith(f"it is tried again in {pause:g} s")
