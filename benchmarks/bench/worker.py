@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.processes import StartError, tail
+from bench.processes import StartError, inherited, tail
 
 HERE = Path(__file__).parents[1]
 LINE = 1 << 24
@@ -33,7 +32,7 @@ def _command(python: Path | str, function: str, keywords: Mapping[str, Any]) -> 
 
 
 def _environment(env: Mapping[str, str] | None) -> dict[str, str]:
-    whole = dict(os.environ if env is None else env)
+    whole = inherited() if env is None else dict(env)
     paths = [str(HERE), *filter(None, [whole.get("PYTHONPATH")])]
     return {**whole, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -51,7 +50,7 @@ def call(
     env: added to this process's own environment.
     """
     command = _command(python, function, keywords)
-    everything = _environment({**os.environ, **(env or {})})
+    everything = _environment({**inherited(), **(env or {})})
     with log.open("wb") as errors:
         try:
             done = subprocess.run(
