@@ -60,9 +60,7 @@ ADAPTERS = 8
 GGUF, DONE = "Q4_1.gguf", "written"
 """Files of the base: for llama.cpp, and its shape and number of layers once everything is written."""
 WRITTEN = ("1b", "3b", "olmoe")
-"""Shapes of which files are written: those that fit on a usual disk twice."""
-WRITTEN = ("1b", "3b", "olmoe")
-"""Shapes of which files are written."""
+"""Shapes of which files are written; the others are measured with --resident alone."""
 START_SECONDS, LOAD_SECONDS = 3600, 1800
 """Limits of a target's start and of a load. At its first start OneBase quantizes the base and proves its
 adapters."""

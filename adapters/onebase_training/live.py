@@ -89,7 +89,6 @@ POINT_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 """Longest pause, in seconds, before a model for which there was no memory is tried again, while tries are
 quick. The first pause is one second, and each is twice the one before it."""
-SHORTER = "send fewer or shorter rows"
 PAUSE_BY_TRY = 10.0
 """Least pause before the next try, as a multiple of the time that the last try took."""
 SHORTAGE_SECONDS = 600.0
@@ -995,7 +994,7 @@ class LiveModels:
                 self._turns.appendleft(model.spec.id)
             if is_out_of_memory(error):
                 is_pass = isinstance(operation, ForwardBackward)
-                return _too_large(SHORTER if is_pass else "end another run, or lower the rank")
+                return _too_large() if is_pass else _too_large("end another run, or lower the rank")
             if isinstance(operation, Save):
                 code = "disk_full" if isinstance(error, OSError) else "save_failed"
                 return Refused(message=f"it cannot be saved: {error}", code=code, category="server")
@@ -1166,10 +1165,10 @@ def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Ref
         if _ends_process(error) or not is_out_of_memory(error):
             raise
         model.clear()
-        return _too_large(SHORTER)
+        return _too_large()
 
 
-def _too_large(remedy: str) -> Refused:
+def _too_large(remedy: str = "send fewer or shorter rows") -> Refused:
     message = f"it needs more memory than the trainer may take: {remedy}"
     return Refused(message=message, code=_NO_MEMORY, category="server")
 

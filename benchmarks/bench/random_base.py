@@ -164,6 +164,7 @@ def random_base(folder: Path, device: torch.device, seed: int = 0) -> nn.Module:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+    tree.tie_weights()
     tree.is_loaded_in_4bit = True
     return freeze(tree)
 

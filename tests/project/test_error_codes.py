@@ -56,6 +56,18 @@ def test_every_code_that_the_server_raises_is_in_the_table_with_its_status() -> 
     assert not unknown, "\n".join(unknown)
 
 
+def test_every_error_of_the_api_has_a_status_and_none_takes_its_parents() -> None:
+    kinds = [
+        node.name
+        for _, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(getattr(base, "id", None) in {"ApiError", *STATUS} for base in node.bases)
+    ]
+    assert len(kinds) > 20
+    assert sorted(set(kinds) - set(STATUS)) == []
+
+
 def test_codes_of_the_engine_that_a_caller_can_cure_are_in_the_table_with_their_status() -> None:
     cured = {(status, code) for code, status in errors.CALLER_CODES.items()}
     assert cured - TOLD == set()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onebase_adapters.registry import (
-    AdapterRecord,
     Origin,
     TrainingJob,
     TrainingRecords,
@@ -75,11 +74,11 @@ class CheckpointModels:
         One that was deactivated after its proof stays so, also while it is proved again."""
         job, step, place = await self.check(tenant, name, param=param)
         catalog = self._library.catalog
-        if _is_active(catalog.of(tenant).own(name)):
-            return
-        await catalog.look()  # another server may have changed it
         record = catalog.of(tenant).own(name)
-        if _is_active(record) or (record is not None and not all(one.activates for one in record.versions)):
+        if record is None or record.active is None:
+            await catalog.look()  # another server may have changed it
+            record = catalog.of(tenant).own(name)
+        if record is not None and (record.active or not all(one.activates for one in record.versions)):
             return
         if place is None:
             raise StateConflictError(
@@ -160,8 +159,9 @@ class CheckpointModels:
     async def _first_use(self, job: TrainingJob, step: int, place: Path) -> None:
         tenant, name = job.tenant, checkpoint_model(job, step)
         record = self._library.catalog.of(tenant).own(name)
-        if record is not None and (version := record.versions[0]).state == "ready":
-            await self._library.activation.activate(tenant, name, version.digest, if_due=True, actor=ACTOR)
+        ready = next((one for one in record.versions if one.state == "ready"), None) if record else None
+        if ready is not None:
+            await self._library.activation.activate(tenant, name, ready.digest, if_due=True, actor=ACTOR)
             return
         with storage_errors(name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
@@ -182,10 +182,6 @@ class CheckpointModels:
             await self._library.activation.delete(tenant, name, force=False)
         except ApiError as error:
             _log.info("%s stays for now: %s", name, error.message)
-
-
-def _is_active(record: AdapterRecord | None) -> bool:
-    return record is not None and record.active is not None
 
 
 def _parsed(name: str) -> _Wanted | None:
