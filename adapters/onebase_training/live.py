@@ -92,8 +92,8 @@ quick. The first pause is one second, and each is twice the one before it."""
 PAUSE_BY_TRY = 10.0
 """Least pause before the next try, as a multiple of the time that the last try took."""
 SHORTAGE_SECONDS = 600.0
-"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded. No
-pause between two tries is longer than half of it."""
+"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded. While
+none is, no pause between two tries is longer than half of it."""
 _OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NO_MEMORY = "out_of_memory"
@@ -1076,7 +1076,9 @@ class LiveModels:
             since = now if shortage.alone_since is None else shortage.alone_since
         if since is not None and now - since >= SHORTAGE_SECONDS:
             return False
-        by_try = min(SHORTAGE_SECONDS / 2, PAUSE_BY_TRY * (now - began))
+        by_try = PAUSE_BY_TRY * (now - began)
+        if not self._models:
+            by_try = min(SHORTAGE_SECONDS / 2, by_try)
         pause = max(min(RETRY_SECONDS, 2 * shortage.pause), by_try)
         self._waiting[model_id] = _Shortage(pause, now + pause, since)
         when = f"in {pause:g} s" if has_next else "once an operation waits for it"

@@ -869,24 +869,33 @@ def test_a_model_alone_that_finds_no_memory_for_ten_minutes_is_refused(
     assert "no memory for this model for 10 minutes: begin another" in refused.message
 
 
-@pytest.mark.parametrize(("try_seconds", "pause"), [(12.0, 120.0), (120.0, SHORTAGE_SECONDS / 2)])
-def test_the_pause_after_a_try_that_took_long_is_ten_times_as_long_but_five_minutes_at_most(
+@pytest.mark.parametrize(
+    ("others", "try_seconds", "pause"),
+    [((), 12.0, 120.0), ((), 120.0, SHORTAGE_SECONDS / 2), (SPECS[:1], 120.0, 1200.0)],
+)
+def test_the_pause_after_a_long_try_is_ten_times_as_long_but_five_minutes_at_most_for_a_model_alone(
     base: torch.nn.Module,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    others: tuple[ModelSpec, ...],
     try_seconds: float,
     pause: float,
 ) -> None:
-    done(base, tmp_path, {1: ask(text_row(6))}, LEARNING)
-    store, clock = LiveStore(tmp_path), Clock()
+    for spec in (*others, LEARNING):
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
+    store, clock, read = LiveStore(tmp_path), Clock(), LiveModel.read_state
+    models = LiveModels(base, store, OpenGate(), BaseName("tiny"), clock=clock)
 
     def full(self: LiveModel, folder: Path) -> None:
-        clock.now += try_seconds
-        raise MemoryError
+        if self.spec.id == "learning":
+            clock.now += try_seconds
+            raise MemoryError
+        read(self, folder)
 
     monkeypatch.setattr(LiveModel, "read_state", full)
-    models = live_models(base, tmp_path, clock=clock)
+    for spec in (*others, LEARNING):
+        models.enqueue(spec.id)
     assert not models.do_next()
     assert caplog.messages[-1].endswith("it is tried again once an operation waits for it")
     store.submit("learning", 2, STEP)
