@@ -85,7 +85,10 @@ CHECKPOINTING_BYTES = 1 << 30
 HIGHEST_SETTING = 1e6
 """Largest learning rate, weight decay, epsilon and norm: what AdamW makes of them is a number of fp32."""
 POINT_SECONDS = 30.0
-"""Time of computing, in seconds, that a process that begins again may have to do over."""
+"""Time of computing, in seconds, that a process that begins again may have to do over. The first step after
+that time writes a point."""
+STEPLESS_POINTS = 4
+"""Multiple of that time from which on a point is written after a backward pass too, with its gradients."""
 RETRY_SECONDS = 60.0
 """Longest pause, in seconds, before a model for which there was no memory is tried again, while tries are
 quick. The first pause is one second, and each is twice the one before it."""
@@ -719,7 +722,7 @@ class LiveModels:
         gate: passed between any two layers; it may raise Interrupted, and nothing is lost by that.
         on_done: called with the model's id and the number of an operation that has its result; for a model
             that was made, or refused, with 0.
-        point_seconds: time of computing after which a point is written.
+        point_seconds: time of computing after which a point is written, as POINT_SECONDS.
         int8_cache: whether the engine that serves keeps keys and values in int8.
         memory: bytes for all models; 0: not known.
         find_memory: returns these bytes anew; called before a model is made.
@@ -894,10 +897,9 @@ class LiveModels:
         if isinstance(result, Refused):
             return True
         self._proven.add(model_id)
-        if not _leaves_state(operation):
+        if not isinstance(operation, Load) and not _leaves_state(operation):
             self._since_point[model_id] += time.monotonic() - began
-            if isinstance(operation, OptimStep) and self._since_point[model_id] > self._point_seconds:
-                self._write_point(model, seq_id, result)
+            self._write_point_if_due(model, seq_id, result)
         return True
 
     def _done_with_others(self, model_id: str, seq_id: int, operation: Operation) -> bool:
@@ -923,13 +925,13 @@ class LiveModels:
             result = _added(models[one], outcome)
             try:
                 self._store.write_result(one, number, result)
+                self._on_done(one, number)
+                if isinstance(result, Computed):
+                    self._since_point[one] += result.seconds
+                    self._write_point_if_due(models[one], number, result)
             except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(one):
-                    raise
-                continue  # it was unloaded meanwhile
-            self._on_done(one, number)
-            if isinstance(result, Computed):
-                self._since_point[one] += result.seconds
+                    raise  # else it was unloaded meanwhile
         return True
 
     def _passes_with(
@@ -1130,6 +1132,13 @@ class LiveModels:
             if isinstance(again, Stepped) and isinstance(kept, Stepped) and again != kept:
                 logger.warning("operation %d of %s came out otherwise than before", seq_id, model_id)
         self._since_point[model_id] = time.monotonic() - began if last > point else 0.0
+
+    def _write_point_if_due(self, model: LiveModel, seq_id: int, result: Result) -> None:
+        """Write a point after an operation if too much would have to be done over: after a step sooner, since
+        gradients take room in a point."""
+        most = self._point_seconds if isinstance(result, Stepped) else STEPLESS_POINTS * self._point_seconds
+        if self._since_point[model.spec.id] > most:
+            self._write_point(model, seq_id, result)
 
     def _write_point(self, model: LiveModel, seq_id: int, result: Result | None) -> None:
         """Write the model's state after an operation, with its result: either both survive, or none."""

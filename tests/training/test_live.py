@@ -1286,6 +1286,53 @@ def test_points_cover_what_is_done_and_its_operations_go(base: torch.nn.Module, 
     assert all(store.result("learning", seq_id) for seq_id in operations)
 
 
+@pytest.mark.parametrize("joins", [False, True])
+def test_backward_passes_without_a_step_are_in_a_point_with_their_gradients(
+    base: torch.nn.Module, tmp_path: Path, joins: bool
+) -> None:
+    ends = []
+    for point_seconds in (1e9, 0.0):
+        root = tmp_path / f"{point_seconds}"
+        store = LiveStore(root)
+        for spec in SPECS:
+            store.create(spec)
+            for seq_id in (1, 2, 3):
+                store.submit(spec.id, seq_id, ask(text_row(9, seq_id)))
+        models = live_models(base, root, joins=joins, point_seconds=point_seconds)
+        while models.do_next():
+            pass
+        newest = 0 if point_seconds else 3
+        assert [store.last_point(spec.id) for spec in SPECS] == [newest, newest]
+        if not point_seconds:
+            models = live_models(base, root, joins=joins)  # after the death of the other
+        for spec in SPECS:
+            store.submit(spec.id, 4, STEP)
+            store.submit(spec.id, 5, Save(name="end", kind="weights"))
+            models.enqueue(spec.id)
+        while models.do_next():
+            pass
+        ends.append([saved(store.result(spec.id, 5)) for spec in SPECS])
+    for one, other in zip(*ends, strict=True):
+        assert_equal(one, other)
+
+
+def test_a_point_between_steps_is_written_later_than_one_after_a_step(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    store, bound, points = LiveStore(tmp_path), 1e6, list[int]()
+    store.create(LEARNING)
+    models = live_models(base, tmp_path, point_seconds=bound)
+    operations = [ask(text_row(6)), ask(text_row(6)), ask(text_row(6)), STEP]
+    for seq_id, operation in enumerate(operations, 1):
+        store.submit("learning", seq_id, operation)
+        models.enqueue("learning")
+        while models.do_next():
+            pass
+        points.append(store.last_point("learning"))
+        models._since_point["learning"] = bound * (live.STEPLESS_POINTS if seq_id == 2 else 1)
+    assert points == [0, 0, 3, 4]
+
+
 def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) -> None:
     plain = done(base, tmp_path / "plain", lesson(tmp_path / "plain", "small"))
     root = tmp_path / "stopped"
