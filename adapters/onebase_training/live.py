@@ -180,8 +180,11 @@ class LiveModel:
         began = time.monotonic()
         checked = self.check(operation)
         if not operation.forward_only:
-            found, sums = self._backward(checked.rows, checked.loss, checked.settings, checked.exact)
-            return self.add(ComputedPass(found, sums, checked.tokens, time.monotonic() - began))
+            try:
+                found, sums = self._backward(checked.rows, checked.loss, checked.settings, checked.exact)
+                return self.add(ComputedPass(found, sums, checked.tokens, time.monotonic() - began))
+            finally:
+                self.clear()
         losses = [
             _loss(checked.loss, checked.exact[place], row, checked.settings)
             for place, row in enumerate(checked.rows)
@@ -921,8 +924,8 @@ class LiveModels:
                 model.clear()
             self._proven.difference_update(models)  # any of them may have spoilt it
             return False
-        for (one, number, _), outcome in zip(passes, computed, strict=True):
-            result = _added(models[one], outcome)
+        for (one, number, asked), outcome in zip(passes, computed, strict=True):
+            result = _added(models[one], asked, outcome)
             try:
                 self._store.write_result(one, number, result)
                 self._on_done(one, number)
@@ -989,11 +992,12 @@ class LiveModels:
                 # It is made again from its point, before its memory goes to others. Its next operation waits
                 # for a turn behind theirs.
                 self._lost.add(model.spec.id)
+                self._proven.discard(model.spec.id)
                 with suppress(ValueError):
                     self._turns.remove(model.spec.id)
                 self._turns.appendleft(model.spec.id)
             if is_out_of_memory(error):
-                return _too_large()
+                return _out_of_memory(operation)
             if isinstance(operation, Save):
                 code = "disk_full" if isinstance(error, OSError) else "save_failed"
                 return Refused(message=f"it cannot be saved: {error}", code=code, category="server")
@@ -1159,7 +1163,9 @@ def _ends_process(error: Exception) -> bool:
     return type(error) is RuntimeError and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
-def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Refused:
+def _added(
+    model: LiveModel, operation: ForwardBackward, computed: ComputedPass | Refused
+) -> Computed | Refused:
     """Add the gradients of a model's part in a pass of several, and return its result."""
     if isinstance(computed, Refused):
         return computed
@@ -1170,12 +1176,16 @@ def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Ref
     except Exception as error:
         if _ends_process(error) or not is_out_of_memory(error):
             raise
+        return _out_of_memory(operation)
+    finally:
         model.clear()
-        return _too_large()
 
 
-def _too_large() -> Refused:
-    message = "it needs more memory than the trainer may take: send fewer or shorter rows"
+def _out_of_memory(operation: Operation) -> Refused:
+    remedy = "try it again, end another run, or begin one of a lower rank"
+    if isinstance(operation, ForwardBackward):
+        remedy = "send fewer or shorter rows"
+    message = f"it needs more memory than the trainer may take: {remedy}"
     return Refused(message=message, code=_NO_MEMORY, category="server")
 
 

@@ -439,6 +439,32 @@ def test_a_model_with_which_a_pass_of_several_failed_joins_none_until_it_has_don
         assert refused == [name == bad and place in (1, 2, 3) for place in range(7)]
 
 
+def test_a_model_that_is_made_again_joins_no_pass_until_it_has_done_one_alone(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, together = LiveStore(tmp_path), list[tuple[str, int]]()
+
+    def counted(asked: Any) -> list[ComputedPass | Refused]:
+        together.extend((model.spec.id, store.next_seq(model.spec.id)) for model, _ in asked)
+        return compute_together(asked)
+
+    def failing(self: LiveModel, operation: OptimStep) -> Stepped:
+        raise RuntimeError("overflow")
+
+    monkeypatch.setattr(live, "compute_together", counted)
+    monkeypatch.setattr(LiveModel, "optim_step", failing)
+    for spec in SPECS:
+        store.create(spec)
+        for seq_id in range(1, 5):
+            fails = spec.id == "wide:0" and seq_id == 2
+            store.submit(spec.id, seq_id, STEP if fails else ask(text_row(9, seq_id)))
+    models = live_models(base, tmp_path, joins=True)
+    while models.do_next():
+        pass
+    assert isinstance(store.result("wide:0", 2), Refused)
+    assert together == [("small", 4), ("wide:0", 4)]
+
+
 def test_a_model_that_is_unloaded_while_a_pass_of_several_runs_leaves_the_others_theirs(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -615,6 +641,69 @@ def test_an_error_fails_its_operation_and_leaves_no_half_of_a_step(
     assert isinstance(found[1], Refused)
     assert (found[1].code, found[1].category) == ("operation_failed", "server")
     assert found[6].checkpoint.digest == plain[-1].checkpoint.digest  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("error", ["in its second pass", "while gradients are added", "of its loss"])
+def test_an_operation_that_fails_leaves_no_gradients_in_memory(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    store, passes, logits = LiveStore(tmp_path), list[int](), Trainable.logits
+
+    def second_fails(self: Trainable, packed: Any) -> torch.Tensor:
+        passes.append(len(packed.lengths))
+        if len(passes) > 1:
+            raise MemoryError
+        return logits(self, packed)
+
+    def full(self: LiveModel) -> None:
+        raise MemoryError
+
+    weights = np.array([1.0] * 5 + [3e38], "f4")
+    row = text_row(6, 1, weights=weights) if error == "of its loss" else text_row(6, 1)
+    if error == "in its second pass":
+        monkeypatch.setattr(live, "MICRO_TOKENS", 6)
+        monkeypatch.setattr(Trainable, "logits", second_fails)
+    elif error == "while gradients are added":
+        monkeypatch.setattr(LiveModel, "_add_gradients", full)
+    store.create(LEARNING)
+    store.submit("learning", 1, ask(row, text_row(6, 2)))
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    refused = store.result("learning", 1)
+    assert isinstance(refused, Refused)
+    assert refused.code == ("not_finite" if error == "of its loss" else "out_of_memory")
+    assert all(one.grad is None for one in models._models["learning"]._parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "operation", "remedy"),
+    [
+        ("forward_backward", ask(text_row(6)), "send fewer or shorter rows"),
+        ("optim_step", STEP, "try it again, end another run, or begin one of a lower rank"),
+        ("load", Load(folder="/nowhere"), "try it again, end another run, or begin one of a lower rank"),
+        (
+            "save",
+            Save(name="end", kind="weights"),
+            "try it again, end another run, or begin one of a lower rank",
+        ),
+    ],
+)
+def test_an_operation_without_memory_says_what_helps_it(
+    base: torch.nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    operation: Operation,
+    remedy: str,
+) -> None:
+    def full(self: LiveModel, *given: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LiveModel, method, full)
+    (refused,) = done(base, tmp_path, {1: operation}, LEARNING)
+    assert (refused.code, refused.category) == ("out_of_memory", "server")
+    assert refused.message == f"it needs more memory than the trainer may take: {remedy}"
 
 
 def test_an_error_of_the_device_or_the_base_ends_the_trainer_without_a_result(
