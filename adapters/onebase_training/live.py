@@ -843,10 +843,11 @@ class LiveModels:
         """Free the memory of a model that was unloaded, for those that wait for memory."""
         self._broken.pop(model_id, None)
         self._waiting.pop(model_id, None)
-        self._lost.discard(model_id)
         self._proven.discard(model_id)
         self._next_tokens.pop(model_id, None)
-        if self._models.pop(model_id, None) is not None:
+        self._since_point.pop(model_id, None)
+        if self._models.pop(model_id, None) is not None or model_id in self._lost:
+            self._lost.discard(model_id)
             gc.collect()
             self._wake_waiting()
 
@@ -988,7 +989,6 @@ class LiveModels:
                 raise
             half_done = isinstance(operation, OptimStep | Load)
             if half_done and self._models.pop(model.spec.id, None) is not None:
-                self._wake_waiting()
                 # It is made again from its point, before its memory goes to others. Its next operation waits
                 # for a turn behind theirs.
                 self._lost.add(model.spec.id)
@@ -1086,6 +1086,8 @@ class LiveModels:
         if not self._models:
             by_try = min(SHORTAGE_SECONDS / 2, by_try)
         pause = max(min(RETRY_SECONDS, 2 * shortage.pause), by_try)
+        if model_id in self._lost:
+            self._wake_waiting()  # what it had is free
         self._waiting[model_id] = _Shortage(pause, now + pause, since)
         when = f"in {pause:g} s" if has_next else "once an operation waits for it"
         logger.warning("no memory for training model %s: it is tried again %s", model_id, when)

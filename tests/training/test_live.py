@@ -770,6 +770,7 @@ def test_a_model_without_memory_waits_until_another_is_unloaded(
     while models.do_next():
         pass
     assert isinstance(store.result("wide:0", 2), Stepped)
+    assert list(models._since_point) == ["wide:0"]
 
 
 def test_a_model_alone_that_ran_out_of_memory_is_made_again_once_its_memory_is_free(
@@ -841,7 +842,7 @@ def test_a_model_waits_no_longer_once_another_has_lost_its_memory_by_a_failed_st
     assert isinstance(store.result("wide:0", 2), Stepped)
 
 
-def test_a_model_whose_step_failed_is_made_again_before_those_that_wait_for_its_memory(
+def test_a_model_whose_step_failed_is_made_again_and_those_that_wait_for_memory_wait_on(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for spec in SPECS:
@@ -861,11 +862,17 @@ def test_a_model_whose_step_failed_is_made_again_before_those_that_wait_for_its_
     monkeypatch.setattr(LiveModel, "read_state", full)
     monkeypatch.setattr(LiveModel, "optim_step", too_large)
     assert not models.do_next()
-    store.submit("small", 2, STEP)
+    for spec in SPECS:
+        store.submit(spec.id, 2, STEP)
+    for seq_id in (3, 4):
+        store.submit("small", seq_id, STEP)
+    pause = models.seconds_to_retry()
     models.enqueue("small")
     while models.do_next():
         pass
-    assert tried == ["small", "wide:0"] * 2
+    assert isinstance(store.result("small", 4), Refused)
+    assert tried == ["small", "wide:0", *["small"] * 3]
+    assert models.seconds_to_retry() == pause == 1.0
 
 
 def test_an_operation_of_another_model_comes_before_the_next_step_of_one_whose_steps_fail(
