@@ -728,7 +728,8 @@ class LiveModels:
         point_seconds: time of computing after which a point is written, as POINT_SECONDS.
         int8_cache: whether the engine that serves keeps keys and values in int8.
         memory: bytes for all models; 0: not known.
-        find_memory: returns these bytes anew; called before a model is made.
+        find_memory: returns these bytes anew; called before a model is made, and after an operation that ran
+            out of them.
         joins: whether small backward passes of several models are computed in one. Their bits then depend on
             each other.
         clock: returns the time, in seconds, by which models that wait for memory are tried again.
@@ -839,6 +840,10 @@ class LiveModels:
             shortage.next_try = self._clock()
             self.enqueue(model_id)
 
+    def _look_for_memory(self) -> None:
+        if self._find_memory is not None:
+            self._memory = self._find_memory()
+
     def _forget(self, model_id: str) -> None:
         """Free the memory of a model that was unloaded, for those that wait for memory."""
         self._broken.pop(model_id, None)
@@ -868,8 +873,7 @@ class LiveModels:
                 self._forget(other)
             self._store.write_begun(model_id, 0)
             gc.collect()  # PEFT's modules refer to one another: what was here before would keep its memory
-            if self._find_memory is not None:
-                self._memory = self._find_memory()
+            self._look_for_memory()
             self._make(model_id)
             self._store.forget_begun()
             if model_id not in self._models:
@@ -899,6 +903,8 @@ class LiveModels:
         self._store.write_result(model_id, seq_id, result)
         self._on_done(model_id, seq_id)
         if isinstance(result, Refused):
+            if result.code == _NO_MEMORY:
+                self._look_for_memory()  # there may be more for the next operation
             return True
         self._proven.add(model_id)
         if not isinstance(operation, Load) and not _leaves_state(operation):

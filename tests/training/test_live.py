@@ -689,7 +689,7 @@ def test_an_operation_that_fails_leaves_no_gradients_in_memory(
         ),
     ],
 )
-def test_an_operation_without_memory_says_what_helps_it(
+def test_an_operation_without_memory_says_what_helps_it_and_the_next_may_take_what_is_free_then(
     base: torch.nn.Module,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -697,13 +697,27 @@ def test_an_operation_without_memory_says_what_helps_it(
     operation: Operation,
     remedy: str,
 ) -> None:
+    store, order = LiveStore(tmp_path), list[str]()
+
     def full(self: LiveModel, *given: Any) -> None:
+        order.append("full")
         raise MemoryError
 
+    def find() -> int:
+        order.append("find")
+        return 1
+
     monkeypatch.setattr(LiveModel, method, full)
-    (refused,) = done(base, tmp_path, {1: operation}, LEARNING)
+    store.create(LEARNING)
+    store.submit("learning", 1, operation)
+    models = live_models(base, tmp_path, find_memory=find)
+    while models.do_next():
+        pass
+    refused = store.result("learning", 1)
+    assert isinstance(refused, Refused)
     assert (refused.code, refused.category) == ("out_of_memory", "server")
     assert refused.message == f"it needs more memory than the trainer may take: {remedy}"
+    assert order[:3] == ["find", "full", "find"]
 
 
 def test_an_error_of_the_device_or_the_base_ends_the_trainer_without_a_result(
