@@ -85,15 +85,18 @@ CHECKPOINTING_BYTES = 1 << 30
 HIGHEST_SETTING = 1e6
 """Largest learning rate, weight decay, epsilon and norm: what AdamW makes of them is a number of fp32."""
 POINT_SECONDS = 30.0
-"""Time of computing, in seconds, that a process that begins again may have to do over."""
+"""Time of computing, in seconds, that a process that begins again may have to do over. The first step after
+that time writes a point."""
+STEPLESS_POINTS = 4
+"""Multiple of that time from which on a point is written after a backward pass too, with its gradients."""
 RETRY_SECONDS = 60.0
 """Longest pause, in seconds, before a model for which there was no memory is tried again, while tries are
 quick. The first pause is one second, and each is twice the one before it."""
 PAUSE_BY_TRY = 10.0
 """Least pause before the next try, as a multiple of the time that the last try took."""
 SHORTAGE_SECONDS = 600.0
-"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded. No
-pause between two tries is longer than half of it."""
+"""Time, in seconds, after which a model is broken that finds no memory though no other model is loaded. While
+none is, no pause between two tries is longer than half of it."""
 _OPTIMIZER, _STATE, _META = "optimizer.safetensors", "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NO_MEMORY = "out_of_memory"
@@ -177,8 +180,11 @@ class LiveModel:
         began = time.monotonic()
         checked = self.check(operation)
         if not operation.forward_only:
-            found, sums = self._backward(checked.rows, checked.loss, checked.settings, checked.exact)
-            return self.add(ComputedPass(found, sums, checked.tokens, time.monotonic() - began))
+            try:
+                found, sums = self._backward(checked.rows, checked.loss, checked.settings, checked.exact)
+                return self.add(ComputedPass(found, sums, checked.tokens, time.monotonic() - began))
+            finally:
+                self.clear()
         losses = [
             _loss(checked.loss, checked.exact[place], row, checked.settings)
             for place, row in enumerate(checked.rows)
@@ -719,10 +725,11 @@ class LiveModels:
         gate: passed between any two layers; it may raise Interrupted, and nothing is lost by that.
         on_done: called with the model's id and the number of an operation that has its result; for a model
             that was made, or refused, with 0.
-        point_seconds: time of computing after which a point is written.
+        point_seconds: time of computing after which a point is written, as POINT_SECONDS.
         int8_cache: whether the engine that serves keeps keys and values in int8.
         memory: bytes for all models; 0: not known.
-        find_memory: returns these bytes anew; called before a model is made.
+        find_memory: returns these bytes anew; called before a model is made, and after an operation that ran
+            out of them.
         joins: whether small backward passes of several models are computed in one. Their bits then depend on
             each other.
         clock: returns the time, in seconds, by which models that wait for memory are tried again.
@@ -833,14 +840,19 @@ class LiveModels:
             shortage.next_try = self._clock()
             self.enqueue(model_id)
 
+    def _look_for_memory(self) -> None:
+        if self._find_memory is not None:
+            self._memory = self._find_memory()
+
     def _forget(self, model_id: str) -> None:
         """Free the memory of a model that was unloaded, for those that wait for memory."""
         self._broken.pop(model_id, None)
         self._waiting.pop(model_id, None)
-        self._lost.discard(model_id)
         self._proven.discard(model_id)
         self._next_tokens.pop(model_id, None)
-        if self._models.pop(model_id, None) is not None:
+        self._since_point.pop(model_id, None)
+        if self._models.pop(model_id, None) is not None or model_id in self._lost:
+            self._lost.discard(model_id)
             gc.collect()
             self._wake_waiting()
 
@@ -861,8 +873,7 @@ class LiveModels:
                 self._forget(other)
             self._store.write_begun(model_id, 0)
             gc.collect()  # PEFT's modules refer to one another: what was here before would keep its memory
-            if self._find_memory is not None:
-                self._memory = self._find_memory()
+            self._look_for_memory()
             self._make(model_id)
             self._store.forget_begun()
             if model_id not in self._models:
@@ -892,12 +903,13 @@ class LiveModels:
         self._store.write_result(model_id, seq_id, result)
         self._on_done(model_id, seq_id)
         if isinstance(result, Refused):
+            if result.code == _NO_MEMORY:
+                self._look_for_memory()  # there may be more for the next operation
             return True
         self._proven.add(model_id)
-        if not _leaves_state(operation):
+        if not isinstance(operation, Load) and not _leaves_state(operation):
             self._since_point[model_id] += time.monotonic() - began
-            if isinstance(operation, OptimStep) and self._since_point[model_id] > self._point_seconds:
-                self._write_point(model, seq_id, result)
+            self._write_point_if_due(model, seq_id, result)
         return True
 
     def _done_with_others(self, model_id: str, seq_id: int, operation: Operation) -> bool:
@@ -919,17 +931,17 @@ class LiveModels:
                 model.clear()
             self._proven.difference_update(models)  # any of them may have spoilt it
             return False
-        for (one, number, _), outcome in zip(passes, computed, strict=True):
-            result = _added(models[one], outcome)
+        for (one, number, asked), outcome in zip(passes, computed, strict=True):
+            result = _added(models[one], asked, outcome)
             try:
                 self._store.write_result(one, number, result)
+                self._on_done(one, number)
+                if isinstance(result, Computed):
+                    self._since_point[one] += result.seconds
+                    self._write_point_if_due(models[one], number, result)
             except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(one):
-                    raise
-                continue  # it was unloaded meanwhile
-            self._on_done(one, number)
-            if isinstance(result, Computed):
-                self._since_point[one] += result.seconds
+                    raise  # else it was unloaded meanwhile
         return True
 
     def _passes_with(
@@ -984,7 +996,6 @@ class LiveModels:
             model.clear()  # gradients of a pass that ended half-way
             half_done = isinstance(operation, OptimStep | Load)
             if half_done and self._models.pop(model.spec.id, None) is not None:
-                self._wake_waiting()
                 # It is made again from its point, before its memory goes to others. Its next operation waits
                 # for a turn behind theirs.
                 self._lost.add(model.spec.id)
@@ -993,8 +1004,7 @@ class LiveModels:
                     self._turns.remove(model.spec.id)
                 self._turns.appendleft(model.spec.id)
             if is_out_of_memory(error):
-                is_pass = isinstance(operation, ForwardBackward)
-                return _too_large() if is_pass else _too_large("end another run, or lower the rank")
+                return _out_of_memory(operation)
             if isinstance(operation, Save):
                 code = "disk_full" if isinstance(error, OSError) else "save_failed"
                 return Refused(message=f"it cannot be saved: {error}", code=code, category="server")
@@ -1083,6 +1093,8 @@ class LiveModels:
         if not self._models:  # nobody else has use for the time, and two tries fit before it is given up
             by_try = min(SHORTAGE_SECONDS / 2, by_try)
         pause = max(min(RETRY_SECONDS, 2 * shortage.pause), by_try)
+        if model_id in self._lost:
+            self._wake_waiting()  # what it had is free
         self._waiting[model_id] = _Shortage(pause, now + pause, since)
         when = f"in {pause:g} s" if has_next else "once an operation waits for it"
         logger.warning("no memory for training model %s: it is tried again %s", model_id, when)
@@ -1134,6 +1146,13 @@ class LiveModels:
                 logger.warning("operation %d of %s came out otherwise than before", seq_id, model_id)
         self._since_point[model_id] = time.monotonic() - began if last > point else 0.0
 
+    def _write_point_if_due(self, model: LiveModel, seq_id: int, result: Result) -> None:
+        """Write a point after an operation if too much would have to be done over: after a step sooner, since
+        gradients take room in a point."""
+        most = self._point_seconds if isinstance(result, Stepped) else STEPLESS_POINTS * self._point_seconds
+        if self._since_point[model.spec.id] > most:
+            self._write_point(model, seq_id, result)
+
     def _write_point(self, model: LiveModel, seq_id: int, result: Result | None) -> None:
         """Write the model's state after an operation, with its result: either both survive, or none."""
         with atomic_directory(self._store.point(model.spec.id, seq_id)) as work:
@@ -1153,7 +1172,9 @@ def _ends_process(error: Exception) -> bool:
     return type(error) is RuntimeError and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
-def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Refused:
+def _added(
+    model: LiveModel, operation: ForwardBackward, computed: ComputedPass | Refused
+) -> Computed | Refused:
     """Add the gradients of a model's part in a pass of several, and return its result."""
     if isinstance(computed, Refused):
         return computed
@@ -1164,11 +1185,15 @@ def _added(model: LiveModel, computed: ComputedPass | Refused) -> Computed | Ref
     except Exception as error:
         if _ends_process(error) or not is_out_of_memory(error):
             raise
+        return _out_of_memory(operation)
+    finally:
         model.clear()
-        return _too_large()
 
 
-def _too_large(remedy: str = "send fewer or shorter rows") -> Refused:
+def _out_of_memory(operation: Operation) -> Refused:
+    remedy = "try it again, end another run, or begin one of a lower rank"
+    if isinstance(operation, ForwardBackward):
+        remedy = "send fewer or shorter rows"
     message = f"it needs more memory than the trainer may take: {remedy}"
     return Refused(message=message, code=_NO_MEMORY, category="server")
 

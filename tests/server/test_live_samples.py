@@ -372,6 +372,8 @@ def test_few_samples_of_a_tenant_ask_again_at_once_whatever_their_weights_are(
         for number in range(6):
             assert (await samples.result(LOCAL.tenant, f"s:sample:0:{number}", 60.0)).result == b"drawn"
         assert not samples._turns_of_weights
+        assert not samples._turns
+        assert not samples._pausing
 
     asyncio.run(run())
 

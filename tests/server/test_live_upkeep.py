@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,24 @@ def test_a_steps_weights_go_once_nobody_samples_from_them(upkeep: Upkeep) -> Non
     assert upkeep.tidy(IDLE_SECONDS + 3, in_use=["s:sample:1"]) == ["final", "live-1", "live-2"]
     assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-2"]  # the newest, and what has a name
     assert upkeep.unloaded == []
+
+
+def test_the_times_of_samples_are_forgotten_with_the_weights_and_none_of_lost_ones_stays(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(time=lambda: LATER, monotonic=lambda: 0.0)
+    monkeypatch.setattr(service_module, "time", clock)
+    nothing: Any = SimpleNamespace(add_live=lambda *_: None, drop_live=lambda path: set())
+    upkeep.service._files = nothing
+    for name in ("live-0", "lost"):
+        path = f"tinker://{RUN}/sampler_weights/{name}"
+        sampler = LiveSampler("s:sample:0", "s", ACME.tenant, "base", path, LATER)
+        with suppress(LiveNotFoundError):
+            asyncio.run(upkeep.service.choose(sampler))
+    upkeep.tidy(IDLE_SECONDS)
+    assert len(upkeep.service._sampled) == 2
+    assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-2"]
+    assert not upkeep.service._sampled
 
 
 def test_a_run_ends_with_its_session_and_leaves_what_has_a_name(upkeep: Upkeep) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from collections.abc import Mapping
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -440,43 +439,30 @@ def test_a_model_with_which_a_pass_of_several_failed_joins_none_until_it_has_don
         assert refused == [name == bad and place in (1, 2, 3) for place in range(7)]
 
 
-def test_a_model_made_again_after_a_failed_step_joins_no_pass_before_it_has_done_one_alone(
+def test_a_model_that_is_made_again_joins_no_pass_until_it_has_done_one_alone(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, together, step = LiveStore(tmp_path), list[list[str]](), LiveModel.optim_step
+    store, together = LiveStore(tmp_path), list[tuple[str, int]]()
 
     def counted(asked: Any) -> list[ComputedPass | Refused]:
-        together.append(sorted(model.spec.id for model, _ in asked))
+        together.extend((model.spec.id, store.next_seq(model.spec.id)) for model, _ in asked)
         return compute_together(asked)
 
     def failing(self: LiveModel, operation: OptimStep) -> Stepped:
-        if operation.learning_rate == 0.5:
-            raise RuntimeError("overflow")
-        return step(self, operation)
-
-    def both(seq_ids: Mapping[str, int]) -> None:
-        for name, seq_id in seq_ids.items():
-            store.submit(name, seq_id, ask(text_row(9, seq_id)))
-            models.enqueue(name)
-        while models.do_next():
-            pass
+        raise RuntimeError("overflow")
 
     monkeypatch.setattr(live, "compute_together", counted)
     monkeypatch.setattr(LiveModel, "optim_step", failing)
     for spec in SPECS:
         store.create(spec)
+        for seq_id in range(1, 5):
+            fails = spec.id == "wide:0" and seq_id == 2
+            store.submit(spec.id, seq_id, STEP if fails else ask(text_row(9, seq_id)))
     models = live_models(base, tmp_path, joins=True)
-    both({"small": 1, "wide:0": 1})
-    store.submit("small", 2, OptimStep(learning_rate=0.5))
-    models.enqueue("small")
     while models.do_next():
         pass
-    assert isinstance(store.result("small", 2), Refused)
-    together.clear()
-    both({"small": 3, "wide:0": 2})
-    assert not together
-    both({"small": 4, "wide:0": 3})
-    assert together == [["small", "wide:0"]]
+    assert isinstance(store.result("wide:0", 2), Refused)
+    assert together == [("small", 4), ("wide:0", 4)]
 
 
 def test_a_model_that_is_unloaded_while_a_pass_of_several_runs_leaves_the_others_theirs(
@@ -657,6 +643,83 @@ def test_an_error_fails_its_operation_and_leaves_no_half_of_a_step(
     assert found[6].checkpoint.digest == plain[-1].checkpoint.digest  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("error", ["in its second pass", "while gradients are added", "of its loss"])
+def test_an_operation_that_fails_leaves_no_gradients_in_memory(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    store, passes, logits = LiveStore(tmp_path), list[int](), Trainable.logits
+
+    def second_fails(self: Trainable, packed: Any) -> torch.Tensor:
+        passes.append(len(packed.lengths))
+        if len(passes) > 1:
+            raise MemoryError
+        return logits(self, packed)
+
+    def full(self: LiveModel) -> None:
+        raise MemoryError
+
+    weights = np.array([1.0] * 5 + [3e38], "f4")
+    row = text_row(6, 1, weights=weights) if error == "of its loss" else text_row(6, 1)
+    if error == "in its second pass":
+        monkeypatch.setattr(live, "MICRO_TOKENS", 6)
+        monkeypatch.setattr(Trainable, "logits", second_fails)
+    elif error == "while gradients are added":
+        monkeypatch.setattr(LiveModel, "_add_gradients", full)
+    store.create(LEARNING)
+    store.submit("learning", 1, ask(row, text_row(6, 2)))
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    refused = store.result("learning", 1)
+    assert isinstance(refused, Refused)
+    assert refused.code == ("not_finite" if error == "of its loss" else "out_of_memory")
+    assert all(one.grad is None for one in models._models["learning"]._parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "operation", "remedy"),
+    [
+        ("forward_backward", ask(text_row(6)), "send fewer or shorter rows"),
+        ("optim_step", STEP, "try it again, end another run, or begin one of a lower rank"),
+        ("load", Load(folder="/nowhere"), "try it again, end another run, or begin one of a lower rank"),
+        (
+            "save",
+            Save(name="end", kind="weights"),
+            "try it again, end another run, or begin one of a lower rank",
+        ),
+    ],
+)
+def test_an_operation_without_memory_says_what_helps_it_and_the_next_may_take_what_is_free_then(
+    base: torch.nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    operation: Operation,
+    remedy: str,
+) -> None:
+    store, order = LiveStore(tmp_path), list[str]()
+
+    def full(self: LiveModel, *given: Any) -> None:
+        order.append("full")
+        raise MemoryError
+
+    def find() -> int:
+        order.append("find")
+        return 1
+
+    monkeypatch.setattr(LiveModel, method, full)
+    store.create(LEARNING)
+    store.submit("learning", 1, operation)
+    models = live_models(base, tmp_path, find_memory=find)
+    while models.do_next():
+        pass
+    refused = store.result("learning", 1)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.category) == ("out_of_memory", "server")
+    assert refused.message == f"it needs more memory than the trainer may take: {remedy}"
+    assert order[:3] == ["find", "full", "find"]
+
+
 def test_an_error_of_the_device_or_the_base_ends_the_trainer_without_a_result(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -721,6 +784,7 @@ def test_a_model_without_memory_waits_until_another_is_unloaded(
     while models.do_next():
         pass
     assert isinstance(store.result("wide:0", 2), Stepped)
+    assert list(models._since_point) == ["wide:0"]
 
 
 def test_a_model_alone_that_ran_out_of_memory_is_made_again_once_its_memory_is_free(
@@ -792,7 +856,7 @@ def test_a_model_waits_no_longer_once_another_has_lost_its_memory_by_a_failed_st
     assert isinstance(store.result("wide:0", 2), Stepped)
 
 
-def test_a_model_whose_step_failed_is_made_again_before_those_that_wait_for_its_memory(
+def test_a_model_whose_step_failed_is_made_again_and_those_that_wait_for_memory_wait_on(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for spec in SPECS:
@@ -812,11 +876,17 @@ def test_a_model_whose_step_failed_is_made_again_before_those_that_wait_for_its_
     monkeypatch.setattr(LiveModel, "read_state", full)
     monkeypatch.setattr(LiveModel, "optim_step", too_large)
     assert not models.do_next()
-    store.submit("small", 2, STEP)
+    for spec in SPECS:
+        store.submit(spec.id, 2, STEP)
+    for seq_id in (3, 4):
+        store.submit("small", seq_id, STEP)
+    pause = models.seconds_to_retry()
     models.enqueue("small")
     while models.do_next():
         pass
-    assert tried == ["small", "wide:0"] * 2
+    assert isinstance(store.result("small", 4), Refused)
+    assert tried == ["small", "wide:0", *["small"] * 3]
+    assert models.seconds_to_retry() == pause == 1.0
 
 
 def test_an_operation_of_another_model_comes_before_the_next_step_of_one_whose_steps_fail(
@@ -910,37 +980,36 @@ def test_a_model_alone_that_finds_no_memory_for_ten_minutes_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("try_seconds", "is_alone", "pause"),
-    [(12.0, True, 120.0), (120.0, True, SHORTAGE_SECONDS / 2), (120.0, False, 1200.0)],
+    ("others", "try_seconds", "pause"),
+    [((), 12.0, 120.0), ((), 120.0, SHORTAGE_SECONDS / 2), (SPECS[:1], 120.0, 1200.0)],
 )
-def test_the_pause_after_a_try_that_took_long_is_ten_times_as_long_and_of_a_model_alone_five_minutes_at_most(
+def test_the_pause_after_a_long_try_is_ten_times_as_long_but_five_minutes_at_most_for_a_model_alone(
     base: torch.nn.Module,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    others: tuple[ModelSpec, ...],
     try_seconds: float,
-    is_alone: bool,
     pause: float,
 ) -> None:
-    done(base, tmp_path, {1: ask(text_row(6))}, LEARNING)
-    if not is_alone:
-        done(base, tmp_path, {1: ask(text_row(6))}, SPECS[0])
+    for spec in (*others, LEARNING):
+        done(base, tmp_path, {1: ask(text_row(6))}, spec)
     store, clock, read = LiveStore(tmp_path), Clock(), LiveModel.read_state
+    models = LiveModels(base, store, OpenGate(), BaseName("tiny"), clock=clock)
 
     def full(self: LiveModel, folder: Path) -> None:
-        if self.spec.id != LEARNING.id:
-            return read(self, folder)
-        clock.now += try_seconds
-        raise MemoryError
+        if self.spec.id == "learning":
+            clock.now += try_seconds
+            raise MemoryError
+        read(self, folder)
 
     monkeypatch.setattr(LiveModel, "read_state", full)
-    models = live_models(base, tmp_path, clock=clock)
-    while models.do_next():
-        pass
+    for spec in (*others, LEARNING):
+        models.enqueue(spec.id)
+    assert not models.do_next()
     assert caplog.messages[-1].endswith("it is tried again once an operation waits for it")
     store.submit("learning", 2, STEP)
-    if is_alone:
-        assert models.seconds_to_retry() == pause
+    assert models.seconds_to_retry() == pause
     clock.retry(models)
     assert models.seconds_to_retry() == pause
     assert caplog.messages[-1].endswith(f"it is tried again in {pause:g} s")
@@ -1325,6 +1394,53 @@ def test_points_cover_what_is_done_and_its_operations_go(base: torch.nn.Module, 
     assert [seq_id for seq_id in operations if store.operation("learning", seq_id)] == []
     assert [path.name for path in (tmp_path / "learning" / "points").iterdir()] == ["00000004"]
     assert all(store.result("learning", seq_id) for seq_id in operations)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_backward_passes_without_a_step_are_in_a_point_with_their_gradients(
+    base: torch.nn.Module, tmp_path: Path, joins: bool
+) -> None:
+    ends = []
+    for point_seconds in (1e9, 0.0):
+        root = tmp_path / f"{point_seconds}"
+        store = LiveStore(root)
+        for spec in SPECS:
+            store.create(spec)
+            for seq_id in (1, 2, 3):
+                store.submit(spec.id, seq_id, ask(text_row(9, seq_id)))
+        models = live_models(base, root, joins=joins, point_seconds=point_seconds)
+        while models.do_next():
+            pass
+        newest = 0 if point_seconds else 3
+        assert [store.last_point(spec.id) for spec in SPECS] == [newest, newest]
+        if not point_seconds:
+            models = live_models(base, root, joins=joins)  # after the death of the other
+        for spec in SPECS:
+            store.submit(spec.id, 4, STEP)
+            store.submit(spec.id, 5, Save(name="end", kind="weights"))
+            models.enqueue(spec.id)
+        while models.do_next():
+            pass
+        ends.append([saved(store.result(spec.id, 5)) for spec in SPECS])
+    for one, other in zip(*ends, strict=True):
+        assert_equal(one, other)
+
+
+def test_a_point_between_steps_is_written_later_than_one_after_a_step(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    store, bound, points = LiveStore(tmp_path), 1e6, list[int]()
+    store.create(LEARNING)
+    models = live_models(base, tmp_path, point_seconds=bound)
+    operations = [ask(text_row(6)), ask(text_row(6)), ask(text_row(6)), STEP]
+    for seq_id, operation in enumerate(operations, 1):
+        store.submit("learning", seq_id, operation)
+        models.enqueue("learning")
+        while models.do_next():
+            pass
+        points.append(store.last_point("learning"))
+        models._since_point["learning"] = bound * (live.STEPLESS_POINTS if seq_id == 2 else 1)
+    assert points == [0, 0, 3, 4]
 
 
 def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -210,8 +211,8 @@ class Samples:
         self._recorder = recorder
         self._log = log
         self._open: dict[str, _Open] = {}
-        self._turns: dict[str, asyncio.Semaphore] = {}
-        self._pausing: dict[tuple[str, str], asyncio.Semaphore] = {}
+        self._turns = WeakValueDictionary[str, asyncio.Semaphore]()
+        self._pausing = WeakValueDictionary[tuple[str, str], asyncio.Semaphore]()
         self._turns_of_weights: dict[tuple[str, str, str | None], asyncio.Semaphore] = {}
         self._drawing: Counter[tuple[str, str, str | None]] = Counter()
         self._writer = _Writer(records, threads, server)

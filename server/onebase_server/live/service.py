@@ -280,7 +280,7 @@ class LiveTraining:
         self._prove_after: dict[str, tuple[int, float]] = {}
         """Save of a path whose proof failed, and the time from which on it is tried again."""
         self._sampled: dict[str, float] = {}
-        """Time of the last sample from each checkpoint's path."""
+        """Time of the last sample from each checkpoint's path, unless it is longer ago than IDLE_SECONDS."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = time.time()
         self._secret_lock = threading.Lock()
@@ -1054,6 +1054,7 @@ class LiveTraining:
         in_use: samplers with unfinished samples. Raises RegistryError.
         """
         now, began = now or time.time(), time.monotonic()
+        self._sampled = {path: at for path, at in self._sampled.items() if at >= now - IDLE_SECONDS}
         await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
         if self._trainer is None:
             return

@@ -32,7 +32,7 @@ from onebase_server.processes.live_protocol import (
 from onebase_server.processes.time_share import BusyFlag, device_gate
 from onebase_server.processes.trainer import CPU, alone, bound_memory, memory_limit, private_bytes, threads_of
 from onebase_training.events import Interrupted, Reason
-from onebase_training.live import BaseName, LiveModels
+from onebase_training.live import MODELS_SHARE, BaseName, LiveModels
 from onebase_training.live_operations import Refused
 from onebase_training.live_store import LiveStore
 
@@ -82,12 +82,15 @@ class ModelMemory:
         self._uncounted = bound_memory(self.limit, device)
 
     def find(self) -> int:
-        """Raise the limit to half of what is free now and of what the models have, and return it. A limit
-        that was asked for, and one that the engine sets aside on a GPU, stay as they are."""
+        """Set the limit to half of what is free now and of what the models have, and return it. It falls no
+        lower than to what they have and their passes need beside it. A limit that was asked for, and one that
+        the engine sets aside on a GPU, stay as they are."""
         if self._is_fixed:
             return self.limit
-        found = (free_memory(self._device) + self._taken()) // 2
-        if found > self.limit:
+        taken = self._taken()
+        lowest = min(self.limit, int(taken / MODELS_SHARE))
+        found = max(lowest, (free_memory(self._device) + taken) // 2)
+        if found != self.limit:
             self.limit = found
             bound_memory(found, self._device, self._uncounted)
         return self.limit
