@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import resource
 import socket
+import struct
 from collections.abc import Generator
 from dataclasses import fields
 from functools import partial
@@ -19,6 +21,9 @@ from onebase_edge.settings import Settings, inherited_listener
 
 LEAST_FILES = 64
 """Number of open files that are not for connections: the server has about thirty of its own."""
+_SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h; the socket module does not name it
+_RETURN_1 = struct.pack("=HBBI", 0x06, 0, 0, 1)
+"""A classic BPF program of one instruction, `struct sock_filter`: BPF_RET | BPF_K with the value 1."""
 _LAST_BYTES_SECONDS = 5
 """Time, in seconds after the drain, for what is already written but not yet sent."""
 
@@ -60,6 +65,18 @@ def bind(settings: Settings, *, take_over: bool | None = None) -> socket.socket:
         raise
     listener.setblocking(False)
     return listener
+
+
+def take_new_connections(listener: socket.socket) -> None:
+    """Let all new connections of an address that two processes listen at go to the later one, so that the
+    earlier one resets none that it has not accepted when it closes. Where the kernel refuses, both get some.
+
+    listener: the later one's socket, which listens.
+    """
+    program = ctypes.create_string_buffer(_RETURN_1)
+    described = struct.pack("@HP", 1, ctypes.addressof(program))  # struct sock_fprog
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, described)
 
 
 def url_of(listener: socket.socket) -> str:

@@ -52,7 +52,7 @@ from onebase_edge.forwarded import (
     change_of,
     forwarded_of,
 )
-from onebase_edge.listener import QuietServer, uvicorn_config
+from onebase_edge.listener import QuietServer, take_new_connections, uvicorn_config
 from onebase_edge.refusals import error_json, is_anthropic, may_repeat, refusal
 from onebase_edge.request_id import request_id
 from onebase_edge.settings import Settings, is_loopback
@@ -95,6 +95,8 @@ _MOST_TENANTS = 10_000
 _LEAVE_SECONDS = 2.0
 """Longest time, in seconds after a signal, in which clients' connections close one by one, each after an
 answer that says so."""
+_ACCEPT_SECONDS = 0.25
+"""Time, in seconds after a signal, in which connections are accepted whose handshake had begun by then."""
 _MOST_HELD = 1 << 30
 """Largest total size, in bytes, of bodies and of streams' transcripts that are held at once."""
 _BEHIND_SECONDS = 5.0
@@ -1334,6 +1336,7 @@ async def serve(
             route.is_beside_another = False
 
         route.is_beside_another = True
+        take_new_connections(listener)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(before, signal.SIGTERM)
         loop.add_reader(before, ended)
@@ -1368,7 +1371,7 @@ async def _leave_address(server: QuietServer) -> None:
 
     A connection closes after its next answer, which says so: closed without a word, it could meet a request.
     """
-    await asyncio.sleep(0)  # what has connected by now is accepted
+    await asyncio.sleep(_ACCEPT_SECONDS)
     for listening in getattr(server, "servers", ()):
         listening.close()
     until = time.monotonic() + _LEAVE_SECONDS

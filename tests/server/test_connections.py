@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_edge.cross_site import CrossSiteMiddleware
 from onebase_edge.errors import ApiError, ForbiddenError, UnauthenticatedError, UnavailableError
-from onebase_edge.listener import QuietServer
+from onebase_edge.listener import QuietServer, bind, take_new_connections
 from onebase_edge.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_edge.refusals import refusal
 from onebase_edge.settings import Settings
@@ -662,3 +662,17 @@ def test_what_is_turned_away_is_answered_in_its_turn_and_the_app_does_not_run() 
         assert (statuses(first), statuses(second)) == ([403, 200], [200, 403])
         assert [scope["path"] for scope in server.app.seen] == ["/", "/"]
         assert server.server.server_state.total_requests == 4
+
+
+def test_an_earlier_listener_gets_no_connection_once_a_later_one_takes_them() -> None:
+    with contextlib.ExitStack() as opened:
+        earlier = opened.enter_context(bind(Settings(port=0), take_over=False))
+        port = earlier.getsockname()[1]
+        later = opened.enter_context(bind(Settings(port=port), take_over=True))
+        later.listen()
+        take_new_connections(later)
+        for _ in range(20):
+            opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+            opened.enter_context(later.accept()[0])
+        with pytest.raises(BlockingIOError):
+            earlier.accept()
