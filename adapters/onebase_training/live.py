@@ -64,6 +64,7 @@ from onebase_training.live_store import (
     ENCRYPTED,
     PACKED,
     RESULT,
+    RESULTS_KEPT,
     START,
     LiveStore,
     Made,
@@ -89,6 +90,9 @@ POINT_SECONDS = 30.0
 that time writes a point."""
 STEPLESS_POINTS = 4
 """Multiple of that time from which on a point is written after a backward pass too, with its gradients."""
+POINT_OPERATIONS = RESULTS_KEPT // 2
+"""Number of a model's operations after which a point is written however little they computed: without one no
+operation's file is deleted, and no result's."""
 RETRY_SECONDS = 60.0
 """Longest pause, in seconds, before a model for which there was no memory is tried again, while tries are
 quick. The first pause is one second, and each is twice the one before it."""
@@ -905,10 +909,11 @@ class LiveModels:
         if isinstance(result, Refused):
             if result.code == _NO_MEMORY:
                 self._look_for_memory()  # there may be more for the next operation
-            return True
-        self._proven.add(model_id)
-        if not isinstance(operation, Load) and not _leaves_state(operation):
-            self._since_point[model_id] += time.monotonic() - began
+        else:
+            self._proven.add(model_id)
+            if not isinstance(operation, Load) and not _leaves_state(operation):
+                self._since_point[model_id] += time.monotonic() - began
+        if model_id not in self._lost:
             self._write_point_if_due(model, seq_id, result)
         return True
 
@@ -938,7 +943,7 @@ class LiveModels:
                 self._on_done(one, number)
                 if isinstance(result, Computed):
                     self._since_point[one] += result.seconds
-                    self._write_point_if_due(models[one], number, result)
+                self._write_point_if_due(models[one], number, result)
             except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(one):
                     raise  # else it was unloaded meanwhile
@@ -1147,10 +1152,11 @@ class LiveModels:
         self._since_point[model_id] = time.monotonic() - began if last > point else 0.0
 
     def _write_point_if_due(self, model: LiveModel, seq_id: int, result: Result) -> None:
-        """Write a point after an operation if too much would have to be done over: after a step sooner, since
-        gradients take room in a point."""
+        """Write a point after an operation if too much would have to be done over, or too many operations are
+        kept. After a step it is written sooner, since gradients take room in a point."""
         most = self._point_seconds if isinstance(result, Stepped) else STEPLESS_POINTS * self._point_seconds
-        if self._since_point[model.spec.id] > most:
+        operations = seq_id - self._store.last_point(model.spec.id)
+        if self._since_point[model.spec.id] > most or operations >= POINT_OPERATIONS:
             self._write_point(model, seq_id, result)
 
     def _write_point(self, model: LiveModel, seq_id: int, result: Result | None) -> None:

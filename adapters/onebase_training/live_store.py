@@ -32,7 +32,7 @@ from onebase_training.live_operations import (
 )
 
 RESULTS_KEPT = 1024
-"""Number of a model's newest results that can be asked for."""
+"""Number of a model's newest results that can be asked for. Older ones stay until a point covers them."""
 MOST_MODELS = 64
 """Largest number of models of one owner that are trained at once."""
 _BACKUP_TRIES = 5
@@ -268,8 +268,9 @@ class LiveStore:
     def write_result(self, model_id: str, seq_id: int, result: Result) -> None:
         """Record a result: the operation is done when this returns."""
         _write(self._path(model_id, "results", seq_id), _encode(result))
-        with suppress(FileNotFoundError):
-            self._path(model_id, "results", seq_id - RESULTS_KEPT).unlink()
+        old, point = seq_id - RESULTS_KEPT, self.last_point(model_id)
+        if old <= point or point < 0:  # else it says whether the operation is done over; -1: none ever is
+            self._path(model_id, "results", old).unlink(missing_ok=True)
 
     def write_begun(self, model_id: str, seq_id: int) -> None:
         """Record the operation that is being done now, for whoever finds that its process has died.
@@ -325,13 +326,18 @@ class LiveStore:
                 self.write_result(model_id, seq_id, result)
 
     def forget_before(self, model_id: str, seq_id: int) -> None:
-        """Delete older points than this one, and the operations that it covers."""
+        """Delete older points than this one, the operations that it covers, and their results but the newest
+        RESULTS_KEPT of the model."""
         for number in _numbers(self.folder(model_id) / "points"):
             if number < seq_id:
                 shutil.rmtree(self.point(model_id, number), ignore_errors=True)
         for number in _numbers(self.folder(model_id) / "operations"):
             if number <= seq_id:
                 self._path(model_id, "operations", number).unlink(missing_ok=True)
+        old = max(seq_id, self.last_result(model_id)) - RESULTS_KEPT
+        for number in _numbers(self.folder(model_id) / "results"):
+            if number <= min(seq_id, old):
+                self._path(model_id, "results", number).unlink(missing_ok=True)
 
     # ---- checkpoints -------------------------------------------------------------------------
 

@@ -1443,6 +1443,54 @@ def test_a_point_between_steps_is_written_later_than_one_after_a_step(
     assert points == [0, 0, 3, 4]
 
 
+@pytest.mark.parametrize("joins", [False, True])
+def test_operations_that_compute_little_are_covered_by_points_too(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins: bool
+) -> None:
+    monkeypatch.setattr(live, "POINT_OPERATIONS", 3)
+    store, row = LiveStore(tmp_path), text_row(5)
+    store.create(LEARNING)
+    store.create(SPECS[0])
+    store.submit("small", 1, ask(row))
+    models = live_models(base, tmp_path, joins=joins, point_seconds=1e9)
+    save, refused = Save(name="a", kind="sampler", overwrite=True), Refuse(message="too long")
+    operations = [ask(row), refused, save, save, ask(row, loss="no such loss"), refused, refused, ask(row)]
+    points = list[int]()
+    for seq_id, operation in enumerate(operations, 1):
+        store.submit("learning", seq_id, operation)
+        store.submit("small", seq_id + 1, ask(row))
+        models.enqueue("learning")
+        models.enqueue("small")
+        while models.do_next():
+            pass
+        points.append(store.last_point("learning"))
+    assert points == [0, 0, 3, 3, 3, 6, 6, 6]
+    assert store.last_point("small") == 9
+    left = [seq_id for seq_id in range(1, 9) if store.operation("learning", seq_id) is not None]
+    assert left == [7, 8]
+
+
+def test_what_was_refused_long_ago_is_not_done_over(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal is older than all results that can be asked for, and no point covers it."""
+    monkeypatch.setattr("onebase_training.live_store.RESULTS_KEPT", 2)
+    forward_backward = LiveModel.forward_backward
+
+    def full(self: LiveModel, operation: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LiveModel, "forward_backward", full)
+    first = done(base, tmp_path, {1: ask(text_row(5, 1))}, LEARNING)
+    monkeypatch.setattr(LiveModel, "forward_backward", forward_backward)
+    little: list[Operation] = [Refuse(message="too long")] * 4
+    rest = [STEP, *little, ask(text_row(5, 2)), STEP, Save(name="end", kind="weights")]
+    found = done(base, tmp_path, dict(enumerate(rest, 2)), LEARNING)
+    assert [type(one) for one in (*first, *found[:2])] == [Refused] * 3
+    alone = done(base, tmp_path / "alone", dict(enumerate(rest[-3:], 1)), LEARNING)
+    assert_equal(saved(found[-1]), saved(alone[-1]))
+
+
 def test_an_interruption_loses_nothing(base: torch.nn.Module, tmp_path: Path) -> None:
     plain = done(base, tmp_path / "plain", lesson(tmp_path / "plain", "small"))
     root = tmp_path / "stopped"
@@ -1545,3 +1593,21 @@ def test_results_are_kept_for_a_while(tmp_path: Path, monkeypatch: pytest.Monkey
         store.write_result("learning", seq_id, Refused(message=str(seq_id)))
     assert [store.expired("learning", seq_id) for seq_id in range(7)] == [False, True, True] + [False] * 4
     assert store.next_seq("learning") == 5
+
+
+def test_a_result_that_no_point_covers_is_kept_until_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_training.live_store.RESULTS_KEPT", 2)
+    store = LiveStore(tmp_path)
+    store.create(LEARNING)
+    store.point("learning", 0).mkdir()
+    for seq_id in range(1, 6):
+        store.write_result("learning", seq_id, Refused(message=str(seq_id)))
+    assert not any(store.expired("learning", seq_id) for seq_id in range(1, 6))
+    store.point("learning", 2).mkdir()
+    store.forget_before("learning", 2)
+    assert [seq_id for seq_id in range(1, 6) if store.expired("learning", seq_id)] == [1, 2]
+    store.point("learning", 5).mkdir()
+    store.forget_before("learning", 5)
+    assert [seq_id for seq_id in range(1, 6) if store.expired("learning", seq_id)] == [1, 2, 3]
