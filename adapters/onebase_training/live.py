@@ -10,6 +10,7 @@ more than the rows, do rows of several models share a pass.
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import hashlib
 import importlib.util
@@ -809,7 +810,7 @@ class LiveModels:
         changed. Returns False if nothing waits.
 
         Raises OSError, Interrupted: no result was written. The operation is done again by the next process,
-        from the state before it.
+        from the state before it. Where the disk failed, that is not held against the operation.
         """
         for model_id in self._waiting:
             if self._is_due(model_id) and self._store.has_next(model_id):
@@ -823,6 +824,9 @@ class LiveModels:
             except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(model_id):
                     raise
+            except OSError:
+                self._store.forget_begun()  # the disk may be full for a moment
+                raise
             if not self._store.is_live(model_id):
                 self._forget(model_id)
         return False
@@ -1063,7 +1067,7 @@ class LiveModels:
             self._broken[model_id] = Refused(message=str(error), code="model_refused")
             self._store.write_made(model_id, Made(refused=str(error)))
         except Exception as error:
-            if _ends_process(error):
+            if _ends_process(error) or (made is not None and _is_disk_full(error)):
                 raise
             message = f"the model cannot be continued: {error or type(error).__name__}"
             if is_out_of_memory(error):
@@ -1176,6 +1180,10 @@ def _ends_process(error: Exception) -> bool:
     if isinstance(error, Interrupted | torch.AcceleratorError | BaseChangedError):
         return True
     return type(error) is RuntimeError and "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _added(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 import weakref
@@ -1330,6 +1331,10 @@ def test_names_and_times_of_checkpoints(base: torch.nn.Module, tmp_path: Path) -
 # ---- a process that ends -----------------------------------------------------------------------
 
 
+def no_space(*given: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 class _CutError(BaseException):
     """Stands for the death of the process."""
 
@@ -1441,6 +1446,63 @@ def test_a_point_between_steps_is_written_later_than_one_after_a_step(
         points.append(store.last_point("learning"))
         models._since_point["learning"] = bound * (live.STEPLESS_POINTS if seq_id == 2 else 1)
     assert points == [0, 0, 3, 4]
+
+
+@pytest.mark.parametrize("full", ["its result", "its point", "the model's first point"])
+def test_a_full_disk_ends_the_trainer_and_is_not_held_against_the_operation(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    store, operation = LiveStore(tmp_path), ask(text_row(6))
+    store.create(LEARNING)
+    store.submit("learning", 1, operation)
+    last = 1
+    if full != "the model's first point":
+        done(base, tmp_path, {1: operation, 2: Save(name="a", kind="weights")}, LEARNING)
+        start = Load(folder=str(tmp_path / "learning" / "weights" / "a"))
+        last = 3
+        store.submit("learning", last, start if full == "its point" else operation)
+    with pytest.MonkeyPatch.context() as patch:
+        if full == "its result":
+            patch.setattr(LiveStore, "write_result", no_space)
+        else:
+            patch.setattr(LiveModel, "write_state", no_space)
+            patch.setattr(LiveStore, "write_made", no_space)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space"):
+                live_models(base, tmp_path).do_next()
+            assert store.died_of() is None
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    assert not isinstance(store.result("learning", last), Refused | None)
+
+
+def test_a_result_for_which_the_disk_is_full_breaks_no_model_that_is_continued(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The point of a load was written, and its result is to be written by the next process."""
+    save = Save(name="a", kind="weights")
+    done(base, tmp_path, {1: save}, LEARNING)
+    store = LiveStore(tmp_path)
+    store.submit("learning", 2, Load(folder=str(tmp_path / "learning" / "weights" / "a")))
+    write_result = LiveStore.write_result
+
+    def full(self: LiveStore, model_id: str, seq_id: int, result: Any) -> None:
+        if seq_id == 2:
+            no_space()
+        write_result(self, model_id, seq_id, result)
+
+    monkeypatch.setattr(LiveStore, "write_result", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            live_models(base, tmp_path).do_next()
+        assert store.last_point("learning") == 2
+        store.submit("learning", 3, ask(text_row(6)))
+    monkeypatch.setattr(LiveStore, "write_result", write_result)
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    assert isinstance(store.result("learning", 3), Computed)
 
 
 @pytest.mark.parametrize("joins", [False, True])
