@@ -770,6 +770,9 @@ class LiveModels:
         self._point_seconds = point_seconds
         self._models: dict[str, LiveModel] = {}
         self._since_point: dict[str, float] = {}
+        """Seconds of computing that no point of a model covers."""
+        self._failed_points: dict[str, tuple[int, float]] = {}
+        """Operation after which a model's last point could not be written, and `_since_point` then."""
         self._broken: dict[str, Refused] = {}
         """Result of each operation of a model that could not be made here."""
         self._waiting: dict[str, _Shortage] = {}
@@ -859,6 +862,7 @@ class LiveModels:
         self._proven.discard(model_id)
         self._next_tokens.pop(model_id, None)
         self._since_point.pop(model_id, None)
+        self._failed_points.pop(model_id, None)
         if self._models.pop(model_id, None) is not None or model_id in self._lost:
             self._lost.discard(model_id)
             gc.collect()
@@ -1154,14 +1158,24 @@ class LiveModels:
             if isinstance(again, Stepped) and isinstance(kept, Stepped) and again != kept:
                 logger.warning("operation %d of %s came out otherwise than before", seq_id, model_id)
         self._since_point[model_id] = time.monotonic() - began if last > point else 0.0
+        self._failed_points.pop(model_id, None)
 
     def _write_point_if_due(self, model: LiveModel, seq_id: int, result: Result) -> None:
         """Write a point after an operation if too much would have to be done over, or too many operations are
-        kept. After a step it is written sooner, since gradients take room in a point."""
+        kept. After a step it is written sooner, since gradients take room in a point. Nothing is lost without
+        it, so one that cannot be written is tried again after as much time or as many operations more."""
+        model_id = model.spec.id
         most = self._point_seconds if isinstance(result, Stepped) else STEPLESS_POINTS * self._point_seconds
-        operations = seq_id - self._store.last_point(model.spec.id)
-        if self._since_point[model.spec.id] > most or operations >= POINT_OPERATIONS:
+        last, covered = self._failed_points.get(model_id, (self._store.last_point(model_id), 0.0))
+        if self._since_point[model_id] - covered <= most and seq_id - last < POINT_OPERATIONS:
+            return
+        try:
             self._write_point(model, seq_id, result)
+        except OSError as error:
+            logger.warning(
+                "no point of training model %s is written, and it is tried later: %s", model_id, error
+            )
+            self._failed_points[model_id] = seq_id, self._since_point[model_id]
 
     def _write_point(self, model: LiveModel, seq_id: int, result: Result | None) -> None:
         """Write the model's state after an operation, with its result: either both survive, or none."""
@@ -1173,6 +1187,7 @@ class LiveModels:
         for work in self._store.point(model.spec.id, seq_id).parent.glob(".*"):
             shutil.rmtree(work, ignore_errors=True)
         self._since_point[model.spec.id] = 0.0
+        self._failed_points.pop(model.spec.id, None)
 
 
 def _ends_process(error: Exception) -> bool:

@@ -1477,6 +1477,40 @@ def test_a_full_disk_ends_the_trainer_and_is_not_held_against_the_operation(
     assert not isinstance(store.result("learning", last), Refused | None)
 
 
+@pytest.mark.parametrize("due", ["by time", "by operations"])
+def test_a_point_that_does_not_fit_on_the_disk_is_tried_again_later(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: str
+) -> None:
+    store, bound, tries = LiveStore(tmp_path), 1e6, list[int]()
+    monkeypatch.setattr(live, "POINT_OPERATIONS", 3 if due == "by operations" else 1000)
+    store.create(LEARNING)
+    models = live_models(base, tmp_path, point_seconds=bound)
+    assert not models.do_next()
+
+    def full(self: LiveModel, folder: Path) -> None:
+        tries.append(store.last_result("learning"))
+        no_space()
+
+    def do_next(seq_id: int, seconds: float) -> None:
+        """Do one operation. seconds: computing since the point, as it is before."""
+        store.submit("learning", seq_id, ask(text_row(6)) if seq_id % 2 else STEP)
+        models._since_point["learning"] = seconds if due == "by time" else 1.0
+        models.enqueue("learning")
+        while models.do_next():
+            pass
+        assert isinstance(store.result("learning", seq_id), Stepped | Computed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveModel, "write_state", full)
+        for seq_id in range(1, 8):
+            do_next(seq_id, seconds=1.0 if seq_id == 1 else 2 * bound if seq_id < 6 else 4 * bound)
+        assert tries == ([2, 6] if due == "by time" else [3, 6])
+        assert store.last_point("learning") == 0
+        assert models._since_point["learning"] > (4 * bound if due == "by time" else 1.0)
+    models.write_points()
+    assert store.last_point("learning") == 7
+
+
 def test_a_result_for_which_the_disk_is_full_breaks_no_model_that_is_continued(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
