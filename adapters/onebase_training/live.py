@@ -909,15 +909,12 @@ class LiveModels:
             return True
         began = time.monotonic()
         model = self._models[model_id]
-        result = self._done(model, seq_id, operation)
+        result = self._done_alone(model, seq_id, operation)
         if isinstance(operation, Load) and not isinstance(result, Refused):
             self._write_point(model, seq_id, result)  # the checkpoint may be gone when it would be done over
         self._store.write_result(model_id, seq_id, result)
         self._on_done(model_id, seq_id)
-        if isinstance(result, Refused):
-            if result.code == _NO_MEMORY:
-                self._look_for_memory()  # there may be more for the next operation
-        else:
+        if not isinstance(result, Refused):
             self._proven.add(model_id)
             if not isinstance(operation, Load) and not _leaves_state(operation):
                 self._since_point[model_id] += time.monotonic() - began
@@ -925,10 +922,20 @@ class LiveModels:
             self._write_point_if_due(model, seq_id, result)
         return True
 
+    def _done_alone(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
+        """Do an operation. A pass without memory is done once more if there is more now than it was given."""
+        result, before = self._done(model, seq_id, operation), self._memory
+        if isinstance(result, Refused) and result.code == _NO_MEMORY:
+            self._look_for_memory()
+            if isinstance(operation, ForwardBackward) and self._memory > before:
+                return self._done(model, seq_id, operation)
+        return result
+
     def _done_with_others(self, model_id: str, seq_id: int, operation: Operation) -> bool:
         """Do a backward pass together with those that are next in the order of other models.
 
-        Return False if there are none that fit, or the pass failed: then it is done by itself.
+        One without memory for its gradients is left to a later turn. Return False if there are none that fit,
+        or the pass failed: then it is done by itself.
         """
         passes = self._passes_with(model_id, seq_id, operation) if self._joins else []
         if len(passes) < 2:
@@ -946,6 +953,9 @@ class LiveModels:
             return False
         for (one, number, asked), outcome in zip(passes, computed, strict=True):
             result = _added(models[one], asked, outcome)
+            if isinstance(result, Refused) and result.code == _NO_MEMORY:
+                self._proven.discard(one)  # it is done by itself, where more memory is looked for
+                continue
             try:
                 self._store.write_result(one, number, result)
                 self._on_done(one, number)

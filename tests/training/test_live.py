@@ -365,18 +365,23 @@ def test_an_operation_that_does_not_fit_into_passes_of_others_is_read_once_to_fi
     assert max(read.count((name, 2)) for name in names) == 2  # by another one, and in its own turn
 
 
-def test_a_model_for_whose_gradients_memory_is_short_in_a_pass_of_several_is_refused_alone(
-    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("more", [False, True])
+def test_a_pass_for_whose_gradients_memory_is_short_in_one_of_several_is_done_alone_with_what_is_free_then(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: bool
 ) -> None:
-    store, together = LiveStore(tmp_path), list[int]()
+    store, together, found = LiveStore(tmp_path), list[int](), list[int]()
     add_gradients = LiveModel._add_gradients
 
     def counted(asked: Any) -> list[ComputedPass | Refused]:
         together.append(len(asked))
         return compute_together(asked)
 
+    def find() -> int:
+        found.append(10**12 + (len(found) if more else 0))
+        return found[-1]
+
     def full(self: LiveModel) -> None:
-        if together == [2] and self.spec.id == SPECS[0].id:
+        if together == [2] and self.spec.id == SPECS[0].id and not (more and len(found) > 2):
             raise torch.OutOfMemoryError("CUDA out of memory")
         add_gradients(self)
 
@@ -386,13 +391,17 @@ def test_a_model_for_whose_gradients_memory_is_short_in_a_pass_of_several_is_ref
         store.create(spec)
         for seq_id in (1, 2):
             store.submit(spec.id, seq_id, ask(text_row(9, seq_id)))
-    models = live_models(base, tmp_path, joins=True)
+    models = live_models(base, tmp_path, joins=True, find_memory=find)
     while models.do_next():
         pass
     assert together == [2]
-    refused, computed = (store.result(spec.id, 2) for spec in SPECS)
-    assert isinstance(refused, Refused)
-    assert (refused.code, refused.category) == ("out_of_memory", "server")
+    assert len(found) == 3  # of two models that were made, and of the pass
+    short, computed = (store.result(spec.id, 2) for spec in SPECS)
+    if more:
+        assert isinstance(short, Computed)
+    else:
+        assert isinstance(short, Refused)
+        assert (short.code, short.category) == ("out_of_memory", "server")
     assert isinstance(computed, Computed)
     assert all(one.grad is None for one in models._models[SPECS[0].id]._parameters.values())
 
@@ -719,6 +728,34 @@ def test_an_operation_without_memory_says_what_helps_it_and_the_next_may_take_wh
     assert (refused.code, refused.category) == ("out_of_memory", "server")
     assert refused.message == f"it needs more memory than the trainer may take: {remedy}"
     assert order[:3] == ["find", "full", "find"]
+
+
+@pytest.mark.parametrize(("free", "tries"), [(1000, 2), (500, 1), (400, 1)])
+def test_a_pass_without_memory_is_done_again_if_there_is_more_now(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, tries: int
+) -> None:
+    """The limit fell while another process had the memory, which may have given it back since."""
+    store, limit, passes = LiveStore(tmp_path), [500], list[int]()
+    forward_backward = LiveModel.forward_backward
+
+    def bounded(self: LiveModel, operation: Any) -> Computed:
+        passes.append(models._memory)
+        if models._memory < 1000:
+            raise MemoryError
+        return forward_backward(self, operation)
+
+    monkeypatch.setattr(LiveModel, "forward_backward", bounded)
+    store.create(LEARNING)
+    models = live_models(base, tmp_path, find_memory=lambda: limit[0])
+    assert not models.do_next()
+    limit[0] = free
+    store.submit("learning", 1, ask(text_row(6)))
+    models.enqueue("learning")
+    while models.do_next():
+        pass
+    assert passes == [500, 1000][:tries]
+    result = store.result("learning", 1)
+    assert isinstance(result, Computed) if tries == 2 else isinstance(result, Refused)
 
 
 def test_an_error_of_the_device_or_the_base_ends_the_trainer_without_a_result(
