@@ -869,11 +869,15 @@ class LiveModels:
             self._wake_waiting()
 
     def write_points(self) -> None:
-        """Write all models to the disk, so that nothing has to be done over. Raises OSError."""
+        """Write all models to the disk, so that nothing has to be done over. One that cannot be written, or
+        that is unloaded meanwhile, is skipped."""
         for model_id, model in self._models.items():
-            if self._since_point[model_id] and self._store.is_live(model_id):
-                last = self._store.last_result(model_id)
-                self._write_point(model, last, self._store.result(model_id, last))
+            try:
+                if self._since_point[model_id] and self._store.is_live(model_id):
+                    last = self._store.last_result(model_id)
+                    self._write_point(model, last, self._store.result(model_id, last))
+            except (OSError, UnknownLiveModelError) as error:
+                logger.warning("no point of training model %s is written: %s", model_id, error)
 
     def _do_next_of(self, model_id: str) -> bool:
         if not self._store.is_live(model_id) or self._store.spec(model_id).base_id != self._store.base_id:

@@ -1576,6 +1576,27 @@ def test_a_result_for_which_the_disk_is_full_breaks_no_model_that_is_continued(
     assert isinstance(store.result("learning", 3), Computed)
 
 
+def test_a_model_that_cannot_be_written_at_a_stop_leaves_the_others_theirs(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, write_state = LiveStore(tmp_path), LiveModel.write_state
+    for spec in SPECS:
+        store.create(spec)
+        store.submit(spec.id, 1, ask(text_row(6)))
+    models = live_models(base, tmp_path, point_seconds=1e9)
+    while models.do_next():
+        pass
+
+    def full(self: LiveModel, folder: Path) -> None:
+        if self.spec.id == next(iter(models._models)):
+            no_space()
+        write_state(self, folder)
+
+    monkeypatch.setattr(LiveModel, "write_state", full)
+    models.write_points()
+    assert sorted(store.last_point(spec.id) for spec in SPECS) == [0, 1]
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_operations_that_compute_little_are_covered_by_points_too(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins: bool
