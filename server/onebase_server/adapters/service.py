@@ -388,11 +388,13 @@ class AdapterService:
         *,
         checked: Checked | None = None,
         actor: str = "",
+        if_due: bool = False,
         wait_for_verifier: bool = True,
     ) -> VersionRecord:
         """Register stored files under a tenant's name, and start making them ready unless they are.
 
         checked: the result of `check_signature`.
+        if_due: of a version that is ready already, as in Registry.activate.
         wait_for_verifier: without a verifier, wait for one; else leave the version unfinished.
 
         Raises StoreFullError, UnavailableError.
@@ -413,7 +415,7 @@ class AdapterService:
             )
         if version.state == "ready":
             if options.activate:
-                await self.activation.activate(tenant, name, version.digest, actor=actor)
+                await self.activation.activate(tenant, name, version.digest, if_due=if_due, actor=actor)
             return version
         self._begin(version, options, wait_for_verifier=wait_for_verifier)
         return version

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onebase_adapters.registry import (
+    AdapterRecord,
     Origin,
     TrainingJob,
     TrainingRecords,
@@ -71,14 +72,15 @@ class CheckpointModels:
         StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
         signatures refuses what its job trains), UnavailableError, and what adding an adapter raises.
 
-        One that was deactivated after its proof stays so, also while it is proved again."""
+        One that was deactivated stays so, also when that happened while it was proved, or it is proved
+        again."""
         job, step, place = await self.check(tenant, name, param=param)
         catalog = self._library.catalog
         record = catalog.of(tenant).own(name)
         if record is None or record.active is None:
             await catalog.look()  # another server may have changed it
             record = catalog.of(tenant).own(name)
-        if record is not None and (record.active or not all(one.activates for one in record.versions)):
+        if record is not None and _is_settled(record):
             return
         if place is None:
             raise StateConflictError(
@@ -165,10 +167,14 @@ class CheckpointModels:
             return
         with storage_errors(name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
+        await self._library.catalog.look()
+        record = self._library.catalog.of(tenant).own(name)
+        if record is not None and _is_settled(record):  # it was deactivated meanwhile
+            return
         source = {"kind": "checkpoint", "job": job.id, "step": step}
         options = VersionOptions(activate=True, any_base=True)
         with acting(Origin(job.key, actor=ACTOR)):
-            version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)
+            version = await self._library.add(tenant, name, files, source, options, if_due=True, actor=ACTOR)
         version = await self._library.wait(tenant, name, version.digest)
         if version.error is not None:
             raise VersionFailedError(
@@ -182,6 +188,11 @@ class CheckpointModels:
             await self._library.activation.delete(tenant, name, force=False)
         except ApiError as error:
             _log.info("%s stays for now: %s", name, error.message)
+
+
+def _is_settled(record: AdapterRecord) -> bool:
+    """Return True if a checkpoint is active, or somebody has decided that it is not to be."""
+    return record.active is not None or not all(one.activates for one in record.versions)
 
 
 def _parsed(name: str) -> _Wanted | None:
