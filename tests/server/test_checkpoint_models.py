@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from openai import OpenAI
 from onebase_adapters.registry import DEFAULT_TENANT, Registry
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
+from onebase_edge.errors import VersionFailedError
 from onebase_server.jobs import checkpoints
 from onebase_server.jobs.checkpoints import CheckpointModels, adapter_of
 
@@ -182,6 +183,10 @@ class Checkpoint:
         self.registry.deactivate(DEFAULT_TENANT, self.name)
 
     @property
+    def states(self) -> list[str]:
+        return [version.state for version in self.registry.versions(DEFAULT_TENANT, self.name)]
+
+    @property
     def active(self) -> str | None:
         return self.registry.adapter(DEFAULT_TENANT, self.name).active
 
@@ -244,6 +249,33 @@ def test_a_checkpoint_that_became_ready_while_its_files_were_copied_is_activated
         monkeypatch.setattr(ours.house.adapters, "add", add_late)
         await ours.use()
         assert ours.active == (None if is_deactivated else ours.house.digest)
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+@pytest.mark.parametrize("is_active", [True, False])
+def test_an_active_checkpoint_that_fails_when_it_is_proved_again_is_proved_by_the_next_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_active: bool
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+        await ours.use()
+        lost = ours.house.files.find(ours.house.digest)
+        (await ours.house.files.fetch(lost)).unlink()
+        ours.house.verifier.rejects = True  # as a full store does
+        ours.house.adapters.prove_again(lost)
+        await ours.house.settled()
+        await ours.house.catalog.refresh()
+        if not is_active:
+            ours.deactivate()
+        with suppress(VersionFailedError):
+            await ours.use()
+        assert ours.states == ["failed"]
+        ours.house.verifier.rejects = False
+        await ours.use()
+        assert ours.states == ["ready" if is_active else "failed"]
+        assert ours.active == (ours.house.digest if is_active else None)
         ours.registry.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))

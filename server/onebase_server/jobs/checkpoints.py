@@ -72,12 +72,12 @@ class CheckpointModels:
         StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
         signatures refuses what its job trains), UnavailableError, and what adding an adapter raises.
 
-        One that was deactivated stays so, also when that happened while it was proved, or it is proved
-        again."""
+        One that is active and failed when it was proved again is proved once more. One that was deactivated
+        stays so, also when that happened during its proof, or it is proved again."""
         job, step, place = await self.check(tenant, name, param=param)
         catalog = self._library.catalog
         record = catalog.of(tenant).own(name)
-        if record is None or record.active is None:
+        if record is None or record.active is None or not _is_settled(record):
             await catalog.look()  # another server may have changed it
             record = catalog.of(tenant).own(name)
         if record is not None and _is_settled(record):
@@ -191,8 +191,11 @@ class CheckpointModels:
 
 
 def _is_settled(record: AdapterRecord) -> bool:
-    """Return True if a checkpoint is active, or somebody has decided that it is not to be."""
-    return record.active is not None or not all(one.activates for one in record.versions)
+    """Return True if a checkpoint is active and can be served once its proof is done, or if somebody has
+    decided that it is not to be active."""
+    if record.active_version is not None:
+        return record.active_version.state != "failed"
+    return not all(one.activates for one in record.versions)
 
 
 def _parsed(name: str) -> _Wanted | None:
