@@ -373,6 +373,9 @@ class AdapterDeletedError(ApiError):
 class VersionFailedError(ApiError):
     """A version is not served; `code` and the message are what its validation or its proof found."""
 
+    is_audited = False
+    """Whether the audit log has this refusal."""
+
 
 class DiskFullError(ApiError):
     def __init__(self) -> None:

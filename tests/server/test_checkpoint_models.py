@@ -17,9 +17,11 @@ import pytest
 from openai import OpenAI
 
 from onebase_adapters.registry import DEFAULT_TENANT, Registry
+from onebase_adapters.signatures import PolicyRule, SignaturePolicy
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_edge.errors import VersionFailedError
+from onebase_server.adapters.activation import RefusalLimit
 from onebase_server.jobs import checkpoints
 from onebase_server.jobs.checkpoints import CheckpointModels, adapter_of
 
@@ -276,6 +278,26 @@ def test_an_active_checkpoint_that_fails_when_it_is_proved_again_is_proved_by_th
         await ours.use()
         assert ours.states == ["ready" if is_active else "failed"]
         assert ours.active == (ours.house.digest if is_active else None)
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_refusal_in_a_minute_of_too_many_is_in_the_audit_log_at_the_next_request_and_then_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+        adapters = ours.house.adapters
+        adapters.signatures = SignaturePolicy((PolicyRule("require", signers=("acme",)),))
+        while adapters._refusals.take(DEFAULT_TENANT):
+            pass
+        for expected in (0, 1, 1):
+            with pytest.raises(VersionFailedError):
+                await ours.use()
+            noted = [entry.action for entry in ours.registry.audit.entries(limit=9)]
+            assert noted.count("adapter.refused") == expected
+            adapters._refusals = RefusalLimit()  # a minute later
         ours.registry.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))

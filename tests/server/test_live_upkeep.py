@@ -38,6 +38,7 @@ from onebase_edge.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_server.adapters.activation import RefusalLimit
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.adapters.sources import take_folder
@@ -723,8 +724,9 @@ def test_a_checkpoint_of_a_run_that_began_with_an_unsigned_version_is_not_signed
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("is_full", [False, True], ids=["alone", "after a minute of refusals"])
 def test_what_the_policy_refuses_again_is_not_copied_and_is_in_the_audit_log_once(
-    upkeep: Upkeep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upkeep: Upkeep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
     copied = []
 
@@ -736,10 +738,13 @@ def test_what_the_policy_refuses_again_is_not_copied_and_is_in_the_audit_log_onc
         signing = Signing(upkeep, tmp_path)
         rules = (PolicyRule("require", signers=("acme",)),)
         signing.house.adapters.signatures = SignaturePolicy(rules)
-        for _ in range(3):
-            signing.service._prove_after.clear()  # an hour later
+        while is_full and signing.house.adapters._refusals.take("acme"):
+            pass
+        for _ in range(4):
             await signing.tidy()
             await signing.settled()
+            signing.service._prove_after.clear()  # an hour later
+            signing.house.adapters._refusals = RefusalLimit()
 
     monkeypatch.setattr(service_module, "take_folder", take)
     asyncio.run(test())

@@ -105,17 +105,17 @@ class CheckpointModels:
         found = job, _, _ = await self._found(tenant, name, param)
         now = time.monotonic()
         self._audited = {one: at for one, at in self._audited.items() if now - at < AUDITED_EVERY}
-        is_first, is_refused = job.id not in self._audited, False
+        is_first, is_audited = job.id not in self._audited, False
         if is_first:
             self._audited[job.id] = now
         try:
             await self._library.check_job(job, actor=ACTOR, audited=is_first)
-        except VersionFailedError:
-            is_refused = True
+        except VersionFailedError as error:
+            is_audited = error.is_audited
             raise
         finally:
-            if is_first and not is_refused:
-                del self._audited[job.id]
+            if is_first and not is_audited:
+                self._audited.pop(job.id, None)
         return found
 
     async def forget(self, job_id: str) -> None:

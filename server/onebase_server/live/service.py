@@ -216,12 +216,14 @@ class _Mark(msgspec.Struct, frozen=True):
 
     seq_id: number of the operation that saved it. A name may be saved again at any time.
     by_policy: whether the policy of signatures refused it, which may be another by the next look.
+    is_audited: whether the audit log has that refusal.
     """
 
     digest: str = ""
     refused: str = ""
     seq_id: int = -1
     by_policy: bool = False
+    is_audited: bool = True
 
 
 class LiveTraining:
@@ -959,7 +961,12 @@ class LiveTraining:
             self._prove_after[path] = seq_id, time.monotonic() + LOOK_SECONDS
             if not isinstance(error, ApiError) or not 400 <= status_of(error)[0] < 429:
                 return
-            mark = _Mark(refused=error.message, seq_id=seq_id, by_policy=error.code in _POLICY_CODES)
+            mark = _Mark(
+                refused=error.message,
+                seq_id=seq_id,
+                by_policy=error.code in _POLICY_CODES,
+                is_audited=isinstance(error, VersionFailedError) and error.is_audited,
+            )
         finally:
             self._proving.discard((path, seq_id))
         with suppress(OSError):  # it was deleted meanwhile
@@ -999,7 +1006,7 @@ class LiveTraining:
 
     async def _added(self, tenant: str, checkpoint: CheckpointFolder) -> str:
         """Return the digest of the version that a checkpoint is. The policy of signatures is asked before
-        anything is copied, and what it refuses again is not in the audit log again.
+        anything is copied, and a refusal that the audit log has is not noted there again.
 
         Raises ApiError, StoreError, OSError; _SavedOverError, an OSError: the files are another save's.
         """
@@ -1008,9 +1015,14 @@ class LiveTraining:
             spec = await self._disk(self._store().spec, checkpoint.model)
         except UnknownLiveModelError as error:
             raise FileNotFoundError(f"the run {place.run} was deleted") from error
-        is_first = await self._disk(_read_mark, checkpoint) is None
+        mark = await self._disk(_read_mark, checkpoint)
+        is_first = mark is None or not mark.is_audited
         with acting(Origin(spec.key, actor="live training")):
-            await self._check_signatures(tenant, spec.id, spec.version, spec.key, audited=is_first)
+            try:
+                await self._check_signatures(tenant, spec.id, spec.version, spec.key, audited=is_first)
+            except VersionFailedError as error:
+                error.is_audited = error.is_audited or not is_first
+                raise
             with storage_errors():
                 files = await self._library.disk.run_blocking(
                     take_folder, self._library.store, Path(checkpoint.folder)
