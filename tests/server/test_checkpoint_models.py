@@ -20,7 +20,7 @@ from onebase_adapters.registry import DEFAULT_TENANT, Registry
 from onebase_adapters.signatures import PolicyRule, SignaturePolicy
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
-from onebase_edge.errors import VersionFailedError
+from onebase_edge.errors import InvalidRequestError, VersionFailedError
 from onebase_server.adapters.activation import RefusalLimit
 from onebase_server.jobs import checkpoints
 from onebase_server.jobs.checkpoints import CheckpointModels, adapter_of
@@ -251,6 +251,25 @@ def test_a_checkpoint_that_became_ready_while_its_files_were_copied_is_activated
         monkeypatch.setattr(ours.house.adapters, "add", add_late)
         await ours.use()
         assert ours.active == (None if is_deactivated else ours.house.digest)
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_checkpoint_that_had_no_room_in_memory_is_activated_by_a_later_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+        no_room = InvalidRequestError("pinned adapters take all", code="host_memory_exceeded")
+        ours.house.activation.refusal = no_room
+        for _ in range(2):
+            with pytest.raises(InvalidRequestError, match="take all"):
+                await ours.use()
+        await ours.house.settled()
+        ours.house.activation.refusal = None
+        await ours.use()
+        assert ours.active == ours.house.digest
         ours.registry.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))

@@ -68,6 +68,9 @@ ACTIVATION_TRIES = 8
 """Largest number of tries of one activation, over about a minute."""
 OPTIONS = "options"
 """Key of a version's source that holds its VersionOptions."""
+CHECKPOINT_KIND = "checkpoint"
+"""Kind, in its source, of a version that is a job's checkpoint. Each request for one asks for its activation
+again."""
 _ACTIVATED_SECONDS = 3.0
 """Time, in seconds after its proof, in which another server activates a version, if it does."""
 
@@ -615,7 +618,8 @@ class AdapterService:
                 if pause is None or not passing:
                     _log.error("version %s of %s is not active: %s", version.digest[:12], version.name, error)
                     job.failure = error
-                    if not passing and job.if_due:
+                    is_asked_again = version.source.get("kind") == CHECKPOINT_KIND
+                    if not passing and job.if_due and not is_asked_again:
                         await self._cancel_activation(version)
                     return
             await asyncio.sleep(pause)

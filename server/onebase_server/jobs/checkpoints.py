@@ -20,7 +20,7 @@ from onebase_adapters.registry import (
 from onebase_edge.background import Threads
 from onebase_edge.errors import AdapterNotFoundError, ApiError, StateConflictError, VersionFailedError
 from onebase_server.adapters.catalog import CHECKPOINT, is_checkpoint
-from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.adapters.service import CHECKPOINT_KIND, AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.jobs.folders import JobFolders, is_over
 from onebase_server.storage.calls import storage_errors
@@ -171,7 +171,7 @@ class CheckpointModels:
         record = self._library.catalog.of(tenant).own(name)
         if record is not None and _is_settled(record):  # it was deactivated meanwhile
             return
-        source = {"kind": "checkpoint", "job": job.id, "step": step}
+        source = {"kind": CHECKPOINT_KIND, "job": job.id, "step": step}
         options = VersionOptions(activate=True, any_base=True)
         with acting(Origin(job.key, actor=ACTOR)):
             version = await self._library.add(tenant, name, files, source, options, if_due=True, actor=ACTOR)
