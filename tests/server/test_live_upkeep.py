@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +18,14 @@ import msgspec
 import pytest
 from sqlalchemy import update
 
-from onebase_adapters.registry import DEFAULT_TENANT, SIGNATURE, LiveSampler, LiveSession, Registry
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    SIGNATURE,
+    LiveSampler,
+    LiveSession,
+    Registry,
+    RegistryFullError,
+)
 from onebase_adapters.registry.audit import current
 from onebase_adapters.registry.tables import LiveSessionRow
 from onebase_adapters.signatures import PolicyRule, ServerKey, SignaturePolicy
@@ -589,6 +597,38 @@ def test_a_pass_is_charged_once_when_it_was_done(upkeep: Upkeep) -> None:
     upkeep.finish(LATER)
     upkeep.tidy(IDLE_SECONDS + 3)  # the run ends
     assert upkeep.charged == [(1.0, 14), (0.5, 7)]
+
+
+def test_a_full_disk_keeps_nothing_from_being_deleted_and_no_pass_from_being_charged_later(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_full = True
+
+    def write(path: Path, content: bytes, mode: int = 0o666) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, content, mode)
+
+    def forget_sessions(seen: float) -> None:
+        raise RegistryFullError("the disk is full")
+
+    written = service_module._write
+    monkeypatch.setattr(service_module, "_write", write)
+    monkeypatch.setattr(upkeep.records, "forget_sessions", forget_sessions)
+    upkeep.store.write_result(RUN, 1, Computed(outputs=[], metrics={}, tokens=7, seconds=0.5))
+    assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-2"]
+    assert upkeep.charged == []
+    is_full = False
+    upkeep.tidy(IDLE_SECONDS + 4)
+    upkeep.tidy(IDLE_SECONDS + 5)
+    assert upkeep.charged == [(0.5, 7)]
+    is_full = True
+    upkeep.store.write_result(RUN, 2, Computed(outputs=[], metrics={}, tokens=3, seconds=0.25))
+    upkeep.finish(LATER)
+    for after in (IDLE_SECONDS + 6, IDLE_SECONDS + 7):  # the run ends
+        assert upkeep.tidy(after) == ["final"]
+    assert upkeep.unloaded == [RUN]
+    assert upkeep.charged == [(0.5, 7), (0.25, 3)]
 
 
 def test_what_is_not_proved_yet_is_proved_once_and_a_refusal_is_kept(upkeep: Upkeep) -> None:

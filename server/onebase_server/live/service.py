@@ -30,6 +30,7 @@ from onebase_adapters.registry import (
     LiveSession,
     Origin,
     RegistryError,
+    RegistryFullError,
     acting,
 )
 from onebase_adapters.registry.records import AuditAction
@@ -1067,7 +1068,10 @@ class LiveTraining:
         """
         now, began = now or time.time(), time.monotonic()
         self._sampled = {path: at for path, at in self._sampled.items() if at >= now - IDLE_SECONDS}
-        await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
+        try:
+            await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
+        except RegistryFullError as error:  # what is deleted below may make room
+            _log.error("sessions are not forgotten yet: %s", error)
         if self._trainer is None:
             return
         lost_since_start = now - self._began < LOST_SECONDS
@@ -1080,10 +1084,8 @@ class LiveTraining:
         for spec in await self._disk(self._runs):
             is_live, is_open = await self._disk(store.is_live, spec.id), spec.session in open_sessions
             if is_live:
-                await self._charge(spec)
-                if not is_open and not await self._disk(store.has_next, spec.id):
-                    await self._training().unload(spec.id)
-                    await self._note("run.ended", spec.owner, spec.id, {})
+                ends = not is_open and not await self._disk(store.has_next, spec.id)
+                await self._charge(spec, ends=ends)
             elif self._looked.get(spec.id, 0.0) > now - LOOK_SECONDS:
                 continue
             kept = await self._tidy_checkpoints(spec, is_open, in_use, now)
@@ -1120,14 +1122,27 @@ class LiveTraining:
                 await self._sign(spec.owner, one, mark.digest)
         return kept
 
-    async def _charge(self, spec: ModelSpec) -> None:
-        """Record once what a run's passes took that were done since the last time."""
-        seconds, tokens = await self._disk(self._uncharged, spec.id)
+    async def _charge(self, spec: ModelSpec, *, ends: bool) -> None:
+        """Record once what a run's passes took that were done since the last time, and end the run if it
+        `ends`. While the disk is full, nothing is recorded of a run that goes on."""
+        try:
+            seconds, tokens = await self._disk(self._uncharged, spec.id, marks=not ends)
+        except OSError as error:
+            _log.error("what run %s took is not charged yet: %s", spec.id, error)
+            return
+        if ends:
+            await self._training().unload(spec.id)
+            await self._note("run.ended", spec.owner, spec.id, {})
         if seconds or tokens:
             self._usage.trained(spec.owner, LIVE, seconds, tokens)
 
-    def _uncharged(self, run: str) -> tuple[float, int]:
-        """Return the seconds and tokens of passes that were not charged, and mark them as charged. Blocks."""
+    def _uncharged(self, run: str, *, marks: bool) -> tuple[float, int]:
+        """Return the seconds and tokens of passes that were not charged. Blocks.
+
+        marks: whether they are marked as charged.
+
+        Raises OSError: they are not.
+        """
         store, seconds, tokens = self._store(), 0.0, 0
         mark, last = store.folder(run) / _CHARGED, store.last_result(run)
         charged = int(mark.read_bytes()) if mark.exists() else 0
@@ -1135,7 +1150,7 @@ class LiveTraining:
             result = store.result(run, number)
             if isinstance(result, Computed):
                 seconds, tokens = seconds + result.seconds, tokens + result.tokens
-        if last > charged:
+        if marks and last > charged:
             _write(mark, b"%d" % last)
         return seconds, tokens
 
