@@ -416,6 +416,19 @@ class LoadingQueueFullError(QueueFullError):
         )
 
 
+class SamplesFullError(QueueFullError):
+    """A tenant has as many samples promised and not there yet as it may have."""
+
+    def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
+        ApiError.__init__(
+            self,
+            f"{waiting} samples of this tenant are promised and not there yet, and no more than {limit} may "
+            "be. Send this one again once others are there, or cancel some.",
+            code="queue_full",
+            retry_after=retry_after,
+        )
+
+
 class QuotaSpentError(ApiError):
     """`of`: the `quota`, its `limit`, and whether it is `of` a key or a tenant. retry_after: seconds."""
 
@@ -531,6 +544,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     DiskFullError: (507, "server_error"),
     QueueFullError: (429, "rate_limit_error"),
     LoadingQueueFullError: (429, "rate_limit_error"),
+    SamplesFullError: (429, "rate_limit_error"),
     QuotaSpentError: (429, "rate_limit_error"),
     QuotaExceededError: (429, "insufficient_quota"),
     UnavailableError: (503, "service_unavailable"),
