@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,7 @@ from onebase_server.tenancy.access import Caller
 from onebase_training.live_operations import (
     CheckpointFolder,
     Computed,
+    Kind,
     ModelSpec,
     Operation,
     OptimStep,
@@ -109,6 +111,13 @@ def checkpoint(store: LiveStore, name: str, created: float, number: int = 1, **o
     )  # fmt: skip
     (folder / CHECKPOINT).write_bytes(msgspec.json.encode(made))
     return made
+
+
+@dataclass
+class InUse:
+    """Ids of the samplers that have unfinished samples."""
+
+    samplers: Collection[str] = ()
 
 
 class Upkeep:
@@ -188,7 +197,7 @@ class Upkeep:
 
     def tidy(self, after: float, in_use: Collection[str] = ()) -> list[str]:
         """Tidy so many seconds later, and return the names that are left."""
-        asyncio.run(self.service.tidy(in_use, LATER + after))
+        asyncio.run(self.service.tidy(InUse(in_use), LATER + after))
         return sorted(one.name for one in self.store.checkpoints(RUN))
 
 
@@ -205,6 +214,20 @@ def test_a_steps_weights_go_once_nobody_samples_from_them(upkeep: Upkeep) -> Non
     assert upkeep.tidy(IDLE_SECONDS + 3, in_use=["s:sample:1"]) == ["final", "live-1", "live-2"]
     assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-2"]  # the newest, and what has a name
     assert upkeep.unloaded == []
+
+
+def test_a_steps_weights_stay_for_a_sample_that_is_promised_while_others_are_looked_at(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_use, deleted = InUse(), list[str]()
+
+    def delete(model_id: str, kind: Kind, name: str) -> None:
+        in_use.samplers = ["s:sample:1"]
+        deleted.append(name)
+
+    monkeypatch.setattr(upkeep.store, "delete_checkpoint", delete)
+    asyncio.run(upkeep.service.tidy(in_use, LATER + IDLE_SECONDS + 3))
+    assert deleted == ["live-0"]
 
 
 def test_the_times_of_samples_are_forgotten_with_the_weights_and_none_of_lost_ones_stays(
@@ -664,7 +687,7 @@ class Signing:
 
     async def tidy(self) -> None:
         """Tidy as the server does every 30 seconds. A minute of it is for ever."""
-        await asyncio.wait_for(self.service.tidy((), LATER), 60)
+        await asyncio.wait_for(self.service.tidy(InUse(), LATER), 60)
 
     async def settled(self) -> None:
         """Wait until nothing is proved and nothing waits to be signed."""
@@ -805,7 +828,7 @@ def test_a_checkpoint_of_an_ended_run_is_tried_again_each_hour_however_long_a_tr
 
     async def test() -> None:
         while now[0] < 4 * LOOK_SECONDS:
-            await upkeep.service.tidy((), LATER + now[0])
+            await upkeep.service.tidy(InUse(), LATER + now[0])
             now[0] += TIDY_SECONDS
 
     upkeep.service._added = refuse  # type: ignore[method-assign]

@@ -1059,12 +1059,12 @@ class LiveTraining:
         while True:
             await asyncio.sleep(TIDY_SECONDS)
             with suppress(RegistryError):
-                await self.tidy(samples.samplers)
+                await self.tidy(samples)
 
-    async def tidy(self, in_use: Collection[str], now: float | None = None) -> None:
+    async def tidy(self, samples: SamplersInUse, now: float | None = None) -> None:
         """Charge passes, end the runs of ended sessions, and delete what nobody needs any more.
 
-        in_use: samplers with unfinished samples. Raises RegistryError.
+        Raises RegistryError.
         """
         now, began = now or time.time(), time.monotonic()
         self._sampled = {path: at for path, at in self._sampled.items() if at >= now - IDLE_SECONDS}
@@ -1088,7 +1088,7 @@ class LiveTraining:
                 await self._charge(spec, ends=ends)
             elif self._looked.get(spec.id, 0.0) > now - LOOK_SECONDS:
                 continue
-            kept = await self._tidy_checkpoints(spec, is_open, in_use, now)
+            kept = await self._tidy_checkpoints(spec, is_open, samples, now)
             if not is_live and not kept:
                 await self._disk(store.remove, spec.id)
             if not is_live and not any(Place.of(one).is_of_step for one in kept):
@@ -1096,7 +1096,7 @@ class LiveTraining:
         self._looked = {run: at for run, at in self._looked.items() if run in self._specs}
 
     async def _tidy_checkpoints(
-        self, spec: ModelSpec, is_open: bool, in_use: Collection[str], now: float
+        self, spec: ModelSpec, is_open: bool, samples: SamplersInUse, now: float
     ) -> list[CheckpointFolder]:
         """Delete a run's checkpoints whose time is over and its steps' weights that nobody samples from,
         prove and sign the others, and return them."""
@@ -1107,8 +1107,8 @@ class LiveTraining:
             place, sampler = Place.of(one), sampler_of(one, spec.session)
             last = max(one.created, self._sampled.get(place.path, 0.0), self._began)
             has_expired = one.expires is not None and one.expires <= now
-            is_idle = sampler is not None and sampler not in in_use and last < now - IDLE_SECONDS
-            if has_expired or (is_idle and one not in newest):
+            is_idle = sampler is not None and last < now - IDLE_SECONDS and one not in newest
+            if has_expired or (is_idle and sampler not in samples.samplers):  # promised meanwhile, too
                 await self._delete(one)
                 continue
             kept.append(one)
@@ -1208,7 +1208,9 @@ class SamplersInUse(Protocol):
     """Owner of promised samples."""
 
     @property
-    def samplers(self) -> set[str]: ...
+    def samplers(self) -> Collection[str]:
+        """Ids of the samplers with unfinished samples."""
+        ...
 
 
 def adapter_name(run: str) -> str:
