@@ -373,6 +373,9 @@ class AdapterDeletedError(ApiError):
 class VersionFailedError(ApiError):
     """A version is not served; `code` and the message are what its validation or its proof found."""
 
+    is_audited = False
+    """Whether the audit log has this refusal."""
+
 
 class DiskFullError(ApiError):
     def __init__(self) -> None:
@@ -408,6 +411,19 @@ class LoadingQueueFullError(QueueFullError):
             self,
             f"{waiting} requests wait already for adapters to be loaded, and no more than {limit} may wait "
             "(--queue-limit). Try again in a moment, or ask for an adapter that is in memory.",
+            code="queue_full",
+            retry_after=retry_after,
+        )
+
+
+class SamplesFullError(QueueFullError):
+    """A tenant has as many samples promised and not there yet as it may have."""
+
+    def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
+        ApiError.__init__(
+            self,
+            f"{waiting} samples of this tenant are promised and not there yet, and no more than {limit} may "
+            "be. Send this one again once others are there, or cancel some.",
             code="queue_full",
             retry_after=retry_after,
         )
@@ -528,6 +544,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     DiskFullError: (507, "server_error"),
     QueueFullError: (429, "rate_limit_error"),
     LoadingQueueFullError: (429, "rate_limit_error"),
+    SamplesFullError: (429, "rate_limit_error"),
     QuotaSpentError: (429, "rate_limit_error"),
     QuotaExceededError: (429, "insufficient_quota"),
     UnavailableError: (503, "service_unavailable"),

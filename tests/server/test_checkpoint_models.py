@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -14,10 +17,17 @@ import pytest
 from openai import OpenAI
 
 from onebase_adapters.registry import DEFAULT_TENANT, Registry
-from onebase_server.jobs.checkpoints import adapter_of
+from onebase_adapters.signatures import PolicyRule, SignaturePolicy
+from onebase_adapters.store.blobs import AdapterFiles
+from onebase_adapters.store.store import Store
+from onebase_edge.errors import InvalidRequestError, VersionFailedError
+from onebase_server.adapters.activation import RefusalLimit
+from onebase_server.jobs import checkpoints
+from onebase_server.jobs.checkpoints import CheckpointModels, adapter_of
 
 from .access import Keys
 from .support import Server, Starter
+from .test_adapter_service import House
 from .training_support import BASE, add_file, ended, job_folder, make_job, openai_client, step_of, wait_job
 
 
@@ -132,6 +142,184 @@ def test_a_checkpoint_that_is_proved_again_becomes_active_only_if_nobody_has_dea
             (version,) = registry.versions(DEFAULT_TENANT, model)
             assert (version.state, version.activates) == ("validating", False)
     client.fine_tuning.jobs.cancel(job.id)
+
+
+class Checkpoint:
+    """A checkpoint whose job runs, with the service around it; made in an event loop."""
+
+    name = "ckpt:ftjob-5b7e0d12:step-8"
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.registry = Registry(f"sqlite:///{folder / 'registry.db'}", base_id="b" * 64, base_name="base")
+        self.registry.migrate()
+        self.house = House(self.registry, folder)
+        nothing: Any = None
+        self.models = CheckpointModels(self.house.adapters, nothing, nothing, nothing)
+        self.models._found = self._found  # type: ignore[method-assign]
+        monkeypatch.setattr(checkpoints, "take_folder", self._take)
+        self.while_taken: Callable[[], object] = list
+        """Call of another client while the checkpoint's files are copied."""
+
+    async def _found(self, tenant: str, name: str, param: str) -> tuple[Any, int, Path]:
+        job = SimpleNamespace(id="ftjob-5b7e0d12", name="ckpt", tenant=tenant, key="", parent=None)
+        return job, 8, Path()
+
+    def _take(self, store: Store, place: Path) -> AdapterFiles:
+        self.while_taken()
+        return self.house.both
+
+    async def use(self) -> None:
+        await self.models.use(DEFAULT_TENANT, self.name, param="model")
+        await self.house.settled()
+        await self.house.catalog.refresh()
+
+    def register(self) -> None:
+        files = self.house.both
+        source = {"kind": "checkpoint"}
+        self.registry.add_version(self.name, files.digest, files, source, activates=True)
+
+    def set_ready(self) -> None:
+        self.registry.set_state(DEFAULT_TENANT, self.name, self.house.digest, "ready")
+
+    def deactivate(self) -> None:
+        self.registry.deactivate(DEFAULT_TENANT, self.name)
+
+    @property
+    def states(self) -> list[str]:
+        return [version.state for version in self.registry.versions(DEFAULT_TENANT, self.name)]
+
+    @property
+    def active(self) -> str | None:
+        return self.registry.adapter(DEFAULT_TENANT, self.name).active
+
+
+@pytest.mark.parametrize("moment", ["proof", "copy", "copy after the proof", "proof again"])
+def test_a_checkpoint_that_is_deactivated_before_its_first_use_is_done_stays_inactive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+
+        def change() -> None:
+            if moment == "copy after the proof":
+                ours.set_ready()
+            ours.deactivate()
+
+        if moment.startswith("copy"):  # a restart interrupted its proof
+            ours.register()
+            ours.while_taken = change
+            await ours.use()
+        else:
+            ours.house.verifier.free.clear()
+            if moment == "proof again":
+                ours.register()
+                ours.set_ready()
+                ours.registry.activate(DEFAULT_TENANT, ours.name, ours.house.digest)
+                ours.registry.reopen(DEFAULT_TENANT, ours.name, ours.house.digest)
+                ours.register()
+                await ours.house.catalog.refresh()
+                await ours.house.adapters.resume()
+            using = asyncio.create_task(ours.use())
+            while not ours.house.verifier.proofs:
+                await asyncio.sleep(0.01)
+            change()
+            ours.house.verifier.free.set()
+            await using
+        assert ours.active is None
+        await ours.use()
+        assert ours.active is None
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+@pytest.mark.parametrize("is_deactivated", [False, True])
+def test_a_checkpoint_that_became_ready_while_its_files_were_copied_is_activated_unless_that_was_called_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_deactivated: bool
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+        ours.register()
+        add = ours.house.adapters.add
+
+        async def add_late(*args: Any, **how: Any) -> Any:
+            ours.set_ready()
+            if is_deactivated:
+                ours.deactivate()
+            return await add(*args, **how)
+
+        monkeypatch.setattr(ours.house.adapters, "add", add_late)
+        await ours.use()
+        assert ours.active == (None if is_deactivated else ours.house.digest)
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_checkpoint_that_had_no_room_in_memory_is_activated_by_a_later_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+        no_room = InvalidRequestError("pinned adapters take all", code="host_memory_exceeded")
+        ours.house.activation.refusal = no_room
+        for _ in range(2):
+            with pytest.raises(InvalidRequestError, match="take all"):
+                await ours.use()
+        await ours.house.settled()
+        ours.house.activation.refusal = None
+        await ours.use()
+        assert ours.active == ours.house.digest
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+@pytest.mark.parametrize("is_active", [True, False])
+def test_an_active_checkpoint_that_fails_when_it_is_proved_again_is_proved_by_the_next_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_active: bool
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+        await ours.use()
+        lost = ours.house.files.find(ours.house.digest)
+        (await ours.house.files.fetch(lost)).unlink()
+        ours.house.verifier.rejects = True  # as a full store does
+        ours.house.adapters.prove_again(lost)
+        await ours.house.settled()
+        await ours.house.catalog.refresh()
+        if not is_active:
+            ours.deactivate()
+        with suppress(VersionFailedError):
+            await ours.use()
+        assert ours.states == ["failed"]
+        ours.house.verifier.rejects = False
+        await ours.use()
+        assert ours.states == ["ready" if is_active else "failed"]
+        assert ours.active == (ours.house.digest if is_active else None)
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_refusal_in_a_minute_of_too_many_is_in_the_audit_log_at_the_next_request_and_then_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        ours = Checkpoint(tmp_path, monkeypatch)
+        adapters = ours.house.adapters
+        adapters.signatures = SignaturePolicy((PolicyRule("require", signers=("acme",)),))
+        while adapters._refusals.take(DEFAULT_TENANT):
+            pass
+        for expected in (0, 1, 1):
+            with pytest.raises(VersionFailedError):
+                await ours.use()
+            noted = [entry.action for entry in ours.registry.audit.entries(limit=9)]
+            assert noted.count("adapter.refused") == expected
+            adapters._refusals = RefusalLimit()  # a minute later
+        ours.registry.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_checkpoint_is_gone_with_the_end_of_its_job_and_the_error_says_what_to_ask_for(

@@ -168,8 +168,11 @@ def test_finished_samples_take_no_room_and_are_forgotten(
         samples.draw = wait
         await samples.promised(10)
         await samples.promised(11)
-        with pytest.raises(QueueFullError):
+        limit = r"2 samples of this tenant are promised .* no more than 2 may be\."
+        with pytest.raises(QueueFullError, match=limit) as refused:
             await samples.promised(12)
+        assert "--queue-limit" not in refused.value.message  # which does not raise it
+        assert (refused.value.code, refused.value.retry_after) == ("queue_full", 1.0)
         monkeypatch.setattr(sampling, "KEPT_SECONDS", -1.0)
         await samples.forget()
         assert registry.live.sample(LOCAL.tenant, "s:sample:0:3") is None

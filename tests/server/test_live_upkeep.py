@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,14 @@ import msgspec
 import pytest
 from sqlalchemy import update
 
-from onebase_adapters.registry import DEFAULT_TENANT, SIGNATURE, LiveSampler, LiveSession, Registry
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    SIGNATURE,
+    LiveSampler,
+    LiveSession,
+    Registry,
+    RegistryFullError,
+)
 from onebase_adapters.registry.audit import current
 from onebase_adapters.registry.tables import LiveSessionRow
 from onebase_adapters.signatures import PolicyRule, ServerKey, SignaturePolicy
@@ -38,6 +47,7 @@ from onebase_edge.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_server.adapters.activation import RefusalLimit
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.adapters.sources import take_folder
@@ -60,6 +70,7 @@ from onebase_server.tenancy.access import Caller
 from onebase_training.live_operations import (
     CheckpointFolder,
     Computed,
+    Kind,
     ModelSpec,
     Operation,
     OptimStep,
@@ -100,6 +111,13 @@ def checkpoint(store: LiveStore, name: str, created: float, number: int = 1, **o
     )  # fmt: skip
     (folder / CHECKPOINT).write_bytes(msgspec.json.encode(made))
     return made
+
+
+@dataclass
+class InUse:
+    """Ids of the samplers that have unfinished samples."""
+
+    samplers: Collection[str] = ()
 
 
 class Upkeep:
@@ -179,7 +197,7 @@ class Upkeep:
 
     def tidy(self, after: float, in_use: Collection[str] = ()) -> list[str]:
         """Tidy so many seconds later, and return the names that are left."""
-        asyncio.run(self.service.tidy(in_use, LATER + after))
+        asyncio.run(self.service.tidy(InUse(in_use), LATER + after))
         return sorted(one.name for one in self.store.checkpoints(RUN))
 
 
@@ -196,6 +214,20 @@ def test_a_steps_weights_go_once_nobody_samples_from_them(upkeep: Upkeep) -> Non
     assert upkeep.tidy(IDLE_SECONDS + 3, in_use=["s:sample:1"]) == ["final", "live-1", "live-2"]
     assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-2"]  # the newest, and what has a name
     assert upkeep.unloaded == []
+
+
+def test_a_steps_weights_stay_for_a_sample_that_is_promised_while_others_are_looked_at(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_use, deleted = InUse(), list[str]()
+
+    def delete(model_id: str, kind: Kind, name: str) -> None:
+        in_use.samplers = ["s:sample:1"]
+        deleted.append(name)
+
+    monkeypatch.setattr(upkeep.store, "delete_checkpoint", delete)
+    asyncio.run(upkeep.service.tidy(in_use, LATER + IDLE_SECONDS + 3))
+    assert deleted == ["live-0"]
 
 
 def test_the_times_of_samples_are_forgotten_with_the_weights_and_none_of_lost_ones_stays(
@@ -590,6 +622,38 @@ def test_a_pass_is_charged_once_when_it_was_done(upkeep: Upkeep) -> None:
     assert upkeep.charged == [(1.0, 14), (0.5, 7)]
 
 
+def test_a_full_disk_keeps_nothing_from_being_deleted_and_no_pass_from_being_charged_later(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_full = True
+
+    def write(path: Path, content: bytes, mode: int = 0o666) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, content, mode)
+
+    def forget_sessions(seen: float) -> None:
+        raise RegistryFullError("the disk is full")
+
+    written = service_module._write
+    monkeypatch.setattr(service_module, "_write", write)
+    monkeypatch.setattr(upkeep.records, "forget_sessions", forget_sessions)
+    upkeep.store.write_result(RUN, 1, Computed(outputs=[], metrics={}, tokens=7, seconds=0.5))
+    assert upkeep.tidy(IDLE_SECONDS + 3) == ["final", "live-2"]
+    assert upkeep.charged == []
+    is_full = False
+    upkeep.tidy(IDLE_SECONDS + 4)
+    upkeep.tidy(IDLE_SECONDS + 5)
+    assert upkeep.charged == [(0.5, 7)]
+    is_full = True
+    upkeep.store.write_result(RUN, 2, Computed(outputs=[], metrics={}, tokens=3, seconds=0.25))
+    upkeep.finish(LATER)
+    for after in (IDLE_SECONDS + 6, IDLE_SECONDS + 7):  # the run ends
+        assert upkeep.tidy(after) == ["final"]
+    assert upkeep.unloaded == [RUN]
+    assert upkeep.charged == [(0.5, 7), (0.25, 3)]
+
+
 def test_what_is_not_proved_yet_is_proved_once_and_a_refusal_is_kept(upkeep: Upkeep) -> None:
     upkeep.tidy(0)
     upkeep.tidy(1)
@@ -623,7 +687,7 @@ class Signing:
 
     async def tidy(self) -> None:
         """Tidy as the server does every 30 seconds. A minute of it is for ever."""
-        await asyncio.wait_for(self.service.tidy((), LATER), 60)
+        await asyncio.wait_for(self.service.tidy(InUse(), LATER), 60)
 
     async def settled(self) -> None:
         """Wait until nothing is proved and nothing waits to be signed."""
@@ -723,8 +787,9 @@ def test_a_checkpoint_of_a_run_that_began_with_an_unsigned_version_is_not_signed
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("is_full", [False, True], ids=["alone", "after a minute of refusals"])
 def test_what_the_policy_refuses_again_is_not_copied_and_is_in_the_audit_log_once(
-    upkeep: Upkeep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upkeep: Upkeep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
     copied = []
 
@@ -736,10 +801,13 @@ def test_what_the_policy_refuses_again_is_not_copied_and_is_in_the_audit_log_onc
         signing = Signing(upkeep, tmp_path)
         rules = (PolicyRule("require", signers=("acme",)),)
         signing.house.adapters.signatures = SignaturePolicy(rules)
-        for _ in range(3):
-            signing.service._prove_after.clear()  # an hour later
+        while is_full and signing.house.adapters._refusals.take("acme"):
+            pass
+        for _ in range(4):
             await signing.tidy()
             await signing.settled()
+            signing.service._prove_after.clear()  # an hour later
+            signing.house.adapters._refusals = RefusalLimit()
 
     monkeypatch.setattr(service_module, "take_folder", take)
     asyncio.run(test())
@@ -760,7 +828,7 @@ def test_a_checkpoint_of_an_ended_run_is_tried_again_each_hour_however_long_a_tr
 
     async def test() -> None:
         while now[0] < 4 * LOOK_SECONDS:
-            await upkeep.service.tidy((), LATER + now[0])
+            await upkeep.service.tidy(InUse(), LATER + now[0])
             now[0] += TIDY_SECONDS
 
     upkeep.service._added = refuse  # type: ignore[method-assign]

@@ -114,10 +114,19 @@ def _next_step(adapter: AdapterRow, ready: Sequence[str]) -> str:
 
 
 def deactivate(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
-    """Make no version active; rolling back activates the version active before."""
-    if adapter.active is None:
-        rollouts.settle(adapter)
-        return
+    """Make no version active, and keep those that are not ready yet from becoming active by themselves;
+    rolling back activates the version active before."""
+    was_due = any(version.activates for version in adapter.versions)
+    for version in adapter.versions:
+        version.activates = False
+    if adapter.active is not None:
+        end_active(session, adapter, actor, at)
+    elif was_due:
+        _audit(session, adapter, None, "deactivate", actor)
+
+
+def end_active(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
+    """Make the active version inactive; one that is not ready yet may still become active by itself."""
     _push_active(session, adapter)
     _switch(session, adapter, None, "deactivate", actor, at)
 
@@ -145,7 +154,12 @@ def _switch(
     )
     rollouts.settle(adapter)
     rollouts.active_changed(session, adapter, digest, actor, at)
-    previous, adapter.active = adapter.active, digest
+    _audit(session, adapter, digest, action, actor)
+    adapter.active = digest
+    session.flush()  # so that `switched_at`, which is read from the history, can be loaded
+
+
+def _audit(session: Session, adapter: AdapterRow, digest: str | None, action: Action, actor: str) -> None:
     audit.note(
         session,
         _AUDITED[action],
@@ -154,6 +168,5 @@ def _switch(
         version=digest,
         base_id=adapter.base_id,
         actor=actor,
-        details={"previous": previous},
+        details={"previous": adapter.active},
     )
-    session.flush()  # so that `switched_at`, which is read from the history, can be loaded

@@ -486,7 +486,10 @@ class Registry:
     def deactivate(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
-        """Make no version active. Raises ActivationConflictError, UnknownAdapterError."""
+        """Make no version active, and keep those that are not ready yet from becoming active by themselves.
+
+        Raises ActivationConflictError, UnknownAdapterError.
+        """
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
             activation.check_expected(adapter, expected)
@@ -574,7 +577,7 @@ class Registry:
             version = _require_version(session, adapter, digest)
             rollouts.version_deleted(session, adapter, version.digest, actor, now)
             if version.digest == adapter.active:
-                activation.deactivate(session, adapter, actor, now)
+                activation.end_active(session, adapter, actor, now)
             blobs = _blobs_of(version)
             last = len(adapter.versions) == 1
             details = {"forced": True} if forced else None

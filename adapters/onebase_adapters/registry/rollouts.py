@@ -151,7 +151,8 @@ def end(
 
 def settle(adapter: AdapterRow) -> None:
     """Note that somebody chose which versions of the name answer, after all that are ready: none of them
-    becomes active by itself any more."""
+    becomes active by itself any more. One that is not ready yet still does, unless the name is
+    deactivated."""
     for version in adapter.versions:
         if version.state == "ready":
             version.activates = False

@@ -68,6 +68,9 @@ ACTIVATION_TRIES = 8
 """Largest number of tries of one activation, over about a minute."""
 OPTIONS = "options"
 """Key of a version's source that holds its VersionOptions."""
+CHECKPOINT_KIND = "checkpoint"
+"""Kind, in its source, of a version that is a job's checkpoint. Each request for one asks for its activation
+again."""
 _ACTIVATED_SECONDS = 3.0
 """Time, in seconds after its proof, in which another server activates a version, if it does."""
 
@@ -209,8 +212,7 @@ class AdapterService:
         try:
             return await self.disk.run_blocking(self.signatures.check, tenant, name, sent)
         except SignatureError as error:
-            await self.note_refusal(tenant, name, error, actor=actor)
-            raise VersionFailedError(str(error), code=error.code) from error
+            raise await self._refused(tenant, name, error, actor=actor) from error
 
     async def check_parents(
         self,
@@ -244,9 +246,7 @@ class AdapterService:
                 f"{label(version.name, version.digest)} has no verified signature of "
                 f"{' or '.join(rule.signers)}, which {act} under this name needs of each.",
             )
-            if audited:
-                await self.note_refusal(tenant, name, error, actor=actor)
-            raise VersionFailedError(str(error), code=error.code, param=param)
+            raise await self._refused(tenant, name, error, actor=actor, param=param, audited=audited)
 
     async def check_trained(
         self,
@@ -280,9 +280,7 @@ class AdapterService:
                 f"This name needs a signature of {signers}, and what this server trains has none. {remedy}, "
                 "and start it with --signing-key.",
             )
-        if audited:
-            await self.note_refusal(tenant, name, error, actor=actor)
-        raise VersionFailedError(str(error), code=error.code, param=param)
+        raise await self._refused(tenant, name, error, actor=actor, param=param, audited=audited)
 
     async def check_job(self, job: TrainingJob, *, actor: str, audited: bool = True) -> None:
         """Refuse what a job trained where today's policy would not let the job begin: it may be from before.
@@ -324,9 +322,7 @@ class AdapterService:
                 f"{label(adapter, digest)}, from which training went on, was deleted, and this name "
                 "needs a verified signature of it. Upload it again with its signature.",
             )
-            if audited:
-                await self.note_refusal(tenant, name, error, actor=actor)
-            raise VersionFailedError(str(error), code=error.code) from None
+            raise await self._refused(tenant, name, error, actor=actor, audited=audited) from None
         await self.check_parents(
             tenant, name, [parent], actor=actor, act="training", param=None, audited=audited
         )
@@ -363,14 +359,32 @@ class AdapterService:
                 self._registry.sign_version, version.tenant, version.name, version.digest, signature
             )
 
-    async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> None:
-        """Record in the audit log that files were refused; of one tenant at most MOST_REFUSALS a minute."""
+    async def _refused(
+        self,
+        tenant: str,
+        name: str,
+        error: SignatureError,
+        *,
+        actor: str,
+        param: str | None = None,
+        audited: bool = True,
+    ) -> VersionFailedError:
+        """Return the caller's error for a refusal, which is in the audit log by then if it is to be and there
+        is room."""
+        refused = VersionFailedError(str(error), code=error.code, param=param)
+        refused.is_audited = audited and await self.note_refusal(tenant, name, error, actor=actor)
+        return refused
+
+    async def note_refusal(self, tenant: str, name: str, error: SignatureError, *, actor: str = "") -> bool:
+        """Record in the audit log that files were refused; of one tenant at most MOST_REFUSALS a minute.
+        Return True if it was recorded."""
         _log.warning("adapter %r of %r was refused (%s): %s", name, tenant, error.code, error)
         if not self._refusals.take(tenant):
-            return
+            return False
         details = {"code": error.code, "message": str(error)}
         with storage_errors(name):
             await self._records.write(self._registry.note_refusal, tenant, name, details, actor=actor)
+        return True
 
     async def read_config(self, files: AdapterFiles) -> bytes:
         """Return the config of stored files. Raises UnavailableError."""
@@ -388,11 +402,13 @@ class AdapterService:
         *,
         checked: Checked | None = None,
         actor: str = "",
+        if_due: bool = False,
         wait_for_verifier: bool = True,
     ) -> VersionRecord:
         """Register stored files under a tenant's name, and start making them ready unless they are.
 
         checked: the result of `check_signature`.
+        if_due: of a version that is ready already, as in Registry.activate.
         wait_for_verifier: without a verifier, wait for one; else leave the version unfinished.
 
         Raises StoreFullError, UnavailableError.
@@ -413,7 +429,7 @@ class AdapterService:
             )
         if version.state == "ready":
             if options.activate:
-                await self.activation.activate(tenant, name, version.digest, actor=actor)
+                await self.activation.activate(tenant, name, version.digest, if_due=if_due, actor=actor)
             return version
         self._begin(version, options, wait_for_verifier=wait_for_verifier)
         return version
@@ -602,7 +618,8 @@ class AdapterService:
                 if pause is None or not passing:
                     _log.error("version %s of %s is not active: %s", version.digest[:12], version.name, error)
                     job.failure = error
-                    if not passing and job.if_due:
+                    is_asked_again = version.source.get("kind") == CHECKPOINT_KIND
+                    if not passing and job.if_due and not is_asked_again:
                         await self._cancel_activation(version)
                     return
             await asyncio.sleep(pause)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onebase_adapters.registry import (
+    AdapterRecord,
     Origin,
     TrainingJob,
     TrainingRecords,
@@ -19,7 +20,7 @@ from onebase_adapters.registry import (
 from onebase_edge.background import Threads
 from onebase_edge.errors import AdapterNotFoundError, ApiError, StateConflictError, VersionFailedError
 from onebase_server.adapters.catalog import CHECKPOINT, is_checkpoint
-from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.adapters.service import CHECKPOINT_KIND, AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.jobs.folders import JobFolders, is_over
 from onebase_server.storage.calls import storage_errors
@@ -71,14 +72,15 @@ class CheckpointModels:
         StateConflictError when it lies on another server, VersionFailedError (also where today's policy for
         signatures refuses what its job trains), UnavailableError, and what adding an adapter raises.
 
-        One that was deactivated after its proof stays so, also while it is proved again."""
+        One that is active and failed when it was proved again is proved once more. One that was deactivated
+        stays so, also when that happened during its proof, or it is proved again."""
         job, step, place = await self.check(tenant, name, param=param)
         catalog = self._library.catalog
         record = catalog.of(tenant).own(name)
-        if record is None or record.active is None:
+        if record is None or record.active is None or not _is_settled(record):
             await catalog.look()  # another server may have changed it
             record = catalog.of(tenant).own(name)
-        if record is not None and (record.active or not all(one.activates for one in record.versions)):
+        if record is not None and _is_settled(record):
             return
         if place is None:
             raise StateConflictError(
@@ -103,17 +105,17 @@ class CheckpointModels:
         found = job, _, _ = await self._found(tenant, name, param)
         now = time.monotonic()
         self._audited = {one: at for one, at in self._audited.items() if now - at < AUDITED_EVERY}
-        is_first, is_refused = job.id not in self._audited, False
+        is_first, is_audited = job.id not in self._audited, False
         if is_first:
             self._audited[job.id] = now
         try:
             await self._library.check_job(job, actor=ACTOR, audited=is_first)
-        except VersionFailedError:
-            is_refused = True
+        except VersionFailedError as error:
+            is_audited = error.is_audited
             raise
         finally:
-            if is_first and not is_refused:
-                del self._audited[job.id]
+            if is_first and not is_audited:
+                self._audited.pop(job.id, None)
         return found
 
     async def forget(self, job_id: str) -> None:
@@ -165,10 +167,14 @@ class CheckpointModels:
             return
         with storage_errors(name):
             files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
-        source = {"kind": "checkpoint", "job": job.id, "step": step}
+        await self._library.catalog.look()
+        record = self._library.catalog.of(tenant).own(name)
+        if record is not None and _is_settled(record):  # it was deactivated meanwhile
+            return
+        source = {"kind": CHECKPOINT_KIND, "job": job.id, "step": step}
         options = VersionOptions(activate=True, any_base=True)
         with acting(Origin(job.key, actor=ACTOR)):
-            version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)
+            version = await self._library.add(tenant, name, files, source, options, if_due=True, actor=ACTOR)
         version = await self._library.wait(tenant, name, version.digest)
         if version.error is not None:
             raise VersionFailedError(
@@ -182,6 +188,14 @@ class CheckpointModels:
             await self._library.activation.delete(tenant, name, force=False)
         except ApiError as error:
             _log.info("%s stays for now: %s", name, error.message)
+
+
+def _is_settled(record: AdapterRecord) -> bool:
+    """Return True if a checkpoint is active and can be served once its proof is done, or if somebody has
+    decided that it is not to be active."""
+    if record.active_version is not None:
+        return record.active_version.state != "failed"
+    return not all(one.activates for one in record.versions)
 
 
 def _parsed(name: str) -> _Wanted | None:

@@ -26,6 +26,7 @@ from onebase_edge.errors import (
     QueueFullError,
     QuotaSpentError,
     ResultGoneError,
+    SamplesFullError,
     UnauthenticatedError,
     UnavailableError,
     status_of,
@@ -231,7 +232,7 @@ class Samples:
 
         reservation: of the request, which the sample takes over.
 
-        Raises InvalidRequestError, QueueFullError, UnavailableError.
+        Raises InvalidRequestError, SamplesFullError, UnavailableError.
         """
         if sample_id in self._open:
             return
@@ -246,7 +247,7 @@ class Samples:
             one.sample.tenant == caller.tenant and not one.finished.is_set() for one in self._open.values()
         )
         if mine >= MOST_OPEN:
-            raise QueueFullError(1, mine, MOST_OPEN, 1.0)
+            raise SamplesFullError(mine, MOST_OPEN, 1.0)
         sample = LiveSample(
             sample_id, sampler.id, caller.tenant, caller.key, msgspec.msgpack.encode(order), time.time()
         )

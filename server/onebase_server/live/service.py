@@ -30,6 +30,7 @@ from onebase_adapters.registry import (
     LiveSession,
     Origin,
     RegistryError,
+    RegistryFullError,
     acting,
 )
 from onebase_adapters.registry.records import AuditAction
@@ -216,12 +217,14 @@ class _Mark(msgspec.Struct, frozen=True):
 
     seq_id: number of the operation that saved it. A name may be saved again at any time.
     by_policy: whether the policy of signatures refused it, which may be another by the next look.
+    is_audited: whether the audit log has that refusal.
     """
 
     digest: str = ""
     refused: str = ""
     seq_id: int = -1
     by_policy: bool = False
+    is_audited: bool = True
 
 
 class LiveTraining:
@@ -959,7 +962,12 @@ class LiveTraining:
             self._prove_after[path] = seq_id, time.monotonic() + LOOK_SECONDS
             if not isinstance(error, ApiError) or not 400 <= status_of(error)[0] < 429:
                 return
-            mark = _Mark(refused=error.message, seq_id=seq_id, by_policy=error.code in _POLICY_CODES)
+            mark = _Mark(
+                refused=error.message,
+                seq_id=seq_id,
+                by_policy=error.code in _POLICY_CODES,
+                is_audited=isinstance(error, VersionFailedError) and error.is_audited,
+            )
         finally:
             self._proving.discard((path, seq_id))
         with suppress(OSError):  # it was deleted meanwhile
@@ -999,7 +1007,7 @@ class LiveTraining:
 
     async def _added(self, tenant: str, checkpoint: CheckpointFolder) -> str:
         """Return the digest of the version that a checkpoint is. The policy of signatures is asked before
-        anything is copied, and what it refuses again is not in the audit log again.
+        anything is copied, and a refusal that the audit log has is not noted there again.
 
         Raises ApiError, StoreError, OSError; _SavedOverError, an OSError: the files are another save's.
         """
@@ -1008,9 +1016,14 @@ class LiveTraining:
             spec = await self._disk(self._store().spec, checkpoint.model)
         except UnknownLiveModelError as error:
             raise FileNotFoundError(f"the run {place.run} was deleted") from error
-        is_first = await self._disk(_read_mark, checkpoint) is None
+        mark = await self._disk(_read_mark, checkpoint)
+        is_first = mark is None or not mark.is_audited
         with acting(Origin(spec.key, actor="live training")):
-            await self._check_signatures(tenant, spec.id, spec.version, spec.key, audited=is_first)
+            try:
+                await self._check_signatures(tenant, spec.id, spec.version, spec.key, audited=is_first)
+            except VersionFailedError as error:
+                error.is_audited = error.is_audited or not is_first
+                raise
             with storage_errors():
                 files = await self._library.disk.run_blocking(
                     take_folder, self._library.store, Path(checkpoint.folder)
@@ -1046,16 +1059,19 @@ class LiveTraining:
         while True:
             await asyncio.sleep(TIDY_SECONDS)
             with suppress(RegistryError):
-                await self.tidy(samples.samplers)
+                await self.tidy(samples)
 
-    async def tidy(self, in_use: Collection[str], now: float | None = None) -> None:
+    async def tidy(self, samples: SamplersInUse, now: float | None = None) -> None:
         """Charge passes, end the runs of ended sessions, and delete what nobody needs any more.
 
-        in_use: samplers with unfinished samples. Raises RegistryError.
+        Raises RegistryError.
         """
         now, began = now or time.time(), time.monotonic()
         self._sampled = {path: at for path, at in self._sampled.items() if at >= now - IDLE_SECONDS}
-        await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
+        try:
+            await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
+        except RegistryFullError as error:  # what is deleted below may make room
+            _log.error("sessions are not forgotten yet: %s", error)
         if self._trainer is None:
             return
         lost_since_start = now - self._began < LOST_SECONDS
@@ -1068,13 +1084,11 @@ class LiveTraining:
         for spec in await self._disk(self._runs):
             is_live, is_open = await self._disk(store.is_live, spec.id), spec.session in open_sessions
             if is_live:
-                await self._charge(spec)
-                if not is_open and not await self._disk(store.has_next, spec.id):
-                    await self._training().unload(spec.id)
-                    await self._note("run.ended", spec.owner, spec.id, {})
+                ends = not is_open and not await self._disk(store.has_next, spec.id)
+                await self._charge(spec, ends=ends)
             elif self._looked.get(spec.id, 0.0) > now - LOOK_SECONDS:
                 continue
-            kept = await self._tidy_checkpoints(spec, is_open, in_use, now)
+            kept = await self._tidy_checkpoints(spec, is_open, samples, now)
             if not is_live and not kept:
                 await self._disk(store.remove, spec.id)
             if not is_live and not any(Place.of(one).is_of_step for one in kept):
@@ -1082,7 +1096,7 @@ class LiveTraining:
         self._looked = {run: at for run, at in self._looked.items() if run in self._specs}
 
     async def _tidy_checkpoints(
-        self, spec: ModelSpec, is_open: bool, in_use: Collection[str], now: float
+        self, spec: ModelSpec, is_open: bool, samples: SamplersInUse, now: float
     ) -> list[CheckpointFolder]:
         """Delete a run's checkpoints whose time is over and its steps' weights that nobody samples from,
         prove and sign the others, and return them."""
@@ -1093,8 +1107,8 @@ class LiveTraining:
             place, sampler = Place.of(one), sampler_of(one, spec.session)
             last = max(one.created, self._sampled.get(place.path, 0.0), self._began)
             has_expired = one.expires is not None and one.expires <= now
-            is_idle = sampler is not None and sampler not in in_use and last < now - IDLE_SECONDS
-            if has_expired or (is_idle and one not in newest):
+            is_idle = sampler is not None and last < now - IDLE_SECONDS and one not in newest
+            if has_expired or (is_idle and sampler not in samples.samplers):  # promised meanwhile, too
                 await self._delete(one)
                 continue
             kept.append(one)
@@ -1108,14 +1122,27 @@ class LiveTraining:
                 await self._sign(spec.owner, one, mark.digest)
         return kept
 
-    async def _charge(self, spec: ModelSpec) -> None:
-        """Record once what a run's passes took that were done since the last time."""
-        seconds, tokens = await self._disk(self._uncharged, spec.id)
+    async def _charge(self, spec: ModelSpec, *, ends: bool) -> None:
+        """Record once what a run's passes took that were done since the last time, and end the run if it
+        `ends`. While the disk is full, nothing is recorded of a run that goes on."""
+        try:
+            seconds, tokens = await self._disk(self._uncharged, spec.id, marks=not ends)
+        except OSError as error:
+            _log.error("what run %s took is not charged yet: %s", spec.id, error)
+            return
+        if ends:
+            await self._training().unload(spec.id)
+            await self._note("run.ended", spec.owner, spec.id, {})
         if seconds or tokens:
             self._usage.trained(spec.owner, LIVE, seconds, tokens)
 
-    def _uncharged(self, run: str) -> tuple[float, int]:
-        """Return the seconds and tokens of passes that were not charged, and mark them as charged. Blocks."""
+    def _uncharged(self, run: str, *, marks: bool) -> tuple[float, int]:
+        """Return the seconds and tokens of passes that were not charged. Blocks.
+
+        marks: whether they are marked as charged.
+
+        Raises OSError: they are not.
+        """
         store, seconds, tokens = self._store(), 0.0, 0
         mark, last = store.folder(run) / _CHARGED, store.last_result(run)
         charged = int(mark.read_bytes()) if mark.exists() else 0
@@ -1123,7 +1150,7 @@ class LiveTraining:
             result = store.result(run, number)
             if isinstance(result, Computed):
                 seconds, tokens = seconds + result.seconds, tokens + result.tokens
-        if last > charged:
+        if marks and last > charged:
             _write(mark, b"%d" % last)
         return seconds, tokens
 
@@ -1181,7 +1208,9 @@ class SamplersInUse(Protocol):
     """Owner of promised samples."""
 
     @property
-    def samplers(self) -> set[str]: ...
+    def samplers(self) -> Collection[str]:
+        """Ids of the samplers with unfinished samples."""
+        ...
 
 
 def adapter_name(run: str) -> str:

@@ -315,6 +315,31 @@ def test_deactivating_is_undone_by_rolling_back(registry: Registry) -> None:
     assert registry.rollback(*HERE).active == one
 
 
+@pytest.mark.parametrize("is_active", [False, True], ids=["none is active", "another is active"])
+def test_a_deactivation_calls_off_what_would_become_active_once_it_is_ready(
+    registry: Registry, is_active: bool
+) -> None:
+    if is_active:
+        registry.activate(*HERE, add(registry, "a", "1"))
+    both = files("2")
+    registry.add_version("a", both.digest, both, {"kind": "upload"}, activates=True)
+    registry.deactivate(*HERE, actor="ann")
+    noted = registry.audit.entries(limit=1)
+    assert [(entry.action, entry.actor) for entry in noted] == [("adapter.deactivated", "ann")]
+    registry.set_state(*HERE, both.digest, "ready")
+    assert registry.activate(*HERE, both.digest, if_due=True).active is None
+    assert registry.activate(*HERE, both.digest).active == both.digest
+
+
+def test_a_deletion_of_the_active_version_calls_off_no_activation(registry: Registry) -> None:
+    registry.activate(*HERE, one := add(registry, "a", "1"))
+    both = files("2")
+    registry.add_version("a", both.digest, both, {"kind": "upload"}, activates=True)
+    registry.delete_version(*HERE, one)
+    registry.set_state(*HERE, both.digest, "ready")
+    assert registry.activate(*HERE, both.digest, if_due=True).active == both.digest
+
+
 def test_an_adapter_knows_since_when_its_version_is_active(registry: Registry) -> None:
     one, two = add(registry, "a", "1"), add(registry, "a", "2")
     assert registry.adapter(*HERE).activated_at is None
