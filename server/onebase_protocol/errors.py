@@ -394,8 +394,8 @@ ERROR_CODES = (
         429,
         "queue_full",
         "`--queue-limit` sequences are waiting, or as many requests for adapters to be loaded, and the "
-        "tenant has its part of them; or the tenant has [10,000 promised samples](how-to/tinker.md#limits) that are "
-        "not there yet; `Retry-After` says how many seconds to wait",
+        "tenant has its part of them; or the tenant has [10,000 promised samples](how-to/tinker.md#limits) "
+        "that are not there yet; `Retry-After` says how many seconds to wait",
     ),
     _meaning(
         431,
