@@ -164,6 +164,27 @@ def test_a_row_whose_turn_fails_by_a_surprise_is_answered_so_and_the_batch_ends(
     assert (batch.state, batch.completed, batch.failed) == ("completed", 2, 1)
 
 
+@pytest.mark.parametrize("why", ["it ended", "another server took it over"])
+def test_a_batch_of_which_a_late_look_says_that_it_runs_is_not_begun_again(
+    registry: Registry, tmp_path: Path, why: str
+) -> None:
+    async def whole() -> None:
+        parts = parts_in(registry, tmp_path)
+        asked = added(registry, parts, "late", [1] * 3)
+        stale = registry.batches.move(asked.id, "in_progress", ("validating",), total=3)
+        if why == "it ended":
+            registry.batches.move(asked.id, "completed", ("in_progress",), completed=3)
+        else:
+            registry.servers.renew("process", asked.server, runs=True, room=0, seconds=-1000.0)
+            registry.batches.take_batch(asked.id, asked.server, "other")
+        before = registry.batches.batch("default", asked.id)
+        await BatchRun(parts, stale).work()
+        assert registry.batches.batch("default", asked.id) == before
+        assert not parts.folders.of(asked.id).exists()
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+
+
 def test_a_tenant_with_many_batches_keeps_no_other_s_from_its_turn(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,11 +201,13 @@ class BatchRecords:
     def note(self, batch_id: str, *, server: str | None = None, **facts: Any) -> None:
         """Record a batch's progress; `facts`: fields of Batch.
 
-        Raises UnknownBatchError, BatchElsewhereError.
+        Raises UnknownBatchError, BatchElsewhereError; BatchStateError when it has ended.
         """
         with self._database.write_uncounted() as session:
             row = self._row(session, batch_id, lock=True)
             _check_server(row, server)
+            if row.state not in OPEN_BATCHES:
+                raise BatchStateError(f"Batch {batch_id} is {row.state}.", row.state)
             _set_facts(row, facts)
 
     def _note(self, session: Session, action: AuditAction, row: BatchRow) -> None:

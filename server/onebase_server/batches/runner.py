@@ -184,7 +184,8 @@ class BatchRun:
         with acting(Origin(self.batch.key, actor=f"batch {self.batch.id}", owned=owned)):
             while not self.stopping:
                 try:
-                    await self._go_on()
+                    if await self._is_ours():
+                        await self._go_on()
                     return
                 except (UnknownBatchError, BatchStateError):
                     return  # another moved it meanwhile: the next look sees how
@@ -219,6 +220,12 @@ class BatchRun:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopped.wait()
+
+    async def _is_ours(self) -> bool:
+        """Read the batch anew: it may have ended, or been taken over, since the look that found it."""
+        server, parts = self.batch.server, self._parts
+        self.batch = await parts.threads.run_blocking(parts.records.batch, self.batch.tenant, self.batch.id)
+        return self.batch.server == server and not self.batch.ended
 
     async def _go_on(self) -> None:
         try:

@@ -88,6 +88,8 @@ def test_it_moves_from_the_states_that_are_named_and_keeps_when_and_why(registry
     revoked = BatchError(code="invalid_api_key", message="It was revoked.")
     errors = [revoked, BatchError(code="x", message="nul \0", line=3, param="body")]
     ended = registry.batches.move("batch_1", "failed", ("in_progress",), errors=errors, output_file="file-2")
+    with pytest.raises(BatchStateError):
+        registry.batches.note("batch_1", completed=1)
 
     assert ended.ended
     assert ended.times["in_progress"] == batch.times["in_progress"] <= ended.times["failed"]
