@@ -10,7 +10,6 @@ more than the rows, do rows of several models share a pass.
 from __future__ import annotations
 
 import copy
-import errno
 import gc
 import hashlib
 import importlib.util
@@ -32,7 +31,7 @@ from torch import nn
 
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.store.atomic_files import atomic_directory
-from onebase_adapters.store.blobs import version_digest
+from onebase_adapters.store.blobs import FULL, version_digest
 from onebase_engine.base.load import BaseChangedError, longest_row
 from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.machine import is_out_of_memory
@@ -1212,7 +1211,7 @@ def _ends_process(error: Exception) -> bool:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def _added(

@@ -222,7 +222,7 @@ class BatchRun:
                 await self._stopped.wait()
 
     async def _is_ours(self) -> bool:
-        """Read the batch anew: it may have ended, or been taken over, since the look that found it."""
+        """Read the batch anew, and return False if it has ended or been taken over since it was listed."""
         server, parts = self.batch.server, self._parts
         self.batch = await parts.threads.run_blocking(parts.records.batch, self.batch.tenant, self.batch.id)
         return self.batch.server == server and not self.batch.ended
