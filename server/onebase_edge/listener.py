@@ -86,10 +86,15 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-def uvicorn_config(middleware: CrossSiteMiddleware, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(
+    middleware: CrossSiteMiddleware, settings: Settings, *, files_each: int = 1
+) -> uvicorn.Config:
     """Return uvicorn's configuration for an app behind its middleware, within the settings' limits on
-    connections."""
-    connections = Connections(_connection_limits(settings))
+    connections.
+
+    files_each: number of files that each connection opens, of those that the process may.
+    """
+    connections = Connections(_connection_limits(settings, files_each))
     protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=middleware.turned_away)
     config = uvicorn.Config(
         middleware,
@@ -108,10 +113,14 @@ def uvicorn_config(middleware: CrossSiteMiddleware, settings: Settings) -> uvico
     return config
 
 
-def _connection_limits(settings: Settings) -> ConnectionLimits:
-    """Return the settings' limits, with fewer connections if fewer files may be open."""
+def _connection_limits(settings: Settings, files_each: int) -> ConnectionLimits:
+    """Return the settings' limits, with fewer connections where too few files may be open for them, even with
+    the process's own limit raised."""
     values = {item.name: getattr(settings, item.name) for item in fields(ConnectionLimits)}
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files >= 0:
-        values["max_connections"] = max(1, min(settings.max_connections, files - LEAST_FILES))
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = LEAST_FILES + files_each * settings.max_connections
+    if 0 <= files < wanted:
+        files = wanted if most < 0 else max(files, min(wanted, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+        values["max_connections"] = max(1, min(settings.max_connections, (files - LEAST_FILES) // files_each))
     return ConnectionLimits(**values)

@@ -409,6 +409,12 @@ ERROR_CODES = (
     ),
     _meaning(
         500,
+        "change_uncertain",
+        "the change was made, or may have been, and the database cannot tell now: look before you send the "
+        "request again; with `x-should-retry: false`",
+    ),
+    _meaning(
+        500,
         "not_finite row_failed",
         "the engine ended this request, for instance because its adapter overflows; others go on",
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -60,7 +61,7 @@ from onebase_edge.sse import DONE, connection_abort
 from onebase_engine.machine import freeze_loaded
 from onebase_protocol.errors import AnthropicError, Error
 from onebase_route.placement import NoReplicaError, Placement, ReplicaReport
-from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord, WaitingRoom
+from onebase_route.resumption import DiffersError, SharedBudget, StreamRecord, WaitingRoom
 
 LOOK_SECONDS = 0.5
 """Time, in seconds, between two looks at a server."""
@@ -90,6 +91,13 @@ _WAIT_SECONDS = 15.0
 """Longest time, in seconds, that a request then waits for it."""
 _PASSING_CODES = (b'"server_stopping"', b'"engine_starting"', b'"engine_restarting"')
 """Codes of refusals for which a request waits: nothing was begun, and the server is soon replaced."""
+_BEFORE_CHANGE = (
+    *_PASSING_CODES,
+    *(b'"too_many_connections"', b'"too_many_bodies"', b'"body_unread"', b'"merges_busy"', b'"pulls_busy"'),
+    *(b'"engine_busy"', b'"adapter_unavailable"', b'"adapter_timeout"', b'"verifier_unavailable"'),
+)
+"""Codes of a 503 after which a request that changes something is sent to another server: what may have been
+done by then can be done twice. After others, as of a registry that cannot be reached, that is not known."""
 _MOST_TENANTS = 10_000
 """Largest number of keys whose tenants are remembered."""
 _LEAVE_SECONDS = 2.0
@@ -138,6 +146,8 @@ _OURS = frozenset(
 them."""
 _NOT_PASSED = frozenset({b"date"}) | OURS
 """Headers of an answer that are not passed on; it gets its own date."""
+_NO_SECRET = (401, 403, 404)
+"""Statuses of an answer of /route_secret for as long as the server and the route's key are the same."""
 _SECRET = re.compile(r"[0-9a-f]{64}")
 _OWN = ("/health", "/ready", "/metrics")
 _OF_ONE_SERVER = (
@@ -449,7 +459,7 @@ class Route:
         resume: float = 60.0,
         most_held: int = _MOST_HELD,
     ) -> None:
-        self.room = ByteBudget(max(most_held, max_body))
+        self.room = SharedBudget(max(most_held, 2 * max_body))
         self.replicas: dict[str, Replica] = {}
         self.placement = Placement()
         self.clock = clock
@@ -609,9 +619,13 @@ class Route:
                 self._is_away(replica, why, at_once=True)
                 return False
         status, report = await self._ask(replica, "/route_secret")
+        if status != 200 and status not in _NO_SECRET:
+            return True  # it is asked again at the next look
         replica.secret = _secret(report) if status == 200 else ""
         if replica.secret:  # a route before this one has given answers of changes up to the newest
-            await self._ask(replica, "/v1/key", of_route=True)
+            looked, _ = await self._ask(replica, "/v1/key", of_route=True)
+            if looked >= 500:
+                replica.secret = None
         else:
             _log.warning(
                 "%s gives this route no secret (status %d): its streams are not resumed elsewhere when "
@@ -681,7 +695,7 @@ class Route:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"nobody is let in by {scope['type']}")
-        client = _Client(scope, receive, self.room)
+        client = _Client(scope, receive, self)
         async with anyio.create_task_group() as group:
             group.start_soon(client.leaves, group.cancel_scope)
             try:
@@ -758,18 +772,21 @@ class Route:
             maybe = answer.status_code in (404, 503) or (again and answer.status_code in (502, 504))
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
                 return _Passing(answer, sending, self.lost)
-            found = await _whole(answer, sending)
-            if answer.status_code == 404 and any(code in bytes(found.body) for code in _KEPT_BY_ONE):
+            found = await _whole(answer, sending, replica_lost(client.request.method, client.path))
+            content = bytes(found.body)
+            if not (again or answer.status_code == 404 or any(code in content for code in _BEFORE_CHANGE)):
+                return found
+            if answer.status_code == 404 and any(code in content for code in _KEPT_BY_ONE):
                 is_final = True
                 if problem is None or problem.status_code == 404:
                     problem, is_elsewhere = found, True
                 continue  # one without room, or that broke, may be the one that has it
             problem, is_elsewhere = found, False
-            if answer.status_code == 503 and any(code in bytes(found.body) for code in _PASSING_CODES):
+            if answer.status_code == 503 and any(code in content for code in _PASSING_CODES):
                 continue
             is_final = True
             sent.refused += 1
-            known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)
+            known = answer.status_code == 404 and not any(code in content for code in _LEARNT)
             if known or sent.refused >= _MOST_REFUSED:
                 return problem
 
@@ -869,7 +886,7 @@ class _Sent:
             self.tried.append(url)
             route.note_sent(url, again=len(self.tried) > 1)
             replica = route.replicas[url]
-            sending = _Sending(route.placement, route.clock, replica, wanted, now)
+            sending = _Sending(route, replica, wanted, now)
             try:
                 return await self._send(replica, transcript, now - self.since), sending
             except httpx2.LocalProtocolError as error:
@@ -878,6 +895,13 @@ class _Sent:
                     "Headers: a server would not take them. Send plain ones.", code="invalid_http"
                 ) from error
             except httpx2.TransportError as error:
+                if _has_no_files(error):
+                    sending.refused()
+                    raise UnavailableError(
+                        "The route has as many files open as it may (`ulimit -n`). Send the request again.",
+                        code="too_many_connections",
+                        retry_after=1.0,
+                    ) from error
                 begun = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
                 if begun and not isinstance(body, bytes):  # for what it sends, or how slowly
                     sending.refused()
@@ -929,7 +953,7 @@ class _Sent:
         """Note that a server does not resume a stream. Raises ApiError where no server would."""
         problem = None
         if _is_short(answer):
-            problem = bytes((await _whole(answer, sending)).body)
+            problem = bytes((await _whole(answer, sending, replica_lost())).body)
         else:
             sending.refused()
             with anyio.CancelScope(shield=True):
@@ -939,7 +963,7 @@ class _Sent:
         _log.warning("%s does not resume a stream: %s %s", sending.url, answer.status_code, code or "")
         if answer.status_code == 400 and CHANGE.decode() not in answer.headers:
             # It was started again, has another secret, and took the transcript for a part of the body.
-            self.route.replicas[sending.url].secret = None
+            sending.replica.secret = None
             return
         if answer.status_code in _PASSING or code == "version_not_ready":
             return
@@ -988,11 +1012,12 @@ class _Sent:
 class _Client:
     """Client of a request: what it sends, and whether it is still there."""
 
-    def __init__(self, scope: Scope, receive: Receive, room: ByteBudget) -> None:
+    def __init__(self, scope: Scope, receive: Receive, route: Route) -> None:
         self.request = Request(scope, receive)
         self.path: str = scope["path"]
         self._receive = receive
-        self._room = room
+        self._room = route.room
+        self._tenant = route.tenant_of(self.request)
         self._held = 0
         self._read = anyio.Event()
         """Event set once the body is read, or will not be: then only a disconnect can come."""
@@ -1016,10 +1041,11 @@ class _Client:
             body += piece
             if len(body) > most:
                 raise BodyTooLargeError(most)
-            if not self._room.reserve_bytes(len(piece)):
+            if not self._room.reserve(self._tenant, len(piece)):
                 raise UnavailableError(
                     f"Requests that run have {self._room.reserved >> 20} MB of bodies already, and this "
-                    f"address holds {self._room.most >> 20} MB at once. Send the request again in a moment.",
+                    f"address holds {self._room.most >> 20} MB at once: a tenant, or an address without a "
+                    "key, has no more of that than is free. Send the request again in a moment.",
                     code="too_many_bodies",
                     retry_after=1.0,
                 )
@@ -1028,7 +1054,7 @@ class _Client:
 
     def give_room_back(self) -> None:
         """Release the room that the body took."""
-        self._room.release_bytes(self._held)
+        self._room.release(self._tenant, self._held)
         self._held = 0
 
     async def pieces(self) -> AsyncGenerator[bytes]:
@@ -1069,11 +1095,10 @@ class _Passing:
             try:
                 pieces = answer.aiter_raw()
                 while (piece := await self._sending.next_piece(pieces)) is not None:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await self._sending.pass_on(send, piece)
             except httpx2.TransportError as error:
-                self._sending.failed()
+                await self._sending.broke(error, "an answer")
                 self._lost.inc()
-                _log.warning("%s broke in an answer: %s", self._sending.url, error or type(error).__name__)
                 if not _is_events(answer):
                     connection_abort(scope)()
                     await asyncio.sleep(0)  # until the connection knows of it
@@ -1100,9 +1125,7 @@ class _Stream:
         self._answer = answer
         self._sending = sending
         self._sent = sent
-        self._kept = StreamRecord(sent.route.room)
-        self._behind = 0.0
-        """Time, in seconds, that the client was waited for, less the time that the server was since then."""
+        self._kept = StreamRecord(sent.route.room, sent.route.tenant_of(sent.client.request))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _passed(self._answer.headers.raw, _NOT_PASSED)
@@ -1110,9 +1133,7 @@ class _Stream:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async with contextlib.aclosing(self._events(scope)) as events:
                 async for some in events:
-                    since = self._sent.route.clock()
-                    await send({"type": "http.response.body", "body": some, "more_body": True})
-                    self._behind += self._sent.route.clock() - since
+                    await self._sending.pass_on(send, some)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._kept.give_up()
@@ -1123,20 +1144,16 @@ class _Stream:
         kept = self._kept
         while True:
             try:
-                async for piece in self._pieces():
+                pieces = self._answer.aiter_raw()
+                while (piece := await self._sending.next_piece(pieces)) is not None:
                     if events := kept.read(piece):
                         yield events
                 if events := kept.end():
                     yield events
                 return
             except httpx2.TransportError as error:
-                if self._behind > _BEHIND_SECONDS and await self._sent.route.lives(self._sending.url):
-                    _log.warning("%s cut off a client that does not read", self._sending.url)
-                    self._sending.refused()
+                if await self._sending.broke(error, "a stream"):
                     kept.give_up()
-                else:
-                    _log.warning("%s broke in a stream: %s", self._sending.url, error or type(error).__name__)
-                    self._sending.failed()
             except DiffersError:
                 _log.warning("%s does not resume with the same events", self._sending.url)
                 kept.give_up()
@@ -1148,19 +1165,6 @@ class _Stream:
                 yield _error_event(error, scope)
                 return
 
-    async def _pieces(self) -> AsyncIterator[bytes]:
-        """Yield the bytes of the answer as they come from the server."""
-        clock, pieces = self._sent.route.clock, self._answer.aiter_raw()
-        while True:
-            since = clock()
-            try:
-                piece = await self._sending.next_piece(pieces)
-            finally:
-                self._behind = max(0.0, self._behind - (clock() - since))
-            if piece is None:
-                return
-            yield piece
-
     async def _close(self) -> None:
         self._sending.ended()
         with anyio.CancelScope(shield=True):
@@ -1170,27 +1174,43 @@ class _Stream:
 class _Sending:
     """One request on one server, which ends once."""
 
-    def __init__(
-        self,
-        placement: Placement,
-        clock: Callable[[], float],
-        replica: Replica,
-        wanted: RequestNeeds,
-        since: float,
-    ) -> None:
+    def __init__(self, route: Route, replica: Replica, wanted: RequestNeeds, since: float) -> None:
         self.url = replica.url
         self.replica = replica
-        self._placement = placement
-        self._clock = clock
+        self._route = route
+        self._placement = route.placement
+        self._clock = route.clock
         self._wanted = wanted
         self._since = since
+        self._behind = 0.0
+        """Time, in seconds, that the client was waited for, less the time that the server was since then."""
         self._over = False
         replica.open += 1
 
     async def next_piece(self, pieces: AsyncIterator[bytes]) -> bytes | None:
         """Return the next bytes of its answer, or None at the end. Raises TransportError."""
-        with self.replica.awaiting(self._clock()):
-            return await anext(pieces, None)
+        since = self._clock()
+        try:
+            with self.replica.awaiting(since):
+                return await anext(pieces, None)
+        finally:
+            self._behind = max(0.0, self._behind - (self._clock() - since))
+
+    async def pass_on(self, send: Send, piece: bytes) -> None:
+        """Send a part of its answer to the client."""
+        since = self._clock()
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        self._behind += self._clock() - since
+
+    async def broke(self, error: httpx2.TransportError, where: str) -> bool:
+        """Note that the server broke off its answer. Return True if it did since the client does not read."""
+        if self._behind > _BEHIND_SECONDS and await self._route.lives(self.url):
+            _log.warning("%s cut off a client that does not read", self.url)
+            self.refused()
+            return True
+        _log.warning("%s broke in %s: %s", self.url, where, error or type(error).__name__)
+        self.failed()
+        return False
 
     def answered(self) -> None:
         now = self._clock()
@@ -1236,16 +1256,24 @@ def _secret(report: bytes) -> str:
     return secret if isinstance(secret, str) and _SECRET.fullmatch(secret) else ""
 
 
+def _has_no_files(error: BaseException | None) -> bool:
+    """Return True if a connection failed since no more files may be open here, which is no server's fault."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error is not None and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def _is_short(answer: httpx2.Response) -> bool:
     length = answer.headers.get("content-length", "")
     return _SHORT.fullmatch(length) is not None and int(length) <= _PROBLEM_BYTES
 
 
-async def _whole(answer: httpx2.Response, sending: _Sending) -> Response:
+async def _whole(answer: httpx2.Response, sending: _Sending, lost: ApiError) -> Response:
+    """Return a server's answer in one piece, or the error for one that breaks off."""
     try:
         content = b"".join([piece async for piece in answer.aiter_raw()])
     except httpx2.TransportError:
-        return refusal(replica_lost())
+        return refusal(lost)
     finally:
         sending.refused()
         with anyio.CancelScope(shield=True):
@@ -1273,13 +1301,16 @@ def _passed(headers: Iterable[tuple[bytes, bytes]], but: frozenset[bytes]) -> li
 
 
 def _error_event(error: ApiError, scope: Scope) -> bytes:
-    """Return the event that ends a stream with an error, in the format of the API that was asked."""
+    """Return the event that ends a stream with an error, in the format of the API that was asked.
+
+    It begins with an empty line, which ends an event of which only a part was passed on.
+    """
     data = error_json(error, scope)
     if is_anthropic(scope):
-        return b"event: error\ndata: " + data + b"\n\n"
+        return b"\n\nevent: error\ndata: " + data + b"\n\n"
     if scope["path"].rstrip("/") == "/v1/responses":
         report = {"type": "error", "code": error.code, "message": error.message, "param": None}
-        return b"event: error\ndata: " + msgspec.json.encode(report) + b"\n\n"
+        return b"\n\nevent: error\ndata: " + msgspec.json.encode(report) + b"\n\n"
     return b"\n\ndata: " + data + b"\n\n" + (b"" if scope["path"] == "/" else DONE)
 
 
@@ -1317,7 +1348,7 @@ async def serve(
         before: handle of the process of a route at this address, which is stopped then.
     """
     middleware = CrossSiteMiddleware(route, settings)
-    config = uvicorn_config(middleware, settings)
+    config = uvicorn_config(middleware, settings, files_each=2)
     config.timeout_graceful_shutdown = math.ceil(settings.drain_timeout)
     server = QuietServer(config)
     loop = asyncio.get_running_loop()

@@ -16,67 +16,73 @@ class DiffersError(Exception):
     """A server has made other events of a transcript than those that were passed on."""
 
 
-class ByteBudget:
-    """Budget of bytes that all requests together may keep in memory."""
+class SharedBudget:
+    """Amount of something, such as bytes of memory, that tenants reserve parts of.
+
+    A tenant reserves no more than is free, half of all where no other has any, so that there is room for the
+    next one (dynamic thresholds, Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998).
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.reserved = 0
+        self._parts: dict[str, int] = {}
 
-    def reserve_bytes(self, size: int) -> bool:
-        """Reserve so many bytes. Return False, and reserve nothing, if there is no room."""
-        if self.reserved + size > self.most:
+    def reserve(self, tenant: str, amount: int) -> bool:
+        """Reserve the amount. Return False, and reserve nothing, if the tenant may not have so much more."""
+        part = self._parts.get(tenant, 0)
+        if part + amount > self.most - self.reserved:
             return False
-        self.reserved += size
+        if amount:
+            self._parts[tenant] = part + amount
+            self.reserved += amount
         return True
 
-    def release_bytes(self, size: int) -> None:
-        self.reserved -= size
+    def release(self, tenant: str, amount: int) -> None:
+        if not amount:
+            return
+        self.reserved -= amount
+        self._parts[tenant] -= amount
+        if not self._parts[tenant]:
+            del self._parts[tenant]
 
 
 class WaitingRoom:
-    """Requests that wait for a server, within a number of places and of bytes of their bodies.
-
-    A tenant takes no more of either than is free, half of all where no other waits, so that there is room for
-    the next one (dynamic thresholds, Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998).
-    """
+    """Requests that wait for a server, within a number of places and of bytes of their bodies."""
 
     def __init__(self, places: int, most: int) -> None:
-        self._places = places
-        self._most = most
-        self._waiting: dict[str, list[int]] = {}
-        """Sizes, in bytes, of the bodies of each tenant's requests."""
+        self._places = SharedBudget(places)
+        self._bytes = SharedBudget(most)
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return self._places.reserved
 
     def enter(self, tenant: str, size: int) -> bool:
         """Take a place for a body of so many bytes. Return False, and take none, if there is none."""
-        mine = self._waiting.get(tenant, [])
-        held = sum(map(sum, self._waiting.values()))
-        if len(mine) >= self._places - len(self) or sum(mine) + size > self._most - held:
+        if not self._places.reserve(tenant, 1):
             return False
-        self._waiting[tenant] = [*mine, size]
+        if not self._bytes.reserve(tenant, size):
+            self._places.release(tenant, 1)
+            return False
         return True
 
     def leave(self, tenant: str, size: int) -> None:
-        mine = self._waiting[tenant]
-        mine.remove(size)
-        if not mine:
-            del self._waiting[tenant]
+        self._places.release(tenant, 1)
+        self._bytes.release(tenant, size)
 
 
 class StreamRecord:
     """One stream: its transcript, and how many bytes of events were passed on, with their digest.
 
     Events are passed on once they are whole, so that a stream which breaks can be resumed, or end with an
-    error."""
+    error. The transcript counts as memory of the tenant's."""
 
-    def __init__(self, room: ByteBudget) -> None:
+    def __init__(self, room: SharedBudget, tenant: str) -> None:
         self.transcript = bytearray()
         self.can_resume = True
         """Whether the whole transcript is kept, so that the stream can be resumed."""
         self._room = room
+        self._tenant = tenant
         self._rest = bytearray()
         self._in_line = False
         """Whether the beginning of the current line was passed on."""
@@ -127,14 +133,14 @@ class StreamRecord:
     def give_up(self) -> None:
         """Drop the transcript: the stream will not be resumed."""
         self.can_resume = False
-        self._room.release_bytes(len(self.transcript))
+        self._room.release(self._tenant, len(self.transcript))
         self.transcript.clear()
 
     def _keep(self, lines: bytes) -> None:
         if not self.can_resume:
             return
         small = len(self.transcript) + len(lines) <= MOST_TRANSCRIPT
-        if small and self._room.reserve_bytes(len(lines)):
+        if small and self._room.reserve(self._tenant, len(lines)):
             self.transcript += lines
         else:
             self.give_up()

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from onebase_adapters.names import label
-from onebase_adapters.registry import AdapterFiles, AdapterRecord, Blob, Registry, RegistryBusyError
+from onebase_adapters.registry import (
+    AdapterFiles,
+    AdapterRecord,
+    Blob,
+    Registry,
+    RegistryBusyError,
+    UncertainChangeError,
+)
 from onebase_edge.errors import AdapterNotFoundError, ForbiddenError, InvalidRequestError, StateConflictError
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.adapters.catalog import Catalog, VisibleAdapters, check_name, same_base
@@ -210,7 +217,7 @@ def test_a_write_after_which_the_registry_cannot_be_read_is_said_to_be_made(regi
         records.subscribe(away)
         await records.write(registry.activate, "default", "acme", digest)
 
-    with pytest.raises(RegistryBusyError, match=r"change was made.*it is away"):
+    with pytest.raises(UncertainChangeError, match=r"change was made.*it is away"):
         asyncio.run(activate())
     assert registry.adapter("default", "acme").active == digest
 

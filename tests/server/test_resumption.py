@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import signal
 import socket
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from onebase_edge.background import Backoff
 from onebase_edge.forwarded import TRANSCRIPT_HEADER
 from onebase_route import proxy, resumption
-from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
+from onebase_route.resumption import DiffersError, SharedBudget, StreamRecord
 
 from .support import Server, Starter, as_route, pace, upload
 from .test_route import BASE, counted, wait
@@ -179,7 +180,7 @@ def events_of(told: bytes) -> bytes:
 
 def cut(told: bytes, part: float) -> tuple[bytes, bytes]:
     """The transcript and the events up to there."""
-    kept = StreamRecord(ByteBudget(1 << 30))
+    kept = StreamRecord(SharedBudget(1 << 30), "acme")
     places = [found.start() for found in re.finditer(rb"^: onebase ", told, re.MULTILINE)][1:]
     events = kept.read(told[: places[int(part * len(places))]])
     return bytes(kept.transcript), events
@@ -557,14 +558,41 @@ def test_a_request_leaves_a_server_that_stands_still(monkeypatch: pytest.MonkeyP
     assert text == b"data: a\n\ndata: b\n\ndata: c\n\n"
 
 
-def test_a_stream_of_a_server_that_tells_no_transcript_ends_with_an_error_where_it_breaks() -> None:
+@pytest.mark.parametrize(
+    ("path", "event"), [("/generate", ""), ("/v1/messages", "error"), ("/v1/responses", "error")]
+)
+def test_a_stream_of_a_server_that_tells_no_transcript_ends_with_an_error_where_it_breaks(
+    path: str, event: str
+) -> None:
     got: list[bytes] = []
-    say = says(HEAD + b"\r\n" + pieces(b"data: a\n\n"), got=got)
-    with before({"/generate": say}, {"/generate": say}) as running, running.client() as http:
-        text = http.post("/generate", json=ASK).text
-    assert text.startswith("data: a\n\n")
-    assert "replica_lost" in text
+    say = says(HEAD + b"\r\n" + pieces(b"data: a\n\nevent: cut\ndata: o"), got=got)
+    with before({path: say}, {path: say}) as running, running.client() as http:
+        text = http.post(path, json=ASK).text
+    first, cut, error = [one for one in text.split("\n\n") if one and one != "data: [DONE]"]
+    assert (first, cut) == ("data: a", "event: cut\ndata: o")
+    assert "replica_lost" in error
+    assert error.startswith(f"event: {event}\ndata: " if event else "data: ")
     assert len(got) == 1
+
+
+def test_a_stream_that_a_server_taken_out_meanwhile_refuses_ends_with_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    say = takes(BREAKS)
+
+    async def breaks_or_leaves(
+        behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if sum(len(one.heads) for one in running.behind) == 1:
+            await say(behind, reader, writer)
+        else:
+            running.route.set_replicas([one.url for one in running.behind if one is not behind])
+            writer.write(b"HTTP/1.1 400 X\r\ncontent-length: 2\r\n\r\n{}")
+
+    with before(*[{"/generate": breaks_or_leaves}] * 2, resume=0) as running, running.client() as http:
+        text = http.post("/generate", json=ASK).text
+    assert text.count("replica_lost") == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_client_that_leaves_while_a_stream_moves_leaves_nothing_behind() -> None:
@@ -584,13 +612,14 @@ def test_a_client_that_leaves_while_a_stream_moves_leaves_nothing_behind() -> No
         assert wait(lambda: running.route.room.reserved == 0)
 
 
-def test_a_stream_that_a_server_cuts_off_since_its_client_does_not_read_goes_on_nowhere(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("head", [TELLS, HEAD + b"\r\n"], ids=["resumable", "plain"])
+def test_a_stream_that_a_server_cuts_off_since_its_client_does_not_read_is_not_the_servers_failure(
+    head: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(proxy, "_BEHIND_SECONDS", 0.2)
 
     async def cuts_off(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(TELLS + pieces(b": onebase 0 [1]\n"))
+        writer.write(head + pieces(b": onebase 0 [1]\n"))
         with contextlib.suppress(TimeoutError):
             for _ in range(400):  # 100 MB, which no buffers hold
                 writer.write(pieces(b"data: " + b"x" * (1 << 18) + b"\n\n"))
@@ -605,12 +634,16 @@ def test_a_stream_that_a_server_cuts_off_since_its_client_does_not_read_goes_on_
             assert wait(lambda: running.behind[0].gone == 1)
             assert sum(piece.count(b"replica_lost") for piece in raw) == 1
         assert "cut off a client" in caplog.text
+        assert "broke in" not in caplog.text
 
 
-def test_bodies_that_are_held_have_a_bound_in_sum() -> None:
+def test_bodies_that_are_held_have_a_bound_in_sum_and_leave_room_for_other_tenants() -> None:
     large, small = ({"prompt": "x" * count} for count in (90_000, 20_000))
-    with before({"/generate": never, "/x": answer(b"{}")}) as running, running.client() as http:
-        running.route.room.most = 150_000
+    named = answer(b"{}", b"x-onebase-tenant: acme")
+    with before({"/generate": never, "/x": named}) as running, running.client() as http:
+        key = {"authorization": "Bearer first"}
+        assert http.get("/x", headers=key).status_code == 200
+        running.route.room.most = 240_000
         body = json.dumps(large).encode()
         head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", running.port)) as first:
@@ -620,6 +653,7 @@ def test_bodies_that_are_held_have_a_bound_in_sum() -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_bodies")
             assert refused.headers["retry-after"] == "1"
             assert http.post("/x", json=small).status_code == 200
+            assert http.post("/x", json=large, headers=key).status_code == 200
         assert wait(lambda: running.route.room.reserved == 0)
         assert http.post("/x", json=large).status_code == 200
 
@@ -631,7 +665,7 @@ def test_bodies_that_are_held_have_a_bound_in_sum() -> None:
 def test_only_whole_events_are_passed_on_however_they_come(sizes: list[int], gives_up: bool) -> None:
     stream = FIRST + b": onebase 0 [3]\nid: 7\ndata: : onebase 0 []\n\ndata: [DONE]\n\n"
     events = b"data: a\n\ndata: b\n\nid: 7\ndata: : onebase 0 []\n\ndata: [DONE]\n\n"
-    kept, room = StreamRecord(room := ByteBudget(1000)), room
+    kept = StreamRecord(room := SharedBudget(1000), "acme")
     passed = b""
     for size in [*sizes, len(stream)]:
         piece, stream = stream[:size], stream[size:]
@@ -648,14 +682,14 @@ def test_only_whole_events_are_passed_on_however_they_come(sizes: list[int], giv
 
 
 def test_a_stream_whose_transcript_has_no_room_is_passed_on_and_does_not_go_on_elsewhere() -> None:
-    kept = StreamRecord(ByteBudget(20))
+    kept = StreamRecord(SharedBudget(20), "acme")
     assert kept.read(FIRST) == b"data: a\n\ndata: b\n\n"
     assert not kept.can_resume
     assert not kept.transcript
 
 
 def test_events_that_differ_are_not_passed_on() -> None:
-    kept = StreamRecord(ByteBudget(1000))
+    kept = StreamRecord(SharedBudget(1000), "acme")
     kept.read(FIRST)
     kept.begin_again()
     with pytest.raises(DiffersError):
@@ -667,7 +701,7 @@ def test_a_server_that_repeats_an_event_without_end_is_given_up(
     gives_up: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resumption, "MOST_EVENT", 1000)
-    kept = StreamRecord(ByteBudget(1000))
+    kept = StreamRecord(SharedBudget(1000), "acme")
     kept.read(FIRST)
     kept.begin_again()
     if gives_up:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -363,6 +366,57 @@ def test_what_may_have_been_done_is_not_sent_twice(odd: Running) -> None:
     assert b"Send `GET /half` to find out" in refused
     assert b"`GET /half` to find out, where 404 means that it was" in odd.ask(b"DELETE /half")
     assert len(odd.heads()) == 2
+
+
+@pytest.mark.parametrize(("code", "most"), [("registry_unavailable", 1), ("merges_busy", 2)])
+def test_a_change_goes_to_another_server_only_after_a_refusal_that_precedes_it(code: str, most: int) -> None:
+    full = answer(b'{"error":{"code":"%s"}}' % code.encode(), status=503)
+    with before(*[{"/v1/files": full}] * 2) as running:
+        head = (b"Content-Type: application/json", b"Content-Length: 2")
+        assert code.encode() in running.ask(b"POST /v1/files", *head, body=b"{}")
+        assert len(running.heads()) == most
+        assert code.encode() in running.ask(b"DELETE /v1/files")
+        assert len(running.heads()) == most
+
+
+def test_a_server_whose_secret_cannot_be_had_now_is_asked_again() -> None:
+    told = [answer(b"{}", status=500), answer(b'{"secret": "%s"}' % SECRET)]
+
+    async def recovers(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(told.pop(0))
+        await writer.drain()
+
+    with before({"/route_secret": recovers}) as running:
+        assert wait(lambda: not running.route.without_secret())
+
+
+def test_a_connection_that_the_routes_own_limit_of_files_refuses_is_no_failure_of_the_server() -> None:
+    class WithoutFiles(httpx2.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            raise httpx2.ConnectError("refused") from OSError(errno.EMFILE, "too many open files")
+
+    with before({"/x": answer(b"{}")}, {"/x": answer(b"{}")}) as running, running.client() as http:
+        ways = {one: one.way for one in running.route.replicas.values()}
+        for one in ways:
+            one.way = WithoutFiles()  # type: ignore[assignment]
+        refused = http.get("/x")
+        for one, way in ways.items():
+            one.way = way
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+        assert http.get("/x").status_code == 200
+        assert b"onebase_route_retries_total 0.0" in running.ask(b"GET /metrics")
+
+
+def test_a_route_accepts_only_as_many_connections_as_it_has_files_for_with_their_servers() -> None:
+    script = (
+        "import resource; from onebase_edge import listener; from onebase_edge.settings import Settings;"
+        "limits = [listener._connection_limits(Settings(), each).max_connections for each in (1, 2)];"
+        "print(*limits, resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    for limit, expected in (("-n 164", "100 50 164"), ("-Sn 164", "4096 4096 8256")):
+        shell = f'ulimit {limit}; exec "$@"'
+        made = subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", script], capture_output=True)
+        assert made.stdout.decode().strip() == expected, made.stderr
 
 
 def test_of_each_request_that_changes_something_another_tells_whether_it_was_carried_out() -> None:

@@ -30,7 +30,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from onebase_adapters.registry.errors import RegistryBusyError, RegistryError, RegistryFullError
+from onebase_adapters.registry.errors import (
+    RegistryBusyError,
+    RegistryError,
+    RegistryFullError,
+    UncertainChangeError,
+)
 from onebase_adapters.registry.tables import ChangeCounter, JobFileRow, ProofRow, TrainingFileRow, VersionRow
 from onebase_engine.redaction import redacted, without_secrets
 
@@ -41,6 +46,7 @@ _CHANNEL = "onebase_changes"
 _LISTEN_SECONDS = 0.2
 """Seconds after which a listening thread notices that it must end, and between two tries to connect."""
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
+_CONNECTION_LOST, _SHUTDOWN = "08", "57P"  # beginnings of SQLSTATEs
 _STOOD_STILL = "25P03"  # of a session that was ended since it did nothing within a transaction
 _LIMITS = ("lock_timeout", "idle_in_transaction_session_timeout")
 """PostgreSQL's limits on waiting for a lock, and on holding one in an idle transaction."""
@@ -105,7 +111,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[tuple[Session, int]]:
         """Yield a transaction that excludes other writers, and the change counter after it."""
-        with self.errors("writing"), self._session() as session, session.begin():
+        with self.write_uncounted() as session:
             counter = session.scalar(
                 update(ChangeCounter)
                 .where(ChangeCounter.id == _COUNTER_ID)
@@ -158,6 +164,16 @@ class Database:
         follows."""
         with self.errors("writing"), self._session() as session, session.begin():
             yield session
+            session.flush()
+            try:
+                session.commit()
+            except exc.DBAPIError as error:
+                if self._file is None and _may_have_committed(error.orig):
+                    said = without_secrets(f"{type(error.orig).__name__}: {error.orig}".strip(), self.url)
+                    raise UncertainChangeError(
+                        f"the change may have been made: {self.place} was lost during its commit ({said})"
+                    ) from None
+                raise
 
     def _session(self) -> Session:
         return Session(self.engine, info={SERVER: self.server})
@@ -278,6 +294,12 @@ def _begin_sqlite(connection: Connection) -> None:
     wrote."""
     reads = connection.get_execution_options().get(_READ, False)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _may_have_committed(cause: BaseException | None) -> bool:
+    """Return True if a COMMIT that failed so may have worked: PostgreSQL does not say why it has not."""
+    state: str | None = getattr(cause, "sqlstate", None)
+    return state is None or state[:3] == _SHUTDOWN or state[:2] == _CONNECTION_LOST
 
 
 def _kind(error: Exception, cause: BaseException, file: Path | None) -> type[RegistryError]:

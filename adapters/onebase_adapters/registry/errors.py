@@ -3,6 +3,7 @@
 RegistryError
 ├── RegistryFullError         no space for the database; what was written before is whole
 ├── RegistryBusyError         the database cannot be reached, or is locked for long; try again
+├── UncertainChangeError      a change was made, or may have been, and cannot be read now
 ├── UnknownAdapterError       no adapter of that name
 ├── UnknownVersionError       the adapter has no such version, or several begin like that
 ├── NotReadyError             the version has not been proved, or failed
@@ -42,6 +43,10 @@ class RegistryFullError(RegistryError):
 
 class RegistryBusyError(RegistryError):
     """The database cannot be reached now, or is locked by others. The same call may work later."""
+
+
+class UncertainChangeError(RegistryError):
+    """A change was made, or may have been, and nothing can be read now. The same call might repeat it."""
 
 
 class UnknownAdapterError(RegistryError):

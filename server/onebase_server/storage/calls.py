@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 from msgspec import to_builtins
 
 from onebase_adapters import registry
-from onebase_adapters.registry import RegistryBusyError, RegistryError
+from onebase_adapters.registry import RegistryError
 from onebase_adapters.store import store
 from onebase_adapters.store.store import Store, StoreError
 from onebase_edge.background import Threads
@@ -30,6 +30,7 @@ from onebase_edge.errors import (
     StateConflictError,
     TrainingFileNotFoundError,
     UnavailableError,
+    UncertainChangeError,
 )
 
 P = ParamSpec("P")
@@ -57,7 +58,7 @@ class RegistryThreads(Threads):
             for subscriber in self._subscribers:
                 await subscriber()
         except RegistryError as error:
-            raise RegistryBusyError(
+            raise registry.UncertainChangeError(
                 f"the change was made, but what it changed cannot be read: {error}"
             ) from error
         return result
@@ -122,6 +123,8 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise StateConflictError(
             f"{error} Wait for its end or cancel it.", code="file_in_use", param="file_id"
         ) from error
+    except registry.UncertainChangeError as error:
+        raise UncertainChangeError(str(error)) from error
     except registry.RegistryError as error:
         raise UnavailableError(
             f"The registry of adapters cannot be used now: {error}",

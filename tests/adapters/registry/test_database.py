@@ -31,6 +31,7 @@ from onebase_adapters.registry import (
     RegistryError,
     RegistryFullError,
     StaleActivationError,
+    UncertainChangeError,
     database,
     migrations,
 )
@@ -419,3 +420,23 @@ def test_postgresql_tells_each_server_of_what_another_wrote_and_again_after_a_lo
     told.clear()
     add(writer, "third", "3")
     assert not told.wait(0.3)
+
+
+def test_a_change_whose_commit_is_not_answered_is_said_to_be_uncertain(
+    kind: str, open_registry: Open
+) -> None:
+    if kind == "sqlite":  # which has no connection to lose
+        return
+    writer, other = open_registry(), open_registry()
+    add(writer, "acme", "1")
+
+    def write_while_it_is_ended() -> None:
+        with writer._database.write_uncounted() as session:
+            session.execute(text("UPDATE adapters SET pinned = true"))
+            mine = session.scalar(text("SELECT pg_backend_pid()"))
+            with other._database.engine.connect() as connection:
+                connection.execute(text("SELECT pg_terminate_backend(:mine, 60000)"), {"mine": mine})
+
+    with pytest.raises(UncertainChangeError, match="may have been made"):
+        write_while_it_is_ended()
+    writer.pin("default", "acme", False)  # over another connection
