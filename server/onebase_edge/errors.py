@@ -454,7 +454,7 @@ class UnavailableError(ApiError):
         super().__init__(message, code=code, retry_after=retry_after)
 
 
-class UncertainChangeError(ApiError):
+class UnconfirmedChangeError(ApiError):
     """A change that was made, or may have been; not answered by 503, after which requests are sent again."""
 
     def __init__(self, reason: str) -> None:
@@ -559,7 +559,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     QuotaSpentError: (429, "rate_limit_error"),
     QuotaExceededError: (429, "insufficient_quota"),
     UnavailableError: (503, "service_unavailable"),
-    UncertainChangeError: (500, "server_error"),
+    UnconfirmedChangeError: (500, "server_error"),
     EngineRestartedError: (503, "service_unavailable"),
     CrashesEngineError: (422, "invalid_request_error"),
     SequenceFailedError: (500, "server_error"),

@@ -30,7 +30,7 @@ from onebase_edge.errors import (
     StateConflictError,
     TrainingFileNotFoundError,
     UnavailableError,
-    UncertainChangeError,
+    UnconfirmedChangeError,
 )
 
 P = ParamSpec("P")
@@ -124,7 +124,7 @@ def storage_errors(name: str = "") -> Iterator[None]:
             f"{error} Wait for its end or cancel it.", code="file_in_use", param="file_id"
         ) from error
     except registry.UncertainChangeError as error:
-        raise UncertainChangeError(str(error)) from error
+        raise UnconfirmedChangeError(str(error)) from error
     except registry.RegistryError as error:
         raise UnavailableError(
             f"The registry of adapters cannot be used now: {error}",
