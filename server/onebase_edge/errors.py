@@ -388,15 +388,21 @@ class DiskFullError(ApiError):
 
 
 class QueueFullError(ApiError):
-    """`asked`: the sequences of the request that was refused."""
+    """A refusal of what would have to wait, since as much waits already as may."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, code="queue_full", retry_after=retry_after)
+
+
+class SequencesFullError(QueueFullError):
+    """`asked`: the sequences of the request that was refused; of these, `waiting` wait already."""
 
     def __init__(self, asked: int, waiting: int, limit: int, retry_after: float) -> None:
         super().__init__(
             f"The request asks for {asked} {'sequence' if asked == 1 else 'sequences'}, {waiting} wait "
             f"already, and no more than {limit} may wait (--queue-limit). Try again in a moment"
             f"{', or ask for fewer at once' if asked > 1 else ''}.",
-            code="queue_full",
-            retry_after=retry_after,
+            retry_after,
         )
 
 
@@ -407,12 +413,10 @@ class LoadingQueueFullError(QueueFullError):
     """
 
     def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
-        ApiError.__init__(
-            self,
+        super().__init__(
             f"{waiting} requests wait already for adapters to be loaded, and no more than {limit} may wait "
             "(--queue-limit). Try again in a moment, or ask for an adapter that is in memory.",
-            code="queue_full",
-            retry_after=retry_after,
+            retry_after,
         )
 
 
@@ -420,12 +424,10 @@ class SamplesFullError(QueueFullError):
     """A tenant has as many samples promised and not there yet as it may have."""
 
     def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
-        ApiError.__init__(
-            self,
+        super().__init__(
             f"{waiting} samples of this tenant are promised and not there yet, and no more than {limit} may "
             "be. Send this one again once others are there, or cancel some.",
-            code="queue_full",
-            retry_after=retry_after,
+            retry_after,
         )
 
 
@@ -554,6 +556,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     VersionFailedError: (422, "invalid_request_error"),
     DiskFullError: (507, "server_error"),
     QueueFullError: (429, "rate_limit_error"),
+    SequencesFullError: (429, "rate_limit_error"),
     LoadingQueueFullError: (429, "rate_limit_error"),
     SamplesFullError: (429, "rate_limit_error"),
     QuotaSpentError: (429, "rate_limit_error"),

@@ -16,10 +16,10 @@ from onebase_adapters.registry import Quotas
 from onebase_edge.errors import (
     ForbiddenError,
     InvalidRequestError,
-    QueueFullError,
     QuotaExceededError,
     QuotaSpentError,
     SequenceFailedError,
+    SequencesFullError,
     UnavailableError,
 )
 from onebase_server.inference.stream import OutputPiece
@@ -111,12 +111,12 @@ def test_a_refused_rollout_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_rollout_that_the_engine_does_not_take_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> None:
-        raise QueueFullError(1, 1, 1, 0.1)
+        raise SequencesFullError(1, 1, 1, 0.1)
 
     runs(monkeypatch, pieces, full)
     counted = limiter(requests=60, tokens=10_000)
     request: Any = SimpleNamespace(reserved_tokens=10, choices=1)
-    with pytest.raises(QueueFullError):
+    with pytest.raises(SequencesFullError):
         asyncio.run(sampler(counted, lambda: None)._run(request, CALLER))
     assert (used(counted, "requests"), used(counted, "tokens")) == (0, 0)
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError, model_validator
 from starlette.middleware.base import RequestResponseEndpoint
 
 from onebase_edge.background import Threads, TurnBudget
-from onebase_edge.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from onebase_edge.errors import ContextLengthError, InvalidRequestError, SequencesFullError
 from onebase_engine.machine import BESIDE_SERVING
 from onebase_server.http import app
 from onebase_server.http.deps import CALLER, LONG_BODY, VERY_LONG_BODY, StrictRoute, off_loop
@@ -201,11 +201,11 @@ def test_no_text_is_tokenized_for_a_full_queue() -> None:
 
     def refuse(tenant: str, sequences: int) -> None:
         assert sequences == 128
-        raise QueueFullError(128, 512, 512, 1.0)
+        raise SequencesFullError(128, 512, 512, 1.0)
 
     planner = planner_of(tokenizer, 1_000, refuse)
     body = CompletionRequest(model="base", prompt=["a word"] * 64, n=2)
-    with pytest.raises(QueueFullError):
+    with pytest.raises(SequencesFullError):
         asyncio.run(planner.completion(body, LOCAL))
     assert not tokenizer.running
 
@@ -217,7 +217,7 @@ def test_refusals_that_cost_the_api_most_are_answered_after_a_pause(monkeypatch:
         pauses.append(seconds)
 
     monkeypatch.setattr(app.asyncio, "sleep", pause)  # type: ignore[attr-defined]
-    full, many = QueueFullError(128, 512, 512, 1.0), refused(b"[" + b"1," * 10 * MANY + b"1]")
+    full, many = SequencesFullError(128, 512, 512, 1.0), refused(b"[" + b"1," * 10 * MANY + b"1]")
     for error, expected in ((full, 1), (many, 2), (InvalidRequestError("n: is 0", param="n"), 2)):
         asyncio.run(app._refuse(error))
         assert len(pauses) == expected

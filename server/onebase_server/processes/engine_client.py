@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from onebase_edge.errors import ApiError, InvalidRequestError, QueueFullError
+from onebase_edge.errors import ApiError, InvalidRequestError, SequencesFullError
 from onebase_engine.engine.messages import Cancel, Stats, StepResult, ToEngine
 from onebase_server.processes.crash_suspects import Suspects
 from onebase_server.processes.inflight import Inflight
@@ -82,8 +82,8 @@ class EngineClient:
 
         `max_sequences` run at once and `queue_limit` more may wait.
 
-        Raises QueueFullError if there is no room and the tenant has its share, InvalidRequestError if even an
-        empty queue is too short.
+        Raises SequencesFullError if there is no room and the tenant has its share, InvalidRequestError if
+        even an empty queue is too short.
         """
         capacity = self._check_capacity(sequences, max_sequences)
         if not self._shares.has_room(tenant, sequences, capacity):
@@ -179,10 +179,10 @@ class EngineClient:
             )
         return capacity
 
-    def _queue_full(self, asked: int, max_sequences: int) -> QueueFullError:
+    def _queue_full(self, asked: int, max_sequences: int) -> SequencesFullError:
         waiting = max(0, self.foreground_sequences - max_sequences)
         wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_sequence * (waiting + 1))
-        return QueueFullError(asked, waiting, self._queue_limit, wait)
+        return SequencesFullError(asked, waiting, self._queue_limit, wait)
 
     def _sequence_ended(self, request: Inflight, request_id: str, now: float) -> None:
         if request.background:
