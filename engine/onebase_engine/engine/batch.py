@@ -5,6 +5,7 @@ Packed order is decodes first, then one stretch per prefill segment, then paddin
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -51,6 +52,8 @@ class Packer:
         self._strides = np.array([group.stride for group in groups], dtype=np.int32)
         self._multiple = row_multiple
         self._recurrent = recurrent
+        self._last: tuple[StepBatch, list[list[array[int]]]] | None = None
+        """Newest batch, and the blocks of its segments' sequences by then."""
 
     @staticmethod
     def fill(batch: StepBatch, plan: StepPlan) -> None:
@@ -77,11 +80,12 @@ class Packer:
         write[:, :count] = tables[:, table_row[:count], block] * self._block_size + place
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
         hidden_rows, pooled = _hidden_rows(segments, starts)
+        blocks = [[one[:] for one in segment.sequence.blocks] for segment in segments]
         rows = [
             (segment.sequence.mix, range(start + _bare_tokens(segment), start + segment.length))
             for start, segment in zip(starts, segments, strict=False)
         ]
-        return StepBatch(
+        batch = StepBatch(
             input_ids=ids,
             positions=np.maximum(positions, 0).astype(np.int64),
             logit_rows=logit_rows,
@@ -93,6 +97,40 @@ class Packer:
             hidden_rows=np.array(hidden_rows, dtype=np.int64),
             pooled=pooled,
         )
+        self._last = batch, blocks
+        return batch
+
+    def advance(self, plan: StepPlan) -> StepBatch | None:
+        """Return the newest batch, whose step has ended, as that of the plan; None if `pack` has to make one.
+
+        It becomes so in place where each of its rows goes on by one token within its block, which is most
+        steps of a few sequences: no array is made, nor what a back-end holds of it.
+        """
+        if self._last is None or plan.prefills or self._recurrent:
+            return None
+        batch, known = self._last
+        rows = len(batch.input_ids)
+        if not len(plan.decodes) == len(batch.sampled) == len(batch.logit_rows) == len(known) == rows:
+            return None
+        tokens = []
+        for segment, before, position, blocks in zip(
+            plan.decodes, batch.sampled, batch.positions.tolist(), known, strict=True
+        ):
+            sequence, start = segment.sequence, segment.start
+            goes_on = sequence is before and start == position + 1 and start % self._block_size
+            if not goes_on or segment.length != 1 or not segment.samples or sequence.scores_prompt:
+                return None
+            if sequence.acts_from > position or sequence.blocks != blocks:
+                return None
+            tokens.append(sequence.tokens[start])
+        batch.input_ids[:] = tokens
+        batch.positions[:] += 1
+        batch.contexts.advance()
+        return batch
+
+    def forget(self) -> None:
+        """Forget the newest batch, since slots have other adapters now."""
+        self._last = None
 
     def _tables(self, segments: Sequence[Segment]) -> np.ndarray:
         """Return the blocks of each group of layers, [groups, segments, blocks], times its stride."""

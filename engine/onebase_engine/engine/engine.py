@@ -624,7 +624,9 @@ class Engine:
     def _apply_moves(self) -> bool:
         """Update the slots and end sequences whose version cannot be loaded. Return True if any ended."""
         moves, self.slots.moves = self.slots.moves, {}
-        self._slots_changed |= bool(moves)
+        if moves:
+            self._slots_changed = True
+            self._packer.forget()
         failed = self.model.move_slots(moves, self._staging.take_weights) if moves else {}
         for digest, began in self._staging.began.items():
             self._slot_seconds[digest] = time.monotonic() - began
@@ -675,13 +677,15 @@ class Engine:
         Such KV lies in blocks of the sequence's own, and every later step writes it again before it reads it.
         `batch` is the plan, if it is packed already.
         """
+        if batch is None and not self._async_scheduling:
+            batch = self._packer.advance(plan)
         if batch is None:
             batch = self._packer.pack(plan, self.slots.slot_of)
         masked = self._grammars is not None and self._grammars.request(plan.segments)
         logits, hidden = self.model.forward(batch)
         if masked or hidden is not None or batch.scored:
             return _StartedStep(plan, partial(self._read, plan, batch, logits, hidden), only_draws=False)
-        sampled_logits = logits[: len(batch.sampled)]
+        sampled_logits = logits if len(logits) == len(batch.sampled) else logits[: len(batch.sampled)]
         ends = self._ends_of_thoughts(batch.sampled)
         read = begin_draw_apart(sampled_logits, batch.sampled, self._eos_ids, self.model.kernels, ends)
         more = any(segment.draft for segment in plan.decodes)

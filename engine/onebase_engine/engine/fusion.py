@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from onebase_engine.base.layers import decoder_of
 from onebase_engine.base.load import described
@@ -30,7 +31,15 @@ from onebase_engine.base.view import ROTARY, called_by, forward_with
 from onebase_engine.engine.attention import PagedAttention
 from onebase_engine.kernels.cpu import CpuKernels
 from onebase_engine.kernels.interface import TILE, Contexts, JoinedLayers, Kernels, RowMap
-from onebase_engine.kernels.recorded_calls import Arena, Fixed, Program, Recording, UnrecordableError
+from onebase_engine.kernels.recorded_calls import (
+    Arena,
+    Fixed,
+    GatheredRows,
+    Program,
+    Recording,
+    UnrecordableError,
+)
+from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SharedRows
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import SlotLinear, SlotModule, SlotNorm
@@ -67,10 +76,11 @@ def fuse(
     kernels: Kernels,
     rows: StepRows,
     run: Callable[[int, int], torch.Tensor],
-) -> list[RecordedLayer]:
-    """Fuse what can be fused in a served view and return the recorded layers.
+) -> tuple[list[RecordedLayer], StraightPass | None]:
+    """Fuse what can be fused in a served view. Return the recorded layers, and the pass without modelling
+    code, if there is one.
 
-    The caller has to `refresh` these when adapters are loaded or evicted.
+    The caller has to `refresh` the layers when adapters are loaded or evicted.
 
     Args:
         run: a pass of the whole model over so many rows, which depend on a number, for logits of them.
@@ -97,17 +107,19 @@ def fuse(
     passes = (*_PASSES, (0, FEW_ROWS), _PASSES[0])
     if not trial.passes(whole, passes, begin=lambda: run(0, MOST_ROWS)):
         logger.info("kernels: decoder layers are not recorded, which would change bits")
-        return []
+        return [], None
     if recorded:
         with _watching(model) as seen:
             calls = _calls(recorded, run)
         if not trial.passes(list(_chains(calls)), passes):
             logger.info("kernels: decoder layers are called one by one, as together they would change bits")
-        elif not trial.passes(list(_straight(model, attention, rows, recorded, calls, seen)), passes):
+        elif (straight := _straight(model, attention, rows, recorded, calls, seen)) is not None:
+            if trial.passes([straight.switch], passes):
+                return recorded, straight
             logger.info(
                 "kernels: the model's own code runs around the layers, without which bits would change"
             )
-    return recorded
+    return recorded, None
 
 
 _Switch = tuple[Callable[[], None], Callable[[], None]]
@@ -313,10 +325,8 @@ class RecordedLayer:
         self._rows = rows
         self.memory = memory
         self._arena, self._before = memory.arenas[number % 2], memory.arenas[1 - number % 2]
-        inside = [one for one in module.modules() if one is not module]
-        self._wrapped = [one for one in inside if isinstance(one, SlotModule)]
-        self._hooks = [hooks for one in inside for hooks in (one._forward_pre_hooks, one._forward_hooks)]
-        self._own_hooks = [module._forward_pre_hooks, module._forward_hooks]
+        self._wrapped = [one for one in module.modules() if isinstance(one, SlotModule)]
+        self._hooks = _Hooks(*module.children())
         self._tried = False
         """Whether the layer was to be recorded."""
         self._programs: dict[int, Program] = {}
@@ -328,7 +338,7 @@ class RecordedLayer:
         """The layer that computes this one with it."""
         self._chained: dict[int, Program | None] = {}
         """Programs of the chain, by number of rows."""
-        self._chain_hooks: list[Mapping[int, Any]] = []
+        self._chain_hooks = _Hooks()
         self._ran: tuple[torch.Tensor, ...] | None = None
         """Tensors that the chain's other layers must be given in this pass; None if each computes alone."""
 
@@ -353,7 +363,7 @@ class RecordedLayer:
         if self.leader is not None and (ran := self.leader._ran) is not None:
             return self.leader.result_for(given, ran)
         self._ran = None
-        if not self._plain or step is None or not given or given[0].dim() != 3 or any(self._hooks):
+        if not self._plain or step is None or not given or given[0].dim() != 3 or self._hooks:
             return self._whole(*args, **named)
         count = given[0].shape[1]
         if count > MOST_ROWS or given[0].dtype != torch.bfloat16:
@@ -389,7 +399,7 @@ class RecordedLayer:
     def lead(self, chain: Sequence[RecordedLayer]) -> None:
         """Compute these layers, of which this is the first, in one call."""
         self.chain = chain
-        self._chain_hooks = [hooks for one in chain for hooks in (*one._hooks, *one._own_hooks)]
+        self._chain_hooks = _Hooks(*(one._module for one in chain))
         for one in chain[1:]:
             one.leader = self
 
@@ -410,7 +420,7 @@ class RecordedLayer:
     def together(self, count: int) -> Program | None:
         """Return the programs of the chain for so many rows as one; None if it has none, or if something
         needs what happens within a layer, or between it and its neighbours."""
-        if not self.chain or any(self._chain_hooks) or not all(layer._plain for layer in self.chain):
+        if not self.chain or self._chain_hooks or not all(layer._plain for layer in self.chain):
             return None
         if count not in self._chained:
             programs = [one._programs.get(count) or one._shorter(count) for one in self.chain]
@@ -532,8 +542,8 @@ def _straight(
     recorded: Sequence[RecordedLayer],
     calls: Sequence[_Call],
     seen: Sequence[_Seen],
-) -> Iterator[_Switch]:
-    """Yield the switch that leaves out the modelling code around a chain of all layers.
+) -> StraightPass | None:
+    """Return a pass that leaves out the modelling code around a chain of all layers; None if it may not be.
 
     A pass must show that this code hands tensors on as they are: from the embedding and the rotations to the
     first layer, from the last layer to the norm, and rows of that to the head.
@@ -542,11 +552,11 @@ def _straight(
     leader = recorded[0]
     whole_chain = tuple(leader.chain) == tuple(recorded) and len(calls) == len(recorded)
     if decoder is model or not whole_chain or len(seen) != 6:
-        return
+        return None
     embedding, rotary, norm, body, head, whole = seen
     (_, first, _), (_, _, last) = calls[0], calls[-1]
     if (body.module, whole.module) != (decoder, model) or len(embedding.given) != 1 or len(rotary.given) != 2:
-        return
+        return None
     turns, hidden = rotary.result, norm.result
     places = {number: _place(turns, first[number]) for number in leader.inputs if number}
     numbers = {number: place for number, place in places.items() if place is not None}
@@ -562,9 +572,10 @@ def _straight(
         and body.result[0] is hidden
         and whole.result.logits is head.result
     )
-    if joins:
-        straight = _Straight(model, decoder, attention, leader, numbers, embedding.module, rotary.module)
-        yield straight.switch(norm.module, head.module, rows)
+    if not joins:
+        return None
+    modules = embedding.module, rotary.module, norm.module, head.module
+    return StraightPass(model, decoder, attention, leader, numbers, rows, *modules)
 
 
 def _copied(logits: torch.Tensor) -> torch.Tensor:
@@ -580,8 +591,11 @@ def _place(among: Any, tensor: torch.Tensor) -> int | None:
     return next((number for number, one in enumerate(among) if one is tensor), None)
 
 
-class _Straight:
+class StraightPass:
     """A pass of a model through its modules, one after the other, without the modelling code around them."""
+
+    most_rows = MOST_ENDED
+    """Largest number of rows of `few_logits`."""
 
     def __init__(
         self,
@@ -590,8 +604,11 @@ class _Straight:
         attention: PagedAttention,
         leader: RecordedLayer,
         turns: Mapping[int, int],
+        rows: StepRows,
         embedding: nn.Module,
         rotary: nn.Module,
+        norm: Any,
+        head: Any,
     ) -> None:
         """Describe the pass. `turns`: places in the rotations of the tensors that the chain reads, by their
         numbers among those that its first layer is given."""
@@ -599,14 +616,18 @@ class _Straight:
         self._attention = attention
         self._leader = leader
         self._turns = turns
-        self._embedding = embedding
+        self._rows = rows
+        self._embedding: Any = embedding
+        self._table = _table_of(embedding)
         self._rotations = _Rotations(rotary)
+        self._norm, self._head = norm, head
+        self._end = _End(leader, norm, head, rows)
+        self._hooks = _Hooks(model)
 
-    def switch(self, norm: Any, head: Any, rows: StepRows) -> _Switch:
-        """Return the switch of the pass with this norm and head."""
-        decoder, model = self._decoder, self._model
+    @property
+    def switch(self) -> _Switch:
+        decoder, model, norm, head = self._decoder, self._model, self._norm, self._head
         own_body, own_whole = decoder.forward, model.forward
-        end = _End(self._leader, norm, head, rows)
 
         def body(input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
             step, result = self._attention.step, None
@@ -619,15 +640,18 @@ class _Straight:
         def whole(
             input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool, logits_to_keep: torch.Tensor
         ) -> _Logits:
-            step = self._attention.step
-            if step is not None and not decoder._forward_hooks:
-                program = end.program(input_ids.shape[1], logits_to_keep)
+            step, kept = self._attention.step, logits_to_keep
+            if step is not None and input_ids.shape[1] <= MOST_ENDED and not self._hooks:
+                there = input_ids[0].tolist(), position_ids[0].tolist(), kept.tolist()
+                logits = self.few_logits(*there, step)
+                if logits is not None:
+                    return _Logits(_copied(logits)[None])
+                program = self._end.program(input_ids.shape[1], there[-1])
                 if program is not None:
                     given = self._given(input_ids, position_ids)
-                    # The next pass overwrites the result.
-                    return _Logits(_copied(program.run_calls(given, rows.tokens, step)))
+                    return _Logits(_copied(program.run_calls(given, self._rows.tokens, step)))
             hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)[0]
-            return _Logits(head(hidden.index_select(1, logits_to_keep)))
+            return _Logits(head(hidden.index_select(1, kept)))
 
         def on() -> None:
             decoder.forward, model.forward = body, whole
@@ -636,6 +660,25 @@ class _Straight:
             decoder.forward, model.forward = own_body, own_whole
 
         return on, off
+
+    @torch.inference_mode()
+    def few_logits(
+        self, ids: Sequence[int], positions: Sequence[int], kept: Sequence[int], step: Contexts
+    ) -> torch.Tensor | None:
+        """Return the logits [rows, vocabulary] of a pass over a few rows; the next pass overwrites them.
+
+        No operator of PyTorch is called, of which each costs as much as a layer's part while the caches hold
+        weights alone. Returns None where the pass needs one, or where not every row's logits are kept.
+        """
+        if self._hooks or self._table is None or self._embedding.filled:
+            return None
+        tables = self._rotations.tables(max(positions)) if self._turns else ()
+        program = self._end.program(len(ids), kept)
+        if tables is None or program is None or max(ids) >= len(self._table):
+            return None
+        gathered = {number: GatheredRows(tables[place], positions) for number, place in self._turns.items()}
+        gathered[0] = GatheredRows(self._table, ids)
+        return program.run_gathered(gathered, self._rows.tokens, step)
 
     def _given(self, ids: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
         """Return what the chain is given for these rows."""
@@ -647,6 +690,34 @@ class _Straight:
         return given
 
 
+def _table_of(embedding: nn.Module) -> torch.Tensor | None:
+    """Return the table of which an embedding gives rows as they are, unless it has adapters; None if it has
+    none."""
+    base = embedding.base if isinstance(embedding, SlotEmbedding) else None
+    if type(base) is not nn.Embedding or base.max_norm is not None:
+        return None
+    weight = base.weight
+    return weight if weight.is_contiguous() and weight.dtype == torch.bfloat16 else None
+
+
+class _Hooks:
+    """Hooks around forward passes of modules and their parts: True while there is one."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        inside = {one: None for module in modules for one in module.modules()}
+        self._of_each = [hooks for one in inside for hooks in (one._forward_pre_hooks, one._forward_hooks)]
+        self._none_by: int | None = None
+        """Number of hooks that were ever added anywhere when there was none here."""
+
+    def __bool__(self) -> bool:
+        added = getattr(RemovableHandle, "next_id", None)  # all are looked at again only after one was added
+        if added is not None and added == self._none_by:
+            return False
+        found = any(self._of_each)
+        self._none_by = None if found else added
+        return found
+
+
 class _Rotations:
     """Cosines and sines by position, stored for the first KEPT positions if they depend on nothing else."""
 
@@ -656,13 +727,25 @@ class _Rotations:
         self._tables: tuple[torch.Tensor, ...] = ()
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        last = int(positions.max()) if self._fixed else KEPT
-        if last >= KEPT:
+        tables = self.tables(int(positions.max()), x)
+        if tables is None:
             return self._rotary(x, positions)  # type: ignore[no-any-return]
+        return tuple(table.index_select(1, positions[0]) for table in tables)
+
+    def tables(self, last: int, x: torch.Tensor | None = None) -> tuple[torch.Tensor, ...] | None:
+        """Return the stored tables [1, positions, size] up to a position; None if there are none.
+
+        x: rows of the dtype that the tables are to have, if they are not made yet, or longer.
+        """
+        if not self._fixed or last >= KEPT:
+            return None
         if not self._tables or last >= self._tables[0].shape[1]:
+            if x is None:
+                return None
             count = min(KEPT, 2 * (last + TILE))
-            self._tables = self._rotary(x, torch.arange(count, device=x.device)[None])
-        return tuple(table.index_select(1, positions[0]) for table in self._tables)
+            tables = self._rotary(x, torch.arange(count, device=x.device)[None])
+            self._tables = tuple(table.contiguous() for table in tables)
+        return self._tables
 
 
 class _End:
@@ -676,22 +759,16 @@ class _End:
         self._tried = False
         self._joined: dict[int, tuple[Program, Program | None]] = {}
         """The chain's program by number of rows, and the one that includes norm and head."""
-        self._every = torch.arange(MOST_ENDED)
-        self._hooks = [
-            hooks
-            for part in (norm, head)
-            for one in part.modules()
-            for hooks in (one._forward_pre_hooks, one._forward_hooks)
-        ]
+        self._hooks = _Hooks(norm, head)
 
-    def program(self, count: int, kept: torch.Tensor) -> Program | None:
+    def program(self, count: int, kept: Sequence[int]) -> Program | None:
         """Return the program of a pass over `count` rows with the logits of the rows `kept`; None if the norm
         and the head have to be called by themselves."""
-        if count > MOST_ENDED or len(kept) != count or any(self._hooks):
+        if count > MOST_ENDED or list(kept) != list(range(count)) or self._hooks:
             return None
         if self._norm.filled or self._head.replacements or self._head.words:
             return None
-        if self._rows.tokens != self._rows.logits or not torch.equal(kept, self._every[:count]):
+        if self._rows.tokens != self._rows.logits:
             return None
         chain = self._leader.together(count)
         if chain is None:

@@ -38,7 +38,7 @@ from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.machine import is_out_of_memory
 
 if TYPE_CHECKING:
-    from onebase_engine.engine.fusion import RecordedLayer
+    from onebase_engine.engine.fusion import RecordedLayer, StraightPass
     from onebase_engine.engine.graphs import Graphs
     from onebase_engine.kernels.cuda import FixedStep
 
@@ -93,6 +93,7 @@ class ServedModel:
         self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
         self.kernels.step_rows = max(self.kernels.step_rows, step_tokens)
         self._recorded: list[RecordedLayer] = []
+        self._straight: StraightPass | None = None
         self._fused = False
         self._attention = PagedAttention(self.kernels)
         self._recurrence = Recurrence(self.kernels)
@@ -262,7 +263,9 @@ class ServedModel:
             self._fused = True
             numbers = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + tried, dtype=np.int32)
             tables = numbers.reshape(-1, 2, parts) * np.array(strides, dtype=np.int32)[:, None, None]
-            self._recorded = self._fuse(lambda number, rows: self._try_pass(number, rows, tables, block_size))
+            self._recorded, self._straight = self._fuse(
+                lambda number, rows: self._try_pass(number, rows, tables, block_size)
+            )
         if self._captures:
             from onebase_engine.engine.graphs import Graphs, executable_bytes  # imports Triton
             from onebase_engine.kernels.cuda import part_bytes, tile_rows
@@ -286,13 +289,15 @@ class ServedModel:
                 ),
             )
 
-    def _fuse(self, try_pass: Callable[[int, int], torch.Tensor]) -> list[RecordedLayer]:
+    def _fuse(
+        self, try_pass: Callable[[int, int], torch.Tensor]
+    ) -> tuple[list[RecordedLayer], StraightPass | None]:
         """Fuse the decoder's layers, unless this PyTorch lacks the private parts that recording needs."""
         try:
             from onebase_engine.engine.fusion import fuse
         except (ImportError, AttributeError) as error:
             logger.warning("layers are computed one by one, and slower: %s", described(error))
-            return []
+            return [], None
         return fuse(self._view, self._attention, self.kernels, self._rows, try_pass)
 
     def release_kv(self) -> None:
@@ -382,7 +387,10 @@ class ServedModel:
             torch.cuda.current_stream(self.device).synchronize()
 
     def forward(self, batch: StepBatch) -> Outputs:
-        """Return the logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
+        """Return the logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`.
+
+        They are read before the next pass, which may overwrite them.
+        """
         if self._graphs is None or (found := self._graphs.run_graph(batch)) is None:
             return self.launch(batch)
         arrays = batch.logit_rows, batch.hidden_rows
@@ -394,11 +402,24 @@ class ServedModel:
     def launch(self, batch: StepBatch) -> Outputs:
         """Return what `forward` does, computed kernel by kernel."""
         wants_hidden = len(batch.hidden_rows) > 0
+        if not wants_hidden and (few := self._few_logits(batch)) is not None:
+            return Outputs(few, None)
         arrays = batch.input_ids, batch.positions, batch.logit_rows, batch.hidden_rows
         there = sent(np.concatenate(arrays), self.device)
         ids, positions, logit_rows, hidden_rows = torch.split(there, [len(array) for array in arrays])
         step = batch.contexts, batch.token_map, batch.logit_map
         return Outputs(*self._pass(*step, ids, positions, logit_rows, hidden_rows if wants_hidden else None))
+
+    def _few_logits(self, batch: StepBatch) -> torch.Tensor | None:
+        """Return the logits of a batch of few rows, if they can be had without modelling code."""
+        if self._straight is None or len(batch.input_ids) > self._straight.most_rows:
+            return None
+        ids, positions, kept = batch.input_ids.tolist(), batch.positions.tolist(), batch.logit_rows.tolist()
+        self._rows.tokens, self._rows.logits = batch.token_map, batch.logit_map
+        try:
+            return self._straight.few_logits(ids, positions, kept, batch.contexts)
+        finally:
+            self._rows.tokens = self._rows.logits = RowMap()
 
     @torch.inference_mode()
     def rewind(self, rows: np.ndarray, runs: StateRuns) -> None:

@@ -26,6 +26,7 @@ from onebase_engine.base.experts import ExpertStack, Int8Matrix, Int8Stack, is_u
 from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.environment import KERNELS
 from onebase_engine.kernels.interface import (
+    IN_PLACE,
     TILE,
     AttentionSettings,
     Contexts,
@@ -238,7 +239,7 @@ def _groups_of(rows: RowMap) -> int | None:
 
 def _contexts_of(contexts: Contexts) -> int:
     """Return the address of the library's structures of the contexts, one a table, built once."""
-    if "native" not in contexts.held:
+    if IN_PLACE not in contexts.held:
         count, width = len(contexts.position), contexts.tables.shape[2]
         same = contexts.position.ctypes.data, contexts.table_row.ctypes.data
         own = (_Contexts * len(contexts.tables))(
@@ -247,8 +248,8 @@ def _contexts_of(contexts: Contexts) -> int:
                 for write, table in zip(contexts.write, contexts.tables, strict=True)
             )
         )
-        contexts.held["native"] = ctypes.addressof(own), own
-    address: int = contexts.held["native"][0]
+        contexts.held[IN_PLACE] = ctypes.addressof(own), own
+    address: int = contexts.held[IN_PLACE][0]
     return address
 
 

@@ -60,6 +60,10 @@ class StateRuns:
     """Cache of the same data in a back-end's own form."""
 
 
+IN_PLACE = "in place"
+"""Key of what a back-end holds of arrays that reads them where they are, whatever they contain."""
+
+
 @dataclass(frozen=True)
 class Contexts:
     """Positions and KV blocks of one step, all int32 and contiguous.
@@ -80,6 +84,13 @@ class Contexts:
     runs: StateRuns | None = field(default=None, kw_only=True)
     held: dict[str, Any] = field(default_factory=dict, compare=False)
     """Cache of the same data in a back-end's own form."""
+
+    def advance(self) -> None:
+        """Move each row on by one token, whose slot is the next one of its block."""
+        np.add(self.position, 1, out=self.position)
+        np.add(self.write, 1, out=self.write)
+        for key in [key for key in self.held if key != IN_PLACE]:
+            del self.held[key]
 
 
 @dataclass(frozen=True)
