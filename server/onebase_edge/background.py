@@ -8,6 +8,7 @@ import contextvars
 import functools
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -87,6 +88,74 @@ class TurnBudget:
         self._left = self._most
 
 
+class FairSemaphore:
+    """Semaphore whose permits tenants acquire in turns, however many acquisitions each of them has waiting.
+
+    One tenant has at most `each` permits at once (by default all of them). Made and used in one event loop.
+    """
+
+    def __init__(self, permits: int, each: int | None = None) -> None:
+        self.free = permits
+        """Number of permits that nobody has; nobody who may acquire one waits while it is positive."""
+        self._each = math.inf if each is None else each
+        self._running: Counter[str] = Counter()
+        """Number of permits that each tenant has."""
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        """Acquisitions that wait, by tenant; the tenant whose last turn was latest comes last."""
+
+    async def acquire(self, tenant: str) -> None:
+        """Acquire a permit once it is the tenant's turn."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._drop(tenant, turn)
+            else:  # it was admitted in the same moment
+                self.release(tenant)
+            raise
+
+    def release(self, tenant: str) -> None:
+        """Release a permit of the tenant's."""
+        self.free += 1
+        self._running[tenant] -= 1
+        if not self._running[tenant]:
+            del self._running[tenant]
+        if tenant in self._waiting:
+            self._waiting[tenant] = self._waiting.pop(tenant)
+        self._admit()
+
+    def resize(self, change: int) -> None:
+        """Add so many permits, or take so many away: those that are in use once they are released."""
+        self.free += change
+        self._admit()
+
+    def _admit(self) -> None:
+        """Give out the free permits, to the tenants first that have the fewest."""
+        while self.free > 0:
+            able = [tenant for tenant in self._waiting if self._running[tenant] < self._each]
+            if not able:
+                return
+            tenant = min(able, key=self._running.__getitem__)
+            waiting = self._waiting.pop(tenant)
+            turn = waiting.popleft()
+            if waiting:
+                self._waiting[tenant] = waiting
+            if not turn.done():  # else it was given up
+                turn.set_result(None)
+                self.free -= 1
+                self._running[tenant] += 1
+
+    def _drop(self, tenant: str, turn: asyncio.Future[None]) -> None:
+        waiting = self._waiting.get(tenant)
+        if waiting is not None and turn in waiting:
+            waiting.remove(turn)
+            if not waiting:
+                del self._waiting[tenant]
+
+
 THREAD_RETRY = Backoff(0.1, 5.0)
 """Pause, in seconds, before the next try to start a thread that the machine refused."""
 
@@ -106,15 +175,11 @@ class Threads:
     def __init__(self, name: str, most: int, each: int | None = None) -> None:
         self._name = name
         self._most = most
-        self._free = most
+        self._permits = FairSemaphore(most, each)
         self._started = 0
         self._refusals = 0
         self._retry: asyncio.TimerHandle | None = None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._each = most if each is None else each
-        self._running: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        """Calls that wait for a thread, by tenant; the tenant whose last turn was latest comes last."""
 
     async def run_blocking(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the call's result, or raise what it raised, on behalf of no tenant. See `run_for`."""
@@ -125,14 +190,14 @@ class Threads:
 
         Cancelling stops the wait; the call itself continues. Raises RuntimeError also when there is no thread
         and the machine gives none."""
-        await self._acquire(tenant)
+        await self._permits.acquire(tenant)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         pay = PAYER.get()
 
         def finish(result: Any, error: BaseException | None, seconds: float) -> None:
             pay(seconds)
-            self._release(tenant)
+            self._permits.release(tenant)
             if answer.done():
                 return
             if error is None:
@@ -155,7 +220,7 @@ class Threads:
             context = contextvars.copy_context()  # on whose behalf: see registry/audit.py
             self._calls.put(functools.partial(context.run, work))
         except BaseException:
-            self._release(tenant)
+            self._permits.release(tenant)
             raise
         value: T = await answer
         return value
@@ -163,7 +228,7 @@ class Threads:
     def _start_threads(self) -> None:
         """Start threads until there is one for each running call. If the machine gives none, the call waits
         for one of the others or for a later try. Raises RuntimeError if there are no others."""
-        while self._started < self._most - self._free:
+        while self._started < self._most - self._permits.free:
             try:
                 threading.Thread(target=self._run_calls, name=self._name, daemon=True).start()
             except RuntimeError:
@@ -193,48 +258,3 @@ class Threads:
     def _run_calls(self) -> None:
         while True:
             self._calls.get()()
-
-    async def _acquire(self, tenant: str) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
-        self._admit()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                self._drop(tenant, turn)
-            else:  # it was admitted in the same moment
-                self._release(tenant)
-            raise
-
-    def _release(self, tenant: str) -> None:
-        self._free += 1
-        self._running[tenant] -= 1
-        if not self._running[tenant]:
-            del self._running[tenant]
-        if tenant in self._waiting:
-            self._waiting[tenant] = self._waiting.pop(tenant)
-        self._admit()
-
-    def _admit(self) -> None:
-        """Let calls run while there are threads, those of the tenants first that have the fewest running."""
-        while self._free:
-            able = [tenant for tenant in self._waiting if self._running[tenant] < self._each]
-            if not able:
-                return
-            tenant = min(able, key=self._running.__getitem__)
-            waiting = self._waiting.pop(tenant)
-            turn = waiting.popleft()
-            if waiting:
-                self._waiting[tenant] = waiting
-            if not turn.done():  # else it was given up
-                turn.set_result(None)
-                self._free -= 1
-                self._running[tenant] += 1
-
-    def _drop(self, tenant: str, turn: asyncio.Future[None]) -> None:
-        waiting = self._waiting.get(tenant)
-        if waiting is not None and turn in waiting:
-            waiting.remove(turn)
-            if not waiting:
-                del self._waiting[tenant]

@@ -49,14 +49,16 @@ class Verifier(VerifierClient):
     def __init__(self, store: Store, disk: Threads) -> None:
         super().__init__(store, disk, base_id="b" * 64, probes=[])
         self.proofs = 0
+        self.tenants: list[str] = []
         self.free = asyncio.Event()
         self.free.set()
         self.rejects = False
         self.kernels = "torch"
         self._base_here.set()
 
-    async def ask(self, job: Prove, on_progress: Any) -> Proved:
+    async def ask(self, job: Prove, on_progress: Any, tenant: str = "") -> Proved:
         self.proofs += 1
+        self.tenants.append(tenant)
         await self.free.wait()
         if self.rejects:
             raise RejectedError("module_differs", "q_proj is off")
@@ -188,6 +190,7 @@ def test_content_that_another_tenant_has_proved_is_proved_again_unless_it_is_sha
         registry.share("default", "acme", True)
         await house.catalog.refresh()
         assert await proofs_for("guest") == 0
+        assert house.verifier.tenants == ["default", "stranger"], "a proof has its turn as another tenant's"
 
     asyncio.run(test())
 

@@ -219,7 +219,7 @@ def test_a_call_that_is_given_up_while_it_waits_takes_no_turn() -> None:
         async with asyncio.timeout(30):
             await asyncio.gather(first, calls.start("three"))
         assert calls.begun == ["one", "three"]
-        assert not calls.threads._waiting
+        assert not calls.threads._permits._waiting
 
     asyncio.run(run())
 

@@ -42,6 +42,7 @@ from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
     Attached,
+    Merge,
     Prove,
     Proved,
     Rejected,
@@ -440,10 +441,10 @@ def test_what_dies_beside_another_is_proved_all_the_same_and_from_then_on_one_pr
 # ---- from files to a packed adapter ------------------------------------------------------------
 
 
-def stored_version(client: VerifierClient) -> AdapterFiles:
+def stored_version(client: VerifierClient, content: bytes = b"weights") -> AdapterFiles:
     with client._store.writer() as config, client._store.writer() as weights:
         config.write(b"{}")
-        weights.write(b"weights")
+        weights.write(content)
         return AdapterFiles(config.commit(), weights.commit())
 
 
@@ -454,15 +455,17 @@ def test_content_that_two_ask_for_is_proved_once_and_both_hear_of_it(
         client = new_client(tmp_path, str(SCRIPTED), "slow")
         ask, jobs = client.ask, []
 
-        def counted(job: Prove, on_progress: OnProgress) -> Any:
+        def counted(job: Prove, on_progress: OnProgress, tenant: str) -> Any:
             jobs.append(job)
-            return ask(job, on_progress)
+            return ask(job, on_progress, tenant)
 
         monkeypatch.setattr(client, "ask", counted)
         files, heard = stored_version(client), ([], [])
         client.base_ready(published.config, published.manifest, published.fd)
         proofs = [
-            client.prove(files, allow_noop=False, wait_for_verifier=True, on_progress=stages.append)
+            client.prove(
+                files, tenant="one", allow_noop=False, wait_for_verifier=True, on_progress=stages.append
+            )
             for stages in heard
         ]
         first, second = await asyncio.gather(*proofs)
@@ -488,7 +491,9 @@ def test_one_who_waits_for_a_verifier_gets_the_proof_of_the_next_engine_whoever_
                 proving.set()
 
         def prove(*, wait: bool) -> asyncio.Task[Proof]:
-            proof = client.prove(files, allow_noop=False, wait_for_verifier=wait, on_progress=on_progress)
+            proof = client.prove(
+                files, tenant="one", allow_noop=False, wait_for_verifier=wait, on_progress=on_progress
+            )
             return asyncio.ensure_future(proof)
 
         hasty = prove(wait=False)
@@ -504,6 +509,68 @@ def test_one_who_waits_for_a_verifier_gets_the_proof_of_the_next_engine_whoever_
         await client.engine_gone()
 
     asyncio.run(asyncio.wait_for(lose_the_engine(), PATIENCE))
+
+
+class Queue:
+    """Jobs that wait for one process, whose first proof ends with `release`."""
+
+    def __init__(self, published: Published, folder: Path) -> None:
+        self._blocked = folder / "blocked"
+        self._blocked.touch()
+        self.client = client = new_client(folder, str(SCRIPTED), f"held={self._blocked}")
+        self.order: list[str] = []
+        """Content of the jobs that the process had."""
+        self._jobs: list[asyncio.Task[Any]] = []
+        answer = client._answer
+
+        def noted(place: _Place, base: Any, job: Prove | Merge, kind: Any) -> Any:
+            source = job if isinstance(job, Prove) else job.parents[0]
+            self.order.append(Path(source.weights_path).read_text())
+            return answer(place, base, job, kind)
+
+        client._answer = noted  # type: ignore[method-assign]
+        client.base_ready(published.config, published.manifest, published.fd)
+
+    async def prove(self, tenant: str, content: str) -> None:
+        files = stored_version(self.client, content.encode())
+        proof = self.client.prove(
+            files, tenant=tenant, allow_noop=False, wait_for_verifier=False, on_progress=lambda progress: None
+        )
+        await self._add(proof)
+
+    async def merge(self, tenant: str, content: str) -> None:
+        parents = [("parent", stored_version(self.client, content.encode()), 1.0)]
+        await self._add(
+            self.client.merge(parents, tenant=tenant, method="linear", density=None, sign="total", seed=0)
+        )
+
+    async def _add(self, job: Coroutine[Any, Any, object]) -> None:
+        """Begin a job, and wait until the process has it or it waits in line."""
+        self._jobs.append(asyncio.ensure_future(job))
+        while not self.order or self.client._waiting < len(self._jobs) - 1:
+            await asyncio.sleep(0.001)
+
+    async def release(self) -> None:
+        self._blocked.unlink()
+        await asyncio.gather(*self._jobs)
+        await self.client.engine_gone()
+
+
+def test_tenants_take_turns_however_many_proofs_one_of_them_has_waiting(
+    published: Published, tmp_path: Path
+) -> None:
+    async def work() -> list[str]:
+        queue = Queue(published, tmp_path)
+        for content in ("flood 1", "flood 2", "flood 3", "the same"):
+            await queue.prove("flood", content)
+        await queue.prove("one", "the same")
+        await queue.prove("two", "two 1")
+        await queue.merge("one", "one 2")
+        await queue.release()
+        return queue.order
+
+    order = asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    assert order == ["flood 1", "the same", "two 1", "flood 2", "one 2", "flood 3", "the same"]
 
 
 # ---- the process's own side ------------------------------------------------------------------

@@ -141,7 +141,7 @@ class Merging:
         self._merges[tenant] += 1
         try:
             with storage_errors(name):
-                files = await self._files(parents, recipe)
+                files = await self._files(tenant, parents, recipe)
         finally:
             self._merges[tenant] -= 1
             if not self._merges[tenant]:
@@ -159,13 +159,14 @@ class Merging:
         return await self._adapters.add(tenant, name, files, source, options, actor=actor)
 
     async def _files(
-        self, parents: Sequence[tuple[VersionRecord, float]], recipe: MergeSettings
+        self, tenant: str, parents: Sequence[tuple[VersionRecord, float]], recipe: MergeSettings
     ) -> AdapterFiles:
         """Merge the parents in the verifier. Raises VersionFailedError, UnavailableError, StoreError."""
         called = [(label(version.name, version.digest), version.files, weight) for version, weight in parents]
         try:
             return await self._verifier.merge(
                 called,
+                tenant=tenant,
                 method=recipe.method,
                 density=recipe.density,
                 sign=recipe.sign or "total",

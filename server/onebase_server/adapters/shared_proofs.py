@@ -191,6 +191,7 @@ class SharedProofs:
                 try:
                     return await self._verifier.prove(
                         version.files,
+                        tenant=version.tenant,
                         allow_noop=allow_noop,
                         wait_for_verifier=wait_for_verifier,
                         on_progress=on_progress,

@@ -24,7 +24,7 @@ import msgspec
 
 from onebase_adapters.store.blobs import AdapterFiles, Blob
 from onebase_adapters.store.store import Store
-from onebase_edge.background import Backoff, Threads
+from onebase_edge.background import Backoff, FairSemaphore, Threads
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
 from onebase_engine.environment import behind_serving
 from onebase_engine.machine import PROVING, free_host_memory
@@ -183,7 +183,7 @@ class VerifierClient:
         self._helper: _Place | None = None
         self._free = [self._first]
         """Free places, as many as `_permits` has permits."""
-        self._permits = asyncio.Semaphore()
+        self._permits = FairSemaphore(1)
         self._waiting = 0
         """Number of jobs that wait for a place."""
         self._threads = 0
@@ -192,7 +192,7 @@ class VerifierClient:
         """Base on which a second process could not be kept: no other one is tried."""
         self._help_seconds = help_seconds
         self._tasks: set[asyncio.Task[None]] = set()
-        self._shared: dict[tuple[str, bool], _Shared] = {}
+        self._shared: dict[tuple[str, str, bool], _Shared] = {}
 
     @property
     def pid(self) -> int | None:
@@ -247,7 +247,7 @@ class VerifierClient:
         attach = Attach(config=config, manifest=manifest, base_id=self._base_id)
         self._base = base = _Base(attach, base_fd, size)
         self._base_here.set()
-        async with self._place() as place:
+        async with self._place("") as place:
             await self._attached(place, base)
 
     async def engine_gone(self) -> None:
@@ -269,13 +269,21 @@ class VerifierClient:
     # ---- proofs ------------------------------------------------------------------------------
 
     async def prove(
-        self, files: AdapterFiles, *, allow_noop: bool, wait_for_verifier: bool, on_progress: OnProgress
+        self,
+        files: AdapterFiles,
+        *,
+        tenant: str,
+        allow_noop: bool,
+        wait_for_verifier: bool,
+        on_progress: OnProgress,
     ) -> Proof:
         """Prove one version, and put its packed adapter into the store. Waits until there is an engine.
 
-        The same content is proved once for all who ask meanwhile.
+        The same content is proved once for all who ask for the tenant meanwhile. Another tenant's proof of
+        it may have its turn much later.
 
         Args:
+            tenant: the tenant in whose turn it is proved.
             wait_for_verifier: if the verifier is lost or cannot be had, wait for the next one.
 
         Raises:
@@ -288,16 +296,18 @@ class VerifierClient:
         while True:
             await self._base_here.wait()
             try:
-                return await self._prove_once(files, allow_noop, on_progress)
+                return await self._prove_once(tenant, files, allow_noop, on_progress)
             except VerifierGoneError as error:
                 if not wait_for_verifier:
                     raise
                 _log.warning("version %s waits for a verifier: %s", files.digest[:12], error)
             await asyncio.sleep(next(pauses))
 
-    async def _prove_once(self, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress) -> Proof:
-        """Join the proof of this content that runs, or begin it."""
-        key = (files.digest, allow_noop)
+    async def _prove_once(
+        self, tenant: str, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress
+    ) -> Proof:
+        """Join the tenant's proof of this content that runs, or begin it."""
+        key = (tenant, files.digest, allow_noop)
         shared = self._shared.get(key)
         if shared is None:
             listeners: list[OnProgress] = []
@@ -306,7 +316,7 @@ class VerifierClient:
                 for listener in list(listeners):
                     listener(progress)
 
-            task = asyncio.get_running_loop().create_task(self._prove(files, allow_noop, report))
+            task = asyncio.get_running_loop().create_task(self._prove(tenant, files, allow_noop, report))
             shared = self._shared[key] = _Shared(task, listeners)
             task.add_done_callback(lambda done: self._shared.pop(key))
         shared.listeners.append(on_progress)
@@ -315,9 +325,11 @@ class VerifierClient:
         finally:
             shared.listeners.remove(on_progress)
 
-    async def _prove(self, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress) -> Proof:
-        config = await self._disk.run_blocking(self._store.local, files.config.sha256)
-        weights = await self._disk.run_blocking(self._store.local, files.weights.sha256)
+    async def _prove(
+        self, tenant: str, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress
+    ) -> Proof:
+        config = await self._disk.run_for(tenant, self._store.local, files.config.sha256)
+        weights = await self._disk.run_for(tenant, self._store.local, files.weights.sha256)
         packed = self._store.scratch() / f"{files.digest[:16]}-{secrets.token_hex(8)}.packed"
         job = Prove(
             digest=files.digest,
@@ -329,8 +341,8 @@ class VerifierClient:
             allow_noop=allow_noop,
         )
         try:
-            proved = await self.ask(job, on_progress)
-            blob = await self._disk.run_blocking(self._keep, packed, proved.sha256)
+            proved = await self.ask(job, on_progress, tenant)
+            blob = await self._disk.run_for(tenant, self._keep, packed, proved.sha256)
         finally:
             packed.unlink(missing_ok=True)
         return Proof(msgspec.to_builtins(proved.report), blob)
@@ -339,6 +351,7 @@ class VerifierClient:
         self,
         parents: Sequence[tuple[str, AdapterFiles, float]],
         *,
+        tenant: str,
         method: MergeMethod,
         density: float | None,
         sign: MergeSign,
@@ -348,6 +361,7 @@ class VerifierClient:
 
         Args:
             parents: what each is called, its files and its weight.
+            tenant: the tenant in whose turn they are merged.
             method, density, sign, seed: as in `proof.merging.MergeRecipe`.
 
         Raises:
@@ -358,7 +372,7 @@ class VerifierClient:
         result = self._store.scratch() / f"merge-{secrets.token_hex(8)}"
         config, weights = result.with_suffix(".json"), result.with_suffix(".safetensors")
         paths = [
-            await self._disk.run_blocking(self._store.local, blob.sha256)
+            await self._disk.run_for(tenant, self._store.local, blob.sha256)
             for _, files, _ in parents
             for blob in (files.config, files.weights)
         ]
@@ -376,9 +390,9 @@ class VerifierClient:
             weights_path=str(weights),
         )
         try:
-            await self._ask(job, Merged, lambda progress: None)
+            await self._ask(job, Merged, lambda progress: None, tenant)
             blobs = [
-                await self._disk.run_blocking(self._store.add_file, path, move=True)
+                await self._disk.run_for(tenant, self._store.add_file, path, move=True)
                 for path in (config, weights)
             ]
         finally:
@@ -394,22 +408,24 @@ class VerifierClient:
 
     # ---- the process -------------------------------------------------------------------------
 
-    async def ask(self, job: Prove, on_progress: OnProgress) -> Proved:
-        """Have one version proved, after those that were asked for earlier.
+    async def ask(self, job: Prove, on_progress: OnProgress, tenant: str = "") -> Proved:
+        """Have one version proved in the tenant's turn, after those that it asked for earlier.
 
         A process that died or was stopped is replaced. Cancelling a job that runs ends its process. Raises
         RejectedError and VerifierGoneError as `prove` does.
         """
         try:
-            return await self._ask(job, Proved, on_progress)
+            return await self._ask(job, Proved, on_progress, tenant)
         except BaseException:
             Path(job.packed_path).unlink(missing_ok=True)
             raise
 
-    async def _ask(self, job: Prove | Merge, kind: type[Answer], on_progress: OnProgress) -> Answer:
+    async def _ask(
+        self, job: Prove | Merge, kind: type[Answer], on_progress: OnProgress, tenant: str = ""
+    ) -> Answer:
         """Have any job answered, as `ask` does for a proof. `kind`: the type of its answer."""
         while True:
-            async with self._place() as place:
+            async with self._place(tenant) as place:
                 base = self._base
                 if base is None:
                     raise VerifierGoneError("there is no verifier: the engine is not ready")
@@ -427,12 +443,12 @@ class VerifierClient:
                     place.on_progress = None
 
     @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[_Place]:
-        """Acquire a place for the block, after those who asked for one earlier."""
+    async def _place(self, tenant: str) -> AsyncIterator[_Place]:
+        """Acquire a place for the block; tenants take turns."""
         self._waiting += 1
         try:
             self._call_for_help()
-            await self._permits.acquire()
+            await self._permits.acquire(tenant)
         finally:
             self._waiting -= 1
         place = self._first if self._first in self._free else self._free[0]
@@ -444,13 +460,15 @@ class VerifierClient:
                 yield place
         finally:
             self._give_back(place)
+            self._permits.release(tenant)
 
     def _give_back(self, place: _Place) -> None:
+        """Make the place free, unless it is one to be ended. The caller releases its permit."""
         if place is self._helper and not (self._base is not None and self._alone is None and place.is_ready):
+            self._permits.resize(-1)
             self._begin(self._end_help(place))
             return
         self._free.append(place)
-        self._permits.release()
         self._call_for_help()
         if place is self._helper:
             loop = asyncio.get_running_loop()
@@ -477,10 +495,11 @@ class VerifierClient:
             _log.warning("no second verifier helps: %s", error)
         else:
             self._give_back(place)
+            self._permits.resize(1)
 
     async def _end_idle_help(self, place: _Place) -> None:
-        if place in self._free and not self._permits.locked():  # else it is released later
-            await self._permits.acquire()  # at once, since nobody waits
+        if place in self._free and self._permits.free:  # else it is released later
+            self._permits.resize(-1)
             self._free.remove(place)
             await self._end_help(place)
 
