@@ -29,11 +29,11 @@ FAULTY = Path(__file__).with_name("faulty_verifier.py")
 BASE_ID = "the-tiny-base"
 
 
-def new_client(folder: Path, *command: str, **options: Any) -> VerifierClient:
+def new_client(folder: Path, *command: str, store: Store | None = None, **options: Any) -> VerifierClient:
     """A client with a store of its own. Without a `command` it starts the real verifier."""
     if command:
         options["command"] = (sys.executable, *command)
-    store = Store(str(folder / "store"), folder / "cache")
+    store = store or Store(str(folder / "store"), folder / "cache")
     return VerifierClient(store, Threads("disk", 2), base_id=BASE_ID, probes=[], **options)
 
 

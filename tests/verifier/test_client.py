@@ -21,6 +21,7 @@ from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.verifier import Verifier
 from onebase_adapters.store.blobs import AdapterFiles
+from onebase_adapters.store.store import GRACE, Store
 from onebase_edge.background import Backoff
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
@@ -514,10 +515,10 @@ def test_one_who_waits_for_a_verifier_gets_the_proof_of_the_next_engine_whoever_
 class Queue:
     """Jobs that wait for one process, whose first proof ends with `release`."""
 
-    def __init__(self, published: Published, folder: Path) -> None:
+    def __init__(self, published: Published, folder: Path, store: Store | None = None) -> None:
         self._blocked = folder / "blocked"
         self._blocked.touch()
-        self.client = client = new_client(folder, str(SCRIPTED), f"held={self._blocked}")
+        self.client = client = new_client(folder, str(SCRIPTED), f"held={self._blocked}", store=store)
         self.order: list[str] = []
         """Content of the jobs that the process had."""
         self._jobs: list[asyncio.Task[Any]] = []
@@ -571,6 +572,45 @@ def test_tenants_take_turns_however_many_proofs_one_of_them_has_waiting(
 
     order = asyncio.run(asyncio.wait_for(work(), PATIENCE))
     assert order == ["flood 1", "the same", "two 1", "flood 2", "one 2", "flood 3", "the same"]
+
+
+@pytest.mark.parametrize("url", ["{folder}/store", "memory://of-a-verifier"])
+def test_waiting_jobs_keep_their_files_when_the_cache_drops_them_and_take_no_copy(
+    published: Published, tmp_path: Path, url: str
+) -> None:
+    store = Store(url.format(folder=tmp_path), tmp_path / "cache", cache_bytes=0)
+    cached, is_remote = store.scratch().parent / "blobs", url.startswith("memory")
+
+    def files() -> list[Path]:
+        return [path for path in store.scratch().rglob("*") if path.is_file()]
+
+    async def work() -> None:
+        queue = Queue(published, tmp_path, store)
+        for tenant in ("one", "two"):
+            await queue.prove(tenant, f"weights of {tenant}")
+        await queue.merge("one", "merged weights")
+        blobs = {path.stat().st_ino for path in cached.iterdir()}
+        held = {path.stat().st_ino for path in files()}
+        assert held >= blobs if is_remote else not held
+
+        for path in (*cached.iterdir(), *files()):
+            os.utime(path, (0, 0))
+        newest = store.add_bytes(b"that the cache is too small for").sha256
+        assert {path.name for path in cached.iterdir()} == {newest} or not is_remote
+        assert store.sweep({path.name for path in cached.iterdir()}, GRACE) == 0
+
+        await queue.release()
+        assert files() == []
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+
+
+def test_files_that_a_killed_server_held_are_deleted_at_the_next_start(tmp_path: Path) -> None:
+    left = new_client(tmp_path)._held_folder / "left"
+    left.parent.mkdir()
+    left.touch()
+    new_client(tmp_path)
+    assert not left.exists()
 
 
 # ---- the process's own side ------------------------------------------------------------------

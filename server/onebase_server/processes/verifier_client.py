@@ -169,6 +169,9 @@ class VerifierClient:
         """Processes that died by themselves."""
         self._store = store
         self._disk = disk
+        self._held_folder = store.scratch() / "proofs"
+        """Folder of held files, since the store's sweep deletes old files in its scratch folder itself."""
+        shutil.rmtree(self._held_folder, ignore_errors=True)  # left by a process that was killed
         self._base_id = base_id
         self._probes = list(probes)
         self._busy_fd = busy_fd
@@ -328,24 +331,46 @@ class VerifierClient:
     async def _prove(
         self, tenant: str, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress
     ) -> Proof:
-        config = await self._disk.run_for(tenant, self._store.local, files.config.sha256)
-        weights = await self._disk.run_for(tenant, self._store.local, files.weights.sha256)
         packed = self._store.scratch() / f"{files.digest[:16]}-{secrets.token_hex(8)}.packed"
-        job = Prove(
-            digest=files.digest,
-            config_path=str(config),
-            weights_path=str(weights),
-            packed_path=str(packed),
-            probes=self._probes,
-            probe_tokens=PROBE_TOKENS,
-            allow_noop=allow_noop,
-        )
-        try:
-            proved = await self.ask(job, on_progress, tenant)
-            blob = await self._disk.run_for(tenant, self._keep, packed, proved.sha256)
-        finally:
-            packed.unlink(missing_ok=True)
+        async with self._held(tenant, [files.config, files.weights]) as (config, weights):
+            job = Prove(
+                digest=files.digest,
+                config_path=str(config),
+                weights_path=str(weights),
+                packed_path=str(packed),
+                probes=self._probes,
+                probe_tokens=PROBE_TOKENS,
+                allow_noop=allow_noop,
+            )
+            try:
+                proved = await self.ask(job, on_progress, tenant)
+                blob = await self._disk.run_for(tenant, self._keep, packed, proved.sha256)
+            finally:
+                packed.unlink(missing_ok=True)
         return Proof(msgspec.to_builtins(proved.report), blob)
+
+    @contextlib.asynccontextmanager
+    async def _held(self, tenant: str, blobs: Sequence[Blob]) -> AsyncIterator[list[Path]]:
+        """Hold local files with the blobs' content for the block, however long that waits for its turn.
+
+        Raises StoreError.
+        """
+        targets = [self._held_folder / f"{blob.sha256[:16]}-{secrets.token_hex(8)}" for blob in blobs]
+
+        def hold() -> list[Path]:
+            return [
+                self._store.hold(blob.sha256, target) for blob, target in zip(blobs, targets, strict=True)
+            ]
+
+        def unlink(done: object) -> None:
+            for target in targets:
+                target.unlink(missing_ok=True)
+
+        holding = asyncio.ensure_future(self._disk.run_for(tenant, hold))
+        try:
+            yield await asyncio.shield(holding)
+        finally:
+            holding.add_done_callback(unlink)  # a thread continues where this is cancelled
 
     async def merge(
         self,
@@ -371,34 +396,31 @@ class VerifierClient:
         """
         result = self._store.scratch() / f"merge-{secrets.token_hex(8)}"
         config, weights = result.with_suffix(".json"), result.with_suffix(".safetensors")
-        paths = [
-            await self._disk.run_for(tenant, self._store.local, blob.sha256)
-            for _, files, _ in parents
-            for blob in (files.config, files.weights)
-        ]
-        job = Merge(
-            digest=result.name,
-            parents=[
-                MergeSource(label, str(paths[2 * number]), str(paths[2 * number + 1]), weight)
-                for number, (label, _, weight) in enumerate(parents)
-            ],
-            method=method,
-            density=density,
-            sign=sign,
-            seed=seed,
-            config_path=str(config),
-            weights_path=str(weights),
-        )
-        try:
-            await self._ask(job, Merged, lambda progress: None, tenant)
-            blobs = [
-                await self._disk.run_for(tenant, self._store.add_file, path, move=True)
-                for path in (config, weights)
-            ]
-        finally:
-            config.unlink(missing_ok=True)
-            weights.unlink(missing_ok=True)
-        return AdapterFiles(*blobs)
+        blobs = [blob for _, files, _ in parents for blob in (files.config, files.weights)]
+        async with self._held(tenant, blobs) as paths:
+            job = Merge(
+                digest=result.name,
+                parents=[
+                    MergeSource(label, str(paths[2 * number]), str(paths[2 * number + 1]), weight)
+                    for number, (label, _, weight) in enumerate(parents)
+                ],
+                method=method,
+                density=density,
+                sign=sign,
+                seed=seed,
+                config_path=str(config),
+                weights_path=str(weights),
+            )
+            try:
+                await self._ask(job, Merged, lambda progress: None, tenant)
+                merged = [
+                    await self._disk.run_for(tenant, self._store.add_file, path, move=True)
+                    for path in (config, weights)
+                ]
+            finally:
+                config.unlink(missing_ok=True)
+                weights.unlink(missing_ok=True)
+        return AdapterFiles(*merged)
 
     def _keep(self, packed: Path, sha256: str) -> Blob:
         blob = self._store.add_file(packed, move=True)
