@@ -61,6 +61,8 @@ _LAST_WORDS_SECONDS = 5.0
 BACKLOG = 4
 """Number of waiting jobs beyond which a second process is started: that takes as long as some of their
 proofs."""
+_MOST_HELD = 4 * BACKLOG
+"""Largest number of jobs whose files are held, of which one tenant's are half at most."""
 HELP_BYTES = 2 << 30
 """Free memory, in bytes besides the base's size, that a second process is started with. On a small base it
 takes a third of that."""
@@ -187,8 +189,9 @@ class VerifierClient:
         self._free = [self._first]
         """Free places, as many as `_permits` has permits."""
         self._permits = FairSemaphore(1)
+        self._holds = FairSemaphore(_MOST_HELD, _MOST_HELD // 2)
         self._waiting = 0
-        """Number of jobs that wait for a place."""
+        """Number of jobs that wait for a place, their files held."""
         self._threads = 0
         """Number of threads of a verifier that computes on the CPU; 0 on an accelerator."""
         self._alone: _Base | None = None
@@ -353,7 +356,8 @@ class VerifierClient:
     async def _held(self, tenant: str, blobs: Sequence[Blob]) -> AsyncIterator[list[Path]]:
         """Hold local files with the blobs' content for the block, however long that waits for its turn.
 
-        Raises StoreError.
+        Those of few jobs are held at once, since they count on disk beyond the limit of a remote store's
+        cache: the others wait for a turn before. Raises StoreError.
         """
         targets = [self._held_folder / f"{blob.sha256[:16]}-{secrets.token_hex(8)}" for blob in blobs]
 
@@ -366,11 +370,15 @@ class VerifierClient:
             for target in targets:
                 target.unlink(missing_ok=True)
 
-        holding = asyncio.ensure_future(self._disk.run_for(tenant, hold))
+        await self._holds.acquire(tenant)
         try:
-            yield await asyncio.shield(holding)
+            holding = asyncio.ensure_future(self._disk.run_for(tenant, hold))
+            try:
+                yield await asyncio.shield(holding)
+            finally:
+                holding.add_done_callback(unlink)  # a thread continues where this is cancelled
         finally:
-            holding.add_done_callback(unlink)  # a thread continues where this is cancelled
+            self._holds.release(tenant)
 
     async def merge(
         self,
