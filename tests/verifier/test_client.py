@@ -533,11 +533,13 @@ class Queue:
         client.base_ready(published.config, published.manifest, published.fd)
 
     async def prove(self, tenant: str, content: str) -> None:
+        await self._add(self.proof(tenant, content))
+
+    async def proof(self, tenant: str, content: str) -> None:
         files = stored_version(self.client, content.encode())
-        proof = self.client.prove(
+        await self.client.prove(
             files, tenant=tenant, allow_noop=False, wait_for_verifier=False, on_progress=lambda progress: None
         )
-        await self._add(proof)
 
     async def merge(self, tenant: str, content: str) -> None:
         parents = [("parent", stored_version(self.client, content.encode()), 1.0)]
@@ -601,6 +603,26 @@ def test_waiting_jobs_keep_their_files_when_the_cache_drops_them_and_take_no_cop
 
         await queue.release()
         assert files() == []
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+
+
+def test_of_a_tenants_waiting_jobs_few_hold_files_and_other_tenants_jobs_do_too(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_HELD", 4)
+    store = Store("memory://of-few", tmp_path / "cache", cache_bytes=0)
+
+    async def work() -> None:
+        queue = Queue(published, tmp_path, store)
+        for content in ("flood 1", "flood 2"):
+            await queue.prove("flood", content)
+        late = asyncio.ensure_future(queue.proof("flood", "flood 3"))
+        await queue.prove("one", "one 1")
+        assert sum(path.is_file() for path in store.scratch().rglob("*")) == 3 * 2
+        await queue.release()
+        await late
+        assert queue.order[:2] == ["flood 1", "one 1"]
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE))
 
