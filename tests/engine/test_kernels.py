@@ -653,9 +653,9 @@ def test_no_step_records_a_layer_whatever_its_number_of_rows(
         pytest.skip("the kernels in C do not compute here")
     monkeypatch.setattr(fusion, "Recording", refuse)
     used: list[int] = []
-    run_calls = Program.run_calls
+    run_program = Program._run
     monkeypatch.setattr(
-        Program, "run_calls", lambda *args: used.append(args[1][0].shape[1]) or run_calls(*args)
+        Program, "_run", lambda *args: used.append(args[0].result.shape[1]) or run_program(*args)
     )
     asked = [Request(tuple(range(3 + n, 3 + 2 * n)), None, 1, 0) for n in range(1, fusion.MOST_ROWS + 2)]
     texts = [run(engine, [one]) for one in asked]
@@ -708,7 +708,7 @@ def test_layers_with_norms_of_heads_run_as_one_call_with_the_bits_of_single_ones
 def test_layers_that_are_given_something_else_than_in_the_trial_compute_one_by_one(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fusion, "_straight", lambda *_: iter(()))
+    monkeypatch.setattr(fusion, "_straight", lambda *_: None)
     engine, asked = lab.engine(), [Request(tuple(range(3, 9)), None, 4, 0)]
     layers = engine.model._recorded
     if not layers:
@@ -746,7 +746,7 @@ def test_steps_of_few_rows_are_one_call_until_somebody_looks_at_the_norm_or_the_
     assert len(seen) == 5
     assert run(engine, asked) == expected
 
-    monkeypatch.setattr(fusion, "_straight", lambda *_: iter(()))
+    monkeypatch.setattr(fusion, "_straight", lambda *_: None)
     plain = lab.engine()
     others: list[torch.Tensor] = []
     plain.model._view.lm_head.register_forward_pre_hook(lambda _, given: others.append(given[0].clone()))
@@ -780,28 +780,14 @@ def test_nothing_between_the_kernels_calls_wakes_the_threads_of_pytorch(lab: Lab
     assert all(sequence.generated == 1 for sequence in engine.scheduler.running)
     with Made() as made:
         engine.step()
+    if count <= fusion.MOST_ENDED:
+        assert not made.seen
+        return
     assert made.seen, "rows of the embedding are made by PyTorch"
     # `index` by tensors takes threads from 3,000 numbers on, most others from 32,768 on, as logits are.
     assert "aten::index.Tensor" not in dict(made.seen)
     words = engine.model._view.config.get_text_config().vocab_size
     assert max(numbers for _, numbers in made.seen) < count * words
-
-
-def test_logits_are_not_overwritten_by_the_next_pass(lab: Lab) -> None:
-    engine = lab.engine()
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    forward = engine.model.forward
-
-    def keep(batch: Any) -> Any:
-        found = forward(batch)
-        kept.append((found.logits, found.logits.clone()))
-        return found
-
-    engine.model.forward = keep
-    run(engine, [Request(tuple(range(3, 9)), None, 5, 0)])
-    assert len(kept) == 5
-    assert all(torch.equal(logits, before) for logits, before in kept)
-    assert not torch.equal(kept[1][0], kept[2][0])
 
 
 def test_rotations_that_are_stored_are_those_of_each_position_alone(lab: Lab) -> None:

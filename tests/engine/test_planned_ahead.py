@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,9 +19,10 @@ from tests.tiny import ADAPTERS, save_base
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import engine as engine_module
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine.batch import Packer
+from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.sequence import StepPlan
 
 ENDS = list(range(5, 320, 9))
 """Tokens with which texts end: one of nine."""
@@ -165,6 +167,57 @@ def test_rows_get_the_same_whether_steps_are_planned_ahead(
         else:
             length = min(len(found[0]), len(expected[key][0]))
             assert found[0][:length] == expected[key][0][:length]
+
+
+@given(asked=st.lists(REQUESTS, min_size=1, max_size=6), changes=ENGINES)
+@settings(max_examples=15, deadline=None)
+def test_a_batch_that_goes_on_in_place_is_what_packing_its_step_makes(
+    lab: Lab, asked: list[Asked], changes: dict[str, int]
+) -> None:
+    most = (changes.get("kv_blocks", 1000) - 2) * changes.get("block_size", 4)
+    asked = [one for one in asked if len(one.prompt) + one.sampling.max_tokens <= most]
+    if not asked:
+        return
+    engine = lab.engine(**changes)
+    packer = engine._packer
+    advance = packer.advance
+
+    def compared(plan: StepPlan) -> StepBatch | None:
+        batch, last = advance(plan), packer._last
+        if batch is None:
+            return None
+        made = packer.pack(plan, engine.slots.slot_of)
+        packer._last = last
+        assert made.contexts.runs is None
+        for one, other in ((batch, made), (batch.contexts, made.contexts)):
+            for name, array in vars(one).items():
+                if isinstance(array, np.ndarray):
+                    assert np.array_equal(array, getattr(other, name)), name
+        assert (batch.token_map, batch.logit_map) == (made.token_map, made.logit_map)
+        assert all(one is other for one, other in zip(batch.sampled, made.sampled, strict=True))
+        assert not made.scored
+        assert not made.pooled
+        return batch
+
+    packer.advance = compared  # type: ignore[method-assign]
+    serve(engine, asked)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_most_steps_of_a_few_rows_go_on_in_the_same_batch(
+    lab: Lab, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[StepPlan] = []
+    pack = Packer.pack
+    monkeypatch.setattr(Packer, "pack", lambda *given: packed.append(given[1]) or pack(*given))
+    engine = lab.engine(block_size=16)
+    if engine.model.state_bytes:
+        pytest.skip("recurrent states have other places in each step")
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=32, ignore_eos=True)
+    serve(engine, [Asked((5, 6, 7 + i), i, sampling, 1, "a", False, 0, None) for i in range(count)])
+    assert engine.counters.steps == 32
+    assert len(packed) == 2 + 2  # the prompts, the first step after them, and two ends of blocks
+    assert all(len(plan.segments) == count for plan in packed)
 
 
 def test_a_step_is_packed_while_the_one_before_is_computed_until_a_row_comes_or_ends(
