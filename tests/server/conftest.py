@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
+import sqlite3
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ class Api:
     def copy_of_data(self, target: Path) -> Path:
         """The data folder, with both adapters proved, for a server of one's own."""
         shutil.copytree(self.data_dir, target)
+        with contextlib.closing(sqlite3.connect(target / "registry.db")) as database, database:
+            database.execute("DELETE FROM servers")  # or the copy would wait for the end of this one's lease
         return target
 
     def generate(self, **body: Any) -> dict[str, Any]:

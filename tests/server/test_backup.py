@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,9 @@ def test_a_copy_made_while_versions_come_and_go_is_served_with_all_that_it_names
                 said
             )
         assert http.delete("/v1/adapters/acme?force=true").status_code == 200
+    with closing(sqlite3.connect(copy / "registry.db")) as database:
+        leases = database.execute("SELECT until - at FROM servers").fetchall()
+    assert leases == [(0.0,)]  # else the copy would wait for the end of the original's
     with serve_scripted("words", data_dir=copy) as server, server.client() as http:
         server.wait_ready()
         versions = http.get("/v1/adapters/acme/versions").json()["data"]

@@ -50,7 +50,7 @@ def parts_in(registry: Registry, place: Path) -> Parts:
     folders = BatchFolders(place, "registry-1")
     return Parts(
         registry.batches, threads, files, folders, jobs, keys, limiter, supervisor,
-        Peers(registry.servers, jobs.server),
+        Peers(registry.servers, jobs.server, jobs.lock_id),
         max_body=1 << 21, most=0, post=post,
     )  # fmt: skip
 
@@ -199,6 +199,7 @@ def test_a_tenant_with_many_batches_keeps_no_other_s_from_its_turn(
         parts = parts_in(registry, tmp_path)
         for number in range(6):
             added(registry, parts, f"acme-{number}", [1], tenant="acme")
+        await parts.peers.claim(room=0)
         followed = BatchRunner(parts, look_seconds=0.01)
         follow = asyncio.get_running_loop().create_task(followed.follow(post))
         await until(lambda: followed._runs.keys() == {f"batch_acme-{number}" for number in range(3)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sqlite3
 import time
@@ -305,6 +306,29 @@ def test_a_paused_job_of_a_server_that_is_gone_can_be_resumed_or_cancelled(
     assert wait_job(other, there, job.id, ended).status == "succeeded"
     assert any(told.startswith("Taken over by another server, resumed") for told in messages(there, job.id))
     check_delivered_once(other, there, job.id, tmp_path)
+
+
+def test_a_copy_of_a_data_folder_is_refused_beside_the_original_and_may_take_its_place(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"environment": LEASE}
+    options, copy = shared(tmp_path), tmp_path / "copy"
+    with serve_scripted("words", *options, data_dir=tmp_path / "original", **how) as original:
+        here = openai_client(original)
+        job = make_job(here, "stands-at-7", extra={"activate": "always"})
+        wait_job(original, here, job.id, lambda job: step_of(job) == 7)
+        shutil.copytree(tmp_path / "original", copy)
+        told = messages(here, job.id)
+        with serve_scripted(
+            "words", *options, "--train-jobs", "0", data_dir=copy, ready=False, **how
+        ) as again:
+            assert again.exit_status() == 1
+            assert "delete training/server-id in the copy" in " ".join(again.log.split())
+        assert messages(here, job.id) == told
+        original.process.kill()
+        original.exit_status()
+        with serve_scripted("words", *options, data_dir=copy, **how) as instead:
+            assert wait_job(instead, openai_client(instead), job.id, ended).status == "succeeded"
 
 
 @pytest.mark.full

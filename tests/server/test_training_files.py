@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,19 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def storage(tmp_path: Path) -> JobFolders:
     return JobFolders(tmp_path, "registry-1")
+
+
+def test_a_folder_s_lock_is_the_same_at_each_start_and_another_one_in_a_copy(
+    storage: JobFolders, tmp_path: Path
+) -> None:
+    again = JobFolders(tmp_path, "registry-1")
+    shutil.copytree(storage.root, tmp_path / "copy" / "training")
+    copy = JobFolders(tmp_path / "copy", "registry-1")
+    assert storage.server == again.server == copy.server
+    assert storage.lock_id == again.lock_id != copy.lock_id
+    assert storage.own()
+    assert not again.own()
+    assert copy.own()
 
 
 def using(

@@ -17,6 +17,7 @@ from onebase_adapters.registry import (
     JobEvent,
     NewJob,
     Registry,
+    ServerIdInUseError,
     TrainingJob,
     UnkeptJob,
 )
@@ -93,7 +94,7 @@ async def followed(
         checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
         kept=_kept(registry, storage, threads),
     )
-    peers = Peers(registry.servers, storage.server)
+    peers = Peers(registry.servers, storage.server, storage.lock_id)
     scheduler = JobScheduler(pool, peers, most=most, look_seconds=0.01, sweep_seconds=0.0)
     base: Any = None
     scheduler.base_ready(base, b"", -1)
@@ -174,7 +175,7 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
             checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
             kept=_kept(registry, storage, threads),
         )
-        peers = Peers(registry.servers, storage.server)
+        peers = Peers(registry.servers, storage.server, storage.lock_id)
         scheduler = JobScheduler(pool, peers, most=1, look_seconds=60.0)
         scheduler.base_ready(base, b"", -1)
         task = asyncio.get_running_loop().create_task(scheduler.follow())
@@ -191,6 +192,42 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
 
     asyncio.run(look())
     assert registry.training.job("default", JOB).state == "queued"
+
+
+def test_a_server_that_stood_still_while_a_copy_of_its_folder_began_ends_and_leaves_the_copy_s_jobs_alone(
+    registry: Registry, storage: JobFolders
+) -> None:
+    add_job(registry, storage, "queued")
+
+    async def stand_still() -> None:
+        threads = Threads("records", 2)
+        nothing: Any = SimpleNamespace(catalog=[])
+        pool: Any = SimpleNamespace(
+            records=registry.training,
+            threads=threads,
+            notifier=JobNotifier(),
+            folders=storage,
+            files=_files(registry, storage, threads),
+            checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
+            kept=_kept(registry, storage, threads),
+        )
+        peers = Peers(registry.servers, storage.server, storage.lock_id)
+        peers._lease = 0.0
+        scheduler = JobScheduler(pool, peers, most=0, look_seconds=600.0)
+        assert await scheduler.claim()
+        begin = asyncio.get_running_loop().create_task
+        following = begin(scheduler.follow())
+        while JOB not in scheduler._noted_disabled:
+            await asyncio.sleep(0.01)
+        registry.servers.renew("copy.1", storage.server, runs=True, room=1, seconds=60.0)
+        registry.training.move(JOB, "running", ("queued",))
+        keeping = begin(peers.keep(scheduler))
+        with pytest.raises(ServerIdInUseError):
+            await asyncio.wait_for(following, 60)
+        keeping.cancel()
+
+    asyncio.run(asyncio.wait_for(stand_still(), 60))
+    assert registry.training.job("default", JOB).state == "running"
 
 
 class _Failing:

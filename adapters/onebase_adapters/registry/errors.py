@@ -4,6 +4,7 @@ RegistryError
 ├── RegistryFullError         no space for the database; what was written before is whole
 ├── RegistryBusyError         the database cannot be reached, or is locked for long; try again
 ├── UncertainChangeError      a change was made, or may have been, and cannot be read now
+├── ServerIdInUseError        a process with another data folder runs the jobs of this server's id
 ├── UnknownAdapterError       no adapter of that name
 ├── UnknownVersionError       the adapter has no such version, or several begin like that
 ├── NotReadyError             the version has not been proved, or failed
@@ -47,6 +48,16 @@ class RegistryBusyError(RegistryError):
 
 class UncertainChangeError(RegistryError):
     """A change was made, or may have been, and nothing can be read now. The same call might repeat it."""
+
+
+class ServerIdInUseError(RegistryError):
+    """A living process with another data folder has the server's id: one of the folders is a copy.
+
+    renewed_at: time of that process's last renewal, by the database's clock."""
+
+    def __init__(self, server: str, renewed_at: float) -> None:
+        super().__init__(f"Another process has this data folder's server id on the registry, {server}.")
+        self.renewed_at = renewed_at
 
 
 class UnknownAdapterError(RegistryError):

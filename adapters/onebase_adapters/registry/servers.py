@@ -3,6 +3,10 @@
 A server's process renews a lease. A server whose lease has run out counts as dead: others take over what it
 ran. All times are those of the database's clock, so that servers need not agree on theirs. Where that clock
 went back by more than a lease, an earlier lease has run out; a live server renews it at once.
+
+A process's id is `<lock>.<random>`, where the lock is that of its data folder. Among the processes that run
+jobs under one server's id, live ones have the same lock: an earlier one with this lock is dead, and one with
+another lock has a copy of the data folder.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.database import Database, clock, plain
+from onebase_adapters.registry.errors import ServerIdInUseError
 from onebase_adapters.registry.records import OtherServer, QuotaUse
-from onebase_adapters.registry.tables import QuotaUseRow, ServerRow
+from onebase_adapters.registry.tables import ChangeCounter, QuotaUseRow, ServerRow
 
 USE_SECONDS = 60.0
 """Time, in seconds, for which the use that a process has admitted counts."""
@@ -42,8 +47,12 @@ class ServerRecords:
         Args:
             server: the id of its data folder. runs: whether it runs that folder's jobs.
             room: trainers that it could start now.
+
+        Raises ServerIdInUseError: a live process with another lock runs jobs under this server's id.
         """
         with self._database.write_uncounted() as session:
+            if runs:
+                _check_alone(session, process, server)
             now = clock(session)
             values = {
                 "id": process, "server": server, "base_id": self._base_id, "runs": runs, "room": room,
@@ -110,6 +119,26 @@ def leases_of(session: Session, base_id: str) -> dict[str, tuple[float, int]]:
         until = _until(at, end, now)
         leases[server] = max(leases.get(server, (until, room)), (until, room))
     return leases
+
+
+def _check_alone(session: Session, process: str, server: str) -> None:
+    """Raise ServerIdInUseError if a live process with another lock runs jobs under the server's id.
+
+    A process whose own lease has not run out keeps it.
+    """
+    own = session.get(ServerRow, process)
+    if own is not None and own.runs and _until(own.at, own.until, now := clock(session)) >= now:
+        return
+    session.execute(select(ChangeCounter.id).with_for_update())  # else two that begin at once miss each other
+    now = clock(session)
+    query = select(ServerRow).where(ServerRow.server == server, ServerRow.runs).order_by(ServerRow.at.desc())
+    for row in session.scalars(query):
+        if _lock_of(row.id) != _lock_of(process) and _until(row.at, row.until, now) >= now:
+            raise ServerIdInUseError(server, row.at)
+
+
+def _lock_of(process: str) -> str:
+    return process.partition(".")[0]
 
 
 def _until(at: float, until: float, now: float) -> float:

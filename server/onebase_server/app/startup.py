@@ -19,7 +19,7 @@ import uvloop
 from rich.console import Console
 
 import onebase_server
-from onebase_adapters.registry import RegistryError
+from onebase_adapters.registry import RegistryError, ServerIdInUseError
 from onebase_adapters.signatures import PolicyError
 from onebase_edge.background import keep_running
 from onebase_edge.errors import UnavailableError
@@ -82,6 +82,11 @@ def serve_until_stopped(
             uvloop.run(server.serve(listener, console, display))
         except EngineFailedError as error:
             raise StartupError(f"the engine cannot serve {base.name}: {error}") from error
+        except ServerIdInUseError as error:
+            raise StartupError(
+                f"{error} Is {settings.data_dir} a copy of that process's? Then name another --registry, or "
+                "delete training/server-id in the copy, which makes it a server of its own"
+            ) from error
 
 
 def _check_open_files() -> None:
@@ -176,6 +181,7 @@ class _Server:
         except OSError as error:
             raise StartupError(f"the log of requests cannot be written: {error} (--data-dir)") from error
         training = services.training
+        await training.scheduler.claim()
         upkeep = [
             asyncio.create_task(keep_running(name, work))
             for name, work in (

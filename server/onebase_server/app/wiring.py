@@ -471,7 +471,7 @@ def _training(
     records, disk = threads
     folder = JobFolders(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)
     storage.registry.sign(folder.server)
-    peers = Peers(storage.registry.servers, folder.server)
+    peers = Peers(storage.registry.servers, folder.server, folder.lock_id)
     registry, notifier = storage.registry.training, JobNotifier()
     files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
     # Another server could go on with a job where the store is no folder, or one was ever on the registry.

@@ -563,7 +563,7 @@ class BatchRunner:
     async def follow(self, post: InnerPost) -> None:
         """Do what the registry says, whatever fails, until cancelled. post: has routes answer."""
         self._parts.post = post
-        while not self._own():
+        while not self._parts.peers.owns_jobs:  # JobScheduler claims them
             await asyncio.sleep(self._look_seconds)
         feeding = keep_running("feeding rows of batches", self._feed)
         self._feeder = asyncio.get_running_loop().create_task(feeding)
@@ -578,12 +578,6 @@ class BatchRunner:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._look_seconds):
                     await self._changed.wait()
-
-    def _own(self) -> bool:
-        """Return True if this process runs the batches of the data folder; JobScheduler says why not."""
-        with suppress(OSError):
-            return self._parts.jobs.own()
-        return False
 
     async def stop(self) -> None:
         """Feed no more rows, let those that run end, and keep what they answer."""

@@ -34,7 +34,8 @@ async def run_server(
 ) -> None:
     """Serve until a signal, or until the engine or the following of jobs cannot be kept running.
 
-    `on_ready` is called once, when the engine is ready for the first time. Raises EngineFailedError.
+    `on_ready` is called once, when the engine is ready for the first time. Raises EngineFailedError,
+    ServerIdInUseError.
     """
     settings = services.settings
     middleware = CrossSiteMiddleware(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -34,6 +35,7 @@ class JobFolders:
             several registries, and each deletes only what it knows.
 
     `server`: an id that lies there too; jobs in the registry that have it are this folder's.
+    `lock_id`: the identity of the folder's lock, which a copy of the folder does not share.
     """
 
     def __init__(self, data_dir: Path, registry: str) -> None:
@@ -43,28 +45,20 @@ class JobFolders:
             for folder in (self.root, self._jobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.server = _server_id(self.root / "server-id")
+            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.lock_id = _identity(self._lock)
         except OSError as error:
             raise DataDirError(f"training cannot keep files in {self.root}: {error} (--data-dir)") from error
-        self._lock: int | None = None
-
-    @property
-    def is_owned(self) -> bool:
-        """Return True if this process runs the folder's jobs."""
-        return self._lock is not None
+        self.is_owned = False
+        """Whether this process runs the folder's jobs."""
 
     def own(self) -> bool:
         """Return True if this process runs the folder's jobs: of several processes on one folder, one
         does."""
-        if self._lock is not None:
-            return True
-        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            return False
-        self._lock = lock
-        return True
+        with suppress(OSError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.is_owned = True
+        return self.is_owned
 
     def job(self, job_id: str) -> Path:
         """Return the folder of a job's run."""
@@ -101,6 +95,16 @@ def _server_id(path: Path) -> str:
     finally:
         work.unlink()
     return made
+
+
+def _identity(file: int) -> str:
+    """Return an identity that an open file shares with no other file, on any machine, while it is open."""
+    found = os.fstat(file)
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        machine = secrets.token_hex(16)  # never equal: the next process waits for the end of this one's lease
+    return hashlib.sha256(f"{machine} {found.st_dev} {found.st_ino}".encode()).hexdigest()[:32]
 
 
 class _Models(Protocol):

@@ -110,11 +110,24 @@ class JobScheduler:
         """Something has changed in the registry."""
         self._changed.set()
 
+    async def claim(self) -> bool:
+        """Return True once this process runs the jobs of its data folder; False if another one on the folder
+        does. Raises ServerIdInUseError: one with a copy of the folder does."""
+        folders = self._pool.folders
+        if not folders.own():
+            _log.warning("another process runs the training jobs of %s; waiting", folders.root)
+            return False
+        await self._peers.claim(room=self.room())
+        return True
+
     async def follow(self) -> None:
-        """Do what the registry says, whatever fails, until cancelled."""
-        while not self._own():
+        """Do what the registry says, whatever fails, until cancelled. Raises ServerIdInUseError."""
+        while not await self.claim():
             await asyncio.sleep(self._look_seconds)
         while not self._ending:
+            if self._peers.conflict is not None:
+                await self._abandon_runs()
+                raise self._peers.conflict
             self._changed.clear()
             try:
                 await self._sweep_if_due()
@@ -133,16 +146,12 @@ class JobScheduler:
                 async with asyncio.timeout(self._look_seconds):  # wait_for could miss being cancelled
                     await self._changed.wait()
 
-    def _own(self) -> bool:
-        """Return True if this process runs the jobs of the folder; the log says why not."""
-        root = self._pool.folders.root
-        try:
-            if self._pool.folders.own():
-                return True
-            _log.warning("another process runs the training jobs of %s; waiting", root)
-        except OSError as error:
-            _log.error("no training job of %s can be run: %s (--data-dir); waiting", root, error)
-        return False
+    async def _abandon_runs(self) -> None:
+        """Kill the trainers, and leave their jobs' states to the process that runs these jobs now."""
+        runs = list(self._runs.values())
+        for run in runs:
+            run.stop("cancel", 0.0)
+        await asyncio.gather(*(run.ended() for run in runs))
 
     async def _sweep_if_due(self) -> None:
         if time.monotonic() >= self._next_sweep:

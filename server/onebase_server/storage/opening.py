@@ -235,7 +235,7 @@ def back_up(settings: Settings, target: Path) -> list[str]:
 
 
 def _copy_registry(file: Path, target: Path) -> None:
-    """Copy the registry as one transaction sees it. Raises sqlite3.Error, OSError."""
+    """Copy the registry as one transaction sees it, with all leases ended. Raises sqlite3.Error, OSError."""
     work = target.with_name(f"{target.name}.part")
     work.unlink(missing_ok=True)
     with (
@@ -243,6 +243,8 @@ def _copy_registry(file: Path, target: Path) -> None:
         closing(sqlite3.connect(work)) as copy,
     ):
         live.backup(copy)
+        copy.execute("UPDATE servers SET until = at")  # a server of the copy would wait for their end
+        copy.commit()
     work.replace(target)
 
 

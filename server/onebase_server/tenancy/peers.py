@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from onebase_adapters.registry import OtherServer, RegistryError, ServerRecords
+from onebase_adapters.registry import OtherServer, RegistryError, ServerIdInUseError, ServerRecords
 from onebase_edge.background import Threads
 from onebase_server.tenancy.quotas import Limiter
 
@@ -45,6 +45,10 @@ class LeaseHolder(Protocol):
         """Return the number of trainers that could start now."""
         ...
 
+    def look(self) -> None:
+        """Look soon at what has changed, also at `Peers.conflict`."""
+        ...
+
     def lease_lost(self) -> None:
         """Handle the loss of the lease: others may take over what runs here. Never called where there are
         none."""
@@ -56,13 +60,17 @@ class Peers:
 
     For one event loop. The lease is kept while `keep` runs.
 
-    server: the id of the data folder.
+    server: the id of the data folder. lock: the identity of that folder's lock.
     """
 
-    def __init__(self, records: ServerRecords, server: str) -> None:
+    def __init__(self, records: ServerRecords, server: str, lock: str) -> None:
         self.records = records
         self.server = server
-        self.process = uuid.uuid4().hex
+        self.process = f"{lock}.{uuid.uuid4().hex}"
+        self.owns_jobs = False
+        """Whether this process has the lease under which the jobs and batches of `server` run."""
+        self.conflict: ServerIdInUseError | None = None
+        """Error of a renewal, after the lease had run out and a copy of the data folder had begun."""
         self._lease = LEASE_SECONDS
         self._threads = Threads("lease", 1)
         self._others: Sequence[OtherServer] = ()
@@ -108,23 +116,51 @@ class Peers:
         while True:
             self._changed.clear()
             await self.renew(runs=holder.runs_jobs, room=holder.room())
+            if self.conflict is not None:
+                holder.look()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._lease * _RENEWED_IN):
                     await self._changed.wait()
 
+    async def claim(self, *, room: int) -> None:
+        """Take the lease under which this process runs jobs, as soon as the registry can be reached.
+
+        Where a process with another lock has it, wait until it runs out: that process may have died on
+        another machine. Raises ServerIdInUseError if that process renews it.
+        """
+        first: ServerIdInUseError | None = None
+        while True:
+            try:
+                return await self._renew(runs=True, room=room)
+            except ServerIdInUseError as error:
+                if first is None:
+                    first = error
+                    _log.warning("%s Waiting until its lease runs out, or is renewed.", error)
+                elif error.renewed_at != first.renewed_at:
+                    raise
+            except RegistryError as error:
+                _log.warning("no lease can be taken, waiting: %s", error)
+            await asyncio.sleep(self._lease * _WATCHED_IN)
+
     async def renew(self, *, runs: bool, room: int) -> None:
         """Renew the lease now, and learn of the others, if the registry can be reached."""
-        began, renew = time.monotonic(), self.records.renew
         try:
-            self._others = await self._threads.run_blocking(
-                renew, self.process, self.server, runs=runs, room=room, seconds=self._lease
-            )
+            await self._renew(runs=runs, room=room)
+        except ServerIdInUseError as error:
+            if self.owns_jobs:
+                self.conflict = error
         except RegistryError as error:
             _log.debug("the lease cannot be renewed: %s", error)
         except Exception:
             _log.exception("the lease cannot be renewed")
-        else:
-            self._renewed_at, self._reported_room, self._is_lost = began, room, False
+
+    async def _renew(self, *, runs: bool, room: int) -> None:
+        began, renew = time.monotonic(), self.records.renew
+        self._others = await self._threads.run_blocking(
+            renew, self.process, self.server, runs=runs, room=room, seconds=self._lease
+        )
+        self._renewed_at, self._reported_room, self._is_lost = began, room, False
+        self.owns_jobs = runs
 
     async def _keep_watch(self, holder: LeaseHolder) -> None:
         """Notice a lost lease by this machine's clock, since the database may not answer at all."""

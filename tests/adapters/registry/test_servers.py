@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from sqlalchemy import update
 from tests.adapters.registry.conftest import Open
 
-from onebase_adapters.registry import OtherServer, QuotaUse, Registry
+from onebase_adapters.registry import OtherServer, QuotaUse, Registry, ServerIdInUseError
 from onebase_adapters.registry.servers import leases_of
 from onebase_adapters.registry.tables import ServerRow
 
@@ -45,6 +48,47 @@ def test_a_lease_from_before_the_clock_went_back_has_run_out(registry: Registry,
     here.renew("p1", "s1", runs=True, room=1, seconds=60.0)
     (seen,) = there.renew("p2", "s2", runs=True, room=1, seconds=60.0)
     assert seen.alive
+
+
+def test_a_copy_of_a_data_folder_gets_no_lease_while_the_original_s_process_lives(
+    registry: Registry, open_registry: Open
+) -> None:
+    here, there = registry.servers, open_registry().servers
+    here.renew("original.1", "s1", runs=True, room=1, seconds=60.0)
+    there.renew("copy.1", "s1", runs=False, room=0, seconds=60.0)
+    with pytest.raises(ServerIdInUseError, match="s1") as first:
+        there.renew("copy.1", "s1", runs=True, room=1, seconds=60.0)
+    here.renew("original.2", "s1", runs=True, room=1, seconds=60.0)  # started again after kill -9
+    with pytest.raises(ServerIdInUseError) as later:
+        there.renew("copy.1", "s1", runs=True, room=1, seconds=60.0)
+    assert later.value.renewed_at > first.value.renewed_at
+    there.renew("copy.1", "s2", runs=True, room=1, seconds=60.0)  # once it has an id of its own
+
+    for process in ("original.1", "original.2"):
+        here.leave(process)
+    time.sleep(0.01)
+    there.renew("copy.2", "s1", runs=True, room=1, seconds=60.0)
+    there.renew("copy.2", "s1", runs=True, room=1, seconds=60.0)
+    with pytest.raises(ServerIdInUseError):
+        here.renew("original.2", "s1", runs=True, room=1, seconds=60.0)
+
+
+def test_of_two_copies_of_a_data_folder_that_start_at_once_one_gets_the_lease(
+    registry: Registry, open_registry: Open
+) -> None:
+    both, begin = (registry.servers, open_registry().servers), threading.Barrier(2)
+
+    def is_alone(place: int, number: int) -> bool:
+        begin.wait(60)
+        try:
+            both[place].renew(f"{place}.{number}", f"s{number}", runs=True, room=1, seconds=60.0)
+        except ServerIdInUseError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(10):
+            assert sum(threads.map(is_alone, (0, 1), (number, number))) == 1
 
 
 def test_a_use_is_told_to_the_others_and_grows_old(registry: Registry, open_registry: Open) -> None:
