@@ -322,6 +322,9 @@ def test_a_copy_of_a_data_folder_is_refused_beside_the_original_and_may_take_its
         with serve_scripted(
             "words", *options, "--train-jobs", "0", data_dir=copy, ready=False, **how
         ) as again:
+            while again.process.poll() is None:
+                assert again.status_of("/ready") != 200
+                time.sleep(0.1)
             assert again.exit_status() == 1
             assert "delete training/server-id in the copy" in " ".join(again.log.split())
         assert messages(here, job.id) == told
