@@ -63,9 +63,9 @@ _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotations (transformers' `rope_type`) that depend on a row's position alone."""
 KEPT = 1 << 14
 """Number of positions whose rotations are stored at most: 8 MB for heads of 128 numbers."""
-MOST_ENDED = 4
-"""Largest number of rows for which the norm and the head are calls of the chain; more logits take much
-memory."""
+MOST_ENDED = 16
+"""Largest number of rows for which the norm and the head are calls of the chain, which keeps memory for their
+logits: 8 MB for a vocabulary of 262,144."""
 FEW_ROWS = 3
 """Number of rows of a trial, small like that of most steps."""
 
