@@ -812,7 +812,7 @@ class LiveModels:
         changed. Returns False if nothing waits.
 
         Raises OSError, Interrupted: no result was written. The operation is done again by the next process,
-        from the state before it. Where the disk failed, that is not held against the operation.
+        from the state before it. Where the disk was full, that is not held against the operation.
         """
         for model_id in self._waiting:
             if self._is_due(model_id) and self._store.has_next(model_id):
@@ -826,8 +826,9 @@ class LiveModels:
             except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(model_id):
                     raise
-            except OSError:
-                self._store.forget_begun()  # the disk may be full for a moment
+            except OSError as error:
+                if _is_disk_full(error):  # it may be so for a moment
+                    self._store.forget_begun()
                 raise
             if not self._store.is_live(model_id):
                 self._forget(model_id)
@@ -912,11 +913,7 @@ class LiveModels:
             return True
         began = time.monotonic()
         model = self._models[model_id]
-        result = self._done_alone(model, seq_id, operation)
-        if isinstance(operation, Load) and not isinstance(result, Refused):
-            self._write_point(model, seq_id, result)  # the checkpoint may be gone when it would be done over
-        self._store.write_result(model_id, seq_id, result)
-        self._on_done(model_id, seq_id)
+        result = self._record(model, seq_id, operation, self._done_alone(model, seq_id, operation))
         if not isinstance(result, Refused):
             self._proven.add(model_id)
             if not isinstance(operation, Load) and not _leaves_state(operation):
@@ -924,6 +921,38 @@ class LiveModels:
         if model_id not in self._lost:
             self._write_point_if_due(model, seq_id, result)
         return True
+
+    def _record(self, model: LiveModel, seq_id: int, operation: Operation, result: Result) -> Result:
+        """Write an operation's result, and return it. An operation whose result, or whose point, cannot be
+        written is refused, and the model is made again without it. Raises OSError: the refusal cannot be
+        written either."""
+        model_id = model.spec.id
+        try:
+            if isinstance(operation, Load) and not isinstance(result, Refused):
+                self._write_point(model, seq_id, result)  # the checkpoint may be gone once it is done over
+            self._store.write_result(model_id, seq_id, result)
+        except OSError as error:
+            if not self._store.is_live(model_id) or self._store.last_point(model_id) >= seq_id:
+                raise  # nobody waits for the result, or the point has it
+            logger.warning("the result of operation %d of %s cannot be written: %s", seq_id, model_id, error)
+            if not _leaves_state(operation):
+                self._make_again(model_id)
+            message = f"its result cannot be written: {error}"
+            result = Refused(message=message, code="disk_full", category="server")
+            self._store.write_result(model_id, seq_id, result)
+        self._on_done(model_id, seq_id)
+        return result
+
+    def _make_again(self, model_id: str) -> None:
+        """Have a model made again from its point, before its memory goes to others. Its next operation waits
+        for a turn behind theirs."""
+        if self._models.pop(model_id, None) is None:
+            return
+        self._lost.add(model_id)
+        self._proven.discard(model_id)
+        with suppress(ValueError):
+            self._turns.remove(model_id)
+        self._turns.appendleft(model_id)
 
     def _done_alone(self, model: LiveModel, seq_id: int, operation: Operation) -> Result:
         """Do an operation. A pass without memory is done once more if there is more now than it was given."""
@@ -960,11 +989,11 @@ class LiveModels:
                 self._proven.discard(one)  # it is done by itself, where more memory is looked for
                 continue
             try:
-                self._store.write_result(one, number, result)
-                self._on_done(one, number)
-                if isinstance(result, Computed):
-                    self._since_point[one] += result.seconds
-                self._write_point_if_due(models[one], number, result)
+                recorded = self._record(models[one], number, asked, result)
+                if isinstance(recorded, Computed):
+                    self._since_point[one] += recorded.seconds
+                if one not in self._lost:
+                    self._write_point_if_due(models[one], number, recorded)
             except (UnknownLiveModelError, FileNotFoundError):
                 if self._store.is_live(one):
                     raise  # else it was unloaded meanwhile
@@ -1020,15 +1049,8 @@ class LiveModels:
             if _ends_process(error):
                 raise
             model.clear()  # gradients of a pass that ended half-way
-            half_done = isinstance(operation, OptimStep | Load)
-            if half_done and self._models.pop(model.spec.id, None) is not None:
-                # It is made again from its point, before its memory goes to others. Its next operation waits
-                # for a turn behind theirs.
-                self._lost.add(model.spec.id)
-                self._proven.discard(model.spec.id)
-                with suppress(ValueError):
-                    self._turns.remove(model.spec.id)
-                self._turns.appendleft(model.spec.id)
+            if isinstance(operation, OptimStep | Load):  # which is half done
+                self._make_again(model.spec.id)
             if is_out_of_memory(error):
                 return _out_of_memory(operation)
             if isinstance(operation, Save):

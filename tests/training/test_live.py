@@ -1485,7 +1485,7 @@ def test_a_point_between_steps_is_written_later_than_one_after_a_step(
     assert points == [0, 0, 3, 4]
 
 
-@pytest.mark.parametrize("full", ["its result", "its point", "the model's first point"])
+@pytest.mark.parametrize("full", ["its result", "the model's first point"])
 def test_a_full_disk_ends_the_trainer_and_is_not_held_against_the_operation(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
@@ -1493,11 +1493,10 @@ def test_a_full_disk_ends_the_trainer_and_is_not_held_against_the_operation(
     store.create(LEARNING)
     store.submit("learning", 1, operation)
     last = 1
-    if full != "the model's first point":
-        done(base, tmp_path, {1: operation, 2: Save(name="a", kind="weights")}, LEARNING)
-        start = Load(folder=str(tmp_path / "learning" / "weights" / "a"))
-        last = 3
-        store.submit("learning", last, start if full == "its point" else operation)
+    if full == "its result":
+        done(base, tmp_path, {1: operation}, LEARNING)
+        last = 2
+        store.submit("learning", last, operation)
     with pytest.MonkeyPatch.context() as patch:
         if full == "its result":
             patch.setattr(LiveStore, "write_result", no_space)
@@ -1512,6 +1511,60 @@ def test_a_full_disk_ends_the_trainer_and_is_not_held_against_the_operation(
     while models.do_next():
         pass
     assert not isinstance(store.result("learning", last), Refused | None)
+
+
+@pytest.mark.parametrize("full", ["its point", "its result", "its result in a pass of several"])
+def test_what_is_too_large_for_the_disk_is_refused_and_holds_up_no_other_model(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    row, large, end = ask(text_row(6)), ask(text_row(60, 2)), Save(name="end", kind="weights")
+    start = Load(folder=str(tmp_path / "full" / "learning" / "weights" / "a"))
+    save = Save(name="a", kind="weights")
+    store, write_result = LiveStore(tmp_path / "full"), LiveStore.write_result
+    for spec in (LEARNING, SPECS[0]):
+        store.create(spec)
+        for seq_id, operation in enumerate((row, save, STEP, row), 1):
+            store.submit(spec.id, seq_id, operation)
+    models = live_models(base, store.root, joins=full == "its result in a pass of several")
+    while models.do_next():
+        pass
+    with pytest.MonkeyPatch.context() as patch:
+
+        def write(self: LiveStore, model_id: str, seq_id: int, result: Any) -> None:
+            if isinstance(result, Computed) and result.tokens > 50:
+                no_space()
+            write_result(self, model_id, seq_id, result)
+
+        patch.setattr(LiveModel, "write_state", no_space)
+        patch.setattr(LiveStore, "write_result", write)
+        store.submit("learning", 5, start if full == "its point" else large)
+        for seq_id, operation in enumerate((row, STEP, row), 5):
+            store.submit("small", seq_id, operation)
+        models.enqueue_all()
+        while models.do_next():
+            pass
+    refused = store.result("learning", 5)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.category) == ("disk_full", "server")
+    assert [type(store.result("small", one)) for one in (5, 6, 7)] == [Computed, Stepped, Computed]
+    plain = done(base, tmp_path / "plain", dict(enumerate((row, STEP, row, STEP, end), 1)), LEARNING)
+    found = done(base, store.root, {6: STEP, 7: end}, LEARNING)
+    assert_equal(saved(found[-1]), saved(plain[-1]))
+
+
+def test_an_error_of_the_disk_that_is_not_full_is_held_against_the_operation(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*given: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    store = LiveStore(tmp_path)
+    store.create(LEARNING)
+    store.submit("learning", 1, ask(text_row(6)))
+    monkeypatch.setattr(Trainable, "logits", denied)
+    with pytest.raises(PermissionError):
+        live_models(base, tmp_path).do_next()
+    assert store.died_of() == ("learning", 1)
 
 
 @pytest.mark.parametrize("due", ["by time", "by operations"])
