@@ -1173,29 +1173,35 @@ class LiveModels:
                 )
 
     def _continue(self, model: LiveModel) -> None:
-        """Read the newest point, and do over what was done since."""
+        """Read the newest point, and do over what was done since. Points are written meanwhile as they are
+        due: there may have been no room for them before."""
         model_id = model.spec.id
         self._store.complete(model_id)
         point, last = self._store.last_point(model_id), self._store.last_result(model_id)
         model.read_state(self._store.point(model_id, point))
-        began = time.monotonic()
+        self._since_point[model_id] = 0.0
+        self._failed_points.pop(model_id, None)
         for seq_id in range(point + 1, last + 1):
+            began = time.monotonic()
             operation, kept = self._store.operation(model_id, seq_id), self._store.result(model_id, seq_id)
             if operation is None:
                 raise RuntimeError(f"operation {seq_id} of {model_id} is missing")
-            if _leaves_state(operation) or isinstance(kept, Refused):
-                continue
-            again = self._done(model, seq_id, operation)
-            if isinstance(again, Refused) and again.code == _NO_MEMORY:
-                raise MemoryError(again.message)
-            if isinstance(again, Refused):
-                raise RuntimeError(f"operation {seq_id} of {model_id} cannot be done over: {again.message}")
-            if isinstance(again, Stepped) and isinstance(kept, Stepped) and again != kept:
-                logger.warning("operation %d of %s came out otherwise than before", seq_id, model_id)
-        self._since_point[model_id] = time.monotonic() - began if last > point else 0.0
-        self._failed_points.pop(model_id, None)
+            if not _leaves_state(operation) and not isinstance(kept, Refused):
+                self._do_over(model, seq_id, operation, kept)
+            self._since_point[model_id] += time.monotonic() - began
+            self._write_point_if_due(model, seq_id, kept)
 
-    def _write_point_if_due(self, model: LiveModel, seq_id: int, result: Result) -> None:
+    def _do_over(self, model: LiveModel, seq_id: int, operation: Operation, kept: Result | None) -> None:
+        """Repeat an operation for the model's state alone. Raises MemoryError, RuntimeError."""
+        model_id, again = model.spec.id, self._done(model, seq_id, operation)
+        if isinstance(again, Refused) and again.code == _NO_MEMORY:
+            raise MemoryError(again.message)
+        if isinstance(again, Refused):
+            raise RuntimeError(f"operation {seq_id} of {model_id} cannot be done over: {again.message}")
+        if isinstance(again, Stepped) and isinstance(kept, Stepped) and again != kept:
+            logger.warning("operation %d of %s came out otherwise than before", seq_id, model_id)
+
+    def _write_point_if_due(self, model: LiveModel, seq_id: int, result: Result | None) -> None:
         """Write a point after an operation if too much would have to be done over, or too many operations are
         kept. After a step it is written sooner, since gradients take room in a point. Nothing is lost without
         it, so one that cannot be written is tried again after as much time or as many operations more."""
@@ -1213,11 +1219,18 @@ class LiveModels:
             self._failed_points[model_id] = seq_id, self._since_point[model_id]
 
     def _write_point(self, model: LiveModel, seq_id: int, result: Result | None) -> None:
-        """Write the model's state after an operation, with its result: either both survive, or none."""
-        with atomic_directory(self._store.point(model.spec.id, seq_id)) as work:
-            model.write_state(work)
-            if result is not None:
-                (work / RESULT).write_bytes(encoded(result))
+        """Write the model's state after an operation, with its result: either both survive, or none. Nothing
+        stays of a model that was unloaded."""
+        if not self._store.is_live(model.spec.id):
+            return
+        try:
+            with atomic_directory(self._store.point(model.spec.id, seq_id)) as work:
+                model.write_state(work)
+                if result is not None:
+                    (work / RESULT).write_bytes(encoded(result))
+        finally:
+            if not self._store.is_live(model.spec.id):  # since when it was unloaded, points may be back
+                self._store.unload(model.spec.id)
         self._store.forget_before(model.spec.id, seq_id)
         for work in self._store.point(model.spec.id, seq_id).parent.glob(".*"):
             shutil.rmtree(work, ignore_errors=True)

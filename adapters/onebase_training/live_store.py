@@ -190,13 +190,16 @@ class LiveStore:
         _write(self.folder(model_id) / _MADE, msgspec.json.encode(made))
 
     def unload(self, model_id: str) -> None:
-        """End a model: nothing of it is done any more, and only its checkpoints stay."""
+        """End a model: nothing of it is done any more, and only its checkpoints stay. Of one that was removed
+        nothing does."""
         folder = self.folder(model_id)
         with self._lock:
             with suppress(FileNotFoundError):
                 replace_synced(folder / _SPEC, folder / _REMOVED)
             for part in ("operations", "results", "points"):
                 shutil.rmtree(folder / part, ignore_errors=True)
+            with suppress(OSError):  # it has other files
+                folder.rmdir()
 
     def remove(self, model_id: str) -> None:
         """End a model and delete its checkpoints."""

@@ -1601,6 +1601,61 @@ def test_a_point_that_does_not_fit_on_the_disk_is_tried_again_later(
     assert store.last_point("learning") == 7
 
 
+def test_what_a_process_does_over_is_covered_by_points_before_all_of_it_is_done(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, logits, passes = LiveStore(tmp_path), Trainable.logits, list[int]()
+    store.create(LEARNING)
+    for seq_id in range(1, 7):
+        store.submit("learning", seq_id, ask(text_row(6)) if seq_id % 2 else STEP)
+    models = live_models(base, tmp_path, point_seconds=1e9)
+    while models.do_next():
+        pass
+    assert store.last_point("learning") == 0  # as if there had been no room for others
+
+    def cut_third(self: Trainable, packed: Any) -> torch.Tensor:
+        passes.append(store.last_point("learning"))
+        if len(passes) == 3:
+            raise _CutError
+        return logits(self, packed)
+
+    monkeypatch.setattr(Trainable, "logits", cut_third)
+    with pytest.raises(_CutError):
+        live_models(base, tmp_path, point_seconds=0.0).do_next()
+    for _ in range(2):
+        assert not live_models(base, tmp_path, point_seconds=0.0).do_next()
+    assert passes == [0, 2, 4, 4]
+    assert store.last_point("learning") == 6
+
+
+@pytest.mark.parametrize("moment", ["before its point is begun", "once its point is begun"])
+@pytest.mark.parametrize("end", [LiveStore.unload, LiveStore.remove])
+def test_of_a_model_that_ends_between_a_result_and_its_point_no_point_stays(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, end: Any
+) -> None:
+    store, place = LiveStore(tmp_path), LiveStore.point
+
+    def on_done(model_id: str, seq_id: int) -> None:
+        if seq_id == 2 and moment.startswith("before"):
+            end(store, model_id)
+
+    def point(self: LiveStore, model_id: str, seq_id: int) -> Path:
+        if seq_id == 2 and store.is_live(model_id):
+            end(store, model_id)
+        return place(self, model_id, seq_id)
+
+    store.create(LEARNING)
+    store.submit("learning", 1, ask(text_row(6)))
+    store.submit("learning", 2, STEP)
+    if moment.startswith("once"):
+        monkeypatch.setattr(LiveStore, "point", point)
+    models = live_models(base, tmp_path, point_seconds=0.0, on_done=on_done)
+    while models.do_next():
+        pass
+    assert not (tmp_path / "learning" / "points").exists()
+    assert (tmp_path / "learning").exists() == (end is LiveStore.unload)
+
+
 def test_a_result_for_which_the_disk_is_full_breaks_no_model_that_is_continued(
     base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
