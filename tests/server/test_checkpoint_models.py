@@ -233,9 +233,10 @@ def test_a_checkpoint_that_is_deactivated_before_its_first_use_is_done_stays_ina
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
+@pytest.mark.parametrize("is_ready", [True, False])
 @pytest.mark.parametrize("is_deactivated", [False, True])
-def test_a_checkpoint_that_became_ready_while_its_files_were_copied_is_activated_unless_that_was_called_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_deactivated: bool
+def test_a_checkpoint_that_was_registered_before_its_files_were_copied_is_active_unless_that_was_called_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_deactivated: bool, is_ready: bool
 ) -> None:
     async def test() -> None:
         ours = Checkpoint(tmp_path, monkeypatch)
@@ -243,7 +244,8 @@ def test_a_checkpoint_that_became_ready_while_its_files_were_copied_is_activated
         add = ours.house.adapters.add
 
         async def add_late(*args: Any, **how: Any) -> Any:
-            ours.set_ready()
+            if is_ready:
+                ours.set_ready()
             if is_deactivated:
                 ours.deactivate()
             return await add(*args, **how)

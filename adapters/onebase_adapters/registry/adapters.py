@@ -236,10 +236,12 @@ class Registry:
         actor: str = "",
         state: State = "validating",
         activates: bool = False,
+        if_due: bool = False,
     ) -> tuple[VersionRecord, bool]:
         """Register content under a name; the adapter is made with its first version.
 
         activates: whether an unfinished version is to become active once it is ready; see `activate`.
+        if_due: leave that as it is for a version that is unfinished already: it may have been called off.
 
         The same content under the same name is the same version, in whatever state it is: it is returned with
         False. Only a failed one starts again in `state`, with the new source, and is returned with True. The
@@ -271,7 +273,7 @@ class Registry:
             if created:
                 _set_state(version, state, now)
                 version.activates = False
-            if activates and version.state in UNFINISHED:
+            if activates and version.state in UNFINISHED and (created or not if_due):
                 version.activates, adapter.changed = True, counter
             if created:
                 adapter.changed, adapter.updated_at = counter, now

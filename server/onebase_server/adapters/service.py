@@ -408,7 +408,7 @@ class AdapterService:
         """Register stored files under a tenant's name, and start making them ready unless they are.
 
         checked: the result of `check_signature`.
-        if_due: of a version that is ready already, as in Registry.activate.
+        if_due: of a version that is there already, as in Registry.add_version and Registry.activate.
         wait_for_verifier: without a verifier, wait for one; else leave the version unfinished.
 
         Raises StoreFullError, UnavailableError.
@@ -426,6 +426,7 @@ class AdapterService:
                 tenant=tenant,
                 actor=actor,
                 activates=options.activate,
+                if_due=if_due,
             )
         if version.state == "ready":
             if options.activate:

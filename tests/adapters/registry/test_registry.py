@@ -326,6 +326,7 @@ def test_a_deactivation_calls_off_what_would_become_active_once_it_is_ready(
     registry.deactivate(*HERE, actor="ann")
     noted = registry.audit.entries(limit=1)
     assert [(entry.action, entry.actor) for entry in noted] == [("adapter.deactivated", "ann")]
+    registry.add_version("a", both.digest, both, {"kind": "checkpoint"}, activates=True, if_due=True)
     registry.set_state(*HERE, both.digest, "ready")
     assert registry.activate(*HERE, both.digest, if_due=True).active is None
     assert registry.activate(*HERE, both.digest).active == both.digest
