@@ -30,12 +30,13 @@ from onebase_adapters.registry import (
 from onebase_adapters.registry.audit import current
 from onebase_adapters.registry.tables import LiveSessionRow
 from onebase_adapters.signatures import PolicyRule, ServerKey, SignaturePolicy
-from onebase_adapters.store.blobs import AdapterFiles
+from onebase_adapters.store.blobs import FULL, AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
     AdapterNotFoundError,
     ApiError,
+    DiskFullError,
     ForbiddenError,
     InsufficientScopeError,
     InvalidRequestError,
@@ -302,6 +303,81 @@ def test_a_lost_session_ends_and_is_forgotten(upkeep: Upkeep) -> None:
     upkeep.tidy(FORGOTTEN_SECONDS + 1)
     assert upkeep.records.sessions("acme", offset=0, limit=9) == []
     assert upkeep.records.samplers("acme", "s") == []
+
+
+def test_a_full_registry_ends_no_run_whose_client_lives(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the disk is full, no sign of the client can be written."""
+    now, other = LATER, Caller("k", "globex", frozenset({"train"}))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RegistryFullError("the disk is full")
+
+    monkeypatch.setattr(upkeep.records, "session_seen", full)
+    clock = SimpleNamespace(time=lambda: now, monotonic=lambda: 0.0)
+    monkeypatch.setattr(service_module, "time", clock)
+    for after in (LOST_SECONDS - 60, 2 * LOST_SECONDS - 120):
+        now = LATER + after
+        with pytest.raises(DiskFullError):
+            asyncio.run(upkeep.service.session_seen(ACME, "s"))
+        upkeep.tidy(after + 120)
+        assert upkeep.unloaded == []
+    now = LATER + 3 * LOST_SECONDS - 180
+    with pytest.raises(LiveNotFoundError):
+        asyncio.run(upkeep.service.session_seen(other, "s"))
+    upkeep.tidy(3 * LOST_SECONDS - 60)
+    assert upkeep.unloaded == [RUN]
+
+
+def test_a_run_ends_with_its_finished_session_although_the_clients_last_sign_is_young(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(time=lambda: LATER + LOST_SECONDS, monotonic=lambda: 0.0)
+    monkeypatch.setattr(service_module, "time", clock)
+    monkeypatch.setattr("onebase_adapters.registry.live.time", clock)
+    asyncio.run(upkeep.service.session_seen(ACME, "s"))
+    upkeep.finish(LATER + LOST_SECONDS)
+    upkeep.tidy(LOST_SECONDS + ENDED_SECONDS - 1)
+    assert upkeep.unloaded == []
+    upkeep.tidy(LOST_SECONDS + ENDED_SECONDS + 1)
+    assert upkeep.unloaded == [RUN]
+
+
+def test_a_checkpoint_of_an_ended_run_expires_on_time(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upkeep.finish(LATER)
+    assert upkeep.tidy(IDLE_SECONDS + 3) == ["final"]
+    assert upkeep.tidy(IDLE_SECONDS + 4) == ["final"]  # the first look at what has ended
+    clock = SimpleNamespace(time=lambda: LATER + IDLE_SECONDS + 40, monotonic=lambda: 0.0)
+    monkeypatch.setattr(service_module, "time", clock)
+    asyncio.run(upkeep.service.set_ttl(ACME, f"tinker://{RUN}/sampler_weights/final", 120.0))
+    assert upkeep.tidy(IDLE_SECONDS + 60) == ["final"]
+    assert upkeep.tidy(IDLE_SECONDS + 159) == ["final"]
+    assert upkeep.tidy(IDLE_SECONDS + 160) == []
+
+
+@pytest.mark.parametrize("code", sorted(FULL), ids=errno.errorcode.get)
+def test_what_a_request_writes_to_a_full_disk_is_refused(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(code, "no room")
+
+    service = upkeep.service
+    checkpoint(upkeep.store, "out", LATER, kind="external")
+    monkeypatch.setattr("onebase_training.live_store._write", full)
+    monkeypatch.setattr(service_module, "_write", full)
+    calls = [
+        service.submit(ACME, RUN, 1, OptimStep()),
+        service.set_ttl(ACME, f"tinker://{RUN}/sampler_weights/final", 7200.0),
+        service.external_files(ACME, RUN, "out"),
+        service.external_file(Place(RUN, "external", "out"), 1, "adapter_config.json", 1, "a" * 64),
+    ]
+    for call in calls:
+        with pytest.raises(DiskFullError):
+            asyncio.run(call)
 
 
 def test_a_run_does_what_it_accepted_before_it_ends(upkeep: Upkeep) -> None:

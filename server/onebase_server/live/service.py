@@ -35,7 +35,7 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.registry.records import AuditAction
 from onebase_adapters.store.atomic_files import replace_synced
-from onebase_adapters.store.blobs import ADAPTER_FILES
+from onebase_adapters.store.blobs import ADAPTER_FILES, FULL
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Threads
 from onebase_edge.errors import (
@@ -276,8 +276,10 @@ class LiveTraining:
         """Specs that were read: they never change."""
         self._held: dict[str, tuple[float, int]] = {}
         """Bytes of a tenant's waiting operations, and when they were counted."""
-        self._looked: dict[str, float] = {}
-        """Time of the last look at a run that has ended."""
+        self._seen: dict[str, float] = {}
+        """Time of the last sign of each session's client, which the registry may have had no room for."""
+        self._next_look: dict[str, float] = {}
+        """Time of the next look at a run that has ended."""
         self._proving: set[tuple[str, int]] = set()
         """Saves that are being registered, by path and number."""
         self._prove_after: dict[str, tuple[int, float]] = {}
@@ -305,7 +307,9 @@ class LiveTraining:
         return await self._call(self._records.sessions, caller.tenant, offset=offset, limit=limit)
 
     async def session_seen(self, caller: Caller, session_id: str) -> None:
-        """Note that a session's client lives."""
+        """Note that a session's client lives, in memory too: a full disk ends no run whose client does."""
+        await self.session(caller, session_id)
+        self._seen[session_id] = time.time()
         await self._call(self._records.session_seen, caller.tenant, session_id)
 
     async def finish(self, caller: Caller, session_id: str) -> None:
@@ -749,8 +753,8 @@ class LiveTraining:
         """Set after how many seconds from now a checkpoint expires; None: never."""
         found = await self.checkpoint(caller, path, "checkpoint_id")
         expires = None if ttl is None else time.time() + ttl
-        await self._disk(self._store().set_ttl, found.model, found.kind, found.name, expires)
-        self._looked.pop(found.model, None)
+        await self._on_disk(self._disk(self._store().set_ttl, found.model, found.kind, found.name, expires))
+        self._next_look.pop(found.model, None)
         await self._note("checkpoint.changed", caller.tenant, path, {"ttl_seconds": ttl})
 
     async def external_files(self, caller: Caller, run: str, name: str) -> ExternalFiles:
@@ -765,7 +769,7 @@ class LiveTraining:
             names = await self._disk(lambda: sorted(os.listdir(found.folder)))
         except FileNotFoundError as error:  # it was deleted meanwhile
             raise LiveNotFoundError("checkpoint", place.path, "checkpoint_id") from error
-        secret = await self._disk(self._read_link_secret)
+        secret = await self._on_disk(self._disk(self._read_link_secret))
         files = [file for file in names if file != CHECKPOINT and not file.startswith(".")]
         signatures = {file: _signature(secret, place, found.seq_id, file, until) for file in files}
         return ExternalFiles(found.seq_id, until, signatures)
@@ -777,7 +781,7 @@ class LiveTraining:
 
         save: number of the operation that saved it.
         """
-        secret = self._link_secret or await self._disk(self._read_link_secret)
+        secret = self._link_secret or await self._on_disk(self._disk(self._read_link_secret))
         own = _signature(secret, place, save, name, until)
         if not hmac.compare_digest(own.encode(), signature.encode()):
             raise _link_invalid("signature: it belongs to no file that is here.")
@@ -803,7 +807,7 @@ class LiveTraining:
             return self._link_secret
 
     async def _delete(self, checkpoint: CheckpointFolder) -> None:
-        self._looked.pop(checkpoint.model, None)
+        self._next_look.pop(checkpoint.model, None)
         self._residency.forget(self._files.drop_live(Path(checkpoint.folder)))
         for times in (self._sampled, self._prove_after):
             times.pop(Place.of(checkpoint).path, None)
@@ -1068,32 +1072,39 @@ class LiveTraining:
         """
         now, began = now or time.time(), time.monotonic()
         self._sampled = {path: at for path, at in self._sampled.items() if at >= now - IDLE_SECONDS}
+        self._seen = {session: at for session, at in self._seen.items() if at >= now - LOST_SECONDS}
         try:
             await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
         except RegistryFullError as error:  # what is deleted below may make room
             _log.error("sessions are not forgotten yet: %s", error)
         if self._trainer is None:
             return
-        lost_since_start = now - self._began < LOST_SECONDS
-        open_sessions = await self._threads.run_blocking(
-            self._records.open_sessions,
-            0.0 if lost_since_start else max(0.0, now - LOST_SECONDS),
-            now - ENDED_SECONDS,
-        )
+        open_sessions = await self._open_session_ids(now)
         store = self._store()
         for spec in await self._disk(self._runs):
             is_live, is_open = await self._disk(store.is_live, spec.id), spec.session in open_sessions
             if is_live:
                 ends = not is_open and not await self._disk(store.has_next, spec.id)
                 await self._charge(spec, ends=ends)
-            elif self._looked.get(spec.id, 0.0) > now - LOOK_SECONDS:
+            elif self._next_look.get(spec.id, 0.0) > now:
                 continue
             kept = await self._tidy_checkpoints(spec, is_open, samples, now)
             if not is_live and not kept:
                 await self._disk(store.remove, spec.id)
             if not is_live and not any(Place.of(one).is_of_step for one in kept):
-                self._looked[spec.id] = now + time.monotonic() - began  # no sooner than its failed proofs
-        self._looked = {run: at for run, at in self._looked.items() if run in self._specs}
+                later = now + time.monotonic() - began + LOOK_SECONDS  # no sooner than its failed proofs
+                expirations = (one.expires for one in kept if one.expires is not None)
+                self._next_look[spec.id] = min([later, *expirations])
+        self._next_look = {run: at for run, at in self._next_look.items() if run in self._specs}
+
+    async def _open_session_ids(self, now: float) -> set[str]:
+        """Return the ids of sessions whose clients live. Raises RegistryError."""
+        since, finished = now - LOST_SECONDS, now - ENDED_SECONDS
+        query, lost_since_start = self._records.open_sessions, self._began > since
+        found = await self._threads.run_blocking(query, 0.0 if lost_since_start else since, finished)
+        if self._seen.keys() - found:
+            found |= self._seen.keys() & await self._threads.run_blocking(query, 0.0, finished)
+        return found
 
     async def _tidy_checkpoints(
         self, spec: ModelSpec, is_open: bool, samples: SamplersInUse, now: float
@@ -1190,12 +1201,12 @@ class LiveTraining:
     async def _disk(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._library.disk.run_blocking(call, *args, **kwargs)
 
-    async def _on_disk(self, work: Awaitable[None]) -> None:
+    async def _on_disk(self, work: Awaitable[T]) -> T:
         """Wait for files to be written. Raises DiskFullError, UnavailableError."""
         try:
-            await work
+            return await work
         except OSError as error:
-            if error.errno in (28, 122):
+            if error.errno in FULL:
                 raise DiskFullError from error
             raise UnavailableError(
                 f"The folder of live training cannot be written to: {error}.",
