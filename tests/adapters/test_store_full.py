@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.adapters.life import CONTENTS, Life, check, observe, states
 from tests.disks import fill, small_disk
 
 from onebase_adapters.registry import RegistryFullError
+from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_adapters.store.blobs import Blob
 from onebase_adapters.store.local import FileSystem
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
@@ -161,6 +165,23 @@ def test_a_limit_on_the_size_of_files_is_a_full_store_too(tmp_path: Path) -> Non
         check=True,
     )
     assert done.stdout.split() == ["full", "0", "40000"]
+
+
+def test_a_folder_that_safetensors_cannot_write_keeps_the_number_of_its_error(tmp_path: Path) -> None:
+    weights, before = {"a": torch.zeros(50_000)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="cannot be written") as refused,
+            atomic_directory(tmp_path / "large") as work,
+        ):
+            save_file(weights, work / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.value.errno == errno.EFBIG
+    with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "gone") as work:
+        save_file(weights, work / "no folder" / "weights")
+    assert list(tmp_path.iterdir()) == []
 
 
 def put(store: Store, content: bytes) -> Blob:

@@ -259,6 +259,7 @@ def test_a_file_that_went_away_with_its_disk_is_no_bad_file(tmp_path: Path) -> N
         (TrainingDivergedError(3, "the loss", [4, 5]), "training_diverged"),
         (MemoryError(), "out_of_memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (OSError(errno.EFBIG, "File too large"), "disk_full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk_full"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 40 bytes"), "out_of_memory"),
         (RuntimeError("could not create a primitive"), "out_of_memory"),

@@ -5,6 +5,7 @@ All other jobs go their ordinary way.
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Callable
@@ -63,6 +64,13 @@ def out_of_memory(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(proving.ModuleProver, "prove", lambda *arguments: torch.empty(1 << 60))
 
 
+def file_limit(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    patch.setattr(proving.ModuleProver, "prove", refuse)
+
+
 def stumbles(patch: pytest.MonkeyPatch) -> None:
     """An exception that nobody thought of."""
     patch.setattr(proving.TextProver, "prove", lambda *arguments: 1 / 0)
@@ -70,7 +78,15 @@ def stumbles(patch: pytest.MonkeyPatch) -> None:
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     fault.__name__: fault
-    for fault in (dropped_layer, wrong_positions, written_base, hangs, out_of_memory, stumbles)
+    for fault in (
+        dropped_layer,
+        wrong_positions,
+        written_base,
+        hangs,
+        out_of_memory,
+        file_limit,
+        stumbles,
+    )
 }
 
 answer = verifier.answer

@@ -238,6 +238,7 @@ def test_without_probes_the_modules_alone_are_compared(bench: Bench, adapter: Pa
         ("dropped_layer", "proof_failed", r"layers\.1\.self_attn\.o_proj differs from PEFT's"),
         ("wrong_positions", "proof_failed", "text 1 of the bare base differs"),
         ("out_of_memory", "no_memory", "memory"),
+        ("file_limit", "store_full", "File too large"),
         ("stumbles", "proof_error", "ZeroDivisionError"),
     ],
 )

@@ -38,7 +38,7 @@ from onebase_adapters.format.defaults import DEFAULTS_FILES
 from onebase_adapters.hub.confinement import confine
 from onebase_adapters.hub.reference import cached_repo, is_commit, shared_blobs
 from onebase_adapters.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
-from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, FULL, WEIGHTS_FILE
 from onebase_engine.base.hub_access import hub_silence
 from onebase_engine.redaction import redacted
 
@@ -50,7 +50,6 @@ _SPARE_BYTES = 1 << 20
 """Bytes that one file may exceed the adapter's limit by; the transfer itself enforces the limit."""
 _TRIES = 3
 _LAST_SECONDS = 5.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 Say = Callable[[dict[str, Any]], None]
@@ -336,7 +335,7 @@ def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
     if isinstance(error, _TooLargeError):
         limit = request["max_bytes"]
         return "hub_too_large", f"The adapter in {at} has {error} bytes or more; {limit} are allowed."
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return "store_full", "No space is left in the Hub's cache (HF_HOME): free some, then try again."
     if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
         return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,8 +52,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             sync(path)
     except SafetensorError as error:
         shutil.rmtree(work, ignore_errors=True)
-        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        raise OSError(code, f"{target} cannot be written: {error}") from error
+        code = re.search(r"os error (\d+)", str(error))
+        number = errno.EIO if code is None else int(code[1])
+        raise OSError(number, f"{target} cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -5,7 +5,6 @@ The api runs it as `python -m onebase_server.processes trainer --fd N [--base-fd
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import importlib
 import logging
@@ -20,6 +19,7 @@ from typing import cast
 
 import torch
 
+from onebase_adapters.store.blobs import FULL
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError, load_config
 from onebase_engine.engine.messages import EngineConfig
@@ -321,7 +321,7 @@ def _bad_data(error: DataError, job: TrainJob) -> Failed:
 
 
 def _is_about_space(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         return True
     return any(part in str(error) for part in _NO_SPACE)
 

@@ -6,7 +6,6 @@ The api runs it as `python -m onebase_server.processes verifier --fd N [--base-f
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import importlib
 import logging
@@ -25,6 +24,7 @@ from onebase_adapters.format.canonical import AdapterFormatError
 from onebase_adapters.proof.merging import MergeInput, MergeRecipe
 from onebase_adapters.proof.report import ProofError, Stage
 from onebase_adapters.proof.verifier import OnProgress, Verifier
+from onebase_adapters.store.blobs import FULL
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError, BaseSettings
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
@@ -57,7 +57,6 @@ PROGRESS_SECONDS = 0.1
 SHARE = 0.5
 """Part of a GPU's time in which a proof computes while sequences run: somebody waits for it, so it has more
 than a job does. On a CPU its niceness spares them."""
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> int:
@@ -220,7 +219,7 @@ def _code(error: Exception) -> str:
         return error.code
     if isinstance(error, ProofError):
         return "proof_failed"
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return "store_full"
     if is_out_of_memory(error):
         return "no_memory"
