@@ -450,19 +450,21 @@ class QuotaExceededError(ApiError):
 
 
 class UnavailableError(ApiError):
-    """Nothing can be generated now; `retry_after` is in seconds."""
+    """Nothing can be generated now; `retry_after` is in seconds, None where a client must not try again."""
 
-    def __init__(self, message: str, *, code: str, retry_after: float) -> None:
+    def __init__(self, message: str, *, code: str, retry_after: float | None) -> None:
         super().__init__(message, code=code, retry_after=retry_after)
 
 
-class UnconfirmedChangeError(ApiError):
-    """A change that was made, or may have been; not answered by 503, after which requests are sent again."""
+class UnconfirmedChangeError(UnavailableError):
+    """A change that was made, or may have been. It is not answered by 503, after which requests are sent
+    again; within the server, what may be done twice is tried again as after others of its kind."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"{reason[:1].upper()}{reason[1:]}. Send the request again only if you see that it was not.",
             code="change_uncertain",
+            retry_after=None,
         )
         self.headers = {"x-should-retry": "false"}
 

@@ -580,6 +580,8 @@ class Route:
             self._is_away(replica, "does not answer in time", at_once=False)
             return
         except Exception as error:  # the text may be anything, and looking has to continue
+            if _has_no_files(error):
+                return
             self._is_away(replica, str(error) or type(error).__name__, at_once=False)
             return
         if self.replicas.get(replica.url) is not replica:
@@ -1258,9 +1260,12 @@ def _secret(report: bytes) -> str:
 
 def _has_no_files(error: BaseException | None) -> bool:
     """Return True if a connection failed since no more files may be open here, which is no server's fault."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error is not None and error.errno in (errno.EMFILE, errno.ENFILE)
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return any(map(_has_no_files, (*inner, error.__cause__ or error.__context__)))
 
 
 def _is_short(answer: httpx2.Response) -> bool:

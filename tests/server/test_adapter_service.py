@@ -17,7 +17,7 @@ from onebase_adapters.signatures import ServerKey
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
-from onebase_edge.errors import ApiError, InvalidRequestError, UnavailableError
+from onebase_edge.errors import ApiError, InvalidRequestError, UnavailableError, UnconfirmedChangeError
 from onebase_server.adapters import service
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles
@@ -444,6 +444,7 @@ def test_a_version_that_was_ready_just_before_a_restart_is_activated_after_it_un
     [
         (InvalidRequestError("no room for it in memory", param="version"), False),
         (UnavailableError("the registry is away", code="registry_busy", retry_after=1.0), True),
+        (UnconfirmedChangeError("the change may have been made"), True),
     ],
 )
 def test_an_activation_that_failed_for_good_is_not_tried_again_after_a_restart(

@@ -185,6 +185,46 @@ def test_a_batch_of_which_a_late_look_says_that_it_runs_is_not_begun_again(
     asyncio.run(asyncio.wait_for(whole(), 60))
 
 
+def test_a_process_whose_folder_s_copy_has_its_batches_begins_no_further_row(
+    registry: Registry, tmp_path: Path
+) -> None:
+    async def whole() -> None:
+        asked, enough = 0, asyncio.Event()
+
+        async def answered(*_: object) -> InnerAnswer:
+            nonlocal asked
+            asked += 1
+            if asked == 5:
+                enough.set()
+            await asyncio.sleep(0)
+            return InnerAnswer(200, {}, b"{}")
+
+        parts = parts_in(registry, tmp_path)
+        ready = asyncio.Event()
+        ready.set()
+        client = SimpleNamespace(foreground_sequences=0)
+        parts.supervisor.__dict__.update(
+            base=SimpleNamespace(max_sequences=1), ready=ready, paused=False, client=client
+        )
+        batch = added(registry, parts, "x", [1] * 2000)
+        parts.peers._lease = 0.0
+        await parts.peers.claim(room=0)
+        followed = BatchRunner(parts, look_seconds=0.01)
+        follow = asyncio.get_running_loop().create_task(followed.follow(answered))
+        await asyncio.wait_for(enough.wait(), 60)
+        registry.servers.renew("copy.1", parts.jobs.server, runs=True, room=1, seconds=60.0)
+        await parts.peers.renew(runs=True, room=0)
+        asked_by_then, flying = asked, followed.flying
+        while followed._runs:
+            await asyncio.sleep(0.01)
+        assert asked <= asked_by_then + flying
+        assert registry.batches.batch("default", batch.id).state != "completed"
+        await followed.stop()
+        follow.cancel()
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+
+
 def test_a_tenant_with_many_batches_keeps_no_other_s_from_its_turn(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -393,9 +393,16 @@ def test_a_server_whose_secret_cannot_be_had_now_is_asked_again() -> None:
 def test_a_connection_that_the_routes_own_limit_of_files_refuses_is_no_failure_of_the_server() -> None:
     class WithoutFiles(httpx2.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-            raise httpx2.ConnectError("refused") from OSError(errno.EMFILE, "too many open files")
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+            try:
+                return await transport.handle_async_request(request)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     with before({"/x": answer(b"{}")}, {"/x": answer(b"{}")}) as running, running.client() as http:
+        transport = httpx2.AsyncHTTPTransport(trust_env=False)
+        assert http.get("/health").status_code == 200  # over the connection that is used below
         ways = {one: one.way for one in running.route.replicas.values()}
         for one in ways:
             one.way = WithoutFiles()  # type: ignore[assignment]

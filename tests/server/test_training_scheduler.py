@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from onebase_adapters.registry import (
     FileRecord,
@@ -192,6 +193,25 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
 
     asyncio.run(look())
     assert registry.training.job("default", JOB).state == "queued"
+
+
+def test_a_server_whose_registry_takes_no_lease_serves_and_runs_jobs_once_it_does(
+    registry: Registry, storage: JobFolders
+) -> None:
+    async def start() -> None:
+        peers = Peers(registry.servers, storage.server, storage.lock_id)
+        pool: Any = SimpleNamespace(folders=storage)
+        scheduler = JobScheduler(pool, peers, most=0, look_seconds=600.0)
+        with registry._database.write_uncounted() as session:
+            session.execute(text("ALTER TABLE servers RENAME TO away"))
+        assert not await scheduler.claim()
+        assert not peers.owns_jobs
+        with registry._database.write_uncounted() as session:
+            session.execute(text("ALTER TABLE away RENAME TO servers"))
+        assert await scheduler.claim()
+        assert peers.owns_jobs
+
+    asyncio.run(asyncio.wait_for(start(), 60))
 
 
 def test_a_server_that_stood_still_while_a_copy_of_its_folder_began_ends_and_leaves_the_copy_s_jobs_alone(

@@ -10,7 +10,12 @@ from typing import NamedTuple
 
 from msgspec.structs import asdict, replace
 
-from onebase_adapters.registry import RegistryBusyError, RegistryError, RegistryFullError
+from onebase_adapters.registry import (
+    RegistryBusyError,
+    RegistryError,
+    RegistryFullError,
+    UncertainChangeError,
+)
 from onebase_adapters.signatures import ServerKey, SignaturePolicy
 from onebase_adapters.store.store import StoreError, local_folder
 from onebase_edge.background import Threads
@@ -76,6 +81,8 @@ from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
 from onebase_training.live_store import LiveStore
 
+_UNREACHABLE = (RegistryError, RegistryBusyError, RegistryFullError, UncertainChangeError)
+"""Kinds of errors of the registry that are not about what is in it."""
 RECORD_THREADS = 4
 KEY_THREADS = 2
 DISK_THREADS = 8
@@ -132,8 +139,7 @@ class Preparation:
                 await self._adapters.resume()
                 await self._folders.serve_given()
             except RegistryError as error:
-                # Its other kinds are about what is in it: an adapter, or a quota.
-                failed = type(error) in (RegistryError, RegistryBusyError, RegistryFullError)
+                failed = type(error) in _UNREACHABLE
                 raise AdapterStartError(
                     f"{error} (--registry, --data-dir)" if failed else str(error)
                 ) from error

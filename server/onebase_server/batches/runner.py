@@ -591,6 +591,10 @@ class BatchRunner:
 
     async def _reconcile(self) -> None:
         parts = self._parts
+        if not parts.peers.owns_jobs:  # a copy of the data folder does
+            for run, _ in self._runs.values():
+                run.stop()
+            return
         if parts.peers.have_been and parts.peers.holds_lease:
             await self._take_over()
         found = await parts.threads.run_blocking(parts.records.open_batches, parts.jobs.server)
@@ -651,6 +655,8 @@ class BatchRunner:
         """Return how many rows may be answered at once."""
         supervisor = self._parts.supervisor
         if supervisor.base is None or not supervisor.ready.is_set() or supervisor.paused:
+            return 0
+        if not self._parts.peers.owns_jobs:
             return 0
         places = supervisor.base.max_sequences
         free = max(0, places - supervisor.client.foreground_sequences)

@@ -20,6 +20,7 @@ from onebase_adapters.registry import (
     JobStateError,
     OpenJob,
     RegistryError,
+    ServerIdInUseError,
     TakeableJob,
     TrainingJob,
     UnknownJobError,
@@ -112,12 +113,19 @@ class JobScheduler:
 
     async def claim(self) -> bool:
         """Return True once this process runs the jobs of its data folder; False if another one on the folder
-        does. Raises ServerIdInUseError: one with a copy of the folder does."""
+        does, or the registry takes no lease. Raises ServerIdInUseError: one with a copy of the folder does.
+        """
         folders = self._pool.folders
         if not folders.own():
             _log.warning("another process runs the training jobs of %s; waiting", folders.root)
             return False
-        await self._peers.claim(room=self.room())
+        try:
+            await self._peers.claim(room=self.room())
+        except ServerIdInUseError:
+            raise
+        except RegistryError as error:
+            _log.warning("no training job of %s can be run, waiting: %s", folders.root, error)
+            return False
         return True
 
     async def follow(self) -> None:

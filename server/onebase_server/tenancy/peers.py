@@ -115,7 +115,8 @@ class Peers:
     async def _keep_renewing(self, holder: LeaseHolder) -> None:
         while True:
             self._changed.clear()
-            await self.renew(runs=holder.runs_jobs, room=holder.room())
+            if self.conflict is None:
+                await self.renew(runs=holder.runs_jobs, room=holder.room())
             if self.conflict is not None:
                 holder.look()
             with suppress(TimeoutError):
@@ -123,10 +124,10 @@ class Peers:
                     await self._changed.wait()
 
     async def claim(self, *, room: int) -> None:
-        """Take the lease under which this process runs jobs, as soon as the registry can be reached.
+        """Take the lease under which this process runs jobs.
 
         Where a process with another lock has it, wait until it runs out: that process may have died on
-        another machine. Raises ServerIdInUseError if that process renews it.
+        another machine. Raises ServerIdInUseError if that process renews it; RegistryError.
         """
         first: ServerIdInUseError | None = None
         while True:
@@ -138,8 +139,6 @@ class Peers:
                     _log.warning("%s Waiting until its lease runs out, or is renewed.", error)
                 elif error.renewed_at != first.renewed_at:
                     raise
-            except RegistryError as error:
-                _log.warning("no lease can be taken, waiting: %s", error)
             await asyncio.sleep(self._lease * _WATCHED_IN)
 
     async def renew(self, *, runs: bool, room: int) -> None:
@@ -148,7 +147,7 @@ class Peers:
             await self._renew(runs=runs, room=room)
         except ServerIdInUseError as error:
             if self.owns_jobs:
-                self.conflict = error
+                self.owns_jobs, self.conflict = False, error
         except RegistryError as error:
             _log.debug("the lease cannot be renewed: %s", error)
         except Exception:
