@@ -195,12 +195,26 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
     assert registry.training.job("default", JOB).state == "queued"
 
 
+def _pool(registry: Registry, storage: JobFolders) -> Any:
+    threads = Threads("records", 2)
+    library: Any = SimpleNamespace(catalog=[])
+    return SimpleNamespace(
+        records=registry.training,
+        threads=threads,
+        notifier=JobNotifier(),
+        folders=storage,
+        files=_files(registry, storage, threads),
+        checkpoints=CheckpointModels(library, registry.training, threads, storage),
+        kept=_kept(registry, storage, threads),
+    )
+
+
 def test_a_server_whose_registry_takes_no_lease_serves_and_runs_jobs_once_it_does(
     registry: Registry, storage: JobFolders
 ) -> None:
     async def start() -> None:
         peers = Peers(registry.servers, storage.server, storage.lock_id)
-        pool: Any = SimpleNamespace(folders=storage)
+        pool = _pool(registry, storage)
         scheduler = JobScheduler(pool, peers, most=0, look_seconds=600.0)
         with registry._database.write_uncounted() as session:
             session.execute(text("ALTER TABLE servers RENAME TO away"))
@@ -220,17 +234,7 @@ def test_a_server_that_stood_still_while_a_copy_of_its_folder_began_ends_and_lea
     add_job(registry, storage, "queued")
 
     async def stand_still() -> None:
-        threads = Threads("records", 2)
-        nothing: Any = SimpleNamespace(catalog=[])
-        pool: Any = SimpleNamespace(
-            records=registry.training,
-            threads=threads,
-            notifier=JobNotifier(),
-            folders=storage,
-            files=_files(registry, storage, threads),
-            checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
-            kept=_kept(registry, storage, threads),
-        )
+        pool = _pool(registry, storage)
         peers = Peers(registry.servers, storage.server, storage.lock_id)
         peers._lease = 0.0
         scheduler = JobScheduler(pool, peers, most=0, look_seconds=600.0)
