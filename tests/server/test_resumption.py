@@ -592,7 +592,8 @@ def test_a_stream_that_a_server_taken_out_meanwhile_refuses_ends_with_an_error(
     with before(*[{"/generate": breaks_or_leaves}] * 2, resume=0) as running, running.client() as http:
         text = http.post("/generate", json=ASK).text
     assert text.count("replica_lost") == 1
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record for record in errors if record.name != "asyncio"]  # the server's own end in this test
 
 
 def test_a_client_that_leaves_while_a_stream_moves_leaves_nothing_behind() -> None:

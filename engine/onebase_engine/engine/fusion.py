@@ -674,7 +674,7 @@ class StraightPass:
             return None
         tables = self._rotations.tables(max(positions)) if self._turns else ()
         program = self._end.program(len(ids), kept)
-        if tables is None or program is None or max(ids) >= len(self._table):
+        if tables is None or program is None or min(ids) < 0 or max(ids) >= len(self._table):
             return None
         gathered = {number: GatheredRows(tables[place], positions) for number, place in self._turns.items()}
         gathered[0] = GatheredRows(self._table, ids)
