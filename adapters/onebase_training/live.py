@@ -158,7 +158,8 @@ class LiveModel:
         self._words = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._longest = longest_row(base.config) or 2**20
         self._parameters = self.trainable.named_parameters()
-        self._gradients: dict[str, torch.Tensor] | None = None
+        self.gradients: dict[str, torch.Tensor] | None = None
+        """Sums of the passes since the last step, by parameter; each pass makes new ones."""
         self._reset_optimizer()
 
     @property
@@ -286,8 +287,8 @@ class LiveModel:
         self.clear()
         if not all(bool(torch.isfinite(one).all()) for one in new.values()):
             raise RefusedError("the gradient is not finite: lower the weights or advantages", "not_finite")
-        before = self._gradients
-        self._gradients = new if before is None else {name: before[name] + one for name, one in new.items()}
+        before = self.gradients
+        self.gradients = new if before is None else {name: before[name] + one for name, one in new.items()}
 
     def optim_step(self, operation: OptimStep) -> Stepped:
         """Step AdamW. Raises RefusedError."""
@@ -298,10 +299,10 @@ class LiveModel:
                 raise RefusedError(
                     f"adam_params.{name} is {value}: write a number from 0 to below {highest:g}"
                 )
-        if self._gradients is None:
+        if self.gradients is None:
             raise RefusedError("there is no gradient to step with: call forward_backward first")
         for name, parameter in self._parameters.items():
-            parameter.grad = self._gradients[name].clone()
+            parameter.grad = self.gradients[name].clone()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), operation.grad_clip_norm or math.inf)
         if not torch.isfinite(norm):
             self.clear()
@@ -315,7 +316,7 @@ class LiveModel:
             }
         self._optimizer.step()
         self.clear()
-        self._gradients = None
+        self.gradients = None
         self.steps += 1
         return Stepped(metrics={"grad_norm": float(norm)}, step=self.steps)
 
@@ -327,8 +328,8 @@ class LiveModel:
     def write_state(self, folder: Path) -> None:
         """Write everything that the model is into a folder. Raises OSError."""
         tensors = _named("weight", self._parameters) | self._moments()
-        if self._gradients is not None:
-            tensors |= _named("gradient", self._gradients)
+        if self.gradients is not None:
+            tensors |= _named("gradient", self.gradients)
         save_file(tensors, folder / _STATE)
         (folder / _META).write_bytes(msgspec.json.encode(_Meta(self.steps, self._parent)))
 
@@ -339,7 +340,7 @@ class LiveModel:
         self._set(_part("weight", tensors))
         self._set_moments(tensors, meta.steps)
         self._parent = meta.parent
-        self._gradients = {
+        self.gradients = {
             name: one.to(self.trainable.device) for name, one in _part("gradient", tensors).items()
         } or None
 
@@ -449,7 +450,7 @@ class LiveModel:
         moments = load_file(folder / _OPTIMIZER) if start.optimizer else {}
         self._set({named[saved]: one for saved, one in weights.items()})
         self._set_moments(moments, checkpoint.step if start.optimizer else 0)
-        self._gradients = None
+        self.gradients = None
         self._parent = ParentCheckpoint(
             model=checkpoint.model,
             kind=checkpoint.kind,
@@ -913,7 +914,9 @@ class LiveModels:
             return True
         began = time.monotonic()
         model = self._models[model_id]
-        result = self._record(model, seq_id, operation, self._done_alone(model, seq_id, operation))
+        before = model.gradients
+        result = self._done_alone(model, seq_id, operation)
+        result = self._record(model, seq_id, operation, result, before)
         if not isinstance(result, Refused):
             self._proven.add(model_id)
             if not isinstance(operation, Load) and not _leaves_state(operation):
@@ -922,10 +925,21 @@ class LiveModels:
             self._write_point_if_due(model, seq_id, result)
         return True
 
-    def _record(self, model: LiveModel, seq_id: int, operation: Operation, result: Result) -> Result:
+    def _record(
+        self,
+        model: LiveModel,
+        seq_id: int,
+        operation: Operation,
+        result: Result,
+        before: dict[str, torch.Tensor] | None,
+    ) -> Result:
         """Write an operation's result, and return it. An operation whose result, or whose point, cannot be
-        written is refused, and the model is made again without it. Raises OSError: the refusal cannot be
-        written either."""
+        written is refused, and undone: the gradients of a pass are those `before` it, and after another one
+        the model is made again.
+
+        Raises OSError: the refusal cannot be written either, or the operation has saved a checkpoint, which
+        the next process finds.
+        """
         model_id = model.spec.id
         try:
             if isinstance(operation, Load) and not isinstance(result, Refused):
@@ -934,8 +948,12 @@ class LiveModels:
         except OSError as error:
             if not self._store.is_live(model_id) or self._store.last_point(model_id) >= seq_id:
                 raise  # nobody waits for the result, or the point has it
+            if isinstance(operation, Save) and not isinstance(result, Refused):
+                raise
             logger.warning("the result of operation %d of %s cannot be written: %s", seq_id, model_id, error)
-            if not _leaves_state(operation):
+            if isinstance(operation, ForwardBackward):
+                model.gradients = before
+            elif not _leaves_state(operation):
                 self._make_again(model_id)
             message = f"its result cannot be written: {error}"
             result = Refused(message=message, code="disk_full", category="server")
@@ -984,12 +1002,13 @@ class LiveModels:
             self._proven.difference_update(models)  # any of them may have spoilt it
             return False
         for (one, number, asked), outcome in zip(passes, computed, strict=True):
+            before = models[one].gradients
             result = _added(models[one], asked, outcome)
             if isinstance(result, Refused) and result.code == _NO_MEMORY:
                 self._proven.discard(one)  # it is done by itself, where more memory is looked for
                 continue
             try:
-                recorded = self._record(models[one], number, asked, result)
+                recorded = self._record(models[one], number, asked, result, before)
                 if isinstance(recorded, Computed):
                     self._since_point[one] += recorded.seconds
                 if one not in self._lost:

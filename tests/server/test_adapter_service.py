@@ -24,6 +24,7 @@ from onebase_server.adapters.residency import PackedAdapterFiles
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.app.wiring import Preparation
+from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.processes.supervisor import AdapterStartError
 from onebase_server.processes.verifier_client import RejectedError, VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
@@ -435,6 +436,51 @@ def test_a_version_that_was_ready_just_before_a_restart_is_activated_after_it_un
             expected = first if is_chosen else files.digest
             assert registry.adapter("default", "red").active == expected
             registry.activate("default", "red", first)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_version_that_became_active_since_the_catalog_was_read_is_shown_as_active(
+    registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        digest = await sent(house, b"first", activate=False)
+        await house.settled()
+        await house.catalog.refresh()
+        nothing: Any = None
+        views = AdapterViews(house.adapters, nothing, nothing, nothing)
+        assert not views.version(await house.adapters.version("default", "red", digest)).active
+        registry.activate("default", "red", digest)
+        read = await house.adapters.version("default", "red", digest)
+        assert views.version(read).active
+        registry.deactivate("default", "red")
+        assert not views.version(await house.adapters.version("default", "red", digest)).active
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+@pytest.mark.parametrize("if_due", [True, False])
+def test_an_activation_that_may_have_been_made_is_tried_again_only_where_it_can_undo_nothing(
+    registry: Registry, tmp_path: Path, if_due: bool
+) -> None:
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        digest = await sent(house, b"first", activate=False)
+        await house.settled()
+        version = registry.version("default", "red", digest)
+        tries = 0
+
+        async def activate(*_: object, **__: object) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                raise UnconfirmedChangeError("the change may have been made")
+
+        house.activation.activate = activate  # type: ignore[method-assign]
+        job = service._Job(service.VersionOptions(activate=True), activate=True, if_due=if_due)
+        await house.adapters._activate_if_asked(version, job)
+        assert (tries, job.failure is None) == ((2, True) if if_due else (1, False))
 
     asyncio.run(asyncio.wait_for(test(), 60))
 

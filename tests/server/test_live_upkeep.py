@@ -708,7 +708,7 @@ def test_a_full_disk_keeps_nothing_from_being_deleted_and_no_pass_from_being_cha
             raise OSError(errno.ENOSPC, "No space left on device")
         written(path, content, mode)
 
-    def forget_sessions(seen: float) -> None:
+    def forget_sessions(seen: float, but: object) -> None:
         raise RegistryFullError("the disk is full")
 
     written = service_module._write

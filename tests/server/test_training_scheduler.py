@@ -209,6 +209,23 @@ def _pool(registry: Registry, storage: JobFolders) -> Any:
     )
 
 
+def test_an_earlier_dead_process_of_a_folder_is_not_taken_for_one_that_renews_its_lease(
+    registry: Registry, storage: JobFolders
+) -> None:
+    async def start() -> None:
+        peers, renew = Peers(registry.servers, "s1", storage.lock_id), registry.servers.renew
+        peers._lease = 0.01
+        for process, seconds in (("other.1", 0.5), ("other.2", 60.0)):
+            renew(process, "s1", runs=True, room=1, seconds=seconds)
+        claiming = asyncio.get_running_loop().create_task(peers.claim(room=0))
+        await asyncio.sleep(0.05)
+        registry.servers.leave("other.2")
+        await claiming
+        assert peers.owns_jobs
+
+    asyncio.run(asyncio.wait_for(start(), 60))
+
+
 def test_a_server_whose_registry_takes_no_lease_serves_and_runs_jobs_once_it_does(
     registry: Registry, storage: JobFolders
 ) -> None:

@@ -123,8 +123,8 @@ def test_a_step_is_adamw_as_pytorch_has_it_with_the_settings_of_that_step(base: 
         (OptimStep(), OptimStep(learning_rate=1e-2, beta1=0.5, weight_decay=0.1, grad_clip_norm=0.3))
     ):
         model.forward_backward(ask(text_row(12, number)))
-        assert model._gradients is not None
-        gradients = [one.clone() for one in model._gradients.values()]
+        assert model.gradients is not None
+        gradients = [one.clone() for one in model.gradients.values()]
         norm = torch.stack([one.norm() for one in gradients]).norm()
         scale = 0.3 / (norm + 1e-6) if step.grad_clip_norm else 1.0
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -155,12 +155,12 @@ def test_a_custom_loss_by_weights_has_the_gradient_of_the_loss_itself(exact_base
     own(leaf).backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
     model.forward_backward(ask(text_row(14, 5, weights=-leaf.grad.numpy())))
-    assert model._gradients is not None
+    assert model.gradients is not None
     tree = model.trainable.model
     logits = tree(input_ids=torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0]
     picked = torch.log_softmax(logits, 1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
     expected = torch.autograd.grad(own(picked), list(model._parameters.values()))
-    for gradient, wanted in zip(model._gradients.values(), expected, strict=True):
+    for gradient, wanted in zip(model.gradients.values(), expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=2e-3, atol=2e-4)
 
 
@@ -210,8 +210,8 @@ def test_forward_and_policies_have_the_numbers_of_the_engine_that_samples(base: 
             assert (found == np.array(sampled[number], "f4")).all()
     # So the ratio of learner and sampler is 1, not about 1.
     assert result.metrics["loss:sum"] == -sum(count for _, count in rows)
-    assert model._gradients is not None
-    assert all(gradient.isfinite().all() for gradient in model._gradients.values())
+    assert model.gradients is not None
+    assert all(gradient.isfinite().all() for gradient in model.gradients.values())
 
 
 def test_a_models_numbers_do_not_depend_on_another_model(base: torch.nn.Module, tmp_path: Path) -> None:
@@ -258,12 +258,12 @@ def test_passes_of_several_models_are_one_over_the_base_with_the_numbers_of_each
         assert found.metrics["loss:sum"] == pytest.approx(wanted.metrics["loss:sum"], rel=1e-5)
         for one, two in zip(logprobs(found), logprobs(wanted), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
-        assert own._gradients is not None
-        assert other._gradients is not None
-        assert any(gradient.abs().max() > 0 for gradient in own._gradients.values())
-        for name, gradient in own._gradients.items():
+        assert own.gradients is not None
+        assert other.gradients is not None
+        assert any(gradient.abs().max() > 0 for gradient in own.gradients.values())
+        for name, gradient in own.gradients.items():
             largest = float(gradient.abs().max())
-            torch.testing.assert_close(other._gradients[name], gradient, rtol=1e-3, atol=1e-4 * largest)
+            torch.testing.assert_close(other.gradients[name], gradient, rtol=1e-3, atol=1e-4 * largest)
 
 
 def test_what_one_model_is_refused_for_in_a_pass_of_several_leaves_the_others_alone(
@@ -277,7 +277,7 @@ def test_what_one_model_is_refused_for_in_a_pass_of_several_leaves_the_others_al
     assert isinstance(spoilt, ComputedPass)
     with pytest.raises(RefusedError, match="the loss is not finite"):
         models[1].add(spoilt)
-    assert models[1]._gradients is None
+    assert models[1].gradients is None
     assert isinstance(fine, ComputedPass)
     assert models[0].add(fine).metrics["loss:sum"] == pytest.approx(plain.metrics["loss:sum"], rel=1e-5)
     refused = compute_together([(models[0], asked[0]), (models[1], ask(text_row(6), loss="no such loss"))])[1]
@@ -1543,6 +1543,7 @@ def test_what_is_too_large_for_the_disk_is_refused_and_holds_up_no_other_model(
         models.enqueue_all()
         while models.do_next():
             pass
+    assert full == "its point" or "learning" in models._models, "no pass is done over"
     refused = store.result("learning", 5)
     assert isinstance(refused, Refused)
     assert (refused.code, refused.category) == ("disk_full", "server")
@@ -1550,6 +1551,29 @@ def test_what_is_too_large_for_the_disk_is_refused_and_holds_up_no_other_model(
     plain = done(base, tmp_path / "plain", dict(enumerate((row, STEP, row, STEP, end), 1)), LEARNING)
     found = done(base, store.root, {6: STEP, 7: end}, LEARNING)
     assert_equal(saved(found[-1]), saved(plain[-1]))
+
+
+def test_a_save_whose_result_finds_no_room_is_answered_by_the_next_process(
+    base: torch.nn.Module, tmp_path: Path
+) -> None:
+    store, write_result = LiveStore(tmp_path), LiveStore.write_result
+    store.create(LEARNING)
+    store.submit("learning", 1, Save(name="a", kind="weights"))
+
+    def write(self: LiveStore, model_id: str, seq_id: int, result: Any) -> None:
+        if isinstance(result, WeightsSaved):
+            no_space()
+        write_result(self, model_id, seq_id, result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveStore, "write_result", write)
+        models = live_models(base, tmp_path)
+        with pytest.raises(OSError, match="No space"):
+            list(iter(models.do_next, False))
+    models = live_models(base, tmp_path)
+    while models.do_next():
+        pass
+    assert isinstance(store.result("learning", 1), WeightsSaved)
 
 
 def test_an_error_of_the_disk_that_is_not_full_is_held_against_the_operation(

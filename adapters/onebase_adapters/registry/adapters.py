@@ -863,6 +863,7 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
         prepared=prepared,
         report=report,
         error=error,
+        is_active=adapter.active == row.digest,
         proofs={
             proof.kernels: Blob(proof.prepared_sha256, proof.prepared_size or 0)
             for proof in row.proofs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,12 +106,14 @@ class LiveRecords:
         with self._database.read() as reading:
             return set(reading.scalars(query))
 
-    def forget_sessions(self, seen: float) -> None:
-        """Delete the sessions that were not seen since then, and their samplers."""
-        old = select(LiveSessionRow.id).where(LiveSessionRow.seen_at < seen)
+    def forget_sessions(self, seen: float, but: Collection[str]) -> None:
+        """Delete the sessions that were not seen since then, and their samplers. but: ids of sessions that
+        were, of which the registry does not know."""
+        is_old = LiveSessionRow.seen_at < seen, LiveSessionRow.id.not_in(but)
+        old = select(LiveSessionRow.id).where(*is_old)
         with self._database.write_uncounted() as writing:
             writing.execute(delete(LiveSamplerRow).where(LiveSamplerRow.session.in_(old)))
-            writing.execute(delete(LiveSessionRow).where(LiveSessionRow.seen_at < seen))
+            writing.execute(delete(LiveSessionRow).where(*is_old))
 
     def note(self, action: AuditAction, tenant: str, target: str, details: Mapping[str, Any]) -> None:
         """Add an entry about a session, a run or a checkpoint to the audit log."""

@@ -62,6 +62,8 @@ class VersionRecord:
     activates: bool = False
     """Whether it is still to become active once it is ready, as its upload asked."""
     proofs: Mapping[str, Blob] = field(default_factory=dict, hash=False)
+    is_active: bool = field(default=False, compare=False)
+    """Whether it was active when it was read."""
 
     @property
     def finished(self) -> bool:

@@ -49,6 +49,7 @@ from onebase_edge.errors import (
     QueueFullError,
     StateConflictError,
     UnavailableError,
+    UnconfirmedChangeError,
     VersionFailedError,
 )
 from onebase_protocol.adapters import AdapterDefaults, SignatureReport, TokenizerAdditions
@@ -603,7 +604,6 @@ class AdapterService:
     async def _activate_if_asked(self, version: VersionRecord, job: _Job) -> None:
         if not job.activate:
             return
-        tried = False
         for pause in BACKOFF.tries(ACTIVATION_TRIES):
             try:
                 await self.activation.activate(
@@ -616,10 +616,9 @@ class AdapterService:
                 )
                 return
             except ApiError as error:
-                if tried and error.details.get("current") == version.digest:
-                    return  # a try before, of which that was not certain, has worked
-                tried = True
                 passing = isinstance(error, EngineRestartedError | UnavailableError | QueueFullError)
+                if isinstance(error, UnconfirmedChangeError):
+                    passing = job.if_due  # else it could undo what somebody has decided since
                 if pause is None or not passing:
                     _log.error("version %s of %s is not active: %s", version.digest[:12], version.name, error)
                     job.failure = error

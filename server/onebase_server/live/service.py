@@ -1062,8 +1062,10 @@ class LiveTraining:
         """Delete for ever what nobody needs; charge what was trained; prove what is not proved."""
         while True:
             await asyncio.sleep(TIDY_SECONDS)
-            with suppress(RegistryError):
+            try:
                 await self.tidy(samples)
+            except RegistryError:
+                self._began = time.time()  # signs of clients may have been missed, as before a start
 
     async def tidy(self, samples: SamplersInUse, now: float | None = None) -> None:
         """Charge passes, end the runs of ended sessions, and delete what nobody needs any more.
@@ -1074,7 +1076,9 @@ class LiveTraining:
         self._sampled = {path: at for path, at in self._sampled.items() if at >= now - IDLE_SECONDS}
         self._seen = {session: at for session, at in self._seen.items() if at >= now - LOST_SECONDS}
         try:
-            await self._threads.run_blocking(self._records.forget_sessions, now - FORGOTTEN_SECONDS)
+            await self._threads.run_blocking(
+                self._records.forget_sessions, now - FORGOTTEN_SECONDS, list(self._seen)
+            )
         except RegistryFullError as error:  # what is deleted below may make room
             _log.error("sessions are not forgotten yet: %s", error)
         if self._trainer is None:
@@ -1088,10 +1092,12 @@ class LiveTraining:
                 await self._charge(spec, ends=ends)
             elif self._next_look.get(spec.id, 0.0) > now:
                 continue
+            self._next_look[spec.id] = 0.0  # taken away where a checkpoint changes meanwhile
             kept = await self._tidy_checkpoints(spec, is_open, samples, now)
             if not is_live and not kept:
                 await self._disk(store.remove, spec.id)
-            if not is_live and not any(Place.of(one).is_of_step for one in kept):
+            is_same = spec.id in self._next_look
+            if is_same and not is_live and not any(Place.of(one).is_of_step for one in kept):
                 later = now + time.monotonic() - began + LOOK_SECONDS  # no sooner than its failed proofs
                 expirations = (one.expires for one in kept if one.expires is not None)
                 self._next_look[spec.id] = min([later, *expirations])

@@ -135,10 +135,10 @@ class Peers:
                 return await self._renew(runs=True, room=room)
             except ServerIdInUseError as error:
                 if first is None:
-                    first = error
                     _log.warning("%s Waiting until its lease runs out, or is renewed.", error)
-                elif error.renewed_at != first.renewed_at:
+                elif error.renewed_at > first.renewed_at:
                     raise
+                first = error  # an earlier process's, where the one before it has left
             await asyncio.sleep(self._lease * _WATCHED_IN)
 
     async def renew(self, *, runs: bool, room: int) -> None:

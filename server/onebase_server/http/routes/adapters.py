@@ -25,6 +25,7 @@ from onebase_edge.errors import (
     JobNotFoundError,
     QueueFullError,
     UnavailableError,
+    UnconfirmedChangeError,
     VersionFailedError,
 )
 from onebase_protocol.adapters import READY, Activation, Adapter, AdapterVersion, VersionFiles
@@ -235,6 +236,8 @@ async def _kept(services: Services, tenant: str, name: str, digest: str) -> Asyn
     """Add a ready version to the error of its activation, so that its files are not sent again."""
     try:
         yield
+    except UnconfirmedChangeError:
+        raise  # what is known of the version may be older than its activation
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
         with suppress(ApiError):
             shown = services.views.version(await services.adapters.version(tenant, name, digest))

@@ -124,14 +124,16 @@ class AdapterViews:
         signature = version.source.get(SIGNATURE) or {}
         if foreign:
             signature = {field: signature[field] for field in _FOREIGN_SIGNATURE if field in signature}
+        # What was read may be newer than the catalog, or older where a request has activated it since.
         record = self._catalog.of(version.tenant).own(version.name)
+        is_active = version.is_active or (record is not None and record.active == version.digest)
         progress = None if version.finished else self._adapters.progress(version)
         return AdapterVersion(
             id=label(version.name, version.digest),
             name=version.name,
             version=version.digest,
             state=version.state,
-            active=record is not None and record.active == version.digest,
+            active=is_active,
             error=version.error,
             base=self._catalog.base_name,
             source=convert(source, AdapterSource),
