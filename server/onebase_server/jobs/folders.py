@@ -45,20 +45,28 @@ class JobFolders:
             for folder in (self.root, self._jobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.server = _server_id(self.root / "server-id")
-            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self.lock_id = _identity(self._lock)
         except OSError as error:
             raise DataDirError(f"training cannot keep files in {self.root}: {error} (--data-dir)") from error
+        self._lock: int | None = None
+        with suppress(OSError):  # `own` raises it
+            self._open_lock()
+        self.lock_id = secrets.token_hex(16) if self._lock is None else _identity(self._lock)
         self.is_owned = False
         """Whether this process runs the folder's jobs."""
 
     def own(self) -> bool:
         """Return True if this process runs the folder's jobs: of several processes on one folder, one
-        does."""
+        does. Raises OSError."""
+        lock = self._open_lock()
         with suppress(OSError):
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.is_owned = True
         return self.is_owned
+
+    def _open_lock(self) -> int:
+        if self._lock is None:
+            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._lock
 
     def job(self, job_id: str) -> Path:
         """Return the folder of a job's run."""

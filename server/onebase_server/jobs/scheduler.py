@@ -113,18 +113,23 @@ class JobScheduler:
 
     async def claim(self) -> bool:
         """Return True once this process runs the jobs of its data folder; False if another one on the folder
-        does, or the registry takes no lease. Raises ServerIdInUseError: one with a copy of the folder does.
+        does, its lock cannot be opened, or the registry takes no lease.
+
+        Raises ServerIdInUseError: a process with a copy of the folder runs them.
         """
         folders = self._pool.folders
-        if not folders.own():
-            _log.warning("another process runs the training jobs of %s; waiting", folders.root)
-            return False
         try:
+            if not folders.own():
+                _log.warning("another process runs the training jobs of %s; waiting", folders.root)
+                return False
             await self._peers.claim(room=self.room())
         except ServerIdInUseError:
             raise
         except RegistryError as error:
             _log.warning("no training job of %s can be run, waiting: %s", folders.root, error)
+            return False
+        except OSError as error:
+            _log.error("no training job of %s can be run: %s (--data-dir); waiting", folders.root, error)
             return False
         return True
 
