@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,25 +111,32 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_base(BaseSettings(folder=folder))
 
 
+class Saved:
+    """A tensor that a graph keeps, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 def kept_by_autograd(base: Any, settings: Recipe, tokens: int) -> int:
     """Bytes of the tensors saved for the backward pass, but for the base's own."""
     trainable = Trainable(base, settings, OpenGate())
     own = {t.untyped_storage().data_ptr() for t in base_tensors(trainable.model).values()}
-    held: dict[int, int] = {}
+    held = weakref.WeakSet[Saved]()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: torch.Tensor) -> Saved:
+        saved = Saved(tensor)
+        held.add(saved)
+        return saved
 
     supervised = np.zeros(tokens, bool)
     supervised[tokens // 2 :] = True
     batch = MicroBatch((Sample(np.arange(tokens, dtype=np.int32), supervised, 1),), (0,))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         losses, _ = trainable.losses(batch)
     assert losses.requires_grad
-    return sum(held.values())
+    storages = [one.tensor.untyped_storage() for one in held]
+    return sum({one.data_ptr(): one.nbytes() for one in storages if one.data_ptr() not in own}.values())
 
 
 @pytest.mark.parametrize(
