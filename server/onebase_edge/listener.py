@@ -114,8 +114,8 @@ def uvicorn_config(
 
 
 def _connection_limits(settings: Settings, files_each: int) -> ConnectionLimits:
-    """Return the settings' limits, with fewer connections where too few files may be open for them, even with
-    the process's own limit raised."""
+    """Raise the process's limit of open files as far as the connections need it and the system lets it.
+    Return the settings' limits, with fewer connections where that is not enough."""
     values = {item.name: getattr(settings, item.name) for item in fields(ConnectionLimits)}
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = LEAST_FILES + files_each * settings.max_connections

@@ -91,7 +91,7 @@ _WAIT_SECONDS = 15.0
 """Longest time, in seconds, that a request then waits for it."""
 _PASSING_CODES = (b'"server_stopping"', b'"engine_starting"', b'"engine_restarting"')
 """Codes of refusals for which a request waits: nothing was begun, and the server is soon replaced."""
-_BEFORE_CHANGE = (
+_REPEATABLE_CODES = (
     *_PASSING_CODES,
     *(b'"too_many_connections"', b'"too_many_bodies"', b'"body_unread"', b'"merges_busy"', b'"pulls_busy"'),
     *(b'"engine_busy"', b'"adapter_unavailable"', b'"adapter_timeout"', b'"verifier_unavailable"'),
@@ -776,7 +776,7 @@ class Route:
                 return _Passing(answer, sending, self.lost)
             found = await _whole(answer, sending, replica_lost(client.request.method, client.path))
             content = bytes(found.body)
-            if not (again or answer.status_code == 404 or any(code in content for code in _BEFORE_CHANGE)):
+            if not (again or answer.status_code == 404 or any(code in content for code in _REPEATABLE_CODES)):
                 return found
             if answer.status_code == 404 and any(code in content for code in _KEPT_BY_ONE):
                 is_final = True
@@ -1205,7 +1205,7 @@ class _Sending:
         self._behind += self._clock() - since
 
     async def broke(self, error: httpx2.TransportError, where: str) -> bool:
-        """Note that the server broke off its answer. Return True if it did since the client does not read."""
+        """Note that the server broke off its answer. Return True if the client's not reading is the cause."""
         if self._behind > _BEHIND_SECONDS and await self._route.lives(self.url):
             _log.warning("%s cut off a client that does not read", self.url)
             self.refused()
@@ -1259,7 +1259,7 @@ def _secret(report: bytes) -> str:
 
 
 def _has_no_files(error: BaseException | None) -> bool:
-    """Return True if a connection failed since no more files may be open here, which is no server's fault."""
+    """Return True if a connection failed because this process may open no more files."""
     if error is None:
         return False
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):

@@ -75,7 +75,7 @@ class StreamRecord:
     """One stream: its transcript, and how many bytes of events were passed on, with their digest.
 
     Events are passed on once they are whole, so that a stream which breaks can be resumed, or end with an
-    error. The transcript counts as memory of the tenant's."""
+    error. The transcript counts towards the tenant's part of the memory."""
 
     def __init__(self, room: SharedBudget, tenant: str) -> None:
         self.transcript = bytearray()

@@ -195,7 +195,9 @@ def test_a_batch_that_goes_on_in_place_is_what_packing_its_step_makes(
                     assert np.array_equal(array, getattr(other, name)), name
         assert (batch.token_map, batch.logit_map) == (made.token_map, made.logit_map)
         assert all(one is other for one, other in zip(batch.sampled, made.sampled, strict=True))
+        assert not batch.scored
         assert not made.scored
+        assert not batch.pooled
         assert not made.pooled
         return batch
 

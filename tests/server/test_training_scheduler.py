@@ -164,18 +164,8 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
 
     async def look() -> None:
         base: Any = None
-        nothing: Any = SimpleNamespace(catalog=[])
-        threads = Threads("records", 2)
-        pool: Any = SimpleNamespace(
-            sampler=None,
-            records=records,
-            threads=threads,
-            notifier=JobNotifier(),
-            folders=storage,
-            files=_files(registry, storage, threads),
-            checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
-            kept=_kept(registry, storage, threads),
-        )
+        pool = _pool(registry, storage)
+        pool.sampler, pool.records = None, records
         peers = Peers(registry.servers, storage.server, storage.lock_id)
         scheduler = JobScheduler(pool, peers, most=1, look_seconds=60.0)
         scheduler.base_ready(base, b"", -1)

@@ -109,6 +109,8 @@ class Packer:
         if self._last is None or plan.prefills or self._recurrent:
             return None
         batch, known = self._last
+        if batch.scored:  # its logits are read in another way than those of a step that only draws
+            return None
         rows = len(batch.input_ids)
         if not len(plan.decodes) == len(batch.sampled) == len(batch.logit_rows) == len(known) == rows:
             return None

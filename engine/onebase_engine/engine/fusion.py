@@ -749,7 +749,10 @@ class _Rotations:
 
 
 class _End:
-    """The norm and the head as further calls of the chain, for a few rows of which all give logits."""
+    """The norm and the head as further calls of the chain, for a few rows of which all give logits.
+
+    The caller sees to it that neither has a hook.
+    """
 
     def __init__(self, leader: RecordedLayer, norm: Any, head: Any, rows: StepRows) -> None:
         self._leader = leader
@@ -759,12 +762,11 @@ class _End:
         self._tried = False
         self._joined: dict[int, tuple[Program, Program | None]] = {}
         """The chain's program by number of rows, and the one that includes norm and head."""
-        self._hooks = _Hooks(norm, head)
 
     def program(self, count: int, kept: Sequence[int]) -> Program | None:
         """Return the program of a pass over `count` rows with the logits of the rows `kept`; None if the norm
         and the head have to be called by themselves."""
-        if count > MOST_ENDED or list(kept) != list(range(count)) or self._hooks:
+        if count > MOST_ENDED or list(kept) != list(range(count)):
             return None
         if self._norm.filled or self._head.replacements or self._head.words:
             return None
