@@ -197,13 +197,13 @@ class Threads:
 
         def finish(result: Any, error: BaseException | None, seconds: float) -> None:
             pay(seconds)
+            if not answer.done():
+                if error is None:
+                    answer.set_result(result)
+                else:
+                    answer.set_exception(error)
+            # After the answer: whoever called learns it before the next call begins.
             self._permits.release(tenant)
-            if answer.done():
-                return
-            if error is None:
-                answer.set_result(result)
-            else:
-                answer.set_exception(error)
 
         def work() -> None:
             result, error = None, None

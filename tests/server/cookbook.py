@@ -7,6 +7,7 @@ recipes in test_cookbook.py none imports tml-renderers, which the package requir
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from typing import Any
@@ -61,3 +62,6 @@ if __name__ == "__main__":
     recipe, *settings = sys.argv[1:]
     sys.argv = [recipe, *settings]
     runpy.run_module(f"tinker_cookbook.recipes.{recipe}", run_name="__main__", alter_sys=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # at the end of the interpreter, the client's HTTP threads call abort() now and then

@@ -98,8 +98,8 @@ def test_a_checkpoint_is_downloaded_as_the_cookbook_does_encrypted_on_its_way(
     supervised: tuple[list[float], list[dict[str, Any]]],
 ) -> None:
     path, target = supervised[1][-1]["state_path"], tmp_path / "adapter"
-    program = "import sys; from tinker_cookbook import weights; weights.download(tinker_path=sys.argv[1], "
-    program += "output_dir=sys.argv[2], base_url=sys.argv[3])"
+    program = "import os, sys; from tinker_cookbook import weights; weights.download(tinker_path="
+    program += "sys.argv[1], output_dir=sys.argv[2], base_url=sys.argv[3]); os._exit(0)"  # as in cookbook.py
     environment = os.environ | hub | {"TINKER_API_KEY": "tml-dummy", "TINKER_TELEMETRY": "0"}
     command = [sys.executable, "-c", program, path, str(target), server.url]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
