@@ -39,6 +39,8 @@ _BACKUP_TRIES = 5
 CHECKPOINT, RESULT = "checkpoint.json", "result"
 PACKED = "packed.safetensors"
 """File of a checkpoint that the engine loads."""
+EXPIRY = "expiry-"
+"""Start of the names of files that hold when a checkpoint expires; the save's number follows."""
 ENCRYPTED = ".age"
 """End of the names of files that are encrypted."""
 START = "start"
@@ -96,6 +98,12 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     refused: str = ""
     targets: list[str] = []
     parameters: int = 0
+
+
+class _Expiry(msgspec.Struct, frozen=True):
+    """Unix time at which a save expires, in place of the one that it was saved with; None: never."""
+
+    expires: float | None
 
 
 class LiveStore:
@@ -369,35 +377,37 @@ class LiveStore:
                 if found is not None:
                     yield found
 
-    def set_ttl(self, model_id: str, kind: Kind, name: str, expires: float | None) -> CheckpointFolder:
-        """Set when a checkpoint expires, in Unix seconds; None: never. Raises UnknownCheckpointError."""
-        changed = msgspec.structs.replace(self.checkpoint(model_id, kind, name), expires=expires)
-        _write(self.checkpoint_folder(model_id, kind, name) / CHECKPOINT, msgspec.json.encode(changed))
-        return changed
+    def set_ttl(self, model_id: str, kind: Kind, name: str, expires: float | None) -> None:
+        """Set when a checkpoint expires, in Unix seconds; None: never. Raises UnknownCheckpointError.
+
+        The time goes into a file that is named after the save. The trainer may replace the folder at any
+        moment, and what is written late then changes nothing of the new save.
+        """
+        with self._lock:
+            found = self.checkpoint(model_id, kind, name)
+            try:
+                path = Path(found.folder) / f"{EXPIRY}{found.seq_id}.json"
+                _write(path, msgspec.json.encode(_Expiry(expires)))
+            except FileNotFoundError:  # it was saved over, or deleted, for which this raises
+                self.checkpoint(model_id, kind, name)
 
     def delete_checkpoint(self, model_id: str, kind: Kind, name: str) -> None:
         """Delete a checkpoint. Raises UnknownCheckpointError."""
-        self.checkpoint(model_id, kind, name)
         folder = self.checkpoint_folder(model_id, kind, name)
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # from here on there is none
+        with self._lock:  # `set_ttl` writes into no folder without a checkpoint
+            self.checkpoint(model_id, kind, name)
+            (folder / CHECKPOINT).unlink(missing_ok=True)  # from here on there is none
         shutil.rmtree(folder, ignore_errors=True)
-
-    def remove_expired(self, now: float) -> list[CheckpointFolder]:
-        """Delete the checkpoints whose time is over, and return them. `now`: Unix seconds."""
-        gone = []
-        for spec in self._specs():
-            for found in self.checkpoints(spec.id):
-                if found.expires is not None and found.expires <= now:
-                    with suppress(UnknownCheckpointError):
-                        self.delete_checkpoint(spec.id, found.kind, found.name)
-                    gone.append(found)
-        return gone
 
 
 def read_checkpoint(folder: Path) -> CheckpointFolder | None:
     """Return the checkpoint in a folder, which may have moved, or None."""
     found = _read(folder / CHECKPOINT, msgspec.json.Decoder(CheckpointFolder))
-    return None if found is None else msgspec.structs.replace(found, folder=str(folder))
+    if found is None:
+        return None
+    changed = _read(folder / f"{EXPIRY}{found.seq_id}.json", msgspec.json.Decoder(_Expiry))
+    expires = found.expires if changed is None else changed.expires
+    return msgspec.structs.replace(found, folder=str(folder), expires=expires)
 
 
 def encoded(result: Result) -> bytes:

@@ -68,6 +68,7 @@ from onebase_server.live.service import (
 )
 from onebase_server.storage.calls import RegistryThreads
 from onebase_server.tenancy.access import Caller
+from onebase_training import live_store
 from onebase_training.live_operations import (
     CheckpointFolder,
     Computed,
@@ -358,6 +359,31 @@ def test_a_checkpoint_of_an_ended_run_expires_on_time(
     assert upkeep.tidy(IDLE_SECONDS + 160) == []
 
 
+@pytest.mark.parametrize("where", ["service.checkpoint", "live_store._write"])
+def test_a_checkpoint_that_is_deleted_while_its_expiry_is_set_is_not_found(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    service, folder = upkeep.service, upkeep.store.checkpoint_folder(RUN, "sampler", "final")
+    known, write = service.checkpoint, live_store._write
+
+    async def deleting(*given: Any) -> CheckpointFolder:
+        found = await known(*given)
+        upkeep.store.delete_checkpoint(RUN, "sampler", "final")
+        return found
+
+    def write_late(*given: Any) -> None:
+        shutil.rmtree(folder)
+        write(*given)
+
+    if where == "service.checkpoint":
+        monkeypatch.setattr(service, "checkpoint", deleting)
+    else:
+        monkeypatch.setattr(live_store, "_write", write_late)
+    with pytest.raises(LiveNotFoundError):
+        asyncio.run(service.set_ttl(ACME, f"tinker://{RUN}/sampler_weights/final", 7200.0))
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("code", sorted(FULL), ids=errno.errorcode.get)
 def test_what_a_request_writes_to_a_full_disk_is_refused(
     upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch, code: int
@@ -596,7 +622,9 @@ def test_external_weights_that_are_deleted_while_they_are_asked_for_are_not_foun
 ) -> None:
     service, place = upkeep.service, Place(RUN, "external", "out")
     made, known = checkpoint(upkeep.store, "out", LATER, kind="external"), service.checkpoint
+    asyncio.run(service.set_ttl(ACME, place.path, LATER))
     found = asyncio.run(service.external_files(ACME, RUN, "out"))
+    assert list(found.signatures) == ["adapter_config.json", "adapter_model.safetensors"]
     name, signature = next(iter(found.signatures.items()))
     (Path(made.folder) / name).unlink()
     with pytest.raises(ForbiddenError, match="any more"):

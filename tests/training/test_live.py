@@ -33,7 +33,7 @@ from onebase_adapters.store.blobs import version_digest
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.messages import AdapterRef, Sampling, Submit
-from onebase_training import live, replies
+from onebase_training import live, live_store, replies
 from onebase_training.checkpoint import save_peft
 from onebase_training.events import Interrupted, OpenGate
 from onebase_training.live import (
@@ -1354,15 +1354,36 @@ def test_names_and_times_of_checkpoints(base: torch.nn.Module, tmp_path: Path) -
     assert [type(result) for result in found] == [WeightsSaved, Refused, WeightsSaved, WeightsSaved]
     store = LiveStore(tmp_path)
     kept = store.checkpoint("learning", "weights", "a")
-    assert kept.expires == pytest.approx(kept.created + 100)
-    assert not store.remove_expired(kept.created + 99)
-    assert [one.seq_id for one in store.remove_expired(kept.created + 100)] == [3]
+    assert (kept.seq_id, kept.expires) == (3, kept.created + 100)
+    for expires in (5.0, None):
+        store.set_ttl("learning", "weights", "a", expires)
+        assert store.checkpoint("learning", "weights", "a").expires == expires
+    store.back_up(tmp_path / "copy")
+    assert LiveStore(tmp_path / "copy").checkpoint("learning", "weights", "a").expires is None
+    store.delete_checkpoint("learning", "weights", "a")
     with pytest.raises(UnknownCheckpointError):
-        store.checkpoint("learning", "weights", "a")
-    store.set_ttl("learning", "sampler", "a", 5.0)
-    assert len(store.remove_expired(6.0)) == 1
+        store.set_ttl("learning", "weights", "a", 5.0)
     with pytest.raises(UnknownCheckpointError):
         store.delete_checkpoint("learning", "sampler", "..")
+
+
+@pytest.mark.parametrize("step", ["_write", "replace_synced"])
+def test_a_save_while_the_expiry_of_the_former_one_is_set_keeps_its_own_description_and_expiry(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    store, real = LiveStore(tmp_path), getattr(live_store, step)
+    done(base, tmp_path, {1: Save(name="a", kind="weights")}, LEARNING)
+    again = Save(name="a", kind="weights", overwrite=True, ttl_seconds=100.0)
+
+    def saving(*given: Any) -> None:
+        monkeypatch.setattr(live_store, step, real)
+        done(base, tmp_path, {2: again}, LEARNING)
+        real(*given)
+
+    monkeypatch.setattr(live_store, step, saving)
+    store.set_ttl("learning", "weights", "a", 5.0)
+    kept = store.checkpoint("learning", "weights", "a")
+    assert (kept.seq_id, kept.expires) == (2, kept.created + 100)
 
 
 # ---- a process that ends -----------------------------------------------------------------------

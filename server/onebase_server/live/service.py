@@ -82,6 +82,7 @@ from onebase_training.live_operations import (
 )
 from onebase_training.live_store import (
     CHECKPOINT,
+    EXPIRY,
     MOST_MODELS,
     PACKED,
     RESULTS_KEPT,
@@ -753,7 +754,11 @@ class LiveTraining:
         """Set after how many seconds from now a checkpoint expires; None: never."""
         found = await self.checkpoint(caller, path, "checkpoint_id")
         expires = None if ttl is None else time.time() + ttl
-        await self._on_disk(self._disk(self._store().set_ttl, found.model, found.kind, found.name, expires))
+        write = self._disk(self._store().set_ttl, found.model, found.kind, found.name, expires)
+        try:
+            await self._on_disk(write)
+        except UnknownCheckpointError as error:  # it was deleted meanwhile
+            raise LiveNotFoundError("checkpoint", path, "checkpoint_id") from error
         self._next_look.pop(found.model, None)
         await self._note("checkpoint.changed", caller.tenant, path, {"ttl_seconds": ttl})
 
@@ -770,7 +775,7 @@ class LiveTraining:
         except FileNotFoundError as error:  # it was deleted meanwhile
             raise LiveNotFoundError("checkpoint", place.path, "checkpoint_id") from error
         secret = await self._on_disk(self._disk(self._read_link_secret))
-        files = [file for file in names if file != CHECKPOINT and not file.startswith(".")]
+        files = [file for file in names if file != CHECKPOINT and not file.startswith((".", EXPIRY))]
         signatures = {file: _signature(secret, place, found.seq_id, file, until) for file in files}
         return ExternalFiles(found.seq_id, until, signatures)
 
