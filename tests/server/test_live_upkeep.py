@@ -359,6 +359,25 @@ def test_a_checkpoint_of_an_ended_run_expires_on_time(
     assert upkeep.tidy(IDLE_SECONDS + 160) == []
 
 
+@pytest.mark.parametrize("change", ["more time", "saved over"])
+def test_a_checkpoint_that_is_given_more_time_or_saved_over_after_the_look_at_it_stays(
+    upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    checkpoint(upkeep.store, "late", LATER + 9)
+    upkeep.store.set_ttl(RUN, "sampler", "late", LATER + 10)
+
+    async def proving(tenant: str, proved: CheckpointFolder) -> str:
+        if change == "more time":
+            upkeep.store.set_ttl(RUN, "sampler", "late", None)
+        else:
+            checkpoint(upkeep.store, "late", LATER + 9, 2)
+        return "d" * 64
+
+    monkeypatch.setattr(upkeep.service, "_added", proving)
+    assert "late" in upkeep.tidy(10)
+    assert upkeep.store.checkpoint(RUN, "sampler", "late").expires is None
+
+
 @pytest.mark.parametrize("where", ["service.checkpoint", "live_store._write"])
 def test_a_checkpoint_that_is_deleted_while_its_expiry_is_set_is_not_found(
     upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch, where: str

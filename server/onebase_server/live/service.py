@@ -1130,9 +1130,12 @@ class LiveTraining:
             last = max(one.created, self._sampled.get(place.path, 0.0), self._began)
             has_expired = one.expires is not None and one.expires <= now
             is_idle = sampler is not None and last < now - IDLE_SECONDS and one not in newest
-            if has_expired or (is_idle and sampler not in samples.samplers):  # promised meanwhile, too
-                await self._delete(one)
-                continue
+            if has_expired or is_idle:
+                is_unchanged = await self._disk(read_checkpoint, Path(one.folder)) == one
+                is_promised = sampler in samples.samplers  # meanwhile, too
+                if is_unchanged and (has_expired or not is_promised):
+                    await self._delete(one)
+                    continue
             kept.append(one)
             is_served = one.kind == "sampler" and sampler is None
             if not is_served:
