@@ -16,6 +16,9 @@ from onebase_adapters.registry.errors import UnknownLiveError
 from onebase_adapters.registry.records import AuditAction, record_of
 from onebase_adapters.registry.tables import LiveSampleRow, LiveSamplerRow, LiveSessionRow
 
+FORGOTTEN_AT_ONCE = 500
+"""Largest number of sessions that one statement deletes: databases limit its parameters."""
+
 
 @dataclass(frozen=True)
 class LiveSession:
@@ -109,11 +112,15 @@ class LiveRecords:
     def forget_sessions(self, seen: float, but: Collection[str]) -> None:
         """Delete the sessions that were not seen since then, and their samplers. but: ids of sessions that
         were, of which the registry does not know."""
-        is_old = LiveSessionRow.seen_at < seen, LiveSessionRow.id.not_in(but)
-        old = select(LiveSessionRow.id).where(*is_old)
+        query = select(LiveSessionRow.id).where(LiveSessionRow.seen_at < seen)
         with self._database.write_uncounted() as writing:
-            writing.execute(delete(LiveSamplerRow).where(LiveSamplerRow.session.in_(old)))
-            writing.execute(delete(LiveSessionRow).where(*is_old))
+            old = sorted(set(writing.scalars(query)).difference(but))
+            for first in range(0, len(old), FORGOTTEN_AT_ONCE):
+                some = old[first : first + FORGOTTEN_AT_ONCE]
+                writing.execute(delete(LiveSamplerRow).where(LiveSamplerRow.session.in_(some)))
+                writing.execute(
+                    delete(LiveSessionRow).where(LiveSessionRow.id.in_(some), LiveSessionRow.seen_at < seen)
+                )
 
     def note(self, action: AuditAction, tenant: str, target: str, details: Mapping[str, Any]) -> None:
         """Add an entry about a session, a run or a checkpoint to the audit log."""

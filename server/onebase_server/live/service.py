@@ -1069,7 +1069,8 @@ class LiveTraining:
             await asyncio.sleep(TIDY_SECONDS)
             try:
                 await self.tidy(samples)
-            except RegistryError:
+            except RegistryError as error:
+                _log.warning("live training is not tidied up before the next time: %s", error)
                 self._began = time.time()  # signs of clients may have been missed, as before a start
 
     async def tidy(self, samples: SamplersInUse, now: float | None = None) -> None:

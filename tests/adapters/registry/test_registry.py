@@ -16,8 +16,10 @@ from onebase_adapters.registry import (
     StaleActivationError,
     UnknownAdapterError,
     UnknownVersionError,
+    live,
 )
 from onebase_adapters.registry.database import Database
+from onebase_adapters.registry.live import LiveSampler, LiveSession
 from onebase_adapters.registry.records import State
 from onebase_adapters.registry.tables import ProofRow
 from onebase_adapters.store.blobs import AdapterFiles, Blob
@@ -635,3 +637,23 @@ def test_signing_updates_a_ready_version_and_brings_none_back(registry: Registry
     registry.add_version("a", waiting.digest, waiting, {"kind": "upload"})
     with pytest.raises(UnknownVersionError, match="only a ready one"):
         registry.sign_version(*HERE, waiting.digest, signature)
+
+
+# Sessions of live training
+
+
+def test_old_sessions_are_forgotten_however_many_others_are_known_to_live(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "FORGOTTEN_AT_ONCE", 2)
+    for number in range(7):
+        name = f"session-{number}"
+        registry.live.add_session(LiveSession(name, "default", "key", float(number), {}), "server")
+        registry.live.add_sampler(LiveSampler(f"{name}:0", name, "default", "base", None, 0.0), "server")
+    known = ["session-2", *(f"elsewhere-{number}" for number in range(300_000))]
+    registry.live.forget_sessions(6.0, known)
+    left = registry.live.sessions("default", offset=0, limit=9)
+    assert left == ["session-6", "session-2"]
+    assert [len(registry.live.samplers("default", f"session-{number}")) for number in range(7)] == [
+        name in left for name in (f"session-{number}" for number in range(7))
+    ]
